@@ -1,0 +1,110 @@
+"""Reading weights files without running code from them.
+
+A checkpoint is a mapping with the parameters under "model" and, for our own files, the trainer's state beside them.
+"""
+
+import io
+import os
+import pickle
+from collections import OrderedDict
+from typing import Any, BinaryIO, Dict
+
+import numpy as np
+import torch
+
+from knet_d2.errors import CheckpointError
+
+try:  # numpy 2 renamed its private package; files written by either version name either
+    from numpy._core import multiarray as _multiarray
+except ImportError:
+    from numpy.core import multiarray as _multiarray
+
+# What a pickle of Detectron2's model zoo consists of besides the built-in containers, by the names in the file.
+_PICKLE_TYPES = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
+}
+for _package in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    for _name in ("_reconstruct", "scalar"):
+        _PICKLE_TYPES[_package, _name] = getattr(_multiarray, _name)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """An unpickler that can make containers, strings, numbers and numpy arrays, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _PICKLE_TYPES[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it holds a {module}.{name}, which is no array") from None
+
+
+def load_file(path: str) -> Any:
+    """The object in a weights file (.pkl: Detectron2's model zoo; otherwise PyTorch), read by safe readers only.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, no weights file, or needs an unrestricted pickle.
+    """
+    try:
+        with open(path, "rb") as f:
+            return _load_pickle(f) if path.endswith(".pkl") else _load_torch(f)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such weights file. Check MODEL.WEIGHTS.") from None
+    except MemoryError:
+        raise
+    except Exception as e:  # readers of damaged files raise nearly anything
+        reason = " ".join(str(e).split())[:300] or type(e).__name__
+        raise CheckpointError(
+            f"{path}: not a weights file that can be read safely ({os.path.getsize(path)} bytes). "
+            f"It must hold tensors or numpy arrays only. Reason: {reason}"
+        ) from e
+
+
+def _load_pickle(f: BinaryIO) -> Any:
+    return _ArrayUnpickler(f, encoding="latin1").load()
+
+
+def _load_torch(f: BinaryIO) -> Any:
+    arrays = [_multiarray._reconstruct, _multiarray.scalar, np.ndarray, np.dtype]
+    # dtypes are classes of their own since numpy 1.25
+    arrays += [type(np.dtype(kind)) for kind in (bool, *np.typecodes["AllInteger"], *np.typecodes["Float"])]
+    torch.serialization.add_safe_globals(arrays)
+    return torch.load(io.BytesIO(f.read()), map_location="cpu", weights_only=True)
+
+
+def as_checkpoint(raw: Any, path: str) -> Dict[str, Any]:
+    """Bring what a weights file holds into Detectron2's layout.
+
+    Args:
+        raw: a Detectron2 checkpoint ({"model": state dict, ...}), a bare state dict, or the arrays of a Caffe2 or
+            Detectron1 model (.pkl).
+        path: the file's name, for messages and for telling a .pkl.
+
+    Returns:
+        {"model": {name: tensor or array}, ...}; "matching_heuristics" is set where names have to be guessed.
+    """
+    if not isinstance(raw, dict) or not raw:
+        raise CheckpointError(f"{path}: holds a {type(raw).__name__} instead of a mapping from names to tensors.")
+    if "model" in raw:
+        checkpoint = dict(raw)
+    elif path.endswith(".pkl"):
+        arrays = raw.get("blobs", raw)
+        arrays = {name: value for name, value in arrays.items() if not name.endswith("_momentum")}
+        checkpoint = {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True}
+    else:
+        checkpoint = {"model": raw}
+    _check_state_dict(checkpoint["model"], path)
+    return checkpoint
+
+
+def _check_state_dict(state_dict: Any, path: str) -> None:
+    if not isinstance(state_dict, dict) or not state_dict:
+        raise CheckpointError(f"{path}: no parameters in it.")
+    for name, value in state_dict.items():
+        if not isinstance(value, (torch.Tensor, np.ndarray)):
+            raise CheckpointError(
+                f"{path}: no checkpoint that K-Net knows; its entry {name!r} is a {type(value).__name__}, "
+                "where a tensor is expected."
+            )

@@ -1,0 +1,111 @@
+"""The official K-Net checkpoints (OpenMMLab): key tables for the heads, and the whole model's table."""
+
+import re
+from typing import List, Mapping
+
+import torch
+
+from .key_table import KeyRule
+from .openmmlab_backbones import openmmlab_backbone_rules, openmmlab_neck_rules
+
+_WEIGHTS = r"(weight|bias)"
+_NORM_ENTRIES = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
+
+# Our names of a stage's layers by the official ones
+_STAGE_LAYERS = {
+    "attention.attn.in_proj_": "interaction.in_proj.",
+    "attention.attn.out_proj.": "interaction.out_proj.",
+    "attention_norm.": "interaction.attention_norm.",
+    "ffn.layers.0.0.": "interaction.ffn.0.",
+    "ffn.layers.1.": "interaction.ffn.2.",
+    "ffn_norm.": "interaction.ffn_norm.",
+    "kernel_update_conv.dynamic_layer.": "kernel_update.feature_proj.",
+    "kernel_update_conv.input_layer.": "kernel_update.kernel_proj.",
+    "kernel_update_conv.update_gate.": "kernel_update.feature_gate.0.",
+    "kernel_update_conv.norm_in.": "kernel_update.feature_gate.1.",
+    "kernel_update_conv.input_gate.": "kernel_update.kernel_gate.0.",
+    "kernel_update_conv.input_norm_in.": "kernel_update.kernel_gate.1.",
+    "kernel_update_conv.norm_out.": "kernel_update.feature_norm.",
+    "kernel_update_conv.input_norm_out.": "kernel_update.kernel_norm.",
+    "kernel_update_conv.fc_layer.": "kernel_update.out_proj.0.",
+    "kernel_update_conv.fc_norm.": "kernel_update.out_proj.1.",
+    "cls_fcs.0.": "class_branch.0.",
+    "cls_fcs.1.": "class_branch.1.",
+    "fc_cls.": "class_branch.3.",
+    "mask_fcs.0.": "mask_branch.0.",
+    "mask_fcs.1.": "mask_branch.1.",
+    "fc_mask.": "mask_branch.3.",
+}
+
+
+def _matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """The weight of a 1x1 convolution as a matrix."""
+    return tensor.flatten(1)
+
+
+def _stage_rules(source: str) -> List[KeyRule]:
+    """One update head; ``source`` has one group, the index of the stage."""
+    rules = [
+        KeyRule(source + re.escape(theirs) + _WEIGHTS, rf"cascade.stages.\1.{ours}\2")
+        for theirs, ours in _STAGE_LAYERS.items()
+    ]
+    transform = source + r"feat_transform\.conv\."
+    return rules + [
+        KeyRule(transform + "weight", r"cascade.stages.\1.feature_transform.weight", _matrix),
+        KeyRule(transform + "bias", r"cascade.stages.\1.feature_transform.bias"),
+    ]
+
+
+def _semantic_fpn_rules() -> List[KeyRule]:
+    source, target = r"rpn_head\.", "sem_seg_head."
+
+    def conv_rules(pattern: str, name) -> List[KeyRule]:
+        return [
+            KeyRule(pattern + r"\.conv\.weight", lambda m: f"{name(m)}.weight"),
+            KeyRule(pattern + rf"\.gn\.{_WEIGHTS}", lambda m: f"{name(m)}.norm.{m[m.re.groups]}"),
+        ]
+
+    return [
+        *conv_rules(
+            source + r"localization_fpn\.convs_all_levels\.([0-3])\.conv([0-2])",
+            # Up-sampling layers stand between the convolutions of a level
+            lambda m: f"{target}semantic_fpn.levels.p{int(m[1]) + 2}.{2 * int(m[2])}",
+        ),
+        *conv_rules(source + r"localization_fpn\.conv_pred", lambda m: f"{target}localization_branch.0"),
+        *conv_rules(source + r"localization_fpn\.aux_convs\.0", lambda m: f"{target}semantic_branch.0"),
+        *conv_rules(source + r"loc_convs\.0", lambda m: f"{target}localization_branch.1"),
+        *conv_rules(source + r"seg_convs\.0", lambda m: f"{target}semantic_branch.1"),
+        KeyRule(source + r"init_kernels\.weight", target + "instance_kernels.weight"),
+        KeyRule(source + rf"conv_seg\.{_WEIGHTS}", target + r"classifier.\1"),
+    ]
+
+
+def _decode_head_rules() -> List[KeyRule]:
+    source, target = r"decode_head\.kernel_generate_head\.", "sem_seg_head."
+
+    def conv_rules(pattern: str, name: str) -> List[KeyRule]:
+        return [
+            KeyRule(pattern + r"\.conv\.weight", name + ".weight"),
+            KeyRule(pattern + rf"\.bn\.{_NORM_ENTRIES}", lambda m: f"{m.expand(name)}.norm.{m[m.re.groups]}"),
+        ]
+
+    return [
+        KeyRule(source + rf"conv_seg\.{_WEIGHTS}", target + r"classifier.conv.\1"),
+        *conv_rules(source + r"convs\.(\d)", target + r"convs.\1"),
+        *conv_rules(source + r"conv_cat", target + "fuse"),
+        KeyRule(rf"auxiliary_head\.conv_seg\.{_WEIGHTS}", r"auxiliary_head.classifier.conv.\1"),
+        *conv_rules(r"auxiliary_head\.convs\.0", "auxiliary_head.conv"),
+    ]
+
+
+def openmmlab_rules(state_dict: Mapping[str, torch.Tensor]) -> List[KeyRule]:
+    """The table for an official K-Net of either release, detection or segmentation."""
+    detection = any(key.startswith("neck.") for key in state_dict)
+    return [
+        *openmmlab_backbone_rules("backbone.bottom_up." if detection else "backbone."),
+        *openmmlab_neck_rules(),
+        *_semantic_fpn_rules(),
+        *_decode_head_rules(),
+        *_stage_rules(r"roi_head\.mask_head\.(\d+)\."),
+        *_stage_rules(r"decode_head\.kernel_update_head\.(\d+)\."),
+    ]

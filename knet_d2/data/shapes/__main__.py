@@ -1,0 +1,27 @@
+"""Makes shapes: the registered splits, or a copy of one's own with --output."""
+
+import argparse
+import os
+
+from .registration import SPLITS, make_split
+from .writer import write_shapes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m knet_d2.data.shapes", description=__doc__)
+    parser.add_argument("--root", default=os.getenv("DETECTRON2_DATASETS", "datasets"), help="root of all data sets")
+    parser.add_argument("--output", help="write one data set into this folder instead")
+    parser.add_argument("--num-images", type=int, default=200, help="with --output")
+    parser.add_argument("--seed", type=int, default=3, help="with --output")
+    parser.add_argument("--size", type=int, default=128, help="with --output: height and width in pixels")
+    args = parser.parse_args()
+    if args.output:
+        write_shapes(args.output, args.num_images, args.seed, args.size)
+        print(args.output)
+    else:
+        for split in SPLITS:
+            print(make_split(split, args.root))
+
+
+if __name__ == "__main__":
+    main()

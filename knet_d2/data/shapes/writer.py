@@ -1,0 +1,132 @@
+"""Writes shapes to disk: COCO instances JSON, COCO panoptic JSON + PNG, semantic PNG.
+
+Below the given folder::
+
+    images/000000.jpg ...    panoptic/000000.png ...    semantic/000000.png ...
+    instances.json           panoptic.json
+"""
+
+import json
+import os
+
+import numpy as np
+import pycocotools.mask as mask_util
+from panopticapi.utils import id2rgb
+from PIL import Image
+from tqdm import tqdm
+
+from .drawing import STUFF_CLASSES, THING_CLASSES, Scene, Thing, draw_scene
+
+IGNORE_LABEL = 255
+_COLORS = (
+    (214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 187, 20),
+    (140, 109, 90), (170, 170, 190), (110, 140, 130),
+)  # fmt: skip
+_FIRST_STUFF_ID = 11
+
+
+def shapes_categories() -> list[dict]:
+    """Categories of the panoptic JSON; things first. The ids have a gap, as COCO's have."""
+    things = [{"id": i + 1, "name": name, "isthing": 1} for i, name in enumerate(THING_CLASSES)]
+    stuff = [{"id": i + _FIRST_STUFF_ID, "name": name, "isthing": 0} for i, name in enumerate(STUFF_CLASSES)]
+    return [
+        {**category, "supercategory": "thing" if category["isthing"] else "stuff", "color": list(color)}
+        for category, color in zip(things + stuff, _COLORS, strict=True)
+    ]
+
+
+def write_shapes(root: str, num_images: int, seed: int, size: int = 128) -> None:
+    """Write a shapes data set into the folder root (made if missing).
+
+    Args:
+        root: folder for images and annotations.
+        num_images: number of images; image i depends on (seed, i, size) alone.
+        seed: a number >= 0.
+        size: height and width of the images in pixels.
+    """
+    for folder in ("images", "panoptic", "semantic"):
+        os.makedirs(os.path.join(root, folder), exist_ok=True)
+    images, instances, panoptic = [], [], []
+    for index in tqdm(range(num_images), desc=f"Generating shapes in {root}", unit="image", mininterval=1):
+        rng = np.random.default_rng([seed, index])
+        scene = draw_scene(rng, size)
+        image_id, stem = index + 1, f"{index:06d}"
+        Image.fromarray(scene.image).save(os.path.join(root, "images", stem + ".jpg"), quality=95)
+        images.append({"id": image_id, "file_name": stem + ".jpg", "height": size, "width": size})
+        instances += [
+            {"id": len(instances) + i + 1, "image_id": image_id, **_annotation(thing)}
+            for i, thing in enumerate(scene.things)
+        ]
+        ids, segments_info = _panoptic_map(rng, scene)
+        Image.fromarray(id2rgb(ids)).save(os.path.join(root, "panoptic", stem + ".png"))
+        panoptic.append({"image_id": image_id, "file_name": stem + ".png", "segments_info": segments_info})
+        Image.fromarray(_semantic_map(scene)).save(os.path.join(root, "semantic", stem + ".png"))
+    categories = shapes_categories()
+    thing_categories = [category for category in categories if category["isthing"]]
+    info = {"description": "K-Net shapes", "seed": seed, "size": size}
+    _dump(os.path.join(root, "instances.json"), info, images, instances, thing_categories)
+    _dump(os.path.join(root, "panoptic.json"), info, images, panoptic, categories)
+
+
+def _dump(path: str, info: dict, images: list, annotations: list, categories: list) -> None:
+    with open(path, "w") as f:
+        json.dump({"info": info, "images": images, "annotations": annotations, "categories": categories}, f)
+
+
+def _annotation(thing: Thing) -> dict:
+    """A COCO annotation: a polygon where it is exact, compressed RLE where hidden, uncompressed RLE for crowds."""
+    rle = mask_util.encode(np.asfortranarray(thing.mask.astype(np.uint8)))
+    box, area = mask_util.toBbox(rle).tolist(), int(mask_util.area(rle))
+    if thing.iscrowd:
+        segmentation = _uncompressed_rle(thing.mask)
+    elif thing.polygon is not None:
+        segmentation = [thing.polygon]
+    else:
+        segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
+    return {
+        "category_id": thing.category + 1,
+        "segmentation": segmentation,
+        "bbox": box,
+        "area": area,
+        "iscrowd": int(thing.iscrowd),
+        "occlusion": round(thing.occlusion, 4),
+    }
+
+
+def _uncompressed_rle(mask: np.ndarray) -> dict:
+    flat = mask.astype(np.int8).flatten(order="F")
+    borders = np.flatnonzero(np.diff(flat, prepend=0)).tolist()
+    counts = np.diff([0, *borders, flat.size]).tolist()
+    return {"size": list(mask.shape), "counts": counts}
+
+
+def _panoptic_map(rng: np.random.Generator, scene: Scene) -> tuple[np.ndarray, list[dict]]:
+    """The map of segment ids [H, W] (0 = void) and its segments; stuff is one segment per class, as in COCO."""
+    segments = [(thing.category + 1, thing.mask, thing.iscrowd) for thing in scene.things]
+    for category in np.unique(scene.stuff[scene.stuff >= 0]):
+        segments.append((int(category) + _FIRST_STUFF_ID, scene.stuff == category, False))
+    # Ids all over 24 bits, as in COCO, where they are colours.
+    segment_ids = 1 + rng.choice(256**3 - 1, len(segments), replace=False)
+    ids = np.zeros(scene.stuff.shape, np.int64)
+    segments_info = []
+    for segment_id, (category_id, mask, iscrowd) in zip(segment_ids.tolist(), segments, strict=True):
+        ids[mask] = segment_id
+        rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+        segments_info.append(
+            {
+                "id": segment_id,
+                "category_id": category_id,
+                "area": int(mask_util.area(rle)),
+                "bbox": mask_util.toBbox(rle).tolist(),
+                "iscrowd": int(iscrowd),
+            }
+        )
+    return ids, segments_info
+
+
+def _semantic_map(scene: Scene) -> np.ndarray:
+    """Labels [H, W] over things, then stuff; 255 where unlabelled."""
+    labels = np.where(scene.stuff >= 0, scene.stuff + len(THING_CLASSES), IGNORE_LABEL).astype(np.uint8)
+    for thing in scene.things:
+        labels[thing.mask] = thing.category
+    return labels

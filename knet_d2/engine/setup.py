@@ -1,0 +1,127 @@
+"""From the command line to a checked, frozen config."""
+
+import argparse
+import difflib
+import logging
+import os
+import re
+from typing import List, Sequence
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from knet_d2.config import add_knet_config
+from knet_d2.data import register_custom_datasets, resolve_classes
+from knet_d2.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The config of a training or evaluation run, as the arguments of Detectron2's command line give it.
+
+    Also starts the log files in OUTPUT_DIR and saves the resolved config there.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    cfg.SEED = resolve_seed(cfg, resume=args.resume)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="knet_d2", abbrev_name="knet")
+    return cfg
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Defaults, then the file, then ``opts`` (KEY VALUE ...); device and class counts are resolved.
+
+    Raises:
+        ConfigError: names the key (and the nearest known one), or the file.
+    """
+    cfg = get_cfg()
+    add_knet_config(cfg)
+    merge_config(cfg, config_file, opts)
+    cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, explicit="MODEL.DEVICE" in opts[0::2])
+    register_custom_datasets(cfg)
+    resolve_classes(cfg)
+    return cfg
+
+
+def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> None:
+    """Merge a YAML file ("" = none) and KEY VALUE pairs into ``cfg``; the file can't run code."""
+    if len(opts) % 2:
+        raise ConfigError(f"Options come as KEY VALUE pairs; {opts[-1]!r} has no value.")
+    known = _flat_keys(cfg)
+    if config_file:
+        if not os.path.isfile(config_file):
+            raise ConfigError(f"{config_file}: there is no such config file.")
+        with _clear_errors(config_file, known):
+            cfg.merge_from_file(config_file, allow_unsafe=False)
+    for key, value in zip(opts[0::2], opts[1::2]):
+        with _clear_errors("command line", known):
+            cfg.merge_from_list([key, value])
+
+
+class _clear_errors:
+    """Turns what yacs and the YAML reader raise into a ConfigError that names key and nearest known key."""
+
+    def __init__(self, source: str, known: List[str]):
+        self._source = source
+        self._known = known
+
+    def __enter__(self) -> None:
+        # yacs logs each failed assertion before it raises it
+        self._level = logging.getLogger("yacs.config").level
+        logging.getLogger("yacs.config").setLevel(logging.CRITICAL)
+
+    def __exit__(self, _type, error, _traceback) -> None:
+        logging.getLogger("yacs.config").setLevel(self._level)
+        if error is None or not isinstance(error, (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError)):
+            return
+        text = str(error.args[0] if isinstance(error, KeyError) else error)
+        unknown = re.match(r"Non-existent (?:config )?key: (\S+)", text)
+        if unknown:
+            text = f"unknown config key {unknown.group(1)}.{_suggestion(unknown.group(1), self._known)}"
+        raise ConfigError(f"{self._source}: {' '.join(text.split())}") from error
+
+
+def _suggestion(key: str, known: List[str]) -> str:
+    last = key.rsplit(".", 1)[-1]
+    same_name = [k for k in known if k.rsplit(".", 1)[-1] == last]
+    nearest = difflib.get_close_matches(key, same_name or known, n=1, cutoff=0.0 if same_name else 0.6)
+    return f" Did you mean {nearest[0]}?" if nearest else ""
+
+
+def _flat_keys(cfg: CfgNode, prefix: str = "") -> List[str]:
+    keys = []
+    for key, value in cfg.items():
+        keys.append(prefix + key)
+        if isinstance(value, CfgNode):
+            keys += _flat_keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def choose_device(device: str, explicit: bool) -> str:
+    """``device``, or another one when it is a GPU that isn't there and nobody asked for it on the command line."""
+    if not device.startswith("cuda") or torch.cuda.is_available():
+        return device
+    if explicit:
+        raise ConfigError(f'MODEL.DEVICE is "{device}", but PyTorch sees no CUDA GPU; use "cpu".')
+    found = "mps" if torch.backends.mps.is_available() else "cpu"
+    logger.info(f'No CUDA GPU: MODEL.DEVICE "{device}" is replaced by "{found}".')
+    return found
+
+
+def resolve_seed(cfg: CfgNode, resume: bool = False) -> int:
+    """SEED, or one that is drawn when it is negative; a resumed run keeps the one in OUTPUT_DIR/config.yaml."""
+    if cfg.SEED >= 0:
+        return cfg.SEED
+    saved = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if resume and os.path.isfile(saved):
+        with open(saved) as f:
+            match = re.search(r"^SEED: (\d+)$", f.read(), flags=re.MULTILINE)
+        if match:
+            return int(match.group(1))
+    return comm.shared_random_seed()

@@ -1,0 +1,161 @@
+"""One training step: forward, backward, clipping, update; in mixed precision where the config says so."""
+
+import math
+import re
+import time
+from contextlib import nullcontext
+from typing import Any, Callable, ContextManager, Dict, Iterable, List, Optional, Sequence
+
+import numpy as np
+import torch
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from knet_d2.errors import ConfigError, NonFiniteError
+
+_STAGE_SUFFIX = re.compile(r"_s(\d+)$")
+
+
+def amp_dtype(enabled: bool, name: str, device: torch.device) -> Optional[torch.dtype]:
+    """The type of mixed precision (None = full precision); SOLVER.AMP.ENABLED and SOLVER.AMP.DTYPE are checked."""
+    if not enabled:
+        return None
+    types = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in types:
+        raise ConfigError(f'SOLVER.AMP.DTYPE is "{name}"; known are "float16" and "bfloat16".')
+    if name == "float16" and device.type != "cuda":
+        raise ConfigError(f'SOLVER.AMP.DTYPE "float16" needs a CUDA GPU; on "{device}" use "bfloat16".')
+    return types[name]
+
+
+class TrainStep(TrainerBase):
+    """What Detectron2's SimpleTrainer and AMPTrainer do, in one class that is the same for all its versions.
+
+    The randomness of a step (dropout) is a function of seed, iteration and rank, so that a resumed run repeats it.
+    When a loss or the gradient isn't finite, the update is not applied and :class:`NonFiniteError` is raised on
+    every rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_gradients: Callable[[Sequence[torch.Tensor]], torch.Tensor],
+        seed: int,
+        dtype: Optional[torch.dtype] = None,
+    ):
+        """
+        Args:
+            clip_gradients: clips in place and returns the gradients' total norm.
+            dtype: type of mixed precision; None = full precision.
+        """
+        super().__init__()
+        model.train()
+        self.model = model
+        self.optimizer = optimizer
+        self.data_loader: Iterable[List[Dict[str, Any]]] = ()
+        self._data_iterator = None
+        self._clip_gradients = clip_gradients
+        self._seed = seed
+        self._dtype = dtype
+        self._device = next(model.parameters()).device
+        self.grad_scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+
+    def run_step(self) -> None:
+        start = time.perf_counter()
+        if self._data_iterator is None:
+            self._data_iterator = iter(self.data_loader)
+        data = next(self._data_iterator)
+        data_time = time.perf_counter() - start
+
+        torch.manual_seed(step_seed(self._seed, self.iter, comm.get_rank()))
+        with self._autocast():
+            losses = self._forward(data)
+        self.optimizer.zero_grad()
+        self.grad_scaler.scale(sum(losses.values())).backward()
+        self.grad_scaler.unscale_(self.optimizer)
+        norm = self._clip_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
+
+        # one transfer for all numbers, after the backward pass was started
+        values = torch.stack([v.detach().float() for v in (*losses.values(), norm.to(self._device))]).tolist()
+        metrics = dict(zip([*losses, "grad_norm"], values))
+        self._check_finite(metrics, data)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        self._put_metrics(metrics, data_time)
+
+    def _autocast(self) -> ContextManager:
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=self._dtype)
+
+    def _forward(self, data: List[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
+        try:
+            losses = self.model(data)
+        except NonFiniteError as e:
+            raise NonFiniteError(f"{e} {self._where(_file_names(data))}") from e
+        return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
+
+    def _check_finite(self, metrics: Dict[str, float], data: List[Dict[str, Any]]) -> None:
+        """Raise on all ranks when a number of any rank isn't finite."""
+        checked = dict(metrics)
+        if self.grad_scaler.is_enabled():
+            checked.pop("grad_norm")  # the scaler skips such a step by itself and lowers its scale
+        bad = {name: value for name, value in checked.items() if not math.isfinite(value)}
+        found = [item for item in comm.all_gather((bad, _file_names(data) if bad else [])) if item[0]]
+        if not found:
+            return
+        terms = ", ".join(_describe_term(name, value) for name, value in found[0][0].items())
+        self.optimizer.zero_grad()
+        raise NonFiniteError(f"Not finite: {terms}. The step was not applied. {self._where(found[0][1])}")
+
+    def _where(self, files: Sequence[str]) -> str:
+        rates = sorted({group["lr"] for group in self.optimizer.param_groups}, reverse=True)
+        return (
+            f"Iteration {self.iter}, learning rate {', '.join(f'{r:g}' for r in rates)}, images: {', '.join(files)}. "
+            "The last checkpoint is intact; try a lower learning rate, gradient clipping or full precision."
+        )
+
+    def _put_metrics(self, metrics: Dict[str, float], data_time: float) -> None:
+        """Put the mean over ranks (data_time: the largest) into the event storage."""
+        gathered = comm.gather({**metrics, "data_time": data_time})
+        if not comm.is_main_process():
+            return
+        storage = get_event_storage()
+        storage.put_scalar("data_time", max(m["data_time"] for m in gathered))
+        mean = {name: sum(m[name] for m in gathered) / len(gathered) for name in metrics}
+        norm = mean.pop("grad_norm")
+        if math.isfinite(norm):
+            storage.put_scalar("grad_norm", norm)
+        if "total_loss" not in mean:
+            storage.put_scalar("total_loss", sum(mean.values()))
+        storage.put_scalars(**mean)
+
+    def state_dict(self) -> Dict[str, Any]:
+        state = super().state_dict()
+        state["optimizer"] = self.optimizer.state_dict()
+        state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        if state_dict.get("grad_scaler") and self.grad_scaler.is_enabled():
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def step_seed(seed: int, iteration: int, rank: int) -> int:
+    """A seed that differs for every (seed, iteration, rank) and depends on nothing else."""
+    return int(np.random.SeedSequence((seed, iteration, rank)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _file_names(data: List[Dict[str, Any]]) -> List[str]:
+    return [str(sample.get("file_name", "?")) for sample in data]
+
+
+def _describe_term(name: str, value: float) -> str:
+    stage = _STAGE_SUFFIX.search(name)
+    return f"{name} = {value}" + (f" (stage {stage.group(1)})" if stage else "")

@@ -1,0 +1,190 @@
+"""The trainer: Detectron2's DefaultTrainer with K-Net's data, optimiser, training step and exact resume."""
+
+import logging
+import os
+import weakref
+from collections import OrderedDict
+from typing import Any, Dict, List, Optional
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import DatasetEvaluators, verify_results
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage, EventWriter
+from torch import nn
+
+from knet_d2.checkpoint import Checkpointer
+from knet_d2.data import build_test_loader, build_train_loader
+from knet_d2.engine import optimizer as optim
+from knet_d2.engine.hooks import (
+    BestCheckpointer,
+    EvalHook,
+    FinishIteration,
+    LRScheduler,
+    MetricsHistory,
+    PeriodicCheckpointer,
+    PeriodicWriter,
+    PictureHook,
+)
+from knet_d2.engine.setup import resolve_seed
+from knet_d2.engine.train_step import TrainStep, amp_dtype
+from knet_d2.engine.writers import ConsoleWriter, MetricsWriter, TensorBoardWriter, cut_metrics
+from knet_d2.errors import CheckpointError, KNetError
+from knet_d2.evaluation import build_evaluators
+from knet_d2.visualization import draw_validation_pictures
+
+logger = logging.getLogger(__name__)
+
+_BEST_METRICS = {"instance": "segm/AP", "panoptic": "panoptic_seg/PQ", "semantic": "sem_seg/mIoU"}
+
+
+class Trainer(DefaultTrainer):
+    """Trains, evaluates, keeps checkpoints; a run that is resumed ends as one that was never interrupted."""
+
+    def __init__(self, cfg: CfgNode):
+        TrainerBase.__init__(self)  # DefaultTrainer's would start data loaders before it is known where to start
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        cfg.defrost()
+        cfg.SEED = resolve_seed(cfg)
+        cfg.freeze()
+        self.cfg = cfg
+        model = self.build_model(cfg)
+        device = next(model.parameters()).device
+        dtype = amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
+        optimizer = self.build_optimizer(cfg, model)
+        on_gpu = device.type == "cuda"
+        model = create_ddp_model(model, broadcast_buffers=False, **({} if on_gpu else {"device_ids": None}))
+        self._trainer = TrainStep(
+            model, optimizer, clip_gradients=optim.build_gradient_clipper(cfg), seed=cfg.SEED, dtype=dtype
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self._metrics_file = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
+        self._last_written = -1
+        self._last_eval_results: Optional[Dict[str, Any]] = None
+        self.register_hooks(self.build_hooks())
+
+    # What is built from the config.
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return optim.build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        return optim.build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0):
+        return build_train_loader(cfg, start_iter=start_iter)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None):
+        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        return DatasetEvaluators(build_evaluators(cfg, dataset_name, output_folder))
+
+    def build_hooks(self) -> List[HookBase]:
+        """See knet_d2.engine.hooks for what their order guarantees."""
+        cfg = self.cfg
+        before: List[HookBase] = [hooks.IterationTimer(), LRScheduler(), MetricsHistory()]
+        after: List[HookBase] = [EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate)]
+        if comm.is_main_process():
+            keep = cfg.SOLVER.CHECKPOINTS_TO_KEEP or None
+            before.append(PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=keep))
+            after.append(BestCheckpointer(self.checkpointer, best_metric(cfg), self._metrics_file))
+            if cfg.TEST.NUM_PICTURES and cfg.DATASETS.TEST:
+                after.append(PictureHook(cfg.TEST.EVAL_PERIOD, self._draw))
+            after.append(PeriodicWriter(self.build_writers, cfg.SOLVER.LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
+        return [*before, *after, FinishIteration(after, lambda: self._last_written == self.start_iter - 1)]
+
+    def build_writers(self) -> List[EventWriter]:
+        return [
+            ConsoleWriter(self.max_iter),
+            MetricsWriter(self._metrics_file, self._last_written),
+            TensorBoardWriter(self.cfg.OUTPUT_DIR, self.start_iter),
+        ]
+
+    def _evaluate(self) -> Dict[str, Any]:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
+
+    def _draw(self) -> Dict[str, Any]:
+        model = getattr(self.model, "module", self.model)
+        return draw_validation_pictures(self.cfg, model, self.cfg.TEST.NUM_PICTURES)
+
+    # The run.
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the last checkpoint in OUTPUT_DIR (with ``resume``, if there is one), or load MODEL.WEIGHTS."""
+        super().resume_or_load(resume=resume)
+        if not comm.is_main_process():
+            return
+        if resume:
+            self._last_written = cut_metrics(self._metrics_file, self.start_iter - 1)
+        elif os.path.isfile(self._metrics_file):
+            self._set_metrics_aside()
+
+    def _set_metrics_aside(self) -> None:
+        number = 1
+        while os.path.exists(earlier := f"{self._metrics_file[:-5]}_{number}.json"):
+            number += 1
+        os.replace(self._metrics_file, earlier)
+        logger.warning(f"{self.cfg.OUTPUT_DIR} holds an earlier run; its metrics are now {earlier}")
+
+    def train(self) -> Optional["OrderedDict[str, Any]"]:
+        """Train from ``start_iter`` to SOLVER.MAX_ITER.
+
+        Returns:
+            The results of the last evaluation, on the main process.
+        """
+        self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
+        logger.info(f"Training from iteration {self.start_iter} to {self.max_iter}")
+        self.iter = self.start_iter
+        with EventStorage(self.start_iter) as self.storage:
+            try:
+                self.before_train()
+                for self.iter in range(self.start_iter, self.max_iter):
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                self.iter = self.max_iter
+            except KNetError:
+                raise  # says all by itself
+            except Exception:
+                logger.exception(f"Training failed in iteration {self.iter}:")
+                raise
+            finally:
+                self.after_train()
+        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+            verify_results(self.cfg, self._last_eval_results)
+        return self._last_eval_results
+
+    def state_dict(self) -> Dict[str, Any]:
+        state = TrainerBase.state_dict(self)
+        state["_trainer"] = self._trainer.state_dict()
+        state["seed"] = self.cfg.SEED
+        return state
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        if "_trainer" not in state_dict:
+            raise CheckpointError(
+                f"The last checkpoint in {self.cfg.OUTPUT_DIR} has no optimiser state, so it can't be resumed; "
+                "start from it by MODEL.WEIGHTS and without --resume."
+            )
+        TrainerBase.load_state_dict(self, state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+        if state_dict.get("seed", self.cfg.SEED) != self.cfg.SEED:
+            logger.warning(f"SEED was {state_dict['seed']} and is now {self.cfg.SEED}: the run is not continued exactly.")
+
+
+def best_metric(cfg: CfgNode) -> str:
+    """Name of the scalar that decides on the best checkpoint: of the first test set, by task."""
+    metric = _BEST_METRICS[cfg.MODEL.KNET.TASK]
+    return metric if len(cfg.DATASETS.TEST) <= 1 else f"{cfg.DATASETS.TEST[0]}/{metric}"

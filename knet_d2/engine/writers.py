@@ -1,0 +1,154 @@
+"""Where the numbers of a run go: metrics.json, TensorBoard, and one line on the console."""
+
+import datetime
+import json
+import logging
+import os
+import re
+from typing import Any, Dict, List
+
+import torch
+from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
+
+from knet_d2.checkpoint import write_atomically
+
+WINDOW = 20  # iterations over which noisy numbers are smoothed (median), as Detectron2 does
+# Measured by the clock, so they differ from run to run: not in metrics.json.
+TIMINGS = ("time", "data_time", "rank_data_time", "eta_seconds")
+
+_LOSS_OF_STAGE = re.compile(r"^(loss_\w+?)_s(\d+)$")
+
+
+def cut_metrics(path: str, last_iteration: int) -> int:
+    """Remove what a metrics file holds from after ``last_iteration``, and a line that was not written whole.
+
+    Returns:
+        The last iteration that is kept; -1 when none is.
+    """
+    if not os.path.isfile(path):
+        return -1
+    kept: List[str] = []
+    kept_iteration = -1
+    with open(path) as f:
+        for line in f:
+            try:
+                iteration = json.loads(line)["iteration"]
+            except (ValueError, KeyError, TypeError):
+                break
+            if iteration > last_iteration or not line.endswith("\n"):
+                break
+            kept.append(line)
+            kept_iteration = iteration
+    write_atomically(path, lambda f: f.writelines(kept), mode="w")
+    return kept_iteration
+
+
+def read_metrics(path: str) -> List[Dict[str, Any]]:
+    """The records of a metrics file."""
+    if not os.path.isfile(path):
+        return []
+    with open(path) as f:
+        return [json.loads(line) for line in f]
+
+
+class MetricsWriter(EventWriter):
+    """Appends one JSON line per write: the iteration and all numbers that are new, without timings.
+
+    Two runs that compute the same write the same file.
+    """
+
+    def __init__(self, path: str, last_written: int = -1):
+        """
+        Args:
+            last_written: numbers of this iteration and earlier ones are in the file already.
+        """
+        self._file = open(path, "a")
+        self._last_written = last_written
+
+    def write(self) -> None:
+        storage = get_event_storage()
+        new = {
+            name: value
+            for name, (value, iteration) in storage.latest_with_smoothing_hint(WINDOW).items()
+            if iteration > self._last_written and name not in TIMINGS
+        }
+        if not new:
+            return
+        self._file.write(json.dumps({**new, "iteration": storage.iter}, sort_keys=True) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._last_written = storage.iter
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardWriter(EventWriter):
+    """Scalars and pictures for TensorBoard; the loss terms of a stage stand under one heading."""
+
+    def __init__(self, log_dir: str, start_iter: int = 0):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        # a resumed run hides what an earlier one wrote after its checkpoint
+        self._writer = SummaryWriter(log_dir, purge_step=start_iter or None)
+        self._last_written = start_iter - 1
+
+    def write(self) -> None:
+        storage = get_event_storage()
+        for name, (value, iteration) in storage.latest_with_smoothing_hint(WINDOW).items():
+            if iteration > self._last_written:
+                self._writer.add_scalar(scalar_tag(name), value, iteration)
+        self._last_written = storage.iter
+        # Detectron2's storage has no public getter; its own writer reads the same field
+        for name, image, iteration in storage._vis_data:
+            self._writer.add_image(name, image, iteration)
+        storage.clear_images()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def scalar_tag(name: str) -> str:
+    """TensorBoard's tag, heading/title: loss_mask_s2 -> stage 2/loss_mask; results (segm/AP) have a heading already."""
+    stage = _LOSS_OF_STAGE.match(name)
+    if stage:
+        return f"stage {stage.group(2)}/{stage.group(1)}" if stage.group(2) != "0" else f"static/{stage.group(1)}"
+    if "/" in name:
+        return name
+    return f"{'timing' if name in TIMINGS else 'training'}/{name}"
+
+
+class ConsoleWriter(EventWriter):
+    """One line on the console: time left, losses (each term summed over the stages), learning rate, memory."""
+
+    def __init__(self, max_iter: int):
+        self._max_iter = max_iter
+        self._logger = logging.getLogger(__name__)
+
+    def write(self) -> None:
+        storage = get_event_storage()
+        parts = [f"eta: {self._time_left(storage)}", f"iter: {storage.iter + 1}/{self._max_iter}"]
+        parts += [f"{name}: {value:.4g}" for name, value in self._losses(storage).items()]
+        for name in ("time", "data_time"):
+            if name in storage.histories():
+                parts.append(f"{name}: {storage.history(name).avg(WINDOW):.3g}")
+        if "lr" in storage.histories():
+            parts.append(f"lr: {storage.history('lr').latest():.4g}")
+        if torch.cuda.is_available():
+            parts.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
+        self._logger.info("  ".join(parts))
+
+    def _time_left(self, storage: EventStorage) -> str:
+        if "time" not in storage.histories():
+            return "?"
+        seconds = storage.history("time").median(1000) * (self._max_iter - storage.iter - 1)
+        return str(datetime.timedelta(seconds=int(seconds)))
+
+    def _losses(self, storage: EventStorage) -> Dict[str, float]:
+        losses: Dict[str, float] = {}
+        for name, history in storage.histories().items():
+            if "loss" in name:
+                stage = _LOSS_OF_STAGE.match(name)
+                term = stage.group(1) if stage else name
+                losses[term] = losses.get(term, 0.0) + history.median(WINDOW)
+        return dict(sorted(losses.items(), key=lambda item: item[0] != "total_loss"))

@@ -1,0 +1,17 @@
+"""Backbones; importing this registers their builders in Detectron2's BACKBONE_REGISTRY."""
+
+from .deform_conv import DeformConv2d
+from .fpn import add_fpn, build_knet_resnet_fpn_backbone, build_knet_swin_fpn_backbone
+from .resnet import build_knet_resnet_backbone, build_resnet
+from .swin import SwinTransformer, build_knet_swin_backbone
+
+__all__ = [
+    "DeformConv2d",
+    "SwinTransformer",
+    "add_fpn",
+    "build_knet_resnet_backbone",
+    "build_knet_resnet_fpn_backbone",
+    "build_knet_swin_backbone",
+    "build_knet_swin_fpn_backbone",
+    "build_resnet",
+]

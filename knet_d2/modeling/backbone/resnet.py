@@ -1,0 +1,208 @@
+"""ResNets in torchvision style: plain, dilated with the V1c stem, deformable.
+
+The modules and parameter names are Detectron2's; what its own builder has no room for is added here: batch norm
+in eval mode, the V1c stem, contracted dilation and deformable convolution without an extension.
+"""
+
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
+from fvcore.nn import weight_init
+from torch import nn
+
+from ...errors import ConfigError
+from ..norm import resolve_norm
+from .deform_conv import DeformConv2d
+
+BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+class DeepStem(CNNBlockBase):
+    """The stem of ResNet-V1c: three 3x3 convolutions, the first with stride 2, then max-pooling."""
+
+    def __init__(self, in_channels: int = 3, out_channels: int = 64, norm="BN"):
+        super().__init__(in_channels, out_channels, 4)
+        widths = [in_channels, out_channels // 2, out_channels // 2, out_channels]
+        for i, stride in enumerate((2, 1, 1)):
+            conv = Conv2d(
+                widths[i],
+                widths[i + 1],
+                kernel_size=3,
+                stride=stride,
+                padding=1,
+                bias=False,
+                norm=get_norm(norm, widths[i + 1]),
+                activation=F.relu_,
+            )
+            weight_init.c2_msra_fill(conv)
+            self.add_module(f"conv{i + 1}", conv)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] -> [B, C, ceil(H / 4), ceil(W / 4)]."""
+        x = self.conv3(self.conv2(self.conv1(x)))
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+
+
+STEMS = {"basic": BasicStem, "deeplab": DeepStem}
+
+
+class DeformBottleneck(BottleneckBlock):
+    """A bottleneck block whose 3x3 convolution is deformable."""
+
+    def __init__(self, *args, deform_modulated: bool = False, deform_num_groups: int = 1, **kwargs):
+        super().__init__(*args, **kwargs)
+        plain = self.conv2
+        self.conv2 = DeformConv2d(
+            plain.in_channels,
+            plain.out_channels,
+            plain.kernel_size,
+            stride=plain.stride,
+            padding=plain.padding,
+            dilation=plain.dilation,
+            groups=plain.groups,
+            bias=False,
+            norm=plain.norm,
+            modulated=deform_modulated,
+            offset_groups=deform_num_groups,
+        )
+        self.conv2.weight = plain.weight
+
+
+def contracted_dilations(num_blocks: int, dilation: int) -> List[int]:
+    """The dilation of each block of a stage: its first block, which would stride, has half of it."""
+    return [max(dilation // 2, 1)] + [dilation] * (num_blocks - 1)
+
+
+def build_resnet(
+    *,
+    depth: int,
+    in_channels: int = 3,
+    stem: str = "basic",
+    stem_channels: int = 64,
+    res2_channels: int = 256,
+    num_groups: int = 1,
+    width_per_group: int = 64,
+    norm="BN",
+    stride_in_1x1: bool = False,
+    dilations: Sequence[int] = (1, 1, 1, 1),
+    deformable: Sequence[bool] = (False, False, False, False),
+    deform_modulated: bool = False,
+    deform_num_groups: int = 1,
+    out_features: Optional[List[str]] = None,
+    freeze_at: int = 0,
+) -> ResNet:
+    """A Detectron2 ResNet.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        stem: "basic" (7x7 convolution) or "deeplab" (three 3x3 convolutions, V1c).
+        norm: what :func:`detectron2.layers.get_norm` takes.
+        dilations: of res2 .. res5; a dilated stage has stride 1, and contracted dilation.
+        deformable: whether the 3x3 convolutions of res2 .. res5 are deformable.
+        out_features, freeze_at: as of :class:`detectron2.modeling.backbone.resnet.ResNet`.
+    """
+    stages = []
+    channels, out_channels, bottleneck_channels = stem_channels, res2_channels, num_groups * width_per_group
+    for i, num_blocks in enumerate(BLOCKS_PER_STAGE[depth]):
+        stride = 1 if i == 0 or dilations[i] > 1 else 2
+        arguments = {
+            "num_blocks": num_blocks,
+            "in_channels": channels,
+            "out_channels": out_channels,
+            "stride_per_block": [stride] + [1] * (num_blocks - 1),
+            "norm": norm,
+        }
+        if depth >= 50:
+            arguments["bottleneck_channels"] = bottleneck_channels
+            arguments["num_groups"] = num_groups
+            arguments["stride_in_1x1"] = stride_in_1x1
+            arguments["dilation_per_block"] = contracted_dilations(num_blocks, dilations[i])
+        if deformable[i]:
+            arguments["deform_modulated"] = deform_modulated
+            arguments["deform_num_groups"] = deform_num_groups
+        stages.append(ResNet.make_stage(_block_class(depth, deformable[i]), **arguments))
+        channels, out_channels, bottleneck_channels = out_channels, out_channels * 2, bottleneck_channels * 2
+    for block in (block for stage in stages for block in stage):
+        _zero_last_norm(block)
+    return ResNet(
+        STEMS[stem](in_channels, stem_channels, norm), stages, out_features=out_features, freeze_at=freeze_at
+    )
+
+
+def _block_class(depth: int, deformable: bool) -> type:
+    if depth < 50:
+        return BasicBlock
+    return DeformBottleneck if deformable else BottleneckBlock
+
+
+def _zero_last_norm(block: nn.Module) -> None:
+    """Start a block as its shortcut; without that, a fresh ResNet with norms in eval mode explodes."""
+    norm = (block.conv2 if isinstance(block, BasicBlock) else block.conv3).norm
+    if norm is not None:
+        nn.init.zeros_(norm.weight)
+
+
+def _check_config(cfg: CfgNode) -> None:
+    """Raise ConfigError for what the builder below can't build."""
+    resnets = cfg.MODEL.RESNETS
+    if resnets.DEPTH not in BLOCKS_PER_STAGE:
+        raise ConfigError(f"MODEL.RESNETS.DEPTH = {resnets.DEPTH}: use one of {sorted(BLOCKS_PER_STAGE)}.")
+    if resnets.STEM_TYPE not in STEMS:
+        raise ConfigError(f"MODEL.RESNETS.STEM_TYPE = {resnets.STEM_TYPE!r}: use one of {sorted(STEMS)}.")
+    for key in ("RES4_DILATION", "RES5_DILATION"):
+        if resnets[key] < 1:
+            raise ConfigError(f"MODEL.RESNETS.{key} = {resnets[key]}: a dilation is at least 1.")
+    if len(resnets.DEFORM_ON_PER_STAGE) != 4:
+        raise ConfigError(
+            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE = {resnets.DEFORM_ON_PER_STAGE}: give four values, for res2 to res5."
+        )
+    unknown = set(resnets.OUT_FEATURES) - {"stem", "res2", "res3", "res4", "res5"}
+    if unknown or not resnets.OUT_FEATURES:
+        raise ConfigError(f"MODEL.RESNETS.OUT_FEATURES = {resnets.OUT_FEATURES}: use stem and res2 to res5.")
+    if resnets.DEPTH < 50:
+        _check_basic_blocks(resnets)
+
+
+def _check_basic_blocks(resnets: CfgNode) -> None:
+    """The blocks of ResNet-18 and 34 know neither dilation nor groups nor deformation, and keep res2's width."""
+    required: Dict[str, Tuple] = {
+        "RES2_OUT_CHANNELS": (64,),
+        "NUM_GROUPS": (1,),
+        "RES4_DILATION": (1,),
+        "RES5_DILATION": (1,),
+        "DEFORM_ON_PER_STAGE": ([False] * 4, (False,) * 4),
+    }
+    for key, allowed in required.items():
+        if resnets[key] not in allowed:
+            raise ConfigError(
+                f"MODEL.RESNETS.{key} = {resnets[key]} does not go with DEPTH = {resnets.DEPTH}: set {allowed[0]}."
+            )
+
+
+@BACKBONE_REGISTRY.register()
+def build_knet_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """A ResNet as MODEL.RESNETS describes it; gives MODEL.RESNETS.OUT_FEATURES."""
+    _check_config(cfg)
+    resnets = cfg.MODEL.RESNETS
+    return build_resnet(
+        depth=resnets.DEPTH,
+        in_channels=input_shape.channels,
+        stem=resnets.STEM_TYPE,
+        stem_channels=resnets.STEM_OUT_CHANNELS,
+        res2_channels=resnets.RES2_OUT_CHANNELS,
+        num_groups=resnets.NUM_GROUPS,
+        width_per_group=resnets.WIDTH_PER_GROUP,
+        norm=resolve_norm(resnets.NORM),
+        stride_in_1x1=resnets.STRIDE_IN_1X1,
+        dilations=(1, 1, resnets.RES4_DILATION, resnets.RES5_DILATION),
+        deformable=resnets.DEFORM_ON_PER_STAGE,
+        deform_modulated=resnets.DEFORM_MODULATED,
+        deform_num_groups=resnets.DEFORM_NUM_GROUPS,
+        out_features=resnets.OUT_FEATURES,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+    )

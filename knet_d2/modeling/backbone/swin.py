@@ -1,0 +1,320 @@
+"""Swin transformer (Liu et al., arXiv 2103.14030) as a backbone for images of any size.
+
+Shapes: B images, C channels, H x W positions, w window size, L = w * w, N windows of an image, h heads.
+"""
+
+from typing import Dict, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import Backbone
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+from ...errors import ConfigError
+
+STAGES = ("res2", "res3", "res4", "res5")
+PATCH_SIZE = 4
+# Added to the attention logits of positions that are neighbours only because the map was rolled.
+MASKED_LOGIT = -100.0
+
+
+def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """[B, H, W, C] with zeros added at the bottom and right until H and W are multiples."""
+    bottom, right = -x.shape[1] % multiple, -x.shape[2] % multiple
+    return F.pad(x, (0, 0, 0, right, 0, bottom))
+
+
+def window_partition(x: torch.Tensor, window_size: int) -> torch.Tensor:
+    """[B, H, W, C] -> [B * N, L, C], windows in row-major order; H and W are multiples of the window size."""
+    batch, height, width, channels = x.shape
+    rows, columns = height // window_size, width // window_size
+    x = x.view(batch, rows, window_size, columns, window_size, channels).transpose(2, 3)
+    return x.reshape(batch * rows * columns, window_size * window_size, channels)
+
+
+def window_merge(windows: torch.Tensor, window_size: int, height: int, width: int) -> torch.Tensor:
+    """The inverse of :func:`window_partition`: [B * N, L, C] -> [B, H, W, C]."""
+    rows, columns = height // window_size, width // window_size
+    x = windows.view(-1, rows, columns, window_size, window_size, windows.shape[-1]).transpose(2, 3)
+    return x.reshape(-1, height, width, windows.shape[-1])
+
+
+def relative_position_index(window_size: int) -> torch.Tensor:
+    """[L, L]: the row of the bias table for query i and key j, which depends on their displacement only."""
+    y, x = (p.flatten() for p in torch.meshgrid(*[torch.arange(window_size)] * 2, indexing="ij"))
+    dy = y[:, None] - y[None, :] + window_size - 1
+    dx = x[:, None] - x[None, :] + window_size - 1
+    return dy * (2 * window_size - 1) + dx
+
+
+def shifted_window_mask(
+    height: int, width: int, window_size: int, shift: int, device: Optional[torch.device] = None
+) -> torch.Tensor:
+    """What to add to the attention logits in windows of a rolled map.
+
+    Rolling by -shift brings the first rows and columns to the end, so that the last windows hold up to four
+    regions that are far apart in the image.
+
+    Returns:
+        [N, L, L]: 0 within a region, MASKED_LOGIT between two.
+    """
+
+    def regions(length: int) -> torch.Tensor:
+        position = torch.arange(length, device=device)
+        return (position >= length - window_size).int() + (position >= length - shift).int()
+
+    region = 3 * regions(height)[:, None] + regions(width)[None, :]
+    region = window_partition(region[None, :, :, None], window_size)[..., 0]
+    return (region[:, :, None] != region[:, None, :]) * MASKED_LOGIT
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention within windows, with a learned bias per displacement and head."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_buffer("relative_position_index", relative_position_index(window_size), persistent=False)
+
+    def forward(self, windows: torch.Tensor, mask: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """
+        Args:
+            windows: [B * N, L, C].
+            mask: [N, L, L], added to the logits of every image's windows and every head.
+
+        Returns:
+            [B * N, L, C].
+        """
+        num_windows, length, dim = windows.shape
+        qkv = self.qkv(windows).view(num_windows, length, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
+        if mask is not None:
+            bias = (bias + mask[:, None]).repeat(num_windows // mask.shape[0], 1, 1, 1)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        return self.proj(out.transpose(1, 2).reshape(num_windows, length, dim))
+
+
+class SwinBlock(nn.Module):
+    """Window attention and a two-layer MLP, each after a layer norm and with a residual."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, shift: int, mlp_ratio: float, drop_path: float):
+        """
+        Args:
+            shift: by how many positions the map is rolled before it is cut into windows; 0 = not at all.
+            drop_path: probability with which a residual branch is left out for an image in training.
+        """
+        super().__init__()
+        self.window_size = window_size
+        self.shift = shift
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = WindowAttention(dim, num_heads, window_size)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, int(dim * mlp_ratio)), nn.GELU(), nn.Linear(int(dim * mlp_ratio), dim))
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x: torch.Tensor, shift_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: [B, H, W, C].
+            shift_mask: [N, L, L], of the padded map; used if this block shifts.
+
+        Returns:
+            [B, H, W, C].
+        """
+        x = x + self.drop_path(self._attend(self.norm1(x), shift_mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def _attend(self, x: torch.Tensor, shift_mask: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[1:3]
+        x = pad_to_multiple(x, self.window_size)
+        padded_height, padded_width = x.shape[1:3]
+        if self.shift:
+            x = x.roll((-self.shift, -self.shift), dims=(1, 2))
+        windows = window_partition(x, self.window_size)
+        windows = self.attention(windows, shift_mask if self.shift else None)
+        x = window_merge(windows, self.window_size, padded_height, padded_width)
+        if self.shift:
+            x = x.roll((self.shift, self.shift), dims=(1, 2))
+        return x[:, :height, :width]
+
+
+class PatchMerging(nn.Module):
+    """Halves the resolution: 2x2 neighbours become one position with twice the channels."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), 2 C]."""
+        x = pad_to_multiple(x, 2)
+        batch, height, width, channels = x.shape
+        # channel-major, the neighbours in row-major order: as OpenMMLab's checkpoints have it (not the Swin release's)
+        x = x.view(batch, height // 2, 2, width // 2, 2, channels).permute(0, 1, 3, 5, 2, 4).flatten(3)
+        return self.reduction(self.norm(x))
+
+
+class SwinStage(nn.Module):
+    """Blocks at one resolution, every second one with shifted windows; merging, if any, comes first."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        mlp_ratio: float,
+        drop_paths: Sequence[float],
+        merge_from: Optional[int] = None,
+    ):
+        """
+        Args:
+            drop_paths: the drop path probability of each block.
+            merge_from: channels of the stage before, whose output is merged; None for the first stage.
+        """
+        super().__init__()
+        self.window_size = window_size
+        self.shift = window_size // 2
+        self.merging = None if merge_from is None else PatchMerging(merge_from)
+        self.blocks = nn.ModuleList(
+            SwinBlock(dim, num_heads, window_size, self.shift * (i % 2), mlp_ratio, drop_path)
+            for i, drop_path in enumerate(drop_paths)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, H, W, C] -> [B, H', W', C']."""
+        if self.merging is not None:
+            x = self.merging(x)
+        height, width = (length + -length % self.window_size for length in x.shape[1:3])
+        mask = shifted_window_mask(height, width, self.window_size, self.shift, x.device)
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+class PatchEmbedding(nn.Module):
+    """4x4 patches to vectors: a convolution and a layer norm."""
+
+    def __init__(self, in_channels: int, dim: int):
+        super().__init__()
+        self.projection = nn.Conv2d(in_channels, dim, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] -> [B, ceil(H / 4), ceil(W / 4), C]."""
+        bottom, right = -image.shape[2] % PATCH_SIZE, -image.shape[3] % PATCH_SIZE
+        x = self.projection(F.pad(image, (0, right, 0, bottom)))
+        return self.norm(x.permute(0, 2, 3, 1))
+
+
+class SwinTransformer(Backbone):
+    """A Swin transformer that gives "res2" .. "res5" at strides 4, 8, 16, 32, each after a layer norm of its own."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        embed_dim: int,
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        out_features: Sequence[str] = STAGES,
+        freeze_at: int = 0,
+    ):
+        """
+        Args:
+            embed_dim: channels of the first stage; each later one has twice as many.
+            depths, num_heads: of each stage.
+            drop_path_rate: drop path probability of the last block; it grows linearly from 0 in the first.
+            out_features: names of the stages that are returned; later stages are not built.
+            freeze_at: 1 freezes the patch embedding, 2 also the first stage, and so on.
+        """
+        super().__init__()
+        num_stages = max(STAGES.index(name) for name in out_features) + 1
+        self._out_features = [name for name in STAGES if name in out_features]
+        self._out_feature_channels = {name: embed_dim * 2**i for i, name in enumerate(STAGES)}
+        self._out_feature_strides = {name: PATCH_SIZE * 2**i for i, name in enumerate(STAGES)}
+
+        drop_paths = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
+        self.patch_embed = PatchEmbedding(in_channels, embed_dim)
+        self.stages = nn.ModuleList(
+            SwinStage(
+                embed_dim * 2**i,
+                num_heads[i],
+                window_size,
+                mlp_ratio,
+                drop_paths[i].tolist(),
+                merge_from=embed_dim * 2 ** (i - 1) if i > 0 else None,
+            )
+            for i in range(num_stages)
+        )
+        self.out_norms = nn.ModuleDict({n: nn.LayerNorm(self._out_feature_channels[n]) for n in self._out_features})
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in [self.patch_embed, *self.stages][:freeze_at]:
+            module.requires_grad_(False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict:
+        swin = cfg.MODEL.SWIN
+        _check_config(swin)
+        return {
+            "in_channels": input_shape.channels,
+            "embed_dim": swin.EMBED_DIM,
+            "depths": swin.DEPTHS,
+            "num_heads": swin.NUM_HEADS,
+            "window_size": swin.WINDOW_SIZE,
+            "mlp_ratio": swin.MLP_RATIO,
+            "drop_path_rate": swin.DROP_PATH_RATE,
+            "out_features": swin.OUT_FEATURES,
+            "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+        }
+
+    def forward(self, image: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """[B, 3, H, W] -> {name: [B, C, ceil(H / stride), ceil(W / stride)]}."""
+        x = self.patch_embed(image)
+        outputs = {}
+        for name, stage in zip(STAGES, self.stages):
+            x = stage(x)
+            if name in self._out_features:
+                outputs[name] = self.out_norms[name](x).permute(0, 3, 1, 2).contiguous()
+        return outputs
+
+
+def _check_config(swin: CfgNode) -> None:
+    """Raise ConfigError for numbers that don't make a Swin transformer."""
+    unknown = [name for name in swin.OUT_FEATURES if name not in STAGES]
+    if unknown or not swin.OUT_FEATURES:
+        raise ConfigError(f"MODEL.SWIN.OUT_FEATURES = {swin.OUT_FEATURES}: use names of {list(STAGES)}.")
+    for key in ("DEPTHS", "NUM_HEADS"):
+        if len(swin[key]) != len(STAGES):
+            raise ConfigError(f"MODEL.SWIN.{key} = {swin[key]}: give {len(STAGES)} numbers, one per stage.")
+    for i, heads in enumerate(swin.NUM_HEADS):
+        if heads < 1 or swin.EMBED_DIM * 2**i % heads:
+            raise ConfigError(
+                f"MODEL.SWIN.NUM_HEADS = {swin.NUM_HEADS}: {heads} heads do not divide "
+                f"the {swin.EMBED_DIM * 2**i} channels of {STAGES[i]} (MODEL.SWIN.EMBED_DIM = {swin.EMBED_DIM})."
+            )
+    if not 0 <= swin.DROP_PATH_RATE < 1:
+        raise ConfigError(f"MODEL.SWIN.DROP_PATH_RATE = {swin.DROP_PATH_RATE}: give a probability below 1.")
+
+
+@BACKBONE_REGISTRY.register()
+def build_knet_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SwinTransformer:
+    """A Swin transformer as MODEL.SWIN describes it."""
+    return SwinTransformer(cfg, input_shape)

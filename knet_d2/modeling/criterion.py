@@ -1,0 +1,253 @@
+"""K-Net's training objective for every bank of kernels (paper, Sec. 3.4)."""
+
+from typing import Dict, List, NamedTuple, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.utils import comm
+from torch import nn
+
+from ..structures import KernelBank, KernelState, Match, StageOutput, Targets
+from .losses import dice_loss, focal_loss, kernel_cross_entropy, mask_loss
+from .matcher import HungarianMatcher, Prediction
+from .precision import full_precision, no_autocast
+from .resize import upsample_masks
+
+
+class LossWeights(NamedTuple):
+    """Weight of every term; a term of weight 0 is not computed."""
+
+    class_: float
+    mask: float
+    dice: float
+    rank: float
+    dense: float
+    auxiliary: float
+
+
+# Pixels of the rank target that no kernel owns; an index that no kernel has
+UNOWNED = -1
+
+
+class Positives(NamedTuple):
+    """The P kernels of a batch that have something to segment, ordered by image, then by kernel.
+
+    Attributes:
+        counts: number of positive kernels of each image; they sum to P.
+        images, kernels: int64 [P].
+        classes: int64 [P].
+        masks: [P, h, w].
+    """
+
+    counts: List[int]
+    images: torch.Tensor
+    kernels: torch.Tensor
+    classes: torch.Tensor
+    masks: torch.Tensor
+
+
+class KNetCriterion(nn.Module):
+    """Losses of the static kernels (stage 0) and of every update stage (1 to S).
+
+    The set of keys depends on the configuration alone, never on what a batch holds.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        bank: KernelBank,
+        matcher: HungarianMatcher,
+        weights: LossWeights,
+        focal_alpha: float,
+        focal_gamma: float,
+        ignore_value: int,
+    ):
+        super().__init__()
+        self.bank = bank
+        self.matcher = matcher
+        self.weights = weights
+        self.focal = {"alpha": focal_alpha, "gamma": focal_gamma}
+        self.ignore_value = ignore_value
+        self.register_buffer("class_mask", bank.class_mask(), persistent=False)
+        kernel_of_class = torch.full((bank.num_classes,), -1)
+        kernel_of_class[bank.fixed_class_ids] = torch.arange(bank.num_matched, bank.num_kernels)
+        self.register_buffer("kernel_of_class", kernel_of_class, persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg, bank: KernelBank):
+        loss, matcher = cfg.MODEL.KNET.LOSS, cfg.MODEL.KNET.MATCHER
+        matched = bank.num_matched > 0
+        return {
+            "bank": bank,
+            "matcher": HungarianMatcher(
+                class_weight=matcher.CLASS_WEIGHT,
+                mask_weight=matcher.MASK_WEIGHT,
+                dice_weight=matcher.DICE_WEIGHT,
+                focal_alpha=loss.FOCAL_ALPHA,
+                focal_gamma=loss.FOCAL_GAMMA,
+            ),
+            "weights": LossWeights(
+                class_=loss.CLASS_WEIGHT if matched else 0.0,
+                mask=loss.MASK_WEIGHT if matched else 0.0,
+                dice=loss.DICE_WEIGHT if matched else 0.0,
+                rank=loss.RANK_WEIGHT,
+                dense=loss.DENSE_WEIGHT if matched else 0.0,
+                auxiliary=loss.AUXILIARY_WEIGHT,
+            ),
+            "focal_alpha": loss.FOCAL_ALPHA,
+            "focal_gamma": loss.FOCAL_GAMMA,
+            "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+        }
+
+    def forward(
+        self,
+        state: KernelState,
+        stages: Sequence[StageOutput],
+        targets: Sequence[Targets],
+        auxiliary_logits: Optional[torch.Tensor] = None,
+    ) -> Dict[str, torch.Tensor]:
+        """
+        Args:
+            state: the static kernels.
+            stages: predictions of the S update stages.
+            targets: ground truth of every image.
+            auxiliary_logits: the auxiliary head's [B, K, h, w], if there is one.
+
+        Returns:
+            "loss_<term>_s<stage>" -> weighted scalar, and "loss_auxiliary".
+        """
+        with no_autocast(state.feature):
+            if self.bank.num_matched:
+                losses = self._matched_losses(state, stages, targets)
+            else:
+                losses = self._semantic_losses(state, stages, targets)
+            if auxiliary_logits is not None:
+                loss = kernel_cross_entropy(full_precision(auxiliary_logits), _labels(targets), self.ignore_value)
+                losses["loss_auxiliary"] = self.weights.auxiliary * loss
+        return losses
+
+    # Semantic: every kernel is its class, so that the label map is the target of the cross entropy over kernels
+
+    def _semantic_losses(self, state, stages, targets) -> Dict[str, torch.Tensor]:
+        labels = _labels(targets)
+        all_logits = [full_precision(state.mask_logits), *(stage.mask_logits for stage in stages)]
+        return {
+            f"loss_rank_s{i}": self.weights.rank * kernel_cross_entropy(logits, labels, self.ignore_value)
+            for i, logits in enumerate(all_logits)
+        }
+
+    # Instance and panoptic
+
+    def _matched_losses(self, state, stages, targets) -> Dict[str, torch.Tensor]:
+        num_matched = self.bank.num_matched
+        static_masks = upsample_masks(full_precision(state.mask_logits[:, :num_matched]))
+        stage_masks = [upsample_masks(stage.mask_logits) for stage in stages]
+        matches = self._match(static_masks, stage_masks, stages, targets)
+
+        losses = self._mask_losses(static_masks, self._positives(matches[0], targets, with_stuff=False), stage=0)
+        semantic_logits = upsample_masks(full_precision(state.semantic_logits))
+        losses["loss_dense_s0"] = self._dense_loss(semantic_logits, matches[0], targets)
+        for i, (stage, masks) in enumerate(zip(stages, stage_masks), start=1):
+            # A stage answers for the instances that its input kernels were matched to
+            positives = self._positives(matches[i - 1], targets, with_stuff=True)
+            losses[f"loss_class_s{i}"] = self._class_loss(stage.class_logits, positives)
+            losses.update(self._mask_losses(masks, positives, stage=i))
+        return losses
+
+    def _match(self, static_masks, stage_masks, stages, targets) -> List[List[Match]]:
+        """Matches of the static kernels and of all stages but the last one, which no loss needs."""
+        num_matched, num_things = self.bank.num_matched, self.bank.num_things
+        predictions = [[Prediction(masks, None) for masks in static_masks]]
+        for stage, masks in list(zip(stages, stage_masks))[:-1]:
+            class_logits = stage.class_logits[:, :num_matched, :num_things]
+            predictions.append([Prediction(*item) for item in zip(masks[:, :num_matched], class_logits)])
+        return self.matcher.match(predictions, [t.classes for t in targets], [t.masks for t in targets])
+
+    def _positives(self, matches: Sequence[Match], targets: Sequence[Targets], *, with_stuff: bool) -> Positives:
+        counts, images, kernels, classes, masks = [], [], [], [], []
+        for b, ((matched, instances), target) in enumerate(zip(matches, targets)):
+            image_kernels, image_classes = [matched], [target.classes[instances]]
+            masks.append(target.masks[instances])
+            if with_stuff:
+                image_kernels.append(self.kernel_of_class[target.stuff_classes])
+                image_classes.append(target.stuff_classes)
+                masks.append(target.stuff_masks)
+            kernels.extend(image_kernels)
+            classes.extend(image_classes)
+            counts.append(sum(map(len, image_kernels)))
+            images.append(matched.new_full((counts[-1],), b))
+        return Positives(counts, *map(torch.cat, (images, kernels, classes, masks)))
+
+    def _class_loss(self, logits: torch.Tensor, positives: Positives) -> torch.Tensor:
+        one_hot = torch.zeros_like(logits)
+        one_hot[positives.images, positives.kernels, positives.classes] = 1
+        total = focal_loss(logits, one_hot, self.class_mask.to(logits.dtype), **self.focal)
+        return self.weights.class_ * total / average_over_ranks(len(positives.kernels), logits).clamp(min=1)
+
+    def _mask_losses(self, mask_logits: torch.Tensor, positives: Positives, stage: int) -> Dict[str, torch.Tensor]:
+        losses = {}
+        logits = mask_logits[positives.images, positives.kernels]
+        if self.weights.mask:
+            losses[f"loss_mask_s{stage}"] = self.weights.mask * mask_loss(logits, positives.masks)
+        if self.weights.dice:
+            losses[f"loss_dice_s{stage}"] = self.weights.dice * dice_loss(logits, positives.masks)
+        if self.weights.rank:
+            loss = kernel_cross_entropy(mask_logits, rank_targets(positives), UNOWNED)
+            losses[f"loss_rank_s{stage}"] = self.weights.rank * loss
+        return losses
+
+    def _dense_loss(self, logits: torch.Tensor, matches: Sequence[Match], targets: Sequence[Targets]) -> torch.Tensor:
+        background = self.bank.num_classes
+        labels = torch.stack([dense_labels(*item, background) for item in zip(targets, matches)])
+        one_hot = F.one_hot(labels, background + 1)[..., :background].permute(0, 3, 1, 2).to(logits.dtype)
+        total = focal_loss(logits, one_hot, logits.new_ones(()), **self.focal)
+        return self.weights.dense * total / (labels != background).sum().clamp(min=1)
+
+
+def average_over_ranks(value: float, like: torch.Tensor) -> torch.Tensor:
+    """Mean of a number over all processes, as a scalar of the given tensor's type and device."""
+    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(value)
+        value = value / comm.get_world_size()
+    return value
+
+
+def last_nonzero(masks: torch.Tensor, values: torch.Tensor, background: int) -> torch.Tensor:
+    """Value of the last mask that is above 0 at each pixel.
+
+    Args:
+        masks: [P, h, w], painted in this order, each over the ones before.
+        values: int64 [P].
+        background: value where no mask is.
+
+    Returns:
+        int64 [h, w].
+    """
+    order = torch.arange(1, len(masks) + 1, device=masks.device)
+    last = torch.where(masks > 0, order[:, None, None], 0)
+    last = torch.cat([last.new_zeros(1, *masks.shape[1:]), last]).amax(dim=0)
+    return torch.cat([values.new_full((1,), background), values])[last]
+
+
+def rank_targets(positives: Positives) -> torch.Tensor:
+    """The kernel that owns each pixel: int64 [B, h, w]; where several are positive the last one wins."""
+    masks, kernels = positives.masks.split(positives.counts), positives.kernels.split(positives.counts)
+    return torch.stack([last_nonzero(*item, background=UNOWNED) for item in zip(masks, kernels)])
+
+
+def dense_labels(targets: Targets, match: Match, background: int) -> torch.Tensor:
+    """Class of every pixel for the static semantic logits: int64 [h, w].
+
+    Stuff is painted first, the matched things over it in the order of their kernels; the rest is background.
+    """
+    _, instances = match
+    masks = torch.cat([targets.stuff_masks, targets.masks[instances]])
+    classes = torch.cat([targets.stuff_classes, targets.classes[instances]])
+    return last_nonzero(masks, classes, background)
+
+
+def _labels(targets: Sequence[Targets]) -> torch.Tensor:
+    return torch.stack([target.sem_seg for target in targets])

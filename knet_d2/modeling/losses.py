@@ -1,0 +1,50 @@
+"""The terms of K-Net's loss, as pure functions of tensors (paper, Sec. 3.4).
+
+All of them return a sum or mean that is 0, and still part of the graph, where there is nothing to compare.
+"""
+
+import torch
+import torch.nn.functional as F
+from torchvision.ops import sigmoid_focal_loss
+
+# Keeps the dice coefficient of two empty masks defined; part of the official numbers
+DICE_EPS = 1e-3
+
+
+def focal_loss(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, *, alpha: float, gamma: float
+) -> torch.Tensor:
+    """Weighted sum of the sigmoid focal loss; all arguments broadcast to one shape."""
+    return (sigmoid_focal_loss(logits, targets, alpha=alpha, gamma=gamma) * weights).sum()
+
+
+def mask_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross entropy, mean over all pixels of all masks: both [P, h, w], soft targets allowed."""
+    total = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+    return total / max(logits.numel(), 1)
+
+
+def dice_coefficient(intersection: torch.Tensor, area_a: torch.Tensor, area_b: torch.Tensor) -> torch.Tensor:
+    """2 |a b| / (|a|^2 + |b|^2) from sums of products; areas are sums of squares."""
+    return 2 * intersection / (area_a + DICE_EPS + area_b + DICE_EPS)
+
+
+def dice_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """1 - dice, mean over the P masks: both [P, h, w]."""
+    probs, targets = logits.sigmoid().flatten(1), targets.flatten(1)
+    dice = dice_coefficient((probs * targets).sum(1), probs.square().sum(1), targets.square().sum(1))
+    return (1 - dice).sum() / max(len(dice), 1)
+
+
+def kernel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, ignore_value: int) -> torch.Tensor:
+    """Cross entropy over the kernels at every pixel: the rank loss, and the loss of semantic segmentation.
+
+    Args:
+        logits: [B, N, H, W]; resized bilinearly to the targets' size where that differs.
+        targets: int64 [B, h, w], index of the kernel that owns the pixel, or ignore_value.
+        ignore_value: such pixels cost 0, but count in the mean.
+    """
+    if logits.shape[-2:] != targets.shape[-2:]:
+        logits = F.interpolate(logits, targets.shape[-2:], mode="bilinear", align_corners=False)
+    total = F.cross_entropy(logits, targets, ignore_index=ignore_value, reduction="sum")
+    return total / max(targets.numel(), 1)

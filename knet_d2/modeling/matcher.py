@@ -1,0 +1,113 @@
+"""One-to-one matching of kernels and instances (paper, Sec. 3.4)."""
+
+from typing import Dict, List, NamedTuple, Optional, Sequence
+
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from ..errors import NonFiniteError
+from ..structures import Match
+from .losses import dice_coefficient
+
+
+class Prediction(NamedTuple):
+    """What one stage predicts for one image's matched kernels.
+
+    Attributes:
+        mask_logits: [N, h, w], at the targets' resolution.
+        class_logits: [N, T] for the T thing classes, or None where classes don't enter the cost.
+    """
+
+    mask_logits: torch.Tensor
+    class_logits: Optional[torch.Tensor]
+
+
+def focal_cost(class_logits: torch.Tensor, classes: torch.Tensor, *, alpha: float, gamma: float) -> torch.Tensor:
+    """What the focal loss would change if a kernel were given an instance's class: [N, T], [G] -> [N, G]."""
+    eps = 1e-12
+    probs = class_logits.sigmoid()
+    positive = -(probs + eps).log() * alpha * (1 - probs) ** gamma
+    negative = -(1 - probs + eps).log() * (1 - alpha) * probs**gamma
+    return (positive - negative)[:, classes]
+
+
+def mask_costs(probs: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
+    """Negative pixel agreement ("mask") and negative dice ("dice"): [N, h, w], [G, h, w] -> [N, G] each."""
+    probs, targets = probs.flatten(1), targets.flatten(1)
+    intersection = probs @ targets.T
+    num_pixels = probs.shape[1]
+    # mean of p t + (1 - p)(1 - t), from sums that exist anyway
+    agreement = 2 * intersection - probs.sum(1)[:, None] - targets.sum(1)[None, :] + num_pixels
+    dice = dice_coefficient(intersection, probs.square().sum(1)[:, None], targets.square().sum(1)[None, :])
+    return {"mask": -agreement / num_pixels, "dice": -dice}
+
+
+class HungarianMatcher:
+    """Minimise the sum of class, mask and dice costs over one-to-one assignments."""
+
+    def __init__(
+        self,
+        *,
+        class_weight: float = 2.0,
+        mask_weight: float = 1.0,
+        dice_weight: float = 4.0,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+    ):
+        self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight}
+        self.focal_alpha = focal_alpha
+        self.focal_gamma = focal_gamma
+
+    def cost_terms(
+        self, prediction: Prediction, classes: torch.Tensor, masks: torch.Tensor
+    ) -> Dict[str, torch.Tensor]:
+        """Weighted cost terms of one image: name -> [N, G]."""
+        terms = mask_costs(prediction.mask_logits.sigmoid(), masks)
+        if prediction.class_logits is not None:
+            terms["class"] = focal_cost(
+                prediction.class_logits, classes, alpha=self.focal_alpha, gamma=self.focal_gamma
+            )
+        return {name: self.weights[name] * cost for name, cost in terms.items()}
+
+    @torch.no_grad()
+    def match(
+        self, stages: Sequence[Sequence[Prediction]], classes: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
+    ) -> List[List[Match]]:
+        """Match all stages of all images, with one transfer to the CPU.
+
+        Args:
+            stages: per stage, per image: what is matched. Stage 0 are the static kernels.
+            classes: per image: int64 [G].
+            masks: per image: [G, h, w].
+
+        Returns:
+            per stage, per image: the matches, min(N, G) many.
+
+        Raises:
+            NonFiniteError: naming term, stage and image.
+        """
+        costs = [
+            [sum(self.cost_terms(*arguments).values()) for arguments in zip(images, classes, masks)]
+            for images in stages
+        ]
+        flat = torch.cat([cost.flatten() for images in costs for cost in images]).cpu()
+        if not flat.isfinite().all():
+            self._raise_non_finite(stages, classes, masks)
+        sizes = [cost.numel() for images in costs for cost in images]
+        pieces = iter(flat.split(sizes))
+        return [[_assign(next(pieces).reshape(cost.shape), cost.device) for cost in images] for images in costs]
+
+    def _raise_non_finite(self, stages, classes, masks) -> None:
+        for s, images in enumerate(stages):
+            for b, arguments in enumerate(zip(images, classes, masks)):
+                for name, cost in self.cost_terms(*arguments).items():
+                    if not cost.isfinite().all():
+                        raise NonFiniteError(
+                            f"The {name} cost of stage {s} is not finite for image {b} of the batch: the network's "
+                            "predictions are NaN or infinite. Lower SOLVER.BASE_LR, or check that image."
+                        )
+
+
+def _assign(cost: torch.Tensor, device: torch.device) -> Match:
+    kernels, instances = linear_sum_assignment(cost.numpy())
+    return torch.as_tensor(kernels, device=device), torch.as_tensor(instances, device=device)

@@ -1,0 +1,179 @@
+"""Static kernels for instance and panoptic segmentation: semantic FPN and learned kernels (paper, Sec. 3.3)."""
+
+import math
+from typing import Dict, List
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from torch import nn
+
+from ...errors import ConfigError
+from ...structures import KernelBank, KernelState
+from ..kernel_update import gather_group_features
+from ..norm import resolve_norm
+from ..position_encoding import coordinate_channels, sine_position_encoding
+from ..precision import full_precision, no_autocast
+from ..update_head import PRIOR_PROBABILITY
+
+POSITION_ENCODINGS = ("sine", "coordinates", "none")
+
+
+def _conv_norm_relu(in_channels: int, out_channels: int, norm: str, *, kernel_size: int = 3, stride: int = 1) -> Conv2d:
+    return Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=kernel_size // 2,
+        bias=not norm,
+        norm=get_norm(resolve_norm(norm), out_channels),
+        activation=F.relu,
+    )
+
+
+class SemanticFPN(nn.Module):
+    """Bring all FPN levels to one stride by convolutions and bilinear up-sampling, and sum them."""
+
+    def __init__(
+        self,
+        input_shape: Dict[str, ShapeSpec],
+        *,
+        conv_dim: int,
+        common_stride: int,
+        norm: str,
+        position_encoding: str = "sine",
+    ):
+        """
+        Args:
+            input_shape: channels and strides of the levels that are used.
+            conv_dim: C.
+            common_stride: stride of the result; finer levels get there by one strided convolution.
+            norm: normalisation of all convolutions.
+            position_encoding: what the coarsest level gets: "sine" (added), "coordinates" (two more channels), "none".
+        """
+        super().__init__()
+        levels = sorted(input_shape.items(), key=lambda item: item[1].stride)
+        self.in_features = [name for name, _ in levels]
+        self.coarsest_stride = levels[-1][1].stride
+        self.position_encoding = position_encoding
+        self.levels = nn.ModuleDict()
+        for name, shape in levels:
+            channels = shape.channels
+            if name == self.in_features[-1] and position_encoding == "coordinates":
+                channels += 2
+            self.levels[name] = self._build_level(channels, shape.stride, conv_dim, common_stride, norm)
+
+    @staticmethod
+    def _build_level(channels: int, stride: int, conv_dim: int, common_stride: int, norm: str) -> nn.Sequential:
+        if stride <= common_stride:
+            return nn.Sequential(_conv_norm_relu(channels, conv_dim, norm, stride=common_stride // stride))
+        layers: List[nn.Module] = []
+        for _ in range(int(math.log2(stride // common_stride))):
+            layers.append(_conv_norm_relu(channels, conv_dim, norm))
+            layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+            channels = conv_dim
+        layers.append(_conv_norm_relu(channels, conv_dim, norm))
+        return nn.Sequential(*layers)
+
+    def forward(self, features: Dict[str, torch.Tensor]) -> torch.Tensor:
+        """The sum of all levels: [B, C, H, W]."""
+        outputs = []
+        for name in self.in_features:
+            x = features[name]
+            if name == self.in_features[-1]:
+                x = self._encode_position(x)
+            outputs.append(self.levels[name](x))
+        return sum(outputs[1:], outputs[0])
+
+    def _encode_position(self, x: torch.Tensor) -> torch.Tensor:
+        if self.position_encoding == "sine":
+            return x + sine_position_encoding(x)
+        if self.position_encoding == "coordinates":
+            return torch.cat([x, coordinate_channels(x)], dim=1)
+        return x
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class SemanticFPNKernelHead(nn.Module):
+    """Learned instance kernels and, for panoptic segmentation, the semantic classifier's stuff kernels.
+
+    The first ones become object kernels by adding the features of the pixels they claim.
+    """
+
+    @configurable
+    def __init__(
+        self, input_shape: Dict[str, ShapeSpec], *, bank: KernelBank, conv_dim: int, norm: str, **semantic_fpn_arguments
+    ):
+        """
+        Args:
+            input_shape: channels and strides of the FPN levels.
+            bank: the kernels to provide.
+            conv_dim: C.
+            norm: normalisation of all convolutions.
+            semantic_fpn_arguments: further arguments of :class:`SemanticFPN`.
+        """
+        super().__init__()
+        self.bank = bank
+        self.semantic_fpn = SemanticFPN(input_shape, conv_dim=conv_dim, norm=norm, **semantic_fpn_arguments)
+        self.localization_branch = self._branch(conv_dim, norm)
+        self.semantic_branch = self._branch(conv_dim, norm)
+        self.instance_kernels = nn.Conv2d(conv_dim, bank.num_matched, 1, bias=False)
+        self.classifier = nn.Conv2d(conv_dim, bank.num_classes, 1)
+        self._init_weights()
+
+    @staticmethod
+    def _branch(conv_dim: int, norm: str) -> nn.Sequential:
+        return nn.Sequential(*(_conv_norm_relu(conv_dim, conv_dim, norm, kernel_size=1) for _ in range(2)))
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.instance_kernels.weight, std=1.0)
+        nn.init.constant_(self.classifier.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: Dict[str, ShapeSpec], bank: KernelBank):
+        head, encoding = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.KNET.POSITION_ENCODING
+        if encoding not in POSITION_ENCODINGS:
+            raise ConfigError(f"MODEL.KNET.POSITION_ENCODING = {encoding!r}: use one of {POSITION_ENCODINGS}.")
+        if bank.num_matched == 0:
+            raise ConfigError("MODEL.SEM_SEG_HEAD.NAME = 'SemanticFPNKernelHead' is for instance and panoptic tasks.")
+        return {
+            "input_shape": {name: input_shape[name] for name in head.IN_FEATURES},
+            "bank": bank,
+            "conv_dim": head.CONVS_DIM,
+            "common_stride": head.COMMON_STRIDE,
+            "norm": head.NORM,
+            "position_encoding": encoding,
+        }
+
+    @property
+    def size_divisibility(self) -> int:
+        """Image sides must be multiples of this for the levels to add up."""
+        return self.semantic_fpn.coarsest_stride
+
+    def forward(self, features: Dict[str, torch.Tensor]) -> KernelState:
+        """The static kernels, their masks, and the semantic logits of all classes."""
+        fused = self.semantic_fpn(features)
+        localization_feature = self.localization_branch(fused)
+        semantic_feature = self.semantic_branch(fused)
+        feature = localization_feature + semantic_feature
+        masks = self.instance_kernels(localization_feature)
+        semantic_logits = self.classifier(semantic_feature)
+
+        with no_autocast(feature):
+            hard_masks = (masks > 0).to(full_precision(feature).dtype)
+            kernels = gather_group_features(hard_masks, full_precision(feature))
+            kernels = self.instance_kernels.weight.flatten(1) + kernels
+            fixed = self.bank.fixed_class_ids
+            if fixed:
+                stuff_kernels = self.classifier.weight[fixed].flatten(1).expand(len(kernels), -1, -1)
+                kernels = torch.cat([kernels, stuff_kernels], dim=1)
+                masks = torch.cat([masks, semantic_logits[:, fixed]], dim=1)
+        return KernelState(feature, kernels, masks, semantic_logits)

@@ -1,0 +1,24 @@
+"""Where the config files are, in a checkout and in an installed wheel."""
+
+from pathlib import Path
+
+from .errors import ConfigError
+
+
+def config_folder() -> Path:
+    """Folder of the config files: packaged in a wheel, beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    packaged = package / "configs"
+    return packaged if packaged.is_dir() else package.parent / "configs"
+
+
+def get_config_file(name: str) -> str:
+    """Full path of one of our config files.
+
+    Args:
+        name: its path below ``configs``, for example ``shapes/panoptic.yaml``.
+    """
+    path = config_folder() / name
+    if not path.is_file():
+        raise ConfigError(f"{name}: no such config file in {config_folder()}")
+    return str(path)
