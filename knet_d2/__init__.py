@@ -7,4 +7,9 @@ __version__ = "0.1.0"
 if not runs_setup_command():
     require_detectron2()
 
-    # ---- imports that register parts, and the public names: everything of the package goes here ----
+    from . import data  # noqa: F401  registers the generated data sets
+    from .config import add_knet_config
+    from .meta_arch import KNet
+    from .modeling import backbone, static_kernels  # noqa: F401  register their builders and heads
+
+    __all__ = ["KNet", "add_knet_config"]

@@ -28,6 +28,8 @@ def _add_model_config(cfg: CN) -> None:
     knet.NUM_THING_CLASSES = 0
     # Number of stuff classes ("semantic": of all classes); 0 = from the metadata of DATASETS.TRAIN.
     knet.NUM_STUFF_CLASSES = 0
+    # Contiguous ids that the data set's metadata gives its thing classes; [] = from the metadata of DATASETS.TRAIN.
+    knet.THING_CATEGORY_IDS = []
     # Contiguous ids that the data set's metadata gives its stuff classes; [] = from the metadata of DATASETS.TRAIN.
     knet.STUFF_CATEGORY_IDS = []
     # Kernel update stages S.

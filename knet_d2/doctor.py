@@ -15,6 +15,9 @@ from .dependencies import DEPENDENCIES, PYTHON, Dependency
 
 OK, MISSING, TOO_OLD, BROKEN = "ok", "missing", "too old", "broken"
 
+# Where these are is worth a line; the others are where Python is.
+_LOCATED = ("detectron2", "knet_d2")
+
 # Runs in the other process: imports the groups of modules given as JSON and prints one JSON line for each, so that a
 # crash of the interpreter costs only the group that caused it.
 _PROBE = """
@@ -88,7 +91,8 @@ def version_tuple(version: str) -> tuple[int, ...]:
 def judge(dependency: Dependency, result: dict) -> Row:
     """Make a line of the table from what :func:`probe` found."""
     version = result.get("version")
-    found = " ".join(filter(None, [version, result.get("extension"), f"in {result.get('location')}"]))
+    location = f"in {result.get('location')}" if dependency.module in _LOCATED else None
+    found = " ".join(filter(None, [version, result.get("extension"), location]))
     command = dependency.command or f"python -m pip install --upgrade {dependency.distribution}"
     if "error" in result:
         missing = result.get("missing") == dependency.module
@@ -132,7 +136,7 @@ def examine() -> list[Row]:
 
 def format_table(rows: Sequence[Row]) -> str:
     """Lay out rows as a table of text; long cells are wrapped."""
-    widths = {"part": 12, "status": 8, "found": 58}
+    widths = {"part": 12, "status": 8, "found": 50}
     header = Row("part", "found", "status", "what mends it")
     lines = []
     for row in (header, *rows):

@@ -128,7 +128,7 @@ class KNet(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
             "outputs": outputs,
-            "category_ids": [*range(bank.num_things), *knet.STUFF_CATEGORY_IDS],
+            "category_ids": [*knet.THING_CATEGORY_IDS, *knet.STUFF_CATEGORY_IDS],
             "max_instances": cfg.TEST.DETECTIONS_PER_IMAGE,
             "score_threshold": knet.TEST.SCORE_THRESHOLD,
             "thing_score_threshold": knet.TEST.THING_SCORE_THRESHOLD,
@@ -181,7 +181,9 @@ class KNet(nn.Module):
                     f"{x.get('file_name', 'image')}: shape {tuple(image.shape)}, expected ({len(self.pixel_mean)}, "
                     f"height, width) in the order of INPUT.FORMAT = {self.input_format}."
                 )
-        images = [(image - self.pixel_mean) / self.pixel_std for image in images]
+        # In float32 also for a float64 model: pixels are bytes, and every precision then sees the same image
+        mean, std = self.pixel_mean.float(), self.pixel_std.float()
+        images = [((image.float() - mean) / std).to(self.pixel_mean.dtype) for image in images]
         return ImageList.from_tensors(images, self.size_divisibility)
 
     def prepare_targets(self, batched_inputs: List[Dict], images: ImageList, state: KernelState) -> List[Targets]:

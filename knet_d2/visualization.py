@@ -1,76 +1,169 @@
 """Pictures of ground truth and predictions, drawn by Detectron2's Visualizer. All images are uint8 RGB [H, W, 3]."""
 
 import os
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.data import detection_utils as utils
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw
 from torch import nn
 
-from knet_d2.data import build_mapper
-from knet_d2.errors import DataError
+from .data import KNetDatasetMapper, build_mapper, category_table, load_dataset
+from .data.files import read_image
+from .errors import KNetError
 
 # Shorter side below which a picture is enlarged, as text has a smallest readable size.
 _READABLE_SIZE = 320
 _MARGIN = 8
 _TITLE_HEIGHT = 20
+# Instances below this score are left out of validation pictures.
+_PICTURE_SCORE = 0.3
 
 
-def read_image(path: str) -> np.ndarray:
-    """An image file as RGB, turned as its EXIF says."""
-    try:
-        return utils.read_image(path, format="RGB")
-    except Exception as e:  # Pillow's readers raise many types for damaged files
-        reason = "there is no such file" if isinstance(e, FileNotFoundError) else f"can't be read as an image ({e})"
-        raise DataError(f"{path}: {reason}.") from e
+class ClassTable(NamedTuple):
+    """The K classes of a model, things first: names, contiguous ids in the data set's metadata, and colours."""
+
+    names: List[str]
+    category_ids: List[int]
+    colors: List[Tuple[int, int, int]]
+    num_things: int
 
 
-def display_metadata(cfg: CfgNode) -> Metadata:
-    """Names and colours of the classes that a model of ``cfg`` gives; ids are the names where none are known."""
-    names = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN
-    known = MetadataCatalog.get(names[0]).as_dict() if names and names[0] in MetadataCatalog.list() else {}
+def class_table(cfg: CfgNode) -> ClassTable:
+    """Classes of a model of ``cfg`` (with its classes resolved); their ids are the names where none are known."""
     knet = cfg.MODEL.KNET
-    stuff_ids = knet.STUFF_CATEGORY_IDS or range(knet.NUM_STUFF_CLASSES)
-    classes = {
-        "thing_classes": [str(i) for i in range(knet.NUM_THING_CLASSES)],
-        "stuff_classes": [str(i) for i in range(max(stuff_ids, default=-1) + 1)],
-    }
-    for key in ("thing_classes", "stuff_classes"):
-        if len(known.get(key, ())) >= len(classes[key]):
-            classes[key] = list(known[key])
-    colors = {
-        key: list(known[key])
-        for key in ("thing_colors", "stuff_colors")
-        if len(known.get(key, ())) >= len(classes[key.replace("colors", "classes")])
-    }
-    return Metadata().set(**classes, **colors)
+    sizes = (knet.NUM_THING_CLASSES, knet.NUM_STUFF_CLASSES)
+    ids = [*knet.THING_CATEGORY_IDS, *knet.STUFF_CATEGORY_IDS]
+    names = [str(i) for i in ids]
+    metadata = _known_metadata(cfg)
+    if metadata is not None:
+        try:
+            table = category_table(metadata, knet.TASK)
+        except KNetError:  # it is of another task, or its classes are known only when its files are read
+            metadata = None
+        else:
+            if (len(table.thing_names), len(table.stuff_names)) == sizes:
+                names = [*table.thing_names, *table.stuff_names]
+    palette = colormap(rgb=True, maximum=255).astype(int).tolist()
+    colors = [tuple(palette[i % len(palette)]) for i in range(len(ids))]
+    for i, category in enumerate(ids):
+        known = () if metadata is None else metadata.get("thing_colors" if i < sizes[0] else "stuff_colors", ())
+        if category < len(known):
+            colors[i] = tuple(known[category])
+    return ClassTable(names, ids, colors, sizes[0])
 
 
-def draw_prediction(image: np.ndarray, outputs: Dict[str, Any], metadata: Metadata) -> np.ndarray:
+def _known_metadata(cfg: CfgNode) -> Optional[Metadata]:
+    registered = [name for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if name in MetadataCatalog]
+    return MetadataCatalog.get(registered[0]) if registered else None
+
+
+def output_metadata(classes: ClassTable, output: str) -> Metadata:
+    """What Detectron2's visualizers need to draw one kind of output ("instances", "panoptic_seg" or "sem_seg").
+
+    Instances and semantic maps count classes as the model does, panoptic segments as the data set's metadata does.
+    """
+    is_panoptic = output == "panoptic_seg"
+    ids = classes.category_ids if is_panoptic else range(len(classes.names))
+    names = {i: name for i, name in zip(ids, classes.names)}
+    colors = {i: color for i, color in zip(ids, classes.colors)}
+    listed = range(max(names, default=-1) + 1)
+    all_names = [names.get(i, "") for i in listed]
+    all_colors = [colors.get(i, (0, 0, 0)) for i in listed]
+    return Metadata().set(
+        thing_classes=all_names, stuff_classes=all_names, thing_colors=all_colors, stuff_colors=all_colors
+    )
+
+
+def main_output(outputs: Dict[str, Any]) -> str:
+    """Which of a model's outputs is drawn."""
+    return next(key for key in ("panoptic_seg", "instances", "sem_seg") if key in outputs)
+
+
+class Segment(NamedTuple):
+    """A mask to draw.
+
+    Attributes:
+        mask: bool [H, W].
+        label: index in a :class:`ClassTable`.
+        score: None for ground truth and semantic maps.
+    """
+
+    mask: np.ndarray
+    label: int
+    score: Optional[float] = None
+
+
+def prediction_segments(outputs: Dict[str, Any], classes: ClassTable) -> List[Segment]:
+    """What to draw of a model's outputs for one image."""
+    kind = main_output(outputs)
+    result = to_cpu(outputs)[kind]
+    if kind == "panoptic_seg":
+        label_of = {category: i for i, category in enumerate(classes.category_ids)}
+        ids = result[0].numpy()
+        return [Segment(ids == x["id"], label_of[x["category_id"]], x["score"]) for x in result[1]]
+    if kind == "instances":
+        columns = zip(result.pred_masks.numpy(), result.pred_classes.tolist(), result.scores.tolist())
+        return [Segment(*column) for column in columns]
+    return _label_segments(result.argmax(dim=0).numpy(), len(classes.names))
+
+
+def ground_truth_segments(cfg: CfgNode, record: Dict[str, Any]) -> List[Segment]:
+    """What to draw of those annotations of a data set's record that the model of ``cfg`` learns from."""
+    options = {**KNetDatasetMapper.from_config(cfg, True), "augmentations": [], "pad_size": None}
+    example = KNetDatasetMapper(**options)(record)
+    segments = []
+    if "sem_seg" in example:
+        labels = example["sem_seg"].numpy()
+        num_things = len(cfg.MODEL.KNET.THING_CATEGORY_IDS)
+        segments = [x for x in _label_segments(labels, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE) if x.label >= num_things]
+    if "instances" in example:
+        things = example["instances"]
+        segments += [Segment(*x) for x in zip(things.gt_masks.tensor.numpy(), things.gt_classes.tolist())]
+    return segments
+
+
+def _label_segments(labels: np.ndarray, end: int) -> List[Segment]:
+    return [Segment(labels == label, int(label)) for label in np.unique(labels) if label < end]
+
+
+def draw_segments(image: np.ndarray, segments: Sequence[Segment], classes: ClassTable) -> np.ndarray:
+    """Paint segments over an image, small ones over large ones, with class names and scores; small images enlarged."""
+    factor = max(1, -(-_READABLE_SIZE // min(image.shape[:2])))
+    visualizer = Visualizer(_enlarge(image, factor))
+    for number, segment in enumerate(sorted(segments, key=lambda x: -x.mask.sum())):
+        if not segment.mask.any():
+            continue
+        is_thing = segment.label < classes.num_things
+        text = classes.names[segment.label]
+        visualizer.draw_binary_mask(
+            _enlarge(segment.mask, factor).astype(np.uint8),
+            color=_vary(classes.colors[segment.label], number if is_thing else 0),
+            edge_color="white" if is_thing else None,
+            text=text if segment.score is None else f"{text} {segment.score:.0%}",
+            alpha=0.5,
+            area_threshold=0,
+        )
+    return visualizer.get_output().get_image()
+
+
+def _vary(color: Tuple[int, int, int], number: int) -> Tuple[float, ...]:
+    """A colour in 0 .. 1, darker or lighter such that neighbours of one class can be told apart."""
+    lightness = (0.0, -0.3, 0.3, -0.15, 0.15)[number % 5]
+    return tuple(c / 255 * (1 + lightness) if lightness < 0 else c / 255 + (1 - c / 255) * lightness for c in color)
+
+
+def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
+    return array.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def draw_prediction(image: np.ndarray, outputs: Dict[str, Any], classes: ClassTable) -> np.ndarray:
     """Draw the model's outputs for one image: the panoptic map, else the instances, else the semantic map."""
-    visualizer = Visualizer(image, metadata, scale=_scale(image))
-    outputs = to_cpu(outputs)
-    if "panoptic_seg" in outputs:
-        drawn = visualizer.draw_panoptic_seg(*outputs["panoptic_seg"])
-    elif "instances" in outputs:
-        drawn = visualizer.draw_instance_predictions(outputs["instances"])
-    else:
-        drawn = visualizer.draw_sem_seg(outputs["sem_seg"].argmax(dim=0), alpha=0.5)
-    return drawn.get_image()
-
-
-def draw_ground_truth(image: np.ndarray, sample: Dict[str, Any], metadata: Metadata, task: str) -> np.ndarray:
-    """Draw the annotations of one record of a data set that ``task`` learns from."""
-    key = {"instance": "annotations", "panoptic": "pan_seg_file_name", "semantic": "sem_seg_file_name"}[task]
-    # the "separated" form of a panoptic data set has instances and a semantic map instead of one PNG
-    keys = {key, "segments_info"} if key in sample else {"annotations", "sem_seg_file_name"}
-    visualizer = Visualizer(image, metadata, scale=_scale(image))
-    return visualizer.draw_dataset_dict({k: v for k, v in sample.items() if k in keys}).get_image()
+    return draw_segments(image, prediction_segments(outputs, classes), classes)
 
 
 def to_cpu(outputs: Dict[str, Any]) -> Dict[str, Any]:
@@ -81,35 +174,34 @@ def to_cpu(outputs: Dict[str, Any]) -> Dict[str, Any]:
             outputs[key] = outputs[key].to("cpu")
     if "panoptic_seg" in outputs:
         segments, info = outputs["panoptic_seg"]
-        outputs["panoptic_seg"] = segments.cpu(), info
+        outputs["panoptic_seg"] = segments.cpu(), [dict(segment) for segment in info]  # the visualizer writes to it
     return outputs
 
 
 def draw_validation_pictures(cfg: CfgNode, model: nn.Module, number: int) -> Dict[str, np.ndarray]:
     """Ground truth beside prediction for ``number`` images, evenly spread over the first test set.
 
-    Instances below a score of 0.3 are not drawn.
-
     Returns:
         Pictures by the names of the image files.
     """
-    samples = DatasetCatalog.get(cfg.DATASETS.TEST[0])
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-    mapper = build_mapper(cfg, False)
-    chosen = sorted({int(i) for i in np.linspace(0, len(samples) - 1, min(number, len(samples)))})
+    records = load_dataset(cfg.DATASETS.TEST[0], "DATASETS.TEST")
+    mapper, classes = build_mapper(cfg, False), class_table(cfg)
     pictures = {}
     training = model.training
     model.eval()
-    with torch.no_grad():
-        for sample in (samples[i] for i in chosen):
-            image = read_image(sample["file_name"])
-            outputs = model([mapper(sample)])[0]
+    try:
+        for i in np.unique(np.linspace(0, len(records) - 1, min(number, len(records))).astype(int)):
+            sample = mapper(records[i])
+            with torch.no_grad():
+                outputs = model([sample])[0]
             if "instances" in outputs:
-                outputs["instances"] = outputs["instances"][outputs["instances"].scores >= 0.3]
-            truth = draw_ground_truth(image, sample, metadata, cfg.MODEL.KNET.TASK)
-            drawn = draw_prediction(image, outputs, metadata)
-            pictures[os.path.basename(sample["file_name"])] = np.concatenate([truth, drawn], axis=1)
-    model.train(training)
+                outputs["instances"] = outputs["instances"][outputs["instances"].scores >= _PICTURE_SCORE]
+            image = read_image(records[i]["file_name"], "RGB")
+            truth = draw_segments(image, ground_truth_segments(cfg, records[i]), classes)
+            drawn = draw_prediction(image, outputs, classes)
+            pictures[os.path.basename(records[i]["file_name"])] = np.concatenate([truth, drawn], axis=1)
+    finally:
+        model.train(training)
     return pictures
 
 
@@ -117,9 +209,10 @@ def picture_sheet(pictures: Sequence[np.ndarray], columns: int, title: str) -> n
     """All pictures on one white sheet under a line of text, each scaled to the width of the first one."""
     width = pictures[0].shape[1]
     cells = [Image.fromarray(p).resize((width, round(p.shape[0] * width / p.shape[1]))) for p in pictures]
-    rows: List[List[Image.Image]] = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     heights = [max(cell.height for cell in row) + _MARGIN for row in rows]
-    sheet = Image.new("RGB", (len(rows[0]) * (width + _MARGIN) + _MARGIN, sum(heights) + _TITLE_HEIGHT + _MARGIN), "white")
+    size = (len(rows[0]) * (width + _MARGIN) + _MARGIN, sum(heights) + _TITLE_HEIGHT + _MARGIN)
+    sheet = Image.new("RGB", size, "white")
     ImageDraw.Draw(sheet).text((_MARGIN, _MARGIN // 2), title, fill="black")
     top = _TITLE_HEIGHT + _MARGIN // 2
     for row, height in zip(rows, heights):
@@ -127,7 +220,3 @@ def picture_sheet(pictures: Sequence[np.ndarray], columns: int, title: str) -> n
             sheet.paste(cell, (_MARGIN + i * (width + _MARGIN), top))
         top += height
     return np.asarray(sheet)
-
-
-def _scale(image: np.ndarray) -> float:
-    return max(1.0, _READABLE_SIZE / min(image.shape[:2]))

@@ -6,8 +6,8 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from knet_d2.checkpoint.loading import as_checkpoint, load_file
-from knet_d2.errors import CheckpointError
+from ..errors import CheckpointError
+from .loading import as_checkpoint, load_file
 
 
 def write_atomically(path: str, write: Callable[[Any], None], mode: str = "wb") -> None:

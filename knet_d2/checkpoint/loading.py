@@ -3,21 +3,17 @@
 A checkpoint is a mapping with the parameters under "model" and, for our own files, the trainer's state beside them.
 """
 
-import io
 import os
 import pickle
+import re
 from collections import OrderedDict
 from typing import Any, BinaryIO, Dict
 
 import numpy as np
 import torch
 
-from knet_d2.errors import CheckpointError
-
-try:  # numpy 2 renamed its private package; files written by either version name either
-    from numpy._core import multiarray as _multiarray
-except ImportError:
-    from numpy.core import multiarray as _multiarray
+from ..compat import numpy_multiarray
+from ..errors import CheckpointError
 
 # What a pickle of Detectron2's model zoo consists of besides the built-in containers, by the names in the file.
 _PICKLE_TYPES = {
@@ -26,9 +22,9 @@ _PICKLE_TYPES = {
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
 }
-for _package in ("numpy.core.multiarray", "numpy._core.multiarray"):
+for _package in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of numpy 1 and 2
     for _name in ("_reconstruct", "scalar"):
-        _PICKLE_TYPES[_package, _name] = getattr(_multiarray, _name)
+        _PICKLE_TYPES[_package, _name] = getattr(numpy_multiarray, _name)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -38,7 +34,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         try:
             return _PICKLE_TYPES[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it holds a {module}.{name}, which is no array") from None
+            raise pickle.UnpicklingError(f"it holds a {module}.{name}") from None
 
 
 def load_file(path: str) -> Any:
@@ -55,11 +51,17 @@ def load_file(path: str) -> Any:
     except MemoryError:
         raise
     except Exception as e:  # readers of damaged files raise nearly anything
-        reason = " ".join(str(e).split())[:300] or type(e).__name__
-        raise CheckpointError(
-            f"{path}: not a weights file that can be read safely ({os.path.getsize(path)} bytes). "
-            f"It must hold tensors or numpy arrays only. Reason: {reason}"
-        ) from e
+        raise CheckpointError(f"{path} ({os.path.getsize(path)} bytes): {_describe_failure(e)}") from e
+
+
+def _describe_failure(error: Exception) -> str:
+    foreign = re.search(r"it holds a \S+|GLOBAL \S+", str(error))
+    if foreign:
+        return (
+            f"{foreign.group().replace('GLOBAL', 'it holds a').rstrip(',')}, and reading that could run code. "
+            "A weights file must hold tensors, numpy arrays, numbers and strings only."
+        )
+    return "not a weights file of PyTorch (.pth) or Detectron2 (.pkl), or a damaged one."
 
 
 def _load_pickle(f: BinaryIO) -> Any:
@@ -67,11 +69,11 @@ def _load_pickle(f: BinaryIO) -> Any:
 
 
 def _load_torch(f: BinaryIO) -> Any:
-    arrays = [_multiarray._reconstruct, _multiarray.scalar, np.ndarray, np.dtype]
+    arrays = [numpy_multiarray._reconstruct, numpy_multiarray.scalar, np.ndarray, np.dtype]
     # dtypes are classes of their own since numpy 1.25
     arrays += [type(np.dtype(kind)) for kind in (bool, *np.typecodes["AllInteger"], *np.typecodes["Float"])]
     torch.serialization.add_safe_globals(arrays)
-    return torch.load(io.BytesIO(f.read()), map_location="cpu", weights_only=True)
+    return torch.load(f, map_location="cpu", weights_only=True)
 
 
 def as_checkpoint(raw: Any, path: str) -> Dict[str, Any]:

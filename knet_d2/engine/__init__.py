@@ -1,6 +1,7 @@
-"""Training: setup, trainer, optimiser, hooks, writers."""
+"""Training and prediction: setup, trainer, optimiser, hooks, writers, predictor."""
 
-from knet_d2.engine.setup import choose_device, load_config, merge_config, setup
-from knet_d2.engine.trainer import Trainer
+from .predictor import Predictor
+from .setup import choose_device, load_config, merge_config, setup
+from .trainer import Trainer
 
-__all__ = ["Trainer", "choose_device", "load_config", "merge_config", "setup"]
+__all__ = ["Predictor", "Trainer", "choose_device", "load_config", "merge_config", "setup"]

@@ -15,8 +15,8 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
-from knet_d2.checkpoint import Checkpointer
-from knet_d2.engine.writers import TIMINGS, WINDOW, read_metrics
+from ..checkpoint import Checkpointer
+from .writers import TIMINGS, WINDOW, read_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from detectron2.solver.build import reduce_param_groups
 from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from torch import nn
 
-from knet_d2.errors import ConfigError
+from ..errors import ConfigError
 
 # Parameters that are positions and not weights: they decay as norms do.
 _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")

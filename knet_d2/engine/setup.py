@@ -14,9 +14,9 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from knet_d2.config import add_knet_config
-from knet_d2.data import register_custom_datasets, resolve_classes
-from knet_d2.errors import ConfigError
+from ..config import add_knet_config
+from ..data import register_custom_datasets, resolve_classes
+from ..errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from knet_d2.errors import ConfigError, NonFiniteError
+from ..errors import ConfigError, NonFiniteError
 
 _STAGE_SUFFIX = re.compile(r"_s(\d+)$")
 

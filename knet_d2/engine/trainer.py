@@ -15,10 +15,13 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 
-from knet_d2.checkpoint import Checkpointer
-from knet_d2.data import build_test_loader, build_train_loader
-from knet_d2.engine import optimizer as optim
-from knet_d2.engine.hooks import (
+from ..checkpoint import Checkpointer
+from ..data import build_test_loader, build_train_loader
+from ..errors import CheckpointError, KNetError
+from ..evaluation import build_evaluators
+from ..visualization import draw_validation_pictures
+from . import optimizer as optim
+from .hooks import (
     BestCheckpointer,
     EvalHook,
     FinishIteration,
@@ -28,12 +31,9 @@ from knet_d2.engine.hooks import (
     PeriodicWriter,
     PictureHook,
 )
-from knet_d2.engine.setup import resolve_seed
-from knet_d2.engine.train_step import TrainStep, amp_dtype
-from knet_d2.engine.writers import ConsoleWriter, MetricsWriter, TensorBoardWriter, cut_metrics
-from knet_d2.errors import CheckpointError, KNetError
-from knet_d2.evaluation import build_evaluators
-from knet_d2.visualization import draw_validation_pictures
+from .setup import resolve_seed
+from .train_step import TrainStep, amp_dtype
+from .writers import ConsoleWriter, MetricsWriter, TensorBoardWriter, cut_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any, Dict, List
 import torch
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 
-from knet_d2.checkpoint import write_atomically
+from ..checkpoint import write_atomically
 
 WINDOW = 20  # iterations over which noisy numbers are smoothed (median), as Detectron2 does
 # Measured by the clock, so they differ from run to run: not in metrics.json.

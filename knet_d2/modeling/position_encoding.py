@@ -10,7 +10,7 @@ TEMPERATURE = 10000
 def _normalised_positions(length: int, x: torch.Tensor) -> torch.Tensor:
     """Positions 1 .. length, scaled to (0, 2 pi]: [length]."""
     eps = 1e-6
-    positions = torch.arange(1, length + 1, device=x.device, dtype=x.dtype)
+    positions = torch.arange(1, length + 1, device=x.device, dtype=torch.float32)
     return positions / (length + eps) * (2 * math.pi)
 
 
@@ -23,7 +23,7 @@ def _sine_features(positions: torch.Tensor, num_features: int) -> torch.Tensor:
 
 
 def sine_position_encoding(x: torch.Tensor) -> torch.Tensor:
-    """Normalised sine encoding of a map's own size.
+    """Normalised sine encoding of a map's own size, computed in float32 for every type of map.
 
     Args:
         x: [B, C, H, W], C even; only shape, type and device are used.
@@ -31,12 +31,11 @@ def sine_position_encoding(x: torch.Tensor) -> torch.Tensor:
     Returns:
         [1, C, H, W]: the first C / 2 channels depend on y, the others on x.
     """
-    if x.dtype in (torch.float16, torch.bfloat16):
-        return sine_position_encoding(x.float()).to(x.dtype)
     _, channels, height, width = x.shape
     y_features = _sine_features(_normalised_positions(height, x), channels // 2).T[:, :, None]
     x_features = _sine_features(_normalised_positions(width, x), channels // 2).T[:, None, :]
-    return torch.cat([y_features.expand(-1, height, width), x_features.expand(-1, height, width)])[None]
+    encoding = torch.cat([y_features.expand(-1, height, width), x_features.expand(-1, height, width)])
+    return encoding[None].to(x.dtype)
 
 
 def coordinate_channels(x: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ The modules and parameter names are Detectron2's; what its own builder has no ro
 in eval mode, the V1c stem, contracted dilation and deformable convolution without an extension.
 """
 
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -85,16 +85,12 @@ def build_resnet(
     stem: str = "basic",
     stem_channels: int = 64,
     res2_channels: int = 256,
-    num_groups: int = 1,
-    width_per_group: int = 64,
     norm="BN",
-    stride_in_1x1: bool = False,
     dilations: Sequence[int] = (1, 1, 1, 1),
     deformable: Sequence[bool] = (False, False, False, False),
-    deform_modulated: bool = False,
-    deform_num_groups: int = 1,
     out_features: Optional[List[str]] = None,
     freeze_at: int = 0,
+    **bottleneck,
 ) -> ResNet:
     """A Detectron2 ResNet.
 
@@ -105,39 +101,55 @@ def build_resnet(
         dilations: of res2 .. res5; a dilated stage has stride 1, and contracted dilation.
         deformable: whether the 3x3 convolutions of res2 .. res5 are deformable.
         out_features, freeze_at: as of :class:`detectron2.modeling.backbone.resnet.ResNet`.
+        bottleneck: see :func:`_bottleneck_arguments`; for a depth of 50 or more.
     """
-    stages = []
-    channels, out_channels, bottleneck_channels = stem_channels, res2_channels, num_groups * width_per_group
+    stages, channels = [], stem_channels
     for i, num_blocks in enumerate(BLOCKS_PER_STAGE[depth]):
-        stride = 1 if i == 0 or dilations[i] > 1 else 2
-        arguments = {
-            "num_blocks": num_blocks,
-            "in_channels": channels,
-            "out_channels": out_channels,
-            "stride_per_block": [stride] + [1] * (num_blocks - 1),
-            "norm": norm,
-        }
+        block_class, arguments = BasicBlock, {}
         if depth >= 50:
-            arguments["bottleneck_channels"] = bottleneck_channels
-            arguments["num_groups"] = num_groups
-            arguments["stride_in_1x1"] = stride_in_1x1
-            arguments["dilation_per_block"] = contracted_dilations(num_blocks, dilations[i])
-        if deformable[i]:
-            arguments["deform_modulated"] = deform_modulated
-            arguments["deform_num_groups"] = deform_num_groups
-        stages.append(ResNet.make_stage(_block_class(depth, deformable[i]), **arguments))
-        channels, out_channels, bottleneck_channels = out_channels, out_channels * 2, bottleneck_channels * 2
+            block_class = DeformBottleneck if deformable[i] else BottleneckBlock
+            arguments = _bottleneck_arguments(i, num_blocks, dilations[i], deformable[i], **bottleneck)
+        stride = 1 if i == 0 or dilations[i] > 1 else 2
+        out_channels = res2_channels * 2**i
+        stages.append(
+            ResNet.make_stage(
+                block_class,
+                num_blocks,
+                in_channels=channels,
+                out_channels=out_channels,
+                stride_per_block=[stride] + [1] * (num_blocks - 1),
+                norm=norm,
+                **arguments,
+            )
+        )
+        channels = out_channels
     for block in (block for stage in stages for block in stage):
         _zero_last_norm(block)
-    return ResNet(
-        STEMS[stem](in_channels, stem_channels, norm), stages, out_features=out_features, freeze_at=freeze_at
-    )
+    stem_module = STEMS[stem](in_channels, stem_channels, norm)
+    return ResNet(stem_module, stages, out_features=out_features, freeze_at=freeze_at)
 
 
-def _block_class(depth: int, deformable: bool) -> type:
-    if depth < 50:
-        return BasicBlock
-    return DeformBottleneck if deformable else BottleneckBlock
+def _bottleneck_arguments(
+    stage: int,
+    num_blocks: int,
+    dilation: int,
+    deformable: bool,
+    num_groups: int = 1,
+    width_per_group: int = 64,
+    stride_in_1x1: bool = False,
+    deform_modulated: bool = False,
+    deform_num_groups: int = 1,
+) -> Dict[str, Any]:
+    """What ``ResNet.make_stage`` needs for bottleneck blocks; width_per_group is that of res2 (stage 0)."""
+    arguments = {
+        "bottleneck_channels": num_groups * width_per_group * 2**stage,
+        "num_groups": num_groups,
+        "stride_in_1x1": stride_in_1x1,
+        "dilation_per_block": contracted_dilations(num_blocks, dilation),
+    }
+    if deformable:
+        arguments.update(deform_modulated=deform_modulated, deform_num_groups=deform_num_groups)
+    return arguments
 
 
 def _zero_last_norm(block: nn.Module) -> None:
@@ -170,18 +182,12 @@ def _check_config(cfg: CfgNode) -> None:
 
 def _check_basic_blocks(resnets: CfgNode) -> None:
     """The blocks of ResNet-18 and 34 know neither dilation nor groups nor deformation, and keep res2's width."""
-    required: Dict[str, Tuple] = {
-        "RES2_OUT_CHANNELS": (64,),
-        "NUM_GROUPS": (1,),
-        "RES4_DILATION": (1,),
-        "RES5_DILATION": (1,),
-        "DEFORM_ON_PER_STAGE": ([False] * 4, (False,) * 4),
-    }
-    for key, allowed in required.items():
-        if resnets[key] not in allowed:
-            raise ConfigError(
-                f"MODEL.RESNETS.{key} = {resnets[key]} does not go with DEPTH = {resnets.DEPTH}: set {allowed[0]}."
-            )
+    required = {"RES2_OUT_CHANNELS": 64, "NUM_GROUPS": 1, "RES4_DILATION": 1, "RES5_DILATION": 1}
+    required["DEFORM_ON_PER_STAGE"] = [False] * 4
+    for key, value in required.items():
+        given = list(resnets[key]) if isinstance(value, list) else resnets[key]
+        if given != value:
+            raise ConfigError(f"MODEL.RESNETS.{key} = {given} does not go with DEPTH = {resnets.DEPTH}: set {value}.")
 
 
 @BACKBONE_REGISTRY.register()

@@ -3,8 +3,10 @@
 Shapes: B images, C channels, H x W positions, w window size, L = w * w, N windows of an image, h heads.
 """
 
+from itertools import islice
 from typing import Dict, Optional, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
@@ -247,7 +249,7 @@ class SwinTransformer(Backbone):
         self._out_feature_channels = {name: embed_dim * 2**i for i, name in enumerate(STAGES)}
         self._out_feature_strides = {name: PATCH_SIZE * 2**i for i, name in enumerate(STAGES)}
 
-        drop_paths = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
+        drop_paths = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
         self.patch_embed = PatchEmbedding(in_channels, embed_dim)
         self.stages = nn.ModuleList(
             SwinStage(
@@ -255,7 +257,7 @@ class SwinTransformer(Backbone):
                 num_heads[i],
                 window_size,
                 mlp_ratio,
-                drop_paths[i].tolist(),
+                list(islice(drop_paths, depths[i])),
                 merge_from=embed_dim * 2 ** (i - 1) if i > 0 else None,
             )
             for i in range(num_stages)

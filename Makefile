@@ -1,0 +1,30 @@
+# Everything happens in an environment of the project's own. `make demo PYTHON=python3.12` chooses the Python for it.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_CONFIG ?= configs/shapes/panoptic.yaml
+DEMO_OUTPUT ?= output/shapes_panoptic
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: install demo test
+
+install: $(INSTALLED)
+
+# Written last, so that an interrupted installation is repeated.
+$(INSTALLED): requirements.txt setup.py knet_d2/install_detectron2.py knet_d2/dependencies.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(BIN)/python -m pip --version || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet pip==26.2
+	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m knet_d2.install_detectron2
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR $(DEMO_OUTPUT)
+	$(BIN)/python demo/compare.py --config-file $(DEMO_CONFIG) --output $(DEMO_OUTPUT)/pictures \
+		--opts MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest tests

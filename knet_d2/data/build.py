@@ -1,0 +1,237 @@
+"""Data loaders."""
+
+import contextlib
+import difflib
+import itertools
+import json
+import logging
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
+from detectron2.data.samplers import InferenceSampler
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+from ..errors import ConfigError, DataError, KNetError
+from .mapper import build_mapper
+from .sampler import SampleKey, TrainingBatchSampler
+
+logger = logging.getLogger(__name__)
+
+Mapper = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def build_train_loader(
+    cfg: CfgNode, *, mapper: Mapper | None = None, dataset: list[dict] | None = None, start_iter: int = 0
+) -> torch.utils.data.DataLoader:
+    """An endless loader of training batches, each a list of SOLVER.IMS_PER_BATCH / (number of processes) dicts.
+
+    Batch i of a run is a function of (SEED, i) alone, and the random augmentation of a sample one of (SEED, its place in
+    the run): neither the number of workers nor where the run started (start_iter) changes them, and the processes
+    of a distributed run share out the batch that a single process would have had.
+
+    Args:
+        cfg: the config, with its classes resolved.
+        mapper: record -> example; default: build_mapper(cfg, is_train=True).
+        dataset: records; default: those of DATASETS.TRAIN.
+        start_iter: the first iteration.
+    """
+    world_size, batch_size = comm.get_world_size(), cfg.SOLVER.IMS_PER_BATCH
+    if batch_size < 1 or batch_size % world_size:
+        raise ConfigError(f"SOLVER.IMS_PER_BATCH is {batch_size}; it must be a multiple of the {world_size} processes.")
+    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        raise ConfigError(f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}; only 'TrainingSampler' is supported.")
+    if dataset is None:
+        dataset = load_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    sampler = TrainingBatchSampler(
+        size=len(dataset),
+        batch_size=batch_size,
+        seed=seed,
+        rank=comm.get_rank(),
+        world_size=world_size,
+        start_iter=start_iter,
+        groups=_aspect_groups(dataset) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
+    )
+    mapped = MappedDataset(dataset, mapper or build_mapper(cfg, is_train=True), seed)
+    return RaisingDataLoader(mapped, batch_sampler=sampler, **_loader_options(cfg))
+
+
+def build_test_loader(cfg: CfgNode, name: str, mapper: Mapper | None = None) -> torch.utils.data.DataLoader:
+    """A loader of one image a batch over a data set; processes share out the images.
+
+    Args:
+        cfg: the config.
+        name: of the data set.
+        mapper: record -> example; default: build_mapper(cfg, is_train=False).
+    """
+    dataset = load_datasets([name], "DATASETS.TEST", filter_empty=False)
+    mapped = MappedDataset(dataset, mapper or build_mapper(cfg, is_train=False), seed=0)
+    return RaisingDataLoader(mapped, sampler=InferenceSampler(len(dataset)), batch_size=1, **_loader_options(cfg))
+
+
+class MappedDataset(torch.utils.data.Dataset):
+    """Records and their mapper. A sample is drawn by its SampleKey, or by its index where nothing is random.
+
+    What is wrong with the data comes back as a DataError in place of the example, see RaisingDataLoader.
+    """
+
+    def __init__(self, records: list[dict], mapper: Mapper, seed: int) -> None:
+        self._records = DatasetFromList(records, copy=False)
+        self._mapper = mapper
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, key: SampleKey | int) -> dict[str, Any] | KNetError:
+        index, position = key if isinstance(key, tuple) else (key, key)
+        try:
+            with seeded(self._seed, position):
+                return self._mapper(self._records[index])
+        except KNetError as error:
+            return error
+
+
+class RaisingDataLoader(torch.utils.data.DataLoader):
+    """Raises errors of the data in the main process: through a worker they would come with its whole traceback."""
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for batch in super().__iter__():
+            for example in batch:
+                if isinstance(example, KNetError):
+                    raise example
+            yield batch
+
+
+@contextlib.contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """Seed the generators that augmentations use (random, NumPy, torch on the CPU); restore them afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    first, second, third = np.random.SeedSequence(seed).generate_state(3)
+    random.seed(int(first))
+    np.random.seed(second)
+    torch.default_generator.manual_seed(int(third))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def load_datasets(names: list[str], key: str, filter_empty: bool) -> list[dict]:
+    """The records of data sets.
+
+    Args:
+        names: as registered.
+        key: the config key that they come from, for error messages.
+        filter_empty: leave out images whose "annotations" have no instance.
+    """
+    if not names:
+        raise ConfigError(f"{key} is empty; name at least one data set.")
+    records = list(itertools.chain.from_iterable(load_dataset(name, key) for name in names))
+    if "annotations" in records[0]:
+        if filter_empty:
+            records = filter_images_with_only_crowd_annotations(records)
+        class_names = MetadataCatalog.get(names[0]).get("thing_classes")
+        if class_names and all("annotations" in record for record in records):
+            print_instances_class_histogram(records, class_names)
+    if not records:
+        raise DataError(
+            f"No image of {', '.join(names)} ({key}) has an instance. Check the annotations, or set "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS to False."
+        )
+    return records
+
+
+def load_dataset(name: str, key: str = "DATASETS") -> list[dict]:
+    """The records of one data set; whatever keeps it from being read is a DataError that names the file."""
+    if name not in DatasetCatalog:
+        similar = difflib.get_close_matches(name, DatasetCatalog.list(), 3)
+        hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
+        raise ConfigError(f"{key} names the data set {name!r}, which is not registered.{hint} See DATASETS.CUSTOM.")
+    try:
+        records = DatasetCatalog.get(name)
+    except KNetError:
+        raise
+    except Exception as error:
+        reason = _reason(name) or f"{type(error).__name__}: {error}"
+        raise DataError(f"Data set {name} can't be read: {reason}") from error
+    if not records:
+        raise DataError(f"Data set {name} has no images.")
+    return records
+
+
+def loaded_metadata(name: str) -> Metadata:
+    """The metadata of a data set with its classes, which Detectron2 knows of some data sets only after reading them."""
+    metadata = MetadataCatalog.get(name)
+    if not (metadata.get("thing_classes") or metadata.get("stuff_classes")):
+        load_dataset(name)
+    return metadata
+
+
+def _reason(name: str) -> str | None:
+    """Why a data set can't be read, from the files that its metadata names."""
+    metadata = MetadataCatalog.get(name).as_dict()
+    hint = "Put it there, correct the path, or set DETECTRON2_DATASETS to the folder that holds the data sets."
+    for key in ("panoptic_json", "json_file"):
+        path = metadata.get(key)
+        if path is None:
+            continue
+        if not PathManager.isfile(path):
+            return f"annotation file {path} does not exist. {hint}"
+        try:
+            with PathManager.open(path) as f:
+                content = json.load(f)
+        except ValueError as error:
+            return f"{path} is no valid JSON ({error}). It may be cut off: fetch it again."
+        reason = _category_reason(path, content)
+        if reason:
+            return reason
+    for key in ("image_root", "sem_seg_root", "panoptic_root"):
+        path = metadata.get(key)
+        if path is not None and not PathManager.isdir(path):
+            return f"folder {path} ({key}) does not exist. {hint}"
+    return None
+
+
+def _category_reason(path: str, content: Any) -> str | None:
+    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
+        return f"{path} lacks one of the keys images, annotations, categories of the COCO format."
+    known = {category["id"] for category in content["categories"]}
+    for annotation in content["annotations"]:
+        for part in annotation.get("segments_info", [annotation]):
+            if part.get("category_id") not in known:
+                return (
+                    f"{path} has category_id {part.get('category_id')} at an annotation of image "
+                    f"{annotation.get('image_id')}, which is not in its categories. Correct one of them."
+                )
+    return None
+
+
+def _aspect_groups(records: list[dict]) -> list[int] | None:
+    """1 for upright images, 0 for others; None where the records don't tell sizes."""
+    if not all("width" in record and "height" in record for record in records):
+        return None
+    return [int(record["width"] <= record["height"]) for record in records]
+
+
+def _loader_options(cfg: CfgNode) -> dict[str, Any]:
+    return {
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "collate_fn": _as_list,
+        # A generator of its own, because starting to iterate draws a number.
+        "generator": torch.Generator(),
+    }
+
+
+def _as_list(batch: list) -> list:
+    return batch

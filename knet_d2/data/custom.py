@@ -1,0 +1,253 @@
+"""Data sets that are given in the config, DATASETS.CUSTOM, without a line of Python (see docs/DATASETS.md)."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from detectron2.utils.file_io import PathManager
+
+from ..errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+IGNORE_LABEL = 255
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+_registered: dict[str, dict[str, Any]] = {}
+
+
+def register_custom_datasets(cfg: CfgNode) -> None:
+    """Register the data sets of DATASETS.CUSTOM; those that are registered already stay.
+
+    Raises:
+        ConfigError: an entry that lacks a key, has an unknown one or a value of a wrong type, or has a name that
+            belongs to another data set.
+    """
+    entries = cfg.DATASETS.CUSTOM
+    if not isinstance(entries, (list, tuple)):
+        raise ConfigError(f"DATASETS.CUSTOM must be a list of mappings, but is {entries!r}.")
+    for i, entry in enumerate(entries):
+        entry = _checked_entry(entry, f"DATASETS.CUSTOM[{i}]")
+        name = entry["name"]
+        if _registered.get(name) == entry:
+            continue
+        if name in DatasetCatalog:
+            raise ConfigError(f"DATASETS.CUSTOM[{i}].name: a data set {name!r} with other content exists. Choose another name.")
+        _REGISTER[entry["type"]](entry)
+        _registered[name] = entry
+
+
+def _register_instance(entry: dict[str, Any]) -> None:
+    name, json_file, images = entry["name"], entry["json"], entry["images"]
+    DatasetCatalog.register(name, lambda: load_coco_json(json_file, images, name))
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
+
+
+def _register_panoptic(entry: dict[str, Any]) -> None:
+    name, paths = entry["name"], (entry["panoptic_json"], entry["images"], entry["panoptic_root"])
+    DatasetCatalog.register(name, lambda: load_panoptic_json(*paths, name))
+    MetadataCatalog.get(name).set(
+        panoptic_json=entry["panoptic_json"],
+        panoptic_root=entry["panoptic_root"],
+        image_root=entry["images"],
+        json_file=entry.get("instances_json"),
+        evaluator_type="coco_panoptic_seg",
+        ignore_label=IGNORE_LABEL,
+        label_divisor=1000,
+    )
+
+
+def _register_sem_seg(entry: dict[str, Any]) -> None:
+    name, images, labels = entry["name"], entry["images"], entry["labels"]
+    classes = _class_list(entry)
+    label_map = _label_map(entry, len(classes))
+    DatasetCatalog.register(name, lambda: load_label_folder(images, labels, label_map))
+    MetadataCatalog.get(name).set(
+        stuff_classes=classes,
+        image_root=images,
+        sem_seg_root=labels,
+        evaluator_type="sem_seg",
+        ignore_label=IGNORE_LABEL,
+    )
+
+
+# type -> {key: (required, types)}; paths may start with ~.
+_PATH = (str,)
+_KEYS: dict[str, dict[str, tuple[bool, tuple]]] = {
+    "coco_instance": {"json": (True, _PATH), "images": (True, _PATH)},
+    "coco_panoptic": {
+        "images": (True, _PATH),
+        "panoptic_json": (True, _PATH),
+        "panoptic_root": (True, _PATH),
+        "instances_json": (False, _PATH),
+    },
+    "sem_seg": {
+        "images": (True, _PATH),
+        "labels": (True, _PATH),
+        "classes": (True, (str, list, tuple)),
+        "ignore": (False, (list, tuple)),
+        "label_values": (False, (int, list, tuple)),
+    },
+}
+_REGISTER: dict[str, Callable[[dict[str, Any]], None]] = {
+    "coco_instance": _register_instance,
+    "coco_panoptic": _register_panoptic,
+    "sem_seg": _register_sem_seg,
+}
+
+
+def load_panoptic_json(json_file: str, image_root: str, panoptic_root: str, name: str) -> list[dict]:
+    """Read a COCO panoptic JSON with any categories and image types, and set the classes in the metadata of name.
+
+    Contiguous ids are things, then stuff, each by rising category id.
+    """
+    with PathManager.open(json_file) as f:
+        content = json.load(f)
+    contiguous, things = _set_panoptic_classes(content["categories"], json_file, name)
+    images = {image["id"]: image for image in content["images"]}
+    records = []
+    for annotation in content["annotations"]:
+        if annotation["image_id"] not in images:
+            raise DataError(f"{json_file} has annotations for image_id {annotation['image_id']}, which is not in its images.")
+        image = images[annotation["image_id"]]
+        segments = []
+        for segment in annotation["segments_info"]:
+            category = segment["category_id"]
+            segments.append({**segment, "category_id": contiguous[category], "isthing": category in things})
+        record = {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "image_id": annotation["image_id"],
+            "pan_seg_file_name": os.path.join(panoptic_root, annotation["file_name"]),
+            "segments_info": segments,
+        }
+        record.update({key: image[key] for key in ("height", "width") if key in image})
+        records.append(record)
+    return records
+
+
+def _set_panoptic_classes(categories: list[dict], json_file: str, name: str) -> tuple[dict[int, int], set[int]]:
+    """Returns the contiguous id of each category id, and the category ids of the things."""
+    for category in categories:
+        for key in ("id", "name", "isthing"):
+            if key not in category:
+                raise DataError(f"{json_file}: category {category} lacks {key!r}. Panoptic categories have id, name and isthing.")
+    ordered = sorted(categories, key=lambda category: (not category["isthing"], category["id"]))
+    contiguous = {category["id"]: i for i, category in enumerate(ordered)}
+    things = {category["id"] for category in ordered if category["isthing"]}
+    metadata = MetadataCatalog.get(name)
+    names = [category["name"] for category in ordered]
+    metadata.set(
+        thing_classes=names,
+        stuff_classes=names,
+        thing_dataset_id_to_contiguous_id={k: v for k, v in contiguous.items() if k in things},
+        stuff_dataset_id_to_contiguous_id={k: v for k, v in contiguous.items() if k not in things},
+    )
+    if all("color" in category for category in ordered):
+        colors = [category["color"] for category in ordered]
+        metadata.set(thing_colors=colors, stuff_colors=colors)
+    return contiguous, things
+
+
+def load_label_folder(image_root: str, label_root: str, label_map: np.ndarray) -> list[dict]:
+    """Records of all images in a folder with the label map of the same name (without suffix) in another.
+
+    Args:
+        image_root: folder of images; folders in it count too.
+        label_root: folder of PNGs that hold one class id per pixel.
+        label_map: value in the PNG -> label, see read_sem_seg.
+    """
+    images, labels = _files(image_root, _IMAGE_SUFFIXES), _files(label_root, (".png",))
+    missing = sorted(set(images) - set(labels))
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(images)} images in {image_root} have no label map in {label_root}: the first is "
+            f"{images[missing[0]]}, which needs {os.path.join(label_root, missing[0] + '.png')}."
+        )
+    if len(labels) > len(images):
+        logger.warning("%d label maps in %s have no image in %s.", len(labels) - len(images), label_root, image_root)
+    return [
+        {"file_name": images[stem], "sem_seg_file_name": labels[stem], "sem_seg_label_map": label_map}
+        for stem in sorted(images)
+    ]
+
+
+def _files(root: str, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """Path below root without suffix -> path, of the files with one of the suffixes."""
+    found = {}
+    for folder, _, names in os.walk(root, followlinks=True):
+        for name in names:
+            path = os.path.join(folder, name)
+            stem, suffix = os.path.splitext(os.path.relpath(path, root))
+            if suffix.lower() not in suffixes:
+                continue
+            if stem in found:
+                raise DataError(f"{found[stem]} and {path} have the same name. Rename one, or move it away.")
+            found[stem] = path
+    if not found:
+        state = f"has no file of type {', '.join(suffixes)}" if os.path.isdir(root) else "does not exist"
+        raise DataError(f"Folder {root} {state}.")
+    return found
+
+
+def _class_list(entry: dict[str, Any]) -> list[str]:
+    """The names of "classes", from the list or from the file with one name a line."""
+    classes = entry["classes"]
+    if isinstance(classes, str):
+        if not PathManager.isfile(classes):
+            raise DataError(f"DATASETS.CUSTOM, {entry['name']}: the file of classes {classes} does not exist.")
+        with PathManager.open(classes) as f:
+            classes = [line.strip() for line in f if line.strip()]
+    if not classes or len(set(classes)) < len(classes) or not all(isinstance(x, str) for x in classes):
+        raise ConfigError(f"DATASETS.CUSTOM, {entry['name']}: classes must be different names, at least one; got {classes!r}.")
+    if len(classes) > IGNORE_LABEL:
+        raise ConfigError(f"DATASETS.CUSTOM, {entry['name']}: {len(classes)} classes; at most {IGNORE_LABEL} are possible.")
+    return list(classes)
+
+
+def _label_map(entry: dict[str, Any], num_classes: int) -> np.ndarray:
+    """int16 array: value in a label file -> class, 255 where it is ignored, -1 where it must not occur."""
+    where = f"DATASETS.CUSTOM, {entry['name']}"
+    values, ignore = entry.get("label_values", 0), entry.get("ignore", [IGNORE_LABEL])
+    if isinstance(values, int):
+        values = list(range(values, values + num_classes))
+    for key, numbers in (("label_values", values), ("ignore", ignore)):
+        if not all(isinstance(x, int) and 0 <= x < 2**16 for x in numbers):
+            raise ConfigError(f"{where}: {key} must be integers from 0 to 65535; got {numbers!r}.")
+    if len(values) != num_classes:
+        raise ConfigError(f"{where}: label_values has {len(values)} values for {num_classes} classes.")
+    if len({*values, *ignore}) < len(values) + len(set(ignore)):
+        raise ConfigError(f"{where}: a value occurs twice in label_values {values} and ignore {list(ignore)}.")
+    label_map = np.full(max([*values, *ignore]) + 1, -1, np.int16)
+    label_map[values] = np.arange(num_classes)
+    label_map[list(ignore)] = IGNORE_LABEL
+    return label_map
+
+
+def _checked_entry(entry: Any, where: str) -> dict[str, Any]:
+    """A copy of an entry of DATASETS.CUSTOM with expanded paths, after all its keys were checked."""
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{where} must be a mapping with the keys name and type, but is {entry!r}.")
+    kind = entry.get("type")
+    if kind not in _KEYS:
+        raise ConfigError(f"{where}.type is {kind!r}; it must be one of {', '.join(_KEYS)}.")
+    keys = {"name": (True, (str,)), "type": (True, (str,)), **_KEYS[kind]}
+    unknown = sorted(set(entry) - set(keys))
+    if unknown:
+        raise ConfigError(f"{where} has the unknown key {unknown[0]!r}; type {kind} has {', '.join(keys)}.")
+    checked = {}
+    for key, (required, types) in keys.items():
+        if key not in entry:
+            if required:
+                raise ConfigError(f"{where} lacks the key {key!r}, which type {kind} needs.")
+            continue
+        value = entry[key]
+        if not isinstance(value, types) or value == "":
+            raise ConfigError(f"{where}.{key} is {value!r}; it must be of type {' or '.join(t.__name__ for t in types)}.")
+        is_path = isinstance(value, str) and key not in ("name", "type")
+        checked[key] = os.path.expanduser(value) if is_path else value
+    return checked

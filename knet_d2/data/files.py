@@ -1,0 +1,78 @@
+"""Reading of images, label maps and panoptic PNGs; whatever is wrong with a file is a DataError that names it."""
+
+import numpy as np
+from detectron2.data import detection_utils
+from detectron2.utils.file_io import PathManager
+from panopticapi.utils import rgb2id
+from PIL import Image
+
+from ..errors import DataError
+
+
+def read_image(path: str, image_format: str) -> np.ndarray:
+    """Read an image as Detectron2 does (EXIF rotation is applied): uint8 [H, W, C]."""
+    _check_exists(path, "Image")
+    try:
+        return detection_utils.read_image(path, format=image_format)
+    except Exception as error:
+        raise DataError(f"Image {path} can't be read ({error}). Replace the file or take it out of the data set.") from error
+
+
+def read_labels(path: str) -> np.ndarray:
+    """Read a label map: one channel of integers, or a palette image, whose indices count: int64 [H, W]."""
+    labels = np.asarray(_open_png(path, "Label map"))
+    if labels.ndim != 2:
+        raise DataError(
+            f"Label map {path} is a colour image of shape {labels.shape}. It must have one channel that holds class ids."
+        )
+    return labels.astype(np.int64)
+
+
+def read_panoptic(path: str) -> np.ndarray:
+    """Read a panoptic PNG: uint8 [H, W, 3], segment id = R + 256 G + 65536 B."""
+    return np.asarray(_open_png(path, "Panoptic PNG").convert("RGB"))
+
+
+def segment_index(ids_rgb: np.ndarray, segment_ids: list[int]) -> np.ndarray:
+    """Which segment owns a pixel.
+
+    Args:
+        ids_rgb: uint8 [H, W, 3] as read_panoptic gives it.
+        segment_ids: ids of M segments, each > 0.
+
+    Returns:
+        int64 [H, W]: position in segment_ids, M where a pixel's id is 0 (void), M + 1 where it is an unknown id.
+    """
+    ids = rgb2id(ids_rgb)
+    known = np.array([*segment_ids, 0], dtype=np.int64)
+    order = np.argsort(known)
+    position = order[np.searchsorted(known[order], ids).clip(max=len(known) - 1)]
+    return np.where(known[position] == ids, position, len(known))
+
+
+def check_same_size(path: str, size: tuple[int, int], image_path: str, image_size: tuple[int, int]) -> None:
+    """Raise a DataError unless both (height, width) are equal."""
+    if tuple(size) != tuple(image_size):
+        raise DataError(
+            f"{path} is {size[1]} x {size[0]} pixels (width x height), but its image {image_path} is "
+            f"{image_size[1]} x {image_size[0]}. They must have the same size."
+        )
+
+
+def _open_png(path: str, what: str) -> Image.Image:
+    _check_exists(path, what)
+    try:
+        with PathManager.open(path, "rb") as f:
+            image = Image.open(f)
+            image.load()
+            return image
+    except Exception as error:
+        raise DataError(f"{what} {path} can't be read ({error}). Replace the file.") from error
+
+
+def _check_exists(path: str, what: str) -> None:
+    if not PathManager.isfile(path):
+        raise DataError(
+            f"{what} {path} does not exist. Put it there, correct the path of its data set, or set the environment "
+            "variable DETECTRON2_DATASETS to the folder that holds the data sets."
+        )

@@ -1,0 +1,339 @@
+"""From a record of a data set (Detectron2's standard dict) to what the model takes.
+
+Shapes: H x W the image as read, h x w after augmentation, M the instances of an image.
+"""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_util
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Instances, polygons_to_bitmask
+
+from ..errors import ConfigError, DataError
+from .augmentation import build_augmentations
+from .files import check_same_size, read_image, read_labels, read_panoptic, segment_index
+
+_ANNOTATION_KEYS = ("annotations", "segments_info", "sem_seg_file_name", "sem_seg_label_map", "pan_seg_file_name")
+
+
+class KNetDatasetMapper:
+    """Reads and augments an image, in training with its ground truth.
+
+    What is read depends on the task and on what the record has:
+
+    ========  ==========================================================
+    instance  "annotations", else "pan_seg_file_name" + "segments_info"
+    panoptic  "pan_seg_file_name" + "segments_info" (COCO panoptic), else "annotations" + "sem_seg_file_name"
+    semantic  "sem_seg_file_name", else "pan_seg_file_name" + "segments_info"
+    ========  ==========================================================
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        is_train: bool,
+        task: str,
+        augmentations: list,
+        image_format: str,
+        thing_category_ids: list[int],
+        stuff_category_ids: list[int],
+        ignore_value: int,
+        pad_size: tuple[int, int] | None = None,
+        pad_pixel: tuple[float, ...] = (0.0,),
+    ) -> None:
+        """
+        Args:
+            is_train: whether ground truth is read.
+            task: "instance", "panoptic" or "semantic".
+            augmentations: Detectron2's augmentations or transforms.
+            image_format: as in INPUT.FORMAT.
+            thing_category_ids: the metadata's contiguous id of each thing class of the model.
+            stuff_category_ids: the same for the stuff classes, which the model counts on from the things.
+            ignore_value: label of pixels without a class.
+            pad_size: smallest (height, width) of training examples with "sem_seg"; smaller ones are padded.
+            pad_pixel: the colour to pad with, in image_format.
+        """
+        self.is_train = is_train
+        self.task = task
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+        self.thing_classes = {category: i for i, category in enumerate(thing_category_ids)}
+        self.stuff_classes = {category: len(thing_category_ids) + i for i, category in enumerate(stuff_category_ids)}
+        self.ignore_value = ignore_value
+        self.pad_size = pad_size
+        self.pad_pixel = pad_pixel
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool) -> dict[str, Any]:
+        knet, crop = cfg.MODEL.KNET, cfg.INPUT.CROP
+        pads = is_train and knet.TASK == "semantic" and crop.ENABLED and crop.TYPE == "absolute"
+        return {
+            "is_train": is_train,
+            "task": knet.TASK,
+            "augmentations": build_augmentations(cfg, is_train),
+            "image_format": cfg.INPUT.FORMAT,
+            "thing_category_ids": knet.THING_CATEGORY_IDS,
+            "stuff_category_ids": knet.STUFF_CATEGORY_IDS,
+            "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+            "pad_size": tuple(int(x) for x in crop.SIZE) if pads else None,
+            "pad_pixel": tuple(cfg.MODEL.PIXEL_MEAN),
+        }
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        """
+        Args:
+            record: "file_name" and annotations; it stays as it is.
+
+        Returns:
+            dict: the record without annotations, and "image": uint8 [C, h, w]. In training also "instances" (gt_classes,
+                gt_masks as BitMasks; tasks instance and panoptic) and "sem_seg": int64 [h, w] (panoptic and semantic).
+        """
+        image = read_image(record["file_name"], self.image_format)
+        result = {key: copy.deepcopy(value) for key, value in record.items() if key not in _ANNOTATION_KEYS}
+        try:
+            detection_utils.check_image_size(result, image)
+        except detection_utils.SizeMismatchError as error:
+            raise DataError(f"Image {record['file_name']}: {error}") from error
+        if not self.is_train:
+            aug_input = T.AugInput(image)
+            self.augmentations(aug_input)
+            result["image"] = _to_tensor(aug_input.image)
+            return result
+        result.update(self._read_example(record, image))
+        return result
+
+    def _read_example(self, record: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
+        if self.task == "semantic":
+            return self._semantic_example(record, image)
+        if "pan_seg_file_name" in record and not (self.task == "instance" and "annotations" in record):
+            return self._panoptic_example(record, image)
+        return self._instance_example(record, image)
+
+    def _semantic_example(self, record: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
+        if "sem_seg_file_name" in record:
+            labels = read_sem_seg(record, image.shape[:2], len(self.stuff_classes), self.ignore_value)
+        else:
+            labels = read_panoptic_labels(record, image.shape[:2], self.stuff_classes, self.ignore_value)
+        # PIL resizes uint8 only, and its nearest neighbour is the one that agrees with the image's geometry.
+        aug_input = T.AugInput(image, sem_seg=labels.astype(np.uint8))
+        self.augmentations(aug_input)
+        image, labels = aug_input.image, aug_input.sem_seg
+        if self.pad_size is not None:
+            image = pad_image(image, self.pad_size, self.pad_pixel)
+            labels = pad_image(labels, self.pad_size, (self.ignore_value,))
+        return {"image": _to_tensor(image), "sem_seg": torch.from_numpy(labels.astype(np.int64))}
+
+    def _panoptic_example(self, record: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
+        segments = record["segments_info"]
+        classes = [self._class_of(x["category_id"], x.get("isthing", True), record) for x in segments]
+        ids_rgb = read_panoptic_segments(record, image.shape[:2])
+        aug_input = T.AugInput(image)
+        transforms = self.augmentations(aug_input)
+        index = segment_index(transforms.apply_segmentation(ids_rgb), [x["id"] for x in segments])
+        crowd = [bool(x.get("iscrowd", 0)) for x in segments]
+        things = [i for i, x in enumerate(segments) if x["category_id"] in self.thing_classes and x.get("isthing", True)]
+        things = [i for i in things if not crowd[i]]
+        masks = index == np.array(things, dtype=np.int64)[:, None, None]
+        example = {
+            "image": _to_tensor(aug_input.image),
+            "instances": make_instances(masks, [classes[i] for i in things], aug_input.image.shape[:2]),
+        }
+        if self.task == "panoptic":
+            labels = [self.ignore_value if c else k for k, c in zip(classes, crowd, strict=True)]
+            lookup = np.array([*labels, self.ignore_value, self.ignore_value], dtype=np.int64)
+            example["sem_seg"] = torch.from_numpy(lookup[index])
+        return example
+
+    def _instance_example(self, record: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
+        if "annotations" not in record:
+            raise _missing_annotations(record, self.task)
+        aug_input = T.AugInput(image)
+        transforms = self.augmentations(aug_input)
+        size = aug_input.image.shape[:2]
+        annotations = [x for x in record["annotations"] if not x.get("iscrowd", 0)]
+        classes = [self._class_of(x["category_id"], True, record) for x in annotations]
+        masks = [annotation_mask(x, transforms, image.shape[:2], size, record) for x in annotations]
+        masks = np.stack(masks) if masks else np.zeros((0, *size), bool)
+        example = {"image": _to_tensor(aug_input.image), "instances": make_instances(masks, classes, size)}
+        if self.task == "panoptic":
+            labels = self._stuff_labels(record, image.shape[:2])
+            example["sem_seg"] = torch.from_numpy(transforms.apply_segmentation(labels).astype(np.int64))
+        return example
+
+    def _stuff_labels(self, record: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+        """Model classes of the stuff pixels, uint8 [H, W]; all other pixels (things, crowds, void) are ignored."""
+        if "sem_seg_file_name" not in record:
+            raise _missing_annotations(record, self.task)
+        # Every id of the metadata is a valid label: those that the model has no stuff class for are things.
+        num_labels = max(self.stuff_classes, default=0) + 1
+        labels = read_sem_seg(record, size, num_labels, self.ignore_value)
+        lookup = np.full(256, self.ignore_value, np.uint8)
+        for category, model_class in self.stuff_classes.items():
+            lookup[category] = model_class
+        return lookup[labels]
+
+    def _class_of(self, category: int, isthing: bool, record: dict[str, Any]) -> int:
+        """The model's class; stuff that an instance model does not have is ignored."""
+        classes = self.thing_classes if isthing else self.stuff_classes
+        if category in classes:
+            return classes[category]
+        if not isthing and not self.stuff_classes:
+            return self.ignore_value
+        known = f"{len(self.thing_classes)} thing and {len(self.stuff_classes)} stuff classes"
+        raise DataError(
+            f"The annotations of image {record['file_name']} have category_id {category} "
+            f"({'thing' if isthing else 'stuff'}), which is not among the model's {known}. "
+            "Correct the annotation or MODEL.KNET.NUM_THING_CLASSES / NUM_STUFF_CLASSES."
+        )
+
+
+def build_mapper(cfg: CfgNode, is_train: bool) -> KNetDatasetMapper:
+    """The mapper of MODEL.KNET.TASK; the config's classes must be resolved (see resolve_classes)."""
+    knet = cfg.MODEL.KNET
+    if is_train and not (knet.THING_CATEGORY_IDS or knet.STUFF_CATEGORY_IDS):
+        raise ConfigError("The classes of MODEL.KNET are not known yet: call knet_d2.data.resolve_classes(cfg) first.")
+    return KNetDatasetMapper(cfg, is_train)
+
+
+def read_sem_seg(record: dict[str, Any], size: tuple[int, int], num_classes: int, ignore_value: int) -> np.ndarray:
+    """Read "sem_seg_file_name" as labels 0..num_classes-1 and ignore_value: int64 [H, W].
+
+    A record may have "sem_seg_label_map", an array: value in the file -> label, -1 where the value is unknown.
+    """
+    path = record["sem_seg_file_name"]
+    raw = read_labels(path)
+    check_same_size(path, raw.shape, record["file_name"], size)
+    lookup = record.get("sem_seg_label_map")
+    if lookup is None:
+        labels = raw
+    else:
+        labels = np.where(raw < len(lookup), np.asarray(lookup, np.int64)[raw.clip(max=len(lookup) - 1)], -1)
+    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_value)
+    if wrong.any():
+        raise DataError(
+            f"Label map {path} holds the value {raw[wrong][0]} ({np.count_nonzero(wrong)} pixels), which is neither one of "
+            f"the {num_classes} classes nor ignored ({ignore_value}). Correct the file, the list of classes or the labels "
+            "that its data set ignores."
+        )
+    return labels
+
+
+def read_panoptic_segments(record: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """Read "pan_seg_file_name", checked against "segments_info": uint8 [H, W, 3]."""
+    path = record["pan_seg_file_name"]
+    ids_rgb = read_panoptic(path)
+    check_same_size(path, ids_rgb.shape[:2], record["file_name"], size)
+    ids = [x["id"] for x in record["segments_info"]]
+    pixels = np.bincount(segment_index(ids_rgb, ids).reshape(-1), minlength=len(ids) + 2)
+    if pixels[-1]:
+        unknown = ids_rgb[segment_index(ids_rgb, ids) > len(ids)][0].astype(np.int64) @ [1, 256, 65536]
+        raise DataError(
+            f"Panoptic PNG {path} has segment id {unknown}, which its JSON's segments_info lacks. "
+            "Add the segment to the JSON or paint it 0 (void)."
+        )
+    for segment, count in zip(record["segments_info"], pixels, strict=False):
+        if not count:
+            raise DataError(
+                f"The JSON's segments_info for panoptic PNG {path} has segment id {segment['id']}, which the PNG lacks. "
+                "Remove the segment from the JSON or paint it."
+            )
+    return ids_rgb
+
+
+def read_panoptic_labels(
+    record: dict[str, Any], size: tuple[int, int], classes: dict[int, int], ignore_value: int
+) -> np.ndarray:
+    """Class per pixel from a panoptic PNG, crowds included, void ignored: int64 [H, W].
+
+    classes: the metadata's contiguous id -> label.
+    """
+    if "pan_seg_file_name" not in record:
+        raise _missing_annotations(record, "semantic")
+    segments = record["segments_info"]
+    ids_rgb = read_panoptic_segments(record, size)
+    lookup = np.full(len(segments) + 1, ignore_value, np.int64)
+    for i, segment in enumerate(segments):
+        if segment["category_id"] not in classes:
+            raise DataError(
+                f"The segments of image {record['file_name']} have category_id {segment['category_id']}, which is not among "
+                f"the {len(classes)} classes. Correct the annotation or the classes of its data set."
+            )
+        lookup[i] = classes[segment["category_id"]]
+    return lookup[segment_index(ids_rgb, [x["id"] for x in segments])]
+
+
+def annotation_mask(
+    annotation: dict[str, Any],
+    transforms: T.TransformList,
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+    record: dict[str, Any],
+) -> np.ndarray:
+    """The mask of one annotation (polygons, RLE or a bitmask) after augmentation: bool [h, w].
+
+    Args:
+        annotation: with "segmentation" as polygons, compressed or uncompressed RLE, or an array [H, W].
+        transforms: what happened to the image.
+        image_size, size: (height, width) before and after.
+        record: the image's, for the error message.
+    """
+    segmentation = annotation.get("segmentation")
+    try:
+        if isinstance(segmentation, list):
+            # Not apply_polygons, which needs shapely to clip: the rasteriser clips to the image by itself.
+            polygons = [np.asarray(x, np.float64).reshape(-1, 2) for x in segmentation]
+            polygons = [transforms.apply_coords(x).reshape(-1) for x in polygons]
+            return polygons_to_bitmask(polygons, *size)
+        if isinstance(segmentation, dict):
+            if isinstance(segmentation["counts"], list):
+                segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
+            segmentation = mask_util.decode(segmentation)
+        mask = np.asarray(segmentation).astype(np.uint8)
+        if mask.shape != tuple(image_size):
+            raise DataError(f"the mask is of shape {mask.shape}, the image {tuple(image_size)}")
+        return transforms.apply_segmentation(mask).astype(bool)
+    except Exception as error:
+        raise DataError(
+            f"An annotation of image {record['file_name']} (category_id {annotation.get('category_id')}, bbox "
+            f"{annotation.get('bbox')}) has no usable segmentation: {error}. It must be polygons, RLE or a bitmask."
+        ) from error
+
+
+def make_instances(masks: np.ndarray, classes: list[int], size: tuple[int, int]) -> Instances:
+    """Instances from masks, bool [M, h, w], without those that are empty; the order stays."""
+    keep = masks.reshape(len(masks), size[0] * size[1]).any(axis=1)
+    instances = Instances(tuple(size))
+    instances.gt_classes = torch.tensor(classes, dtype=torch.int64)[torch.from_numpy(keep)]
+    instances.gt_masks = BitMasks(torch.from_numpy(np.ascontiguousarray(masks[keep])))
+    return instances
+
+
+def pad_image(image: np.ndarray, size: tuple[int, int], value: tuple[float, ...]) -> np.ndarray:
+    """Pad [h, w] or [h, w, C] at the right and bottom to at least size; value: one number per channel."""
+    height, width = max(image.shape[0], size[0]), max(image.shape[1], size[1])
+    padded = np.empty((height, width, *image.shape[2:]), image.dtype)
+    padded[:] = np.round(value).astype(image.dtype) if image.ndim == 3 else value[0]
+    padded[: image.shape[0], : image.shape[1]] = image
+    return padded
+
+
+def _to_tensor(image: np.ndarray) -> torch.Tensor:
+    return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def _missing_annotations(record: dict[str, Any], task: str) -> DataError:
+    needed = {
+        "instance": "annotations with instance masks",
+        "panoptic": "a panoptic PNG with segments, or instance masks and a label map",
+        "semantic": "a label map or a panoptic PNG",
+    }[task]
+    return DataError(
+        f"Image {record['file_name']} has no ground truth for MODEL.KNET.TASK {task!r}, which needs {needed}. "
+        "Choose another data set (DATASETS.TRAIN) or task."
+    )

@@ -1,0 +1,23 @@
+"""From a config and weights to a function that segments one image."""
+
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+
+from ..checkpoint import Checkpointer
+
+
+class Predictor(DefaultPredictor):
+    """Detectron2's DefaultPredictor, with weights read by K-Net's checkpointer.
+
+    Call it with an image in BGR order, uint8 [H, W, 3], whatever INPUT.FORMAT is; it returns the model's outputs.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        self.cfg = cfg.clone()
+        self.model = build_model(self.cfg).eval()
+        Checkpointer(self.model).load(cfg.MODEL.WEIGHTS)
+        shorter = cfg.INPUT.MIN_SIZE_TEST
+        self.aug = T.ResizeShortestEdge([shorter, shorter], cfg.INPUT.MAX_SIZE_TEST)
+        self.input_format = cfg.INPUT.FORMAT

@@ -1,0 +1,8 @@
+"""Evaluators."""
+
+from .build import build_evaluators
+from .instance import InstanceEvaluator
+from .panoptic import PanopticEvaluator
+from .semantic import SemanticEvaluator
+
+__all__ = ["InstanceEvaluator", "PanopticEvaluator", "SemanticEvaluator", "build_evaluators"]

@@ -1,0 +1,107 @@
+"""Which evaluators a data set has: a table of evaluator_type and the model's outputs."""
+
+import logging
+from collections.abc import Callable
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+)
+from detectron2.utils.file_io import PathManager
+
+from ..data import load_dataset, loaded_metadata
+from ..errors import ConfigError
+from ..meta_arch import model_outputs
+from .instance import InstanceEvaluator
+from .panoptic import PanopticEvaluator
+from .semantic import SemanticEvaluator
+
+logger = logging.getLogger(__name__)
+
+Builder = Callable[[CfgNode, str, "str | None"], DatasetEvaluator]
+
+
+def _build_instance(cfg: CfgNode, name: str, output_folder: str | None) -> DatasetEvaluator:
+    return InstanceEvaluator(name, tasks=("bbox", "segm"), output_dir=output_folder)
+
+
+def _build_lvis(cfg: CfgNode, name: str, output_folder: str | None) -> DatasetEvaluator:
+    return LVISEvaluator(name, output_dir=output_folder)
+
+
+def _build_panoptic(cfg: CfgNode, name: str, output_folder: str | None) -> DatasetEvaluator:
+    return PanopticEvaluator(name, output_folder)
+
+
+def _build_semantic(cfg: CfgNode, name: str, output_folder: str | None) -> DatasetEvaluator:
+    knet = cfg.MODEL.KNET
+    # Data sets whose label maps show things as one class, or not at all, give no thing class an id of its own.
+    separated = knet.TASK == "panoptic" and "things" in loaded_metadata(name).stuff_classes[:1]
+    things = [0] * knet.NUM_THING_CLASSES if separated else knet.THING_CATEGORY_IDS
+    return SemanticEvaluator(name, class_ids=[*things, *knet.STUFF_CATEGORY_IDS], output_dir=output_folder)
+
+
+def _build_cityscapes_instance(cfg: CfgNode, name: str, output_folder: str | None) -> DatasetEvaluator:
+    return CityscapesInstanceEvaluator(name)
+
+
+def _build_cityscapes_semantic(cfg: CfgNode, name: str, output_folder: str | None) -> DatasetEvaluator:
+    return CityscapesSemSegEvaluator(name)
+
+
+# evaluator_type -> output of the model -> (metadata key that must be there, builder).
+_PANOPTIC_BUILDERS = {
+    "panoptic_seg": ("panoptic_json", _build_panoptic),
+    "instances": ("json_file", _build_instance),
+    "sem_seg": ("sem_seg_root", _build_semantic),
+}
+EVALUATORS: dict[str, dict[str, tuple[str, Builder]]] = {
+    "coco": {"instances": ("json_file", _build_instance)},
+    "coco_panoptic_seg": _PANOPTIC_BUILDERS,
+    "cityscapes_panoptic_seg": _PANOPTIC_BUILDERS,
+    "sem_seg": {"sem_seg": ("stuff_classes", _build_semantic)},
+    "lvis": {"instances": ("json_file", _build_lvis)},
+    "cityscapes_instance": {"instances": ("gt_dir", _build_cityscapes_instance)},
+    "cityscapes_sem_seg": {"sem_seg": ("gt_dir", _build_cityscapes_semantic)},
+}
+
+
+def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> list[DatasetEvaluator]:
+    """The evaluators of a data set for what the model of a config gives.
+
+    Args:
+        cfg: the config, with its classes resolved.
+        dataset_name: as registered.
+        output_folder: where predictions are written; None: nowhere.
+
+    Raises:
+        ConfigError: there is none, because the data set is of another kind than the model.
+    """
+    if dataset_name not in DatasetCatalog:
+        load_dataset(dataset_name, "DATASETS.TEST")  # raises with a suggestion
+    metadata = loaded_metadata(dataset_name)
+    kind, outputs = metadata.get("evaluator_type"), model_outputs(cfg)
+    if kind not in EVALUATORS:
+        raise ConfigError(
+            f"Data set {dataset_name} (DATASETS.TEST) has evaluator_type {kind!r} in its metadata; known are "
+            f"{', '.join(EVALUATORS)}."
+        )
+    if any(not PathManager.isfile(metadata.get(key)) for key in ("json_file", "panoptic_json") if metadata.get(key)):
+        load_dataset(dataset_name, "DATASETS.TEST")  # makes generated files, or says what is missing
+    evaluators = []
+    for output in outputs:
+        key, builder = EVALUATORS[kind].get(output, (None, None))
+        if key is not None and metadata.get(key):
+            evaluators.append(builder(cfg, dataset_name, output_folder))
+        else:
+            logger.warning("The model's %r is not evaluated: data set %s has no ground truth for it.", output, dataset_name)
+    if not evaluators:
+        raise ConfigError(
+            f"Data set {dataset_name} (DATASETS.TEST, evaluator_type {kind!r}) can evaluate {', '.join(EVALUATORS[kind])}, but "
+            f"the model (MODEL.KNET.TASK {cfg.MODEL.KNET.TASK!r}, MODEL.KNET.TEST.OUTPUTS) gives {', '.join(outputs)}."
+        )
+    return evaluators

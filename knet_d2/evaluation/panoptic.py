@@ -1,0 +1,128 @@
+"""Panoptic quality, counted by panopticapi, for any categories."""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import os
+import tempfile
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from detectron2.evaluation import COCOPanopticEvaluator
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from panopticapi.evaluation import PQStat, pq_compute_single_core
+from tabulate import tabulate
+
+from ..errors import DataError
+
+logger = logging.getLogger(__name__)
+
+# All, things, stuff: suffix of the result's keys, and value of "isthing".
+_PARTS = (("", None), ("_th", True), ("_st", False))
+
+
+class PanopticEvaluator(COCOPanopticEvaluator):
+    """Detectron2's evaluator with panopticapi's counts and the same result keys, but
+
+    - it works with any categories: where a data set has no things or no stuff, their quality is NaN;
+    - predictions lie on the disk until they are compared, and each process compares its own, in threads;
+    - images may have the same file name in different folders.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        self._folder = tempfile.TemporaryDirectory(prefix="panoptic_eval")
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """See COCOPanopticEvaluator; it would change the outputs' segments_info, so it gets a copy."""
+        copies = []
+        for output in outputs:
+            segments, info = output["panoptic_seg"]
+            segments = torch.as_tensor(segments).clone()
+            copies.append({"panoptic_seg": (segments, None if info is None else [dict(x) for x in info])})
+        first = len(self._predictions)
+        super().process(inputs, copies)
+        for i, prediction in enumerate(self._predictions[first:], first):
+            prediction["file_name"] = f"{i}.png"
+            with open(os.path.join(self._folder.name, prediction["file_name"]), "wb") as f:
+                f.write(prediction.pop("png_string"))
+
+    def evaluate(self) -> "OrderedDict[str, dict[str, float]] | None":
+        """Returns {"panoptic_seg": {"PQ", "SQ", "RQ", "PQ_th", ..., "RQ_st"}} in percent, on the main process."""
+        ground_truth = self._read_ground_truth()
+        annotations = {annotation["image_id"]: annotation for annotation in ground_truth["annotations"]}
+        categories = {category["id"]: category for category in ground_truth["categories"]}
+        statistics = self._compare(annotations, categories)
+        comm.synchronize()
+        gathered = comm.gather((statistics, self._predictions))
+        self._folder.cleanup()
+        if not comm.is_main_process():
+            return None
+        statistics, predictions = PQStat(), []
+        for part, part_predictions in gathered:
+            statistics += part
+            predictions += part_predictions
+        missing = sorted(set(annotations) - {x["image_id"] for x in predictions}, key=str)
+        if missing:
+            raise DataError(f"{self._metadata.panoptic_json} has {len(missing)} images without a prediction, as {missing[0]}.")
+        if self._output_dir:
+            with PathManager.open(os.path.join(self._output_dir, "predictions.json"), "w") as f:
+                json.dump({**ground_truth, "annotations": predictions}, f)
+        return OrderedDict(panoptic_seg=_summary(statistics, categories))
+
+    def _read_ground_truth(self) -> dict[str, Any]:
+        path = self._metadata.panoptic_json
+        with PathManager.open(path) as f:
+            ground_truth = json.load(f)
+        for annotation in ground_truth["annotations"]:
+            for segment in annotation["segments_info"]:
+                segment.setdefault("iscrowd", 0)
+        return ground_truth
+
+    def _compare(self, annotations: dict[Any, dict], categories: dict[int, dict]) -> PQStat:
+        """This process's counts per category."""
+        folder = PathManager.get_local_path(self._metadata.panoptic_root)
+
+        def compare(prediction: dict[str, Any]) -> PQStat:
+            try:
+                # panopticapi writes areas into the segments it is given.
+                pair = (annotations[prediction["image_id"]], copy.deepcopy(prediction))
+                return pq_compute_single_core(0, [pair], folder, self._folder.name, categories)
+            except (KeyError, OSError, ValueError) as error:
+                raise DataError(
+                    f"The panoptic ground truth of image {prediction['image_id']} in {self._metadata.panoptic_json} and {folder} "
+                    f"can't be compared with the prediction: {error}."
+                ) from error
+
+        statistics = PQStat()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                for part in pool.map(compare, self._predictions):
+                    statistics += part
+        return statistics
+
+
+def _summary(statistics: PQStat, categories: dict[int, dict]) -> dict[str, float]:
+    results, rows = {}, []
+    for suffix, isthing in _PARTS:
+        quality = _average(statistics, categories, isthing)
+        row = {key.upper() + suffix: 100 * quality[key] for key in ("pq", "sq", "rq")}
+        results.update(row)
+        title = {None: "All", True: "Things", False: "Stuff"}[isthing]
+        rows.append([title, *row.values(), quality["n"]])
+    table = tabulate(rows, headers=["", "PQ", "SQ", "RQ", "#categories"], tablefmt="pipe", floatfmt=".3f")
+    logger.info("Panoptic evaluation results:\n%s", table)
+    return results
+
+
+def _average(statistics: PQStat, categories: dict[int, dict], isthing: bool | None) -> dict[str, float]:
+    """panopticapi's average over the categories; NaN where none occurs, for which panopticapi divides by zero."""
+    try:
+        return statistics.pq_average(categories, isthing)[0]
+    except ZeroDivisionError:
+        return {"pq": float("nan"), "sq": float("nan"), "rq": float("nan"), "n": 0}

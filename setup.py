@@ -1,0 +1,37 @@
+"""K-Net as a Detectron2 extension. Detectron2 itself comes from ``python -m knet_d2.install_detectron2``."""
+
+import re
+import runpy
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+DEPENDENCIES = runpy.run_path(str(ROOT / "knet_d2" / "dependencies.py"))
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "knet_d2" / "__init__.py").read_text(), re.MULTILINE).group(1)
+README = ROOT / "README.md"
+
+setup(
+    name="knet_d2",
+    version=VERSION,
+    description="K-Net (instance, panoptic and semantic segmentation) as a Detectron2 extension",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=" + ".".join(map(str, DEPENDENCIES["PYTHON"])),
+    # The config files lie beside the package in a checkout and inside it in a wheel; knet_d2.paths finds them in both.
+    packages=[*find_packages(include=["knet_d2", "knet_d2.*"]), "knet_d2.configs"],
+    package_dir={"knet_d2.configs": "configs"},
+    package_data={"knet_d2": ["**/*.json"], "knet_d2.configs": ["**/*.yaml"]},
+    install_requires=[
+        dependency.distribution + (f">={dependency.minimum}" if dependency.minimum else "")
+        for dependency in DEPENDENCIES["DEPENDENCIES"]
+        if dependency.declared
+    ],
+    extras_require={
+        # Those who have another build of OpenCV (opencv-python, a system package) don't want this one.
+        "opencv": ["opencv-python-headless>=4.5"],
+        "test": ["pytest"],
+    },
+)

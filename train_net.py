@@ -1,0 +1,52 @@
+#!/usr/bin/env python
+"""Train or evaluate K-Net; the command line is Detectron2's.
+
+python train_net.py --config-file configs/... [--num-gpus N] [--resume | --eval-only] [KEY VALUE ...]
+"""
+
+import argparse
+import sys
+from typing import Any, Dict, Optional
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from knet_d2.checkpoint import Checkpointer
+from knet_d2.engine import Trainer, setup
+from knet_d2.errors import KNetError
+
+
+def evaluate(cfg: CfgNode, resume: bool) -> Dict[str, Any]:
+    """Evaluate MODEL.WEIGHTS (with ``resume``: the last checkpoint in OUTPUT_DIR) on DATASETS.TEST."""
+    model = Trainer.build_model(cfg)
+    Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def main(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
+    cfg = setup(args)
+    if args.eval_only:
+        return evaluate(cfg, args.resume)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    arguments = default_argument_parser().parse_args()
+    try:
+        launch(
+            main,
+            arguments.num_gpus,
+            num_machines=arguments.num_machines,
+            machine_rank=arguments.machine_rank,
+            dist_url=arguments.dist_url,
+            args=(arguments,),
+        )
+    except KNetError as error:
+        sys.exit(f"Error: {error}")
