@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from .dependencies import DEPENDENCIES, DETECTRON2_COMMAND
+from .dependencies import DETECTRON2_COMMAND, DETECTRON2_PROBES
 
 # They mend a missing or broken Detectron2, so they must start without one.
 _SETUP_COMMANDS = ("knet_d2.doctor", "knet_d2.install_detectron2")
@@ -17,10 +17,12 @@ def runs_setup_command() -> bool:
 
 def require_detectron2() -> None:
     """Import Detectron2, or raise one ImportError that names the command to install it."""
-    (detectron2,) = (dependency for dependency in DEPENDENCIES if dependency.module == "detectron2")
     try:
-        for module in (detectron2.module, *detectron2.probes):
-            importlib.import_module(module)
+        from .compat import quiet_torchscript
+
+        with quiet_torchscript():
+            for module in ("detectron2", *DETECTRON2_PROBES):
+                importlib.import_module(module)
     except Exception as error:  # a broken or outdated installation raises nearly anything
         if isinstance(error, ModuleNotFoundError) and error.name == "detectron2":
             message = f"knet_d2 needs Detectron2, which is not installed. Install it with: {DETECTRON2_COMMAND}"

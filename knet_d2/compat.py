@@ -3,6 +3,12 @@
 Each entry says why it is there and when it can go.
 """
 
+import contextlib
+import warnings
+from typing import Iterator
+
+__all__ = ["numpy_multiarray", "quiet_torchscript"]
+
 # Reason: numpy 2 renamed its private package; the functions that pickled arrays name live there.
 # Goes with: numpy 1.26.
 try:
@@ -10,4 +16,14 @@ try:
 except ImportError:
     from numpy.core import multiarray as numpy_multiarray
 
-__all__ = ["numpy_multiarray"]
+
+@contextlib.contextmanager
+def quiet_torchscript() -> Iterator[None]:
+    """Keep newer torch from warning, on every start, of torch.jit.script.
+
+    Reason: Detectron2 and fvcore call it while they are imported.
+    Goes with: these calls.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
+        yield

@@ -9,6 +9,10 @@ PYTHON = (3, 11)
 TORCH_COMMAND = "python -m pip install --upgrade torch torchvision"
 DETECTRON2_COMMAND = "python -m knet_d2.install_detectron2"
 
+# Imported to tell an installation that works from one that doesn't: what knet_d2 needs of these packages.
+DETECTRON2_PROBES = ("detectron2.modeling", "detectron2.data", "detectron2.evaluation", "detectron2.engine")
+PANOPTICAPI_PROBES = ("panopticapi.utils", "panopticapi.evaluation")
+
 
 class Dependency(NamedTuple):
     """A package: the module to import, the distribution that pip installs, the oldest version that works."""
@@ -20,7 +24,7 @@ class Dependency(NamedTuple):
     command: Optional[str] = None
     # False: pip can't install it as one of our dependencies (see the comments below).
     declared: bool = True
-    # Imported in its place, where the module alone would not show that it works.
+    # Modules to import as well, where the first alone would not show that it works.
     probes: Tuple[str, ...] = ()
 
 
@@ -35,7 +39,7 @@ DEPENDENCIES = (
         "0.6",
         DETECTRON2_COMMAND,
         declared=False,
-        probes=("detectron2.modeling", "detectron2.data", "detectron2.evaluation", "detectron2.engine"),
+        probes=DETECTRON2_PROBES,
     ),
     # Its metadata forbids numpy 2, with which its code runs.
     Dependency(
@@ -44,7 +48,7 @@ DEPENDENCIES = (
         None,
         DETECTRON2_COMMAND,
         declared=False,
-        probes=("panopticapi.utils", "panopticapi.evaluation"),
+        probes=PANOPTICAPI_PROBES,
     ),
     # opencv-python and opencv-python-headless exclude each other; either will do, and only the user can choose.
     Dependency("cv2", "opencv-python-headless", "4.5", declared=False),

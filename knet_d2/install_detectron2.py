@@ -23,6 +23,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
+from .dependencies import DETECTRON2_PROBES, PANOPTICAPI_PROBES
 from .errors import KNetError
 
 SDIST_NAME = "pb1-detectron2"
@@ -48,15 +49,6 @@ PROJECT_FOLDERS = {
     "projects/DeepLab/deeplab/": "detectron2/projects/deeplab/",
     "projects/Panoptic-DeepLab/panoptic_deeplab/": "detectron2/projects/panoptic_deeplab/",
 }
-
-# What is imported to tell a Detectron2 that works from one that doesn't.
-REQUIRED_MODULES = (
-    "detectron2.modeling",
-    "detectron2.data",
-    "detectron2.evaluation",
-    "detectron2.engine",
-    "detectron2.model_zoo",
-)
 
 REQUIREMENTS = (
     "torch",
@@ -162,6 +154,13 @@ SUBSTITUTIONS = (
     ),
     # Warnings of torch 2.
     Substitution(
+        "detectron2/utils/comm.py",
+        "    storage = torch.ByteStorage.from_buffer(buffer)\n"
+        "    tensor = torch.ByteTensor(storage).to(device=device)\n",
+        "    tensor = torch.frombuffer(bytearray(buffer), dtype=torch.uint8).to(device=device)\n",
+        1,
+    ),
+    Substitution(
         "detectron2/checkpoint/detection_checkpoint.py",
         "torch.load(f)",
         'torch.load(f, map_location="cpu", weights_only=True)',
@@ -187,7 +186,7 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def read_sdist(path: Path, sha256: str = SDIST_SHA256) -> dict[str, bytes]:
+def read_sdist(path: Path, sha256: str) -> dict[str, bytes]:
     """Read an sdist into {path below its top folder: content}, after checking its hash."""
     if not path.is_file():
         raise InstallError(f"{path}: no such file; --sdist wants the file {SDIST_NAME}-{SDIST_VERSION}.tar.gz")
@@ -263,7 +262,7 @@ def write_wheel(contents: dict[str, bytes], folder: Path) -> Path:
 
 def build_wheel(sdist: Path, folder: Path) -> Path:
     """Write Detectron2's wheel, made from its sdist, into ``folder``."""
-    files = apply_substitutions(read_sdist(sdist), SUBSTITUTIONS)
+    files = apply_substitutions(read_sdist(sdist, SDIST_SHA256), SUBSTITUTIONS)
     return write_wheel(wheel_contents(files, SUBSTITUTIONS), folder)
 
 
@@ -379,7 +378,7 @@ def install_detectron2(sdist: Path | None = None) -> str:
     """
     folder = package_folder("detectron2")
     if folder is not None and not is_ours(folder):
-        error = import_error(REQUIRED_MODULES)
+        error = import_error(DETECTRON2_PROBES)
         if error is None:
             return f"detectron2: {folder} is importable and stays as it is"
         raise InstallError(
@@ -392,7 +391,7 @@ def install_detectron2(sdist: Path | None = None) -> str:
         with tempfile.TemporaryDirectory(prefix="knet_d2_") as temporary:
             _build_and_install(sdist, Path(temporary), folder)
         done = f"detectron2: installed {WHEEL_VERSION} in {package_folder('detectron2')}"
-    error = import_error(REQUIRED_MODULES)
+    error = import_error(DETECTRON2_PROBES)
     if error is not None:
         raise InstallError(f"{done}, but it can't be imported: {error}. See: python -m knet_d2.doctor")
     return done
@@ -412,7 +411,7 @@ def _build_and_install(sdist: Path | None, temporary: Path, remains: Path | None
 def install_panopticapi() -> str:
     """Install panopticapi unless one is importable; return what was done."""
     folder = package_folder("panopticapi")
-    if folder is not None and import_error(["panopticapi.utils", "panopticapi.evaluation"]) is None:
+    if folder is not None and import_error(PANOPTICAPI_PROBES) is None:
         return f"panopticapi: {folder} is importable and stays as it is"
     with tempfile.TemporaryDirectory(prefix="knet_d2_") as temporary:
         requirement = Path(temporary) / "panopticapi.txt"

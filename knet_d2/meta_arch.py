@@ -15,6 +15,7 @@ from .data.categories import resolve_classes
 from .errors import ConfigError, DataError
 from .modeling.cascade import KernelUpdateCascade
 from .modeling.criterion import KNetCriterion
+from .modeling.precision import full_precision, no_autocast
 from .modeling.resize import upsampled_size
 from .modeling.static_kernels import build_auxiliary_head
 from .modeling.targets import build_targets
@@ -93,8 +94,8 @@ class KNet(nn.Module):
         self.score_threshold = score_threshold
         self.thing_score_threshold = thing_score_threshold
         self.overlap_threshold = overlap_threshold
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).float().view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).float().view(-1, 1, 1), persistent=False)
         self.register_buffer("class_mask", bank.class_mask(), persistent=False)
 
     @classmethod
@@ -106,6 +107,8 @@ class KNet(nn.Module):
         knet = cfg.MODEL.KNET
         if knet.NUM_STAGES < (0 if knet.TASK == "semantic" else 1):
             raise ConfigError(f"MODEL.KNET.NUM_STAGES = {knet.NUM_STAGES} is too small for {knet.TASK} segmentation.")
+        if knet.TASK != "semantic" and knet.NUM_KERNELS < 1:
+            raise ConfigError(f"MODEL.KNET.NUM_KERNELS = {knet.NUM_KERNELS}: use at least 1.")
         bank = KernelBank.for_task(
             knet.TASK,
             num_kernels=knet.NUM_KERNELS,
@@ -170,7 +173,8 @@ class KNet(nn.Module):
             auxiliary_logits = None if self.auxiliary_head is None else self.auxiliary_head(features)
             targets = self.prepare_targets(batched_inputs, images, state)
             return self.criterion(state, stages, targets, auxiliary_logits)
-        return self.postprocess(state, stages, batched_inputs, images)
+        with no_autocast(images.tensor):
+            return self.postprocess(state, stages, batched_inputs, images)
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """Normalise, then pad with 0 at the right and bottom."""
@@ -199,7 +203,7 @@ class KNet(nn.Module):
         self, state: KernelState, stages: List[StageOutput], batched_inputs: List[Dict], images: ImageList
     ) -> List[Dict]:
         """The results of every image, from the last stage."""
-        last = stages[-1] if stages else StageOutput(state.kernels, state.mask_logits.float())
+        last = stages[-1] if stages else StageOutput(state.kernels, full_precision(state.mask_logits))
         results = []
         for i, x in enumerate(batched_inputs):
             image_size = tuple(images.image_sizes[i])

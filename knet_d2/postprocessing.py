@@ -153,7 +153,8 @@ def panoptic_inference(
     scores, classes = class_logits.sigmoid().masked_fill(~class_mask, -1).max(dim=1)
     owners, mask_areas = assign_pixels(scores, mask_logits, geometry)
     areas = owners.flatten().bincount(minlength=len(scores))
-    kept = (areas > 0) & (mask_areas > 0) & (areas >= overlap_threshold * mask_areas)
+    # A quotient, as float32 rounds threshold * area such that a part of exactly the threshold may seem smaller
+    kept = (areas > 0) & (mask_areas > 0) & (areas / mask_areas >= overlap_threshold)
     kept &= (classes >= num_things) | (scores >= thing_score_threshold)
 
     order = scores.argsort(descending=True, stable=True)

@@ -59,6 +59,8 @@ class KernelBank:
     @classmethod
     def for_task(cls, task: str, *, num_kernels: int, num_things: int, num_stuff: int) -> "KernelBank":
         """The bank of one of the paper's three tasks."""
+        if task == "semantic":
+            num_things = 0
         things, stuff = range(num_things), range(num_things, num_things + num_stuff)
         matched = KernelGroup(num_kernels, Assignment.HUNGARIAN, things)
         fixed = KernelGroup(num_stuff, Assignment.IDENTITY, stuff)

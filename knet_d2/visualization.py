@@ -199,7 +199,8 @@ def draw_validation_pictures(cfg: CfgNode, model: nn.Module, number: int) -> Dic
             image = read_image(records[i]["file_name"], "RGB")
             truth = draw_segments(image, ground_truth_segments(cfg, records[i]), classes)
             drawn = draw_prediction(image, outputs, classes)
-            pictures[os.path.basename(records[i]["file_name"])] = np.concatenate([truth, drawn], axis=1)
+            gap = np.full((truth.shape[0], _MARGIN // 2, 3), 255, np.uint8)
+            pictures[os.path.basename(records[i]["file_name"])] = np.concatenate([truth, gap, drawn], axis=1)
     finally:
         model.train(training)
     return pictures

@@ -135,6 +135,18 @@ def test_official_keys_shapes_and_parameter_count(name):
     assert sum(p.numel() for p in backbone.parameters()) + num_frozen_affine == official["num_params"]
 
 
+def test_pretrained_v1c_layout():
+    """OpenMMLab's ImageNet model is the official backbone without its prefix, with a classifier."""
+    with torch.device("meta"):
+        model = Model(build(OPTIONS["r50_d8"]))
+        official = {k[len("backbone.") :]: torch.empty(s) for k, s in manifest("r50_d8")["state_dict"].items()}
+    official.update({"fc.weight": torch.empty(1000, 2048), "fc.bias": torch.empty(1000)})
+    translation = translate_state_dict(official, pretrained_backbone_rules(official, "backbone."))
+    assert translation.state_dict.keys() == model.state_dict().keys()
+    assert translation.ignored == ["fc.weight", "fc.bias"] and translation.unknown == []
+    assert pretrained_backbone_rules({"conv1.weight": 0}, "backbone.") is None
+
+
 @pytest.mark.parametrize("name", ["r50_fpn", "r50_d8", "swin_t"])
 def test_outputs_equal_official_ones(name):
     """The image has no friendly size: 100 x 150 (padded to 128 x 160) or 90 x 123."""
@@ -491,6 +503,16 @@ def test_deformable_backbone_takes_part_in_mixed_precision_and_training():
     deformable = [m for m in backbone.modules() if isinstance(m, DeformConv2d)]
     assert len(deformable) == 4 + 6 + 3
     assert all(m.conv_offset.bias.grad.abs().sum() > 0 for m in deformable)
+
+
+def test_deformable_convolution_keeps_its_type_and_samples_in_float32():
+    torch.manual_seed(0)
+    module = DeformConv2d(4, 4, kernel_size=3, padding=1, bias=False, norm=nn.BatchNorm2d(4)).bfloat16().eval()
+    nn.init.normal_(module.conv_offset.bias)
+    x = torch.randn(1, 4, 6, 6).bfloat16()
+    out = module(x)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out.float(), module.double()(x.double()).detach()) < 0.02
 
 
 def test_modulation_and_groups_follow_the_config():

@@ -2,19 +2,18 @@
 
 import contextlib
 import difflib
-import itertools
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
-from detectron2.data.catalog import Metadata
 from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
+from detectron2.data.catalog import Metadata
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -33,9 +32,9 @@ def build_train_loader(
 ) -> torch.utils.data.DataLoader:
     """An endless loader of training batches, each a list of SOLVER.IMS_PER_BATCH / (number of processes) dicts.
 
-    Batch i of a run is a function of (SEED, i) alone, and the random augmentation of a sample one of (SEED, its place in
-    the run): neither the number of workers nor where the run started (start_iter) changes them, and the processes
-    of a distributed run share out the batch that a single process would have had.
+    Batch i of a run is a function of (SEED, i) alone, and the random augmentation of a sample one of (SEED, its
+    place in the run): neither the number of workers nor where the run started (start_iter) changes them, and the
+    processes of a distributed run share out the batch that a single process would have had.
 
     Args:
         cfg: the config, with its classes resolved.
@@ -47,9 +46,16 @@ def build_train_loader(
     if batch_size < 1 or batch_size % world_size:
         raise ConfigError(f"SOLVER.IMS_PER_BATCH is {batch_size}; it must be a multiple of the {world_size} processes.")
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-        raise ConfigError(f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}; only 'TrainingSampler' is supported.")
+        raise ConfigError(
+            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}; only 'TrainingSampler' is supported."
+        )
     if dataset is None:
-        dataset = load_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        dataset = load_datasets(
+            cfg.DATASETS.TRAIN,
+            "DATASETS.TRAIN",
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            with_sizes=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        )
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     sampler = TrainingBatchSampler(
         size=len(dataset),
@@ -72,7 +78,7 @@ def build_test_loader(cfg: CfgNode, name: str, mapper: Mapper | None = None) -> 
         name: of the data set.
         mapper: record -> example; default: build_mapper(cfg, is_train=False).
     """
-    dataset = load_datasets([name], "DATASETS.TEST", filter_empty=False)
+    dataset = load_datasets([name], "DATASETS.TEST")
     mapped = MappedDataset(dataset, mapper or build_mapper(cfg, is_train=False), seed=0)
     return RaisingDataLoader(mapped, sampler=InferenceSampler(len(dataset)), batch_size=1, **_loader_options(cfg))
 
@@ -127,17 +133,25 @@ def seeded(*seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def load_datasets(names: list[str], key: str, filter_empty: bool) -> list[dict]:
+def load_datasets(
+    names: Sequence[str], key: str, *, filter_empty: bool = False, with_sizes: bool = False
+) -> list[dict]:
     """The records of data sets.
 
     Args:
         names: as registered.
         key: the config key that they come from, for error messages.
         filter_empty: leave out images whose "annotations" have no instance.
+        with_sizes: look up sizes of images that the records lack, where a JSON has them.
     """
     if not names:
         raise ConfigError(f"{key} is empty; name at least one data set.")
-    records = list(itertools.chain.from_iterable(load_dataset(name, key) for name in names))
+    records = []
+    for name in names:
+        added = load_dataset(name, key)
+        if with_sizes and "width" not in added[0]:
+            _add_sizes(added, MetadataCatalog.get(name))
+        records += added
     if "annotations" in records[0]:
         if filter_empty:
             records = filter_images_with_only_crowd_annotations(records)
@@ -215,6 +229,18 @@ def _category_reason(path: str, content: Any) -> str | None:
                     f"{annotation.get('image_id')}, which is not in its categories. Correct one of them."
                 )
     return None
+
+
+def _add_sizes(records: list[dict], metadata: Metadata) -> None:
+    """Detectron2 leaves the sizes in a panoptic JSON unread; add them to the records in place."""
+    path = metadata.get("panoptic_json")
+    if path is None:
+        return
+    with PathManager.open(path) as f:
+        images = {image["id"]: image for image in json.load(f)["images"]}
+    for record in records:
+        image = images.get(record.get("image_id"), {})
+        record.update({key: image[key] for key in ("height", "width") if key in image})
 
 
 def _aspect_groups(records: list[dict]) -> list[int] | None:

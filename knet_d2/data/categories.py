@@ -66,7 +66,7 @@ def resolve_classes(cfg: CfgNode) -> None:
     tables = _tables(cfg, required=not complete)
     if not tables and not complete:
         raise ConfigError(
-            "MODEL.KNET.NUM_THING_CLASSES or NUM_STUFF_CLASSES is 0 (\"from the data set\"), but DATASETS.TRAIN and "
+            'MODEL.KNET.NUM_THING_CLASSES or NUM_STUFF_CLASSES is 0 ("from the data set"), but DATASETS.TRAIN and '
             "DATASETS.TEST are empty. Name a data set, or give the numbers."
         )
     if tables:
@@ -95,12 +95,19 @@ def _tables(cfg: CfgNode, required: bool) -> dict[str, CategoryTable]:
 def _check_agreement(task: str, tables: dict[str, CategoryTable], first: str) -> None:
     expected = tables[first]
     for name, table in tables.items():
-        same_stuff = (table.stuff_names, table.stuff_category_ids) == (expected.stuff_names, expected.stuff_category_ids)
-        same_things = (table.thing_names, table.thing_category_ids) == (expected.thing_names, expected.thing_category_ids)
+        same_stuff = (table.stuff_names, table.stuff_category_ids) == (
+            expected.stuff_names,
+            expected.stuff_category_ids,
+        )
+        same_things = (table.thing_names, table.thing_category_ids) == (
+            expected.thing_names,
+            expected.thing_category_ids,
+        )
         if not (same_stuff and same_things):
             raise ConfigError(
                 f"The data sets in DATASETS.TRAIN and DATASETS.TEST must have the same classes for task {task!r}, but "
-                f"{first} has {_describe(expected)} and {name} has {_describe(table)}{_first_difference(expected, table)}."
+                f"{first} has {_describe(expected)} and {name} has {_describe(table)}"
+                f"{_first_difference(expected, table)}."
             )
 
 
@@ -124,7 +131,7 @@ def _fill(knet: CfgNode, table: CategoryTable, name: str) -> None:
         "STUFF_CATEGORY_IDS": table.stuff_category_ids,
     }
     for key, value in values.items():
-        given = knet[key]
+        given = list(knet[key]) if isinstance(value, list) else knet[key]
         if given and given != value:
             raise ConfigError(
                 f"MODEL.KNET.{key} is {given}, but data set {name} has {value} for task {knet.TASK!r}. "

@@ -37,7 +37,9 @@ def register_custom_datasets(cfg: CfgNode) -> None:
         if _registered.get(name) == entry:
             continue
         if name in DatasetCatalog:
-            raise ConfigError(f"DATASETS.CUSTOM[{i}].name: a data set {name!r} with other content exists. Choose another name.")
+            raise ConfigError(
+                f"DATASETS.CUSTOM[{i}].name: a data set {name!r} with other content exists. Choose another name."
+            )
         _REGISTER[entry["type"]](entry)
         _registered[name] = entry
 
@@ -113,7 +115,9 @@ def load_panoptic_json(json_file: str, image_root: str, panoptic_root: str, name
     records = []
     for annotation in content["annotations"]:
         if annotation["image_id"] not in images:
-            raise DataError(f"{json_file} has annotations for image_id {annotation['image_id']}, which is not in its images.")
+            raise DataError(
+                f"{json_file} has annotations for image_id {annotation['image_id']}, which is not in its images."
+            )
         image = images[annotation["image_id"]]
         segments = []
         for segment in annotation["segments_info"]:
@@ -135,7 +139,9 @@ def _set_panoptic_classes(categories: list[dict], json_file: str, name: str) -> 
     for category in categories:
         for key in ("id", "name", "isthing"):
             if key not in category:
-                raise DataError(f"{json_file}: category {category} lacks {key!r}. Panoptic categories have id, name and isthing.")
+                raise DataError(
+                    f"{json_file}: category {category} lacks {key!r}. Panoptic categories have id, name and isthing."
+                )
     ordered = sorted(categories, key=lambda category: (not category["isthing"], category["id"]))
     contiguous = {category["id"]: i for i, category in enumerate(ordered)}
     things = {category["id"] for category in ordered if category["isthing"]}
@@ -203,9 +209,13 @@ def _class_list(entry: dict[str, Any]) -> list[str]:
         with PathManager.open(classes) as f:
             classes = [line.strip() for line in f if line.strip()]
     if not classes or len(set(classes)) < len(classes) or not all(isinstance(x, str) for x in classes):
-        raise ConfigError(f"DATASETS.CUSTOM, {entry['name']}: classes must be different names, at least one; got {classes!r}.")
+        raise ConfigError(
+            f"DATASETS.CUSTOM, {entry['name']}: classes must be different names, at least one; got {classes!r}."
+        )
     if len(classes) > IGNORE_LABEL:
-        raise ConfigError(f"DATASETS.CUSTOM, {entry['name']}: {len(classes)} classes; at most {IGNORE_LABEL} are possible.")
+        raise ConfigError(
+            f"DATASETS.CUSTOM, {entry['name']}: {len(classes)} classes; at most {IGNORE_LABEL} are possible."
+        )
     return list(classes)
 
 
@@ -247,7 +257,9 @@ def _checked_entry(entry: Any, where: str) -> dict[str, Any]:
             continue
         value = entry[key]
         if not isinstance(value, types) or value == "":
-            raise ConfigError(f"{where}.{key} is {value!r}; it must be of type {' or '.join(t.__name__ for t in types)}.")
+            raise ConfigError(
+                f"{where}.{key} is {value!r}; it must be of type {' or '.join(t.__name__ for t in types)}."
+            )
         is_path = isinstance(value, str) and key not in ("name", "type")
         checked[key] = os.path.expanduser(value) if is_path else value
     return checked

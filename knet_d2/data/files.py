@@ -15,7 +15,9 @@ def read_image(path: str, image_format: str) -> np.ndarray:
     try:
         return detection_utils.read_image(path, format=image_format)
     except Exception as error:
-        raise DataError(f"Image {path} can't be read ({error}). Replace the file or take it out of the data set.") from error
+        raise DataError(
+            f"Image {path} can't be read ({error}). Replace the file or take it out of the data set."
+        ) from error
 
 
 def read_labels(path: str) -> np.ndarray:
@@ -23,7 +25,7 @@ def read_labels(path: str) -> np.ndarray:
     labels = np.asarray(_open_png(path, "Label map"))
     if labels.ndim != 2:
         raise DataError(
-            f"Label map {path} is a colour image of shape {labels.shape}. It must have one channel that holds class ids."
+            f"Label map {path} is a colour image of shape {labels.shape}. It must have one channel with class ids."
         )
     return labels.astype(np.int64)
 

@@ -91,8 +91,9 @@ class KNetDatasetMapper:
             record: "file_name" and annotations; it stays as it is.
 
         Returns:
-            dict: the record without annotations, and "image": uint8 [C, h, w]. In training also "instances" (gt_classes,
-                gt_masks as BitMasks; tasks instance and panoptic) and "sem_seg": int64 [h, w] (panoptic and semantic).
+            dict: the record without annotations, and "image": uint8 [C, h, w]. In training also "instances"
+                (gt_classes, gt_masks as BitMasks; tasks instance and panoptic) and "sem_seg": int64 [h, w] (tasks
+                panoptic and semantic).
         """
         image = read_image(record["file_name"], self.image_format)
         result = {key: copy.deepcopy(value) for key, value in record.items() if key not in _ANNOTATION_KEYS}
@@ -137,8 +138,7 @@ class KNetDatasetMapper:
         transforms = self.augmentations(aug_input)
         index = segment_index(transforms.apply_segmentation(ids_rgb), [x["id"] for x in segments])
         crowd = [bool(x.get("iscrowd", 0)) for x in segments]
-        things = [i for i, x in enumerate(segments) if x["category_id"] in self.thing_classes and x.get("isthing", True)]
-        things = [i for i in things if not crowd[i]]
+        things = [i for i, x in enumerate(segments) if x.get("isthing", True) and not crowd[i]]
         masks = index == np.array(things, dtype=np.int64)[:, None, None]
         example = {
             "image": _to_tensor(aug_input.image),
@@ -198,13 +198,17 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> KNetDatasetMapper:
     knet = cfg.MODEL.KNET
     if is_train and not (knet.THING_CATEGORY_IDS or knet.STUFF_CATEGORY_IDS):
         raise ConfigError("The classes of MODEL.KNET are not known yet: call knet_d2.data.resolve_classes(cfg) first.")
+    num_classes, ignore = knet.NUM_THING_CLASSES + knet.NUM_STUFF_CLASSES, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    if not num_classes <= ignore <= 255:
+        raise ConfigError(f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {ignore}; it must be {num_classes} (classes) to 255.")
     return KNetDatasetMapper(cfg, is_train)
 
 
 def read_sem_seg(record: dict[str, Any], size: tuple[int, int], num_classes: int, ignore_value: int) -> np.ndarray:
     """Read "sem_seg_file_name" as labels 0..num_classes-1 and ignore_value: int64 [H, W].
 
-    A record may have "sem_seg_label_map", an array: value in the file -> label, -1 where the value is unknown.
+    A record may have "sem_seg_label_map", an array: value in the file -> label, 255 where it is ignored, -1 where it
+    must not occur.
     """
     path = record["sem_seg_file_name"]
     raw = read_labels(path)
@@ -214,12 +218,13 @@ def read_sem_seg(record: dict[str, Any], size: tuple[int, int], num_classes: int
         labels = raw
     else:
         labels = np.where(raw < len(lookup), np.asarray(lookup, np.int64)[raw.clip(max=len(lookup) - 1)], -1)
+        labels = np.where(labels == 255, ignore_value, labels)
     wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_value)
     if wrong.any():
         raise DataError(
-            f"Label map {path} holds the value {raw[wrong][0]} ({np.count_nonzero(wrong)} pixels), which is neither one of "
-            f"the {num_classes} classes nor ignored ({ignore_value}). Correct the file, the list of classes or the labels "
-            "that its data set ignores."
+            f"Label map {path} holds the value {raw[wrong][0]}, which is neither one of the {num_classes} classes nor "
+            f"ignored ({np.count_nonzero(wrong)} pixels have such values). Correct the file, the classes or the "
+            "values that its data set ignores."
         )
     return labels
 
@@ -240,7 +245,7 @@ def read_panoptic_segments(record: dict[str, Any], size: tuple[int, int]) -> np.
     for segment, count in zip(record["segments_info"], pixels, strict=False):
         if not count:
             raise DataError(
-                f"The JSON's segments_info for panoptic PNG {path} has segment id {segment['id']}, which the PNG lacks. "
+                f"The JSON's segments_info of panoptic PNG {path} has segment id {segment['id']}, which the PNG lacks. "
                 "Remove the segment from the JSON or paint it."
             )
     return ids_rgb
@@ -261,8 +266,8 @@ def read_panoptic_labels(
     for i, segment in enumerate(segments):
         if segment["category_id"] not in classes:
             raise DataError(
-                f"The segments of image {record['file_name']} have category_id {segment['category_id']}, which is not among "
-                f"the {len(classes)} classes. Correct the annotation or the classes of its data set."
+                f"The segments of image {record['file_name']} have category_id {segment['category_id']}, which is not "
+                f"among the {len(classes)} classes. Correct the annotation or the classes of its data set."
             )
         lookup[i] = classes[segment["category_id"]]
     return lookup[segment_index(ids_rgb, [x["id"] for x in segments])]
@@ -285,23 +290,25 @@ def annotation_mask(
     """
     segmentation = annotation.get("segmentation")
     try:
+        if not isinstance(segmentation, (list, dict, np.ndarray)) or len(segmentation) == 0:
+            raise DataError("it is missing, empty or of another type")
         if isinstance(segmentation, list):
             # Not apply_polygons, which needs shapely to clip: the rasteriser clips to the image by itself.
-            polygons = [np.asarray(x, np.float64).reshape(-1, 2) for x in segmentation]
+            polygons = [np.array(x, np.float64).reshape(-1, 2) for x in segmentation]
             polygons = [transforms.apply_coords(x).reshape(-1) for x in polygons]
             return polygons_to_bitmask(polygons, *size)
         if isinstance(segmentation, dict):
             if isinstance(segmentation["counts"], list):
                 segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
             segmentation = mask_util.decode(segmentation)
-        mask = np.asarray(segmentation).astype(np.uint8)
-        if mask.shape != tuple(image_size):
-            raise DataError(f"the mask is of shape {mask.shape}, the image {tuple(image_size)}")
-        return transforms.apply_segmentation(mask).astype(bool)
+        if segmentation.shape != tuple(image_size):
+            raise DataError(f"its mask has (height, width) {segmentation.shape}, the image {tuple(image_size)}")
+        return transforms.apply_segmentation(segmentation.astype(np.uint8)).astype(bool)
     except Exception as error:
         raise DataError(
-            f"An annotation of image {record['file_name']} (category_id {annotation.get('category_id')}, bbox "
-            f"{annotation.get('bbox')}) has no usable segmentation: {error}. It must be polygons, RLE or a bitmask."
+            f"Image {record['file_name']}: the segmentation of an annotation (category_id "
+            f"{annotation.get('category_id')}, bbox {annotation.get('bbox')}) can't be used: {error}. It must be "
+            "polygons, RLE or a bitmask of the image's size."
         ) from error
 
 

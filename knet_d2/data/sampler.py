@@ -21,9 +21,9 @@ class SampleKey(NamedTuple):
 class TrainingBatchSampler(torch.utils.data.Sampler):
     """An endless stream of this process's share of each batch: lists of SampleKey.
 
-    Every data set is walked through in a new order each epoch, and batches run on from one epoch to the next. With groups,
-    a batch has samples of one group only: each group is such a stream of its own, and the batches are dealt out to
-    the groups in proportion to their sizes.
+    Every data set is walked through in a new order each epoch, and batches run on from one epoch to the next. With
+    groups, a batch has samples of one group only: each group is such a stream of its own, and the batches are dealt
+    out to the groups in proportion to their sizes.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class TrainingBatchSampler(torch.utils.data.Sampler):
     def _turn(self, iteration: int) -> tuple[int, int]:
         """The group whose turn an iteration is, and how many turns the group had before.
 
-        With two groups of a and b samples, group 1 had floor(i * b / (a + b)) turns in the first i iterations; more groups are
-        told apart in the same way, one against all later ones.
+        With two groups of a and b samples, group 1 had floor(i * b / (a + b)) turns in the first i iterations; more
+        groups are told apart in the same way, one against all later ones.
         """
         remaining = [len(group) for group in self._groups]
         for group, size in enumerate(remaining[:-1]):

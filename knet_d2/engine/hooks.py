@@ -27,10 +27,7 @@ def is_due(done: int, period: int, max_iter: int) -> bool:
 
 
 class LRScheduler(hooks.LRScheduler):
-    """Detectron2's, but its state is always in the checkpoint.
-
-    Detectron2 0.6 saves it only for subclasses of a class that PyTorch's schedulers no longer derive from.
-    """
+    """Detectron2's, with its state in every checkpoint: whether its own saves it depends on PyTorch's version."""
 
     def state_dict(self) -> Dict[str, Any]:
         return self.scheduler.state_dict()
@@ -40,26 +37,26 @@ class LRScheduler(hooks.LRScheduler):
 
 
 class MetricsHistory(HookBase):
-    """Keeps the recent values of smoothed numbers in the checkpoint, so that a resumed run smooths over the same."""
+    """Keeps the recent values of all numbers in the checkpoint, so that a resumed run smooths over the same."""
 
     def __init__(self) -> None:
-        self._loaded: Dict[str, List[List[float]]] = {}
+        self._loaded: Dict[str, Dict[str, Any]] = {}
 
     def before_train(self) -> None:
         storage = self.trainer.storage
         now = storage.iter
-        for name, values in self._loaded.items():
-            for value, iteration in values:
+        for name, history in self._loaded.items():
+            for value, iteration in history["values"]:
                 storage.iter = iteration
-                storage.put_scalar(name, value)
+                storage.put_scalar(name, value, smoothing_hint=history["smoothed"])
         storage.iter = now
 
     def state_dict(self) -> Dict[str, Any]:
         storage = self.trainer.storage
         return {
-            name: [list(item) for item in history.values()[-WINDOW:]]
+            name: {"values": [list(x) for x in history.values()[-WINDOW:]], "smoothed": storage.smoothing_hints()[name]}
             for name, history in storage.histories().items()
-            if storage.smoothing_hints()[name] and name not in TIMINGS
+            if name not in TIMINGS
         }
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:

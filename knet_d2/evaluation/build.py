@@ -98,10 +98,13 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None 
         if key is not None and metadata.get(key):
             evaluators.append(builder(cfg, dataset_name, output_folder))
         else:
-            logger.warning("The model's %r is not evaluated: data set %s has no ground truth for it.", output, dataset_name)
+            logger.warning(
+                "The model's %r is not evaluated: data set %s has no ground truth for it.", output, dataset_name
+            )
     if not evaluators:
         raise ConfigError(
-            f"Data set {dataset_name} (DATASETS.TEST, evaluator_type {kind!r}) can evaluate {', '.join(EVALUATORS[kind])}, but "
-            f"the model (MODEL.KNET.TASK {cfg.MODEL.KNET.TASK!r}, MODEL.KNET.TEST.OUTPUTS) gives {', '.join(outputs)}."
+            f"Data set {dataset_name} (DATASETS.TEST, evaluator_type {kind!r}) can evaluate "
+            f"{', '.join(EVALUATORS[kind])}, but the model (MODEL.KNET.TASK {cfg.MODEL.KNET.TASK!r}, "
+            f"MODEL.KNET.TEST.OUTPUTS) gives {', '.join(outputs)}."
         )
     return evaluators

@@ -10,7 +10,9 @@ from ..data import category_table
 class InstanceEvaluator(COCOEvaluator):
     """Detectron2's evaluator, for panoptic data sets too, whose list of "thing_classes" has the stuff as well."""
 
-    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None) -> dict[str, float]:
+    def _derive_coco_results(
+        self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
+    ) -> dict[str, float]:
         if class_names is not None:
             class_names = category_table(self._metadata, "instance").thing_names
         return super()._derive_coco_results(coco_eval, iou_type, class_names=class_names)

@@ -69,7 +69,9 @@ class PanopticEvaluator(COCOPanopticEvaluator):
             predictions += part_predictions
         missing = sorted(set(annotations) - {x["image_id"] for x in predictions}, key=str)
         if missing:
-            raise DataError(f"{self._metadata.panoptic_json} has {len(missing)} images without a prediction, as {missing[0]}.")
+            raise DataError(
+                f"{self._metadata.panoptic_json} has {len(missing)} images without a prediction, as {missing[0]}."
+            )
         if self._output_dir:
             with PathManager.open(os.path.join(self._output_dir, "predictions.json"), "w") as f:
                 json.dump({**ground_truth, "annotations": predictions}, f)
@@ -95,15 +97,15 @@ class PanopticEvaluator(COCOPanopticEvaluator):
                 return pq_compute_single_core(0, [pair], folder, self._folder.name, categories)
             except (KeyError, OSError, ValueError) as error:
                 raise DataError(
-                    f"The panoptic ground truth of image {prediction['image_id']} in {self._metadata.panoptic_json} and {folder} "
-                    f"can't be compared with the prediction: {error}."
+                    f"The panoptic ground truth of image {prediction['image_id']} in {self._metadata.panoptic_json} "
+                    f"and {folder} can't be compared with the prediction: {error}."
                 ) from error
 
         statistics = PQStat()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                for part in pool.map(compare, self._predictions):
-                    statistics += part
+        silence = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+        with silence[0], silence[1], ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for part in pool.map(compare, self._predictions):
+                statistics += part
         return statistics
 
 
@@ -111,7 +113,7 @@ def _summary(statistics: PQStat, categories: dict[int, dict]) -> dict[str, float
     results, rows = {}, []
     for suffix, isthing in _PARTS:
         quality = _average(statistics, categories, isthing)
-        row = {key.upper() + suffix: 100 * quality[key] for key in ("pq", "sq", "rq")}
+        row = {key.upper() + suffix: 100 * float(quality[key]) for key in ("pq", "sq", "rq")}
         results.update(row)
         title = {None: "All", True: "Things", False: "Stuff"}[isthing]
         rows.append([title, *row.values(), quality["n"]])

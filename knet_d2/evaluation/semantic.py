@@ -13,10 +13,10 @@ from ..errors import DataError
 class SemanticEvaluator(SemSegEvaluator):
     """Detectron2's evaluator; ground truth is read as in training: with its label map, and checked.
 
-    mIoU is the mean over all classes that are in the ground truth or predicted, as in Detectron2 0.6 and in MMSegmentation,
-    with which K-Net's published figures were made: a class that is predicted but nowhere in the ground truth counts as 0.
-    Detectron2's main branch leaves such a class out, which can only raise the figure; here both give the same. Its
-    boundary metrics are switched off, for the same results everywhere.
+    mIoU is the mean over all classes that are in the ground truth or predicted, as in Detectron2 0.6 and in
+    MMSegmentation, with which K-Net's published figures were made: a class that is predicted but nowhere in the
+    ground truth counts as 0. Detectron2's main branch leaves such a class out, which can only raise the figure; here
+    both give the same. Its boundary metrics are switched off, for the same results everywhere.
     """
 
     def __init__(self, dataset_name: str, *, class_ids: list[int], output_dir: str | None = None) -> None:
@@ -40,7 +40,9 @@ class SemanticEvaluator(SemSegEvaluator):
         size = self._num_classes + 1
         for image, output in zip(inputs, outputs, strict=True):
             predicted = self._class_ids[output["sem_seg"].argmax(dim=0).cpu().numpy()]
-            labels = read_sem_seg(self._records[image["file_name"]], predicted.shape, self._num_classes, self._ignore_label)
+            labels = read_sem_seg(
+                self._records[image["file_name"]], predicted.shape, self._num_classes, self._ignore_label
+            )
             labels = np.where(labels == self._ignore_label, self._num_classes, labels)
             pairs = np.bincount((size * predicted + labels).reshape(-1), minlength=size**2)
             self._conf_matrix += pairs.reshape(size, size)
@@ -54,7 +56,9 @@ class SemanticEvaluator(SemSegEvaluator):
             return None
         confusion = self._conf_matrix[:-1, :-1]
         if not confusion.any():
-            raise DataError(f"Data set {self._dataset_name} has no labelled pixel to evaluate on. Check its ignored labels.")
+            raise DataError(
+                f"Data set {self._dataset_name} has no labelled pixel to evaluate on. Check its ignored labels."
+            )
         metrics = {key: float(value) for key, value in results["sem_seg"].items()}
         return {"sem_seg": {**metrics, "mIoU": 100 * mean_iou(confusion)}}
 

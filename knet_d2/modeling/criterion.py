@@ -8,6 +8,7 @@ from detectron2.config import configurable
 from detectron2.utils import comm
 from torch import nn
 
+from ..errors import ConfigError
 from ..structures import KernelBank, KernelState, Match, StageOutput, Targets
 from .losses import dice_loss, focal_loss, kernel_cross_entropy, mask_loss
 from .matcher import HungarianMatcher, Prediction
@@ -78,6 +79,11 @@ class KNetCriterion(nn.Module):
     @classmethod
     def from_config(cls, cfg, bank: KernelBank):
         loss, matcher = cfg.MODEL.KNET.LOSS, cfg.MODEL.KNET.MATCHER
+        ignore_value = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+        if bank.fixed_class_ids and 0 <= ignore_value < bank.num_classes:
+            raise ConfigError(
+                f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE = {ignore_value} is the label of one of the {bank.num_classes} classes."
+            )
         matched = bank.num_matched > 0
         return {
             "bank": bank,
@@ -98,7 +104,7 @@ class KNetCriterion(nn.Module):
             ),
             "focal_alpha": loss.FOCAL_ALPHA,
             "focal_gamma": loss.FOCAL_GAMMA,
-            "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+            "ignore_value": ignore_value,
         }
 
     def forward(

@@ -37,7 +37,8 @@ def build_targets(
     if bank.fixed_class_ids:
         labels = _semantic_labels(x, bank, ignore_value)
         if bank.num_matched:
-            stuff_classes = torch.tensor([c for c in labels.unique().tolist() if c in bank.fixed_class_ids]).long()
+            stuff_classes = labels.unique()
+            stuff_classes = stuff_classes[torch.isin(stuff_classes, labels.new_tensor(bank.fixed_class_ids))]
             stuff_masks = labels == stuff_classes[:, None, None]
         padding = (0, padded_size[1] - labels.shape[1], 0, padded_size[0] - labels.shape[0])
         sem_seg = F.pad(labels, padding, value=ignore_value).to(like.device, non_blocking=True)
@@ -58,7 +59,12 @@ def _instance_targets(x: Dict[str, Any], bank: KernelBank) -> Tuple[torch.Tensor
             f"{_name(x)}: instance classes {sorted(set(classes.tolist()))} are not all in 0 .. {bank.num_things - 1}: "
             "check MODEL.KNET.NUM_THING_CLASSES and the categories of the annotation file."
         )
-    return classes, instance_masks(instances)
+    if len(instances) and not instances.has("gt_masks"):
+        raise DataError(f"{_name(x)}: its instances have no masks; annotations need a 'segmentation'.")
+    masks, image_size = instance_masks(instances), tuple(x["image"].shape[-2:])
+    if tuple(masks.shape[1:]) != image_size:
+        raise DataError(f"{_name(x)}: its instance masks are {tuple(masks.shape[1:])}, but its image is {image_size}.")
+    return classes, masks
 
 
 def _semantic_labels(x: Dict[str, Any], bank: KernelBank, ignore_value: int) -> torch.Tensor:

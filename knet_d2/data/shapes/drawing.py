@@ -93,10 +93,8 @@ def _stuff_texture(rng: np.random.Generator, size: int, category: int) -> np.nda
     dark = bright - rng.uniform(0.3, 0.5)
     first = _color(hue, saturation, bright)
     second = _color(hue + rng.uniform(-0.15, 0.15), saturation, dark)
-    if category == _UNLABELLED:
-        weight = _slope(rng, size) * 0.3
-    else:
-        weight = _PATTERNS[STUFF_CLASSES[category]](rng, size)
+    plain = category == _UNLABELLED
+    weight = 0.3 * _slope(rng, size) if plain else _PATTERNS[STUFF_CLASSES[category]](rng, size)
     return first + (second - first) * weight[..., None]
 
 
@@ -135,7 +133,7 @@ def _place_shapes(rng: np.random.Generator, size: int) -> tuple[list, list | Non
     for _ in range(num_things):
         for _ in range(12):
             shape = _random_shape(rng, size, [s.mask for s in shapes])
-            if _all_visible(shapes + [shape], size):
+            if _all_visible([*shapes, shape], size):
                 shapes.append(shape)
                 break
     return shapes, crowd

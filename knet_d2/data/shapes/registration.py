@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_sem_seg, register_coco_instances, register_coco_panoptic
 from iopath.common.file_io import file_lock
 
+from ...errors import DataError
 from .writer import IGNORE_LABEL, shapes_categories, write_shapes
 
 # Part of the folder's name, so that a changed generator never meets the files of an older one.
@@ -26,19 +27,27 @@ def make_split(split: str, root: str) -> str:
     folder = _folder(split, root)
     if os.path.isdir(folder):
         return folder
-    parent = os.path.dirname(folder)
-    os.makedirs(parent, exist_ok=True)
-    with file_lock(folder):
-        if os.path.isdir(folder):
-            return folder
-        temporary = tempfile.mkdtemp(prefix=f"{split}.tmp", dir=parent)
-        try:
-            os.chmod(temporary, 0o755)
-            write_shapes(temporary, num_images, seed)
-            _rename(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        with file_lock(folder):
+            if not os.path.isdir(folder):
+                _write(folder, num_images, seed)
+    except OSError as error:
+        raise DataError(
+            f"The data set shapes can't be written to {folder} ({error}). Make room or set the environment variable "
+            "DETECTRON2_DATASETS to a folder that can be written to."
+        ) from error
     return folder
+
+
+def _write(folder: str, num_images: int, seed: int) -> None:
+    temporary = tempfile.mkdtemp(prefix=os.path.basename(folder) + ".tmp", dir=os.path.dirname(folder))
+    try:
+        os.chmod(temporary, 0o755)
+        write_shapes(temporary, num_images, seed)
+        _rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _rename(source: str, target: str) -> None:

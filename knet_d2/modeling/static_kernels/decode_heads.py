@@ -126,6 +126,8 @@ def build_auxiliary_head(cfg, input_shape: Dict[str, ShapeSpec], bank: KernelBan
     knet = cfg.MODEL.KNET
     if knet.LOSS.AUXILIARY_WEIGHT == 0:
         return None
+    if not bank.fixed_class_ids:
+        raise ConfigError("MODEL.KNET.LOSS.AUXILIARY_WEIGHT must be 0 for instance segmentation: it has no label map.")
     name = knet.AUXILIARY_HEAD.IN_FEATURE
     if name not in input_shape:
         raise ConfigError(
