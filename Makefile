@@ -23,7 +23,7 @@ $(INSTALLED): requirements.txt setup.py knet_d2/install_detectron2.py knet_d2/de
 
 demo: $(INSTALLED)
 	$(BIN)/python train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR $(DEMO_OUTPUT)
-	$(BIN)/python demo/compare.py --config-file $(DEMO_CONFIG) --output $(DEMO_OUTPUT)/pictures \
+	$(BIN)/python demo/compare.py --config-file $(DEMO_CONFIG) --output $(DEMO_OUTPUT)/comparison.png \
 		--opts MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth
 
 test: $(INSTALLED)

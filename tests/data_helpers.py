@@ -4,6 +4,7 @@ import itertools
 import os
 
 from detectron2.config import CfgNode, get_cfg
+
 from knet_d2.config import add_knet_config
 from knet_d2.data import register_custom_datasets, resolve_classes
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES

@@ -14,6 +14,8 @@ from detectron2.data import transforms as T
 from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import register_coco_panoptic, register_coco_panoptic_separated
 from detectron2.utils import comm
+from PIL import Image
+
 from knet_d2.data import (
     KNetDatasetMapper,
     build_mapper,
@@ -28,7 +30,6 @@ from knet_d2.data.files import segment_index
 from knet_d2.data.sampler import TrainingBatchSampler
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
 from knet_d2.errors import ConfigError
-from PIL import Image
 
 T_NUM, S_NUM = len(THING_CLASSES), len(STUFF_CLASSES)
 
@@ -436,7 +437,10 @@ def _augmented_cfg(entries, **changes):
 
 def _digests(batches):
     return [
-        [(x["file_name"], x["image"].numpy().tobytes(), x["instances"].gt_masks.tensor.numpy().tobytes()) for x in batch]
+        [
+            (x["file_name"], x["image"].numpy().tobytes(), x["instances"].gt_masks.tensor.numpy().tobytes())
+            for x in batch
+        ]
         for batch in batches
     ]
 
@@ -448,7 +452,9 @@ def test_training_batches_do_not_depend_on_workers_or_where_the_run_starts(entri
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     again = _digests(itertools.islice(build_train_loader(cfg, start_iter=2), 4))
     assert again == whole[2:]
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == state[:2] and torch.equal(torch.get_rng_state(), state[2])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == state[:2] and torch.equal(
+        torch.get_rng_state(), state[2]
+    )
     parallel = _digests(itertools.islice(build_train_loader(_augmented_cfg(entries, DATALOADER__NUM_WORKERS=2)), 4))
     assert parallel == whole[:4]
     sizes = {len(image) for batch in whole for _, image, _ in batch}

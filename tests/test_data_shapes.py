@@ -10,11 +10,19 @@ import pycocotools.mask as mask_util
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
-from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, draw_scene, make_split, register_shapes, write_shapes
-from knet_d2.data.shapes import registration
-from knet_d2.errors import DataError
 from panopticapi.utils import rgb2id
 from PIL import Image
+
+from knet_d2.data.shapes import (
+    STUFF_CLASSES,
+    THING_CLASSES,
+    draw_scene,
+    make_split,
+    register_shapes,
+    registration,
+    write_shapes,
+)
+from knet_d2.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +114,9 @@ def test_all_kinds_of_segmentation_occur(shapes):
     for annotation in _load(os.path.join(shapes, "instances.json"))["annotations"]:
         segmentation = annotation["segmentation"]
         kinds.add(list if isinstance(segmentation, list) else type(segmentation["counts"]))
-        assert bool(annotation["iscrowd"]) == (isinstance(segmentation, dict) and isinstance(segmentation["counts"], list))
+        assert bool(annotation["iscrowd"]) == (
+            isinstance(segmentation, dict) and isinstance(segmentation["counts"], list)
+        )
     assert kinds == {list, str}
 
 

@@ -304,7 +304,7 @@ def test_step_equals_a_plain_one():
     torch.manual_seed(step_seed(0, 0, 0))
     sum(reference.model(next(iter(ToyData(0, 0)))).values()).backward()
     for p, q in zip(step.model.parameters(), reference.model.parameters()):
-        assert torch.equal(p, q - 0.1 * q.grad)
+        torch.testing.assert_close(p, q - 0.1 * q.grad)
 
 
 def test_numbers_of_a_step():
@@ -635,6 +635,24 @@ def test_caffe2_pickle_is_matched_by_heuristics(tmp_path):
     content = {"blobs": {"conv1_w": np.zeros((1,), np.float32), "conv1_w_momentum": np.zeros((1,), np.float32)}}
     checkpoint = as_checkpoint(content, "r50.pkl")
     assert list(checkpoint["model"]) == ["conv1_w"] and checkpoint["matching_heuristics"]
+
+
+def test_matching_heuristics_on_request(tmp_path):
+    source, target = Parts(), Parts()
+    nn.init.normal_(source.backbone.bottom_up[0].weight)
+    path = str(tmp_path / "backbone.pth")
+    torch.save({f"bottom_up.{name}": p for name, p in source.backbone.bottom_up.state_dict().items()}, path)
+    with pytest.raises(CheckpointError, match="None of the"):
+        Checkpointer(target).load(path)
+    Checkpointer(target).load(path + "?matching_heuristics=True")
+    assert_identical(dict(source.backbone.bottom_up.state_dict()), dict(target.backbone.bottom_up.state_dict()))
+
+
+def test_checkpoint_of_another_optimizer_is_refused(tmp_path, whole_run):
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    trainer = ToyTrainer(toy_cfg(tmp_path, SOLVER__WEIGHT_DECAY_NORM=1e-4))  # one group instead of two
+    with pytest.raises(CheckpointError, match="model_final.pth.*optimiser"):
+        trainer.resume_or_load(resume=True)
 
 
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):

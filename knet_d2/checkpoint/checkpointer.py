@@ -1,13 +1,15 @@
 """Detectron2's checkpointer with atomic writing, safe reading and errors instead of warnings where nothing fits."""
 
 import os
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, KNetError
 from .loading import as_checkpoint, load_file
+
+_HEURISTICS = "?matching_heuristics=True"
 
 
 def write_atomically(path: str, write: Callable[[Any], None], mode: str = "wb") -> None:
@@ -63,9 +65,18 @@ class Checkpointer(DetectionCheckpointer):
         write_atomically(path, lambda f: f.write(last_filename_basename), mode="w")
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
-        if path and not self.path_manager.isfile(path.split("?")[0]) and "://" not in path:
+        """See Detectron2's; ``path`` may end in "?matching_heuristics=True" for weights with other names."""
+        path, self._guess_names = path.removesuffix(_HEURISTICS), path.endswith(_HEURISTICS)
+        if path and "://" not in path and not self.path_manager.isfile(path):
             raise CheckpointError(f"{path}: there is no such weights file. Check MODEL.WEIGHTS.")
-        return super().load(path, *args, **kwargs)
+        try:
+            return super().load(path, *args, **kwargs)
+        except KNetError:
+            raise
+        except (KeyError, ValueError) as e:
+            raise CheckpointError(f"{path}: does not fit this model or its optimiser. {e}") from e
+        finally:
+            self._parsed_url_during_load = None  # else Detectron2 refuses to load again after a failure
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
         if not (resume and self.has_checkpoint()):
@@ -78,7 +89,10 @@ class Checkpointer(DetectionCheckpointer):
         return rest
 
     def _load_file(self, f: str) -> Dict[str, Any]:
-        return as_checkpoint(load_file(f), f)
+        checkpoint = as_checkpoint(load_file(f), f)
+        if self._guess_names:
+            checkpoint["matching_heuristics"] = True
+        return checkpoint
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
         number = len(checkpoint["model"])

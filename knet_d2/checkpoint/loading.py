@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Dict
 import numpy as np
 import torch
 
-from ..compat import numpy_multiarray
+from ..compat import NUMPY_PICKLE_FUNCTIONS, under_name
 from ..errors import CheckpointError
 
 # What a pickle of Detectron2's model zoo consists of besides the built-in containers, by the names in the file.
@@ -20,11 +20,8 @@ _PICKLE_TYPES = {
     ("collections", "OrderedDict"): OrderedDict,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
+    **NUMPY_PICKLE_FUNCTIONS,
 }
-for _package in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of numpy 1 and 2
-    for _name in ("_reconstruct", "scalar"):
-        _PICKLE_TYPES[_package, _name] = getattr(numpy_multiarray, _name)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -69,7 +66,8 @@ def _load_pickle(f: BinaryIO) -> Any:
 
 
 def _load_torch(f: BinaryIO) -> Any:
-    arrays = [numpy_multiarray._reconstruct, numpy_multiarray.scalar, np.ndarray, np.dtype]
+    arrays = [np.ndarray, np.dtype]
+    arrays += [under_name(function, *name) for name, function in NUMPY_PICKLE_FUNCTIONS.items()]
     # dtypes are classes of their own since numpy 1.25
     arrays += [type(np.dtype(kind)) for kind in (bool, *np.typecodes["AllInteger"], *np.typecodes["Float"])]
     torch.serialization.add_safe_globals(arrays)

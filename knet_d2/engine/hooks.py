@@ -53,11 +53,14 @@ class MetricsHistory(HookBase):
 
     def state_dict(self) -> Dict[str, Any]:
         storage = self.trainer.storage
-        return {
-            name: {"values": [list(x) for x in history.values()[-WINDOW:]], "smoothed": storage.smoothing_hints()[name]}
-            for name, history in storage.histories().items()
-            if name not in TIMINGS
-        }
+        state = {}
+        for name, history in storage.histories().items():
+            smoothed = storage.smoothing_hints()[name]
+            values = [list(x) for x in history.values()[-WINDOW if smoothed else -1 :]]
+            # of numbers that aren't smoothed only those of this iteration may still have to be written
+            if name not in TIMINGS and (smoothed or values[-1][1] == storage.iter):
+                state[name] = {"values": values, "smoothed": smoothed}
+        return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         self._loaded = state_dict

@@ -149,7 +149,7 @@ class TrainStep(TrainerBase):
 
 def step_seed(seed: int, iteration: int, rank: int) -> int:
     """A seed that differs for every (seed, iteration, rank) and depends on nothing else."""
-    return int(np.random.SeedSequence((seed, iteration, rank)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, iteration, rank)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _file_names(data: List[Dict[str, Any]]) -> List[str]:

@@ -98,9 +98,7 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None 
         if key is not None and metadata.get(key):
             evaluators.append(builder(cfg, dataset_name, output_folder))
         else:
-            logger.warning(
-                "The model's %r is not evaluated: data set %s has no ground truth for it.", output, dataset_name
-            )
+            logger.warning("Data set %s has no ground truth to evaluate the model's %r.", dataset_name, output)
     if not evaluators:
         raise ConfigError(
             f"Data set {dataset_name} (DATASETS.TEST, evaluator_type {kind!r}) can evaluate "

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.evaluation import COCOPanopticEvaluator
 from detectron2.utils import comm
@@ -18,6 +19,7 @@ from detectron2.utils.file_io import PathManager
 from panopticapi.evaluation import PQStat, pq_compute_single_core
 from tabulate import tabulate
 
+from ..data.files import read_panoptic, segment_index
 from ..errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -93,7 +95,7 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         def compare(prediction: dict[str, Any]) -> PQStat:
             try:
                 # panopticapi writes areas into the segments it is given.
-                pair = (annotations[prediction["image_id"]], copy.deepcopy(prediction))
+                pair = (_with_areas(annotations[prediction["image_id"]], folder), copy.deepcopy(prediction))
                 return pq_compute_single_core(0, [pair], folder, self._folder.name, categories)
             except (KeyError, OSError, ValueError) as error:
                 raise DataError(
@@ -107,6 +109,16 @@ class PanopticEvaluator(COCOPanopticEvaluator):
             for part in pool.map(compare, self._predictions):
                 statistics += part
         return statistics
+
+
+def _with_areas(annotation: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The ground truth of an image with the areas of its segments, which some programs don't write."""
+    segments = annotation["segments_info"]
+    if all("area" in segment for segment in segments):
+        return annotation
+    index = segment_index(read_panoptic(os.path.join(folder, annotation["file_name"])), [x["id"] for x in segments])
+    areas = np.bincount(index.reshape(-1), minlength=len(segments)).tolist()
+    return {**annotation, "segments_info": [{**x, "area": area} for x, area in zip(segments, areas, strict=False)]}
 
 
 def _summary(statistics: PQStat, categories: dict[int, dict]) -> dict[str, float]:

@@ -181,8 +181,13 @@ def _check_config(cfg: CfgNode) -> None:
 
 
 def _check_basic_blocks(resnets: CfgNode) -> None:
-    """The blocks of ResNet-18 and 34 know neither dilation nor groups nor deformation, and keep res2's width."""
-    required = {"RES2_OUT_CHANNELS": 64, "NUM_GROUPS": 1, "RES4_DILATION": 1, "RES5_DILATION": 1}
+    """The blocks of ResNet-18 and 34 know neither dilation nor groups nor deformation."""
+    if resnets.RES2_OUT_CHANNELS > 64:
+        raise ConfigError(
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS = {resnets.RES2_OUT_CHANNELS} does not go with DEPTH = {resnets.DEPTH}: "
+            "set 64, or less for a narrower network."
+        )
+    required = {"NUM_GROUPS": 1, "RES4_DILATION": 1, "RES5_DILATION": 1}
     required["DEFORM_ON_PER_STAGE"] = [False] * 4
     for key, value in required.items():
         given = list(resnets[key]) if isinstance(value, list) else resnets[key]

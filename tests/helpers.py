@@ -1,0 +1,125 @@
+"""Tiny models, batches and slow references that several tests share."""
+
+import math
+
+import numpy as np
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Instances
+
+from knet_d2.config import add_knet_config
+
+IGNORE = 255
+
+TINY = {
+    "MODEL.META_ARCHITECTURE": "KNet",
+    "MODEL.DEVICE": "cpu",
+    "MODEL.BACKBONE.NAME": "build_knet_resnet_fpn_backbone",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.RESNETS.NORM": "BN",
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.OUT_CHANNELS": 32,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+    "MODEL.KNET.NUM_KERNELS": 6,
+    "MODEL.KNET.NUM_THING_CLASSES": 3,
+    "MODEL.KNET.NUM_STUFF_CLASSES": 2,
+    "MODEL.KNET.UPDATE_HEAD.FEATURE_DIM": 32,
+    "MODEL.KNET.UPDATE_HEAD.NUM_HEADS": 4,
+    "MODEL.KNET.UPDATE_HEAD.FFN_DIM": 48,
+    "DATASETS.TRAIN": (),
+    "DATASETS.TEST": (),
+}
+DETECTION = {
+    "MODEL.SEM_SEG_HEAD.NAME": "SemanticFPNKernelHead",
+    "MODEL.SEM_SEG_HEAD.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": 8,
+}
+SEMANTIC = {
+    "MODEL.BACKBONE.NAME": "build_knet_resnet_backbone",
+    "MODEL.SEM_SEG_HEAD.NAME": "FCNKernelHead",
+    "MODEL.SEM_SEG_HEAD.IN_FEATURES": ["res4"],
+    "MODEL.SEM_SEG_HEAD.NORM": "BN",
+    "MODEL.KNET.NUM_THING_CLASSES": 0,
+    "MODEL.KNET.NUM_STUFF_CLASSES": 5,
+    "MODEL.KNET.LOSS.RANK_WEIGHT": 1.0,
+    "MODEL.KNET.LOSS.AUXILIARY_WEIGHT": 0.4,
+    "MODEL.KNET.AUXILIARY_HEAD.CONV_DIM": 8,
+    "MODEL.KNET.AUXILIARY_HEAD.IN_FEATURE": "res3",
+}
+TASKS = {
+    "instance": {**DETECTION, "MODEL.KNET.NUM_STUFF_CLASSES": 0, "MODEL.KNET.LOSS.RANK_WEIGHT": 0.0},
+    "panoptic": DETECTION,
+    "semantic": SEMANTIC,
+}
+
+
+def tiny_config(task, options=None):
+    """A config of a K-Net with about 200,000 parameters: 3 thing and 2 stuff (semantic: 5) classes, 6 kernels."""
+    cfg = get_cfg()
+    add_knet_config(cfg)
+    values = {**TINY, **TASKS[task], "MODEL.KNET.TASK": task, **(options or {})}
+    cfg.merge_from_list([item for pair in values.items() for item in pair])
+    return cfg
+
+
+def tiny_model(task, options=None, seed=0):
+    torch.manual_seed(seed)
+    return build_model(tiny_config(task, options))
+
+
+def spread_scores(model, seed=0):
+    """Replace the initial scores of about 0.01 by ones all over (0, 1), such that results have something in them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for stage in model.cascade.stages:
+            classifier = stage.class_branch[-1]
+            for parameter in (classifier.weight, classifier.bias):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def make_example(size, num_instances, *, seed=0, num_things=3, num_classes=5):
+    """A training example with rectangular instances and a label map in which one column is void."""
+    generator = torch.Generator().manual_seed(1000 * seed + num_instances)
+    height, width = size
+    labels = torch.full(size, num_classes - 1)
+    labels[:, : width // 2] = num_classes - 2
+    labels[:, -3:] = IGNORE
+    classes = torch.randint(num_things, (num_instances,), generator=generator)
+    masks = torch.zeros(num_instances, *size, dtype=torch.bool)
+    for mask, label in zip(masks, classes.tolist()):
+        y, x = (int(torch.randint(n // 2, (), generator=generator)) for n in size)
+        mask[y : y + height // 3, x : x + width // 3] = True
+        labels[mask] = label
+    instances = Instances(size, gt_classes=classes, gt_masks=BitMasks(masks))
+    image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
+    return {"image": image, "file_name": f"{seed}.jpg", "instances": instances, "sem_seg": labels}
+
+
+def slow_bilinear(x, size):
+    """Bilinear resizing with align_corners false of a [h, w] array, pixel by pixel."""
+    x = np.asarray(x, dtype=np.float64)
+
+    def source(i, length, out_length):
+        position = min(max((i + 0.5) * length / out_length - 0.5, 0), length - 1)
+        low = math.floor(position)
+        return low, min(low + 1, length - 1), position - low
+
+    result = np.zeros(size)
+    for i in range(size[0]):
+        y0, y1, v = source(i, x.shape[0], size[0])
+        for j in range(size[1]):
+            x0, x1, u = source(j, x.shape[1], size[1])
+            upper, lower = (1 - u) * x[y0, x0] + u * x[y0, x1], (1 - u) * x[y1, x0] + u * x[y1, x1]
+            result[i, j] = (1 - v) * upper + v * lower
+    return result
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -1,0 +1,348 @@
+"""Data sets from the config, and what is said about bad data: one error that names file and key."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import custom_entry, data_cfg, unique_name
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from knet_d2.config import add_knet_config
+from knet_d2.data import (
+    build_mapper,
+    build_test_loader,
+    build_train_loader,
+    category_table,
+    load_dataset,
+    register_custom_datasets,
+    resolve_classes,
+)
+from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
+from knet_d2.errors import ConfigError, DataError
+
+CLASSES = [*THING_CLASSES, *STUFF_CLASSES]
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("data"))
+    write_shapes(folder, num_images=4, seed=33, size=48)
+    return folder
+
+
+@pytest.fixture
+def root(pristine, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(pristine, str(tmp_path / "copy"))
+
+
+def _edit_json(path, edit):
+    with open(path) as f:
+        content = json.load(f)
+    edit(content)
+    with open(path, "w") as f:
+        json.dump(content, f)
+
+
+def _read(task, entry, index=0):
+    """What training does to get one example."""
+    cfg = data_cfg(task, custom=(entry,))
+    return build_mapper(cfg, is_train=True)(load_dataset(entry["name"])[index])
+
+
+# ---- data sets in the config ----
+
+
+def test_from_a_yaml_file_and_back(root, tmp_path):
+    entries = [custom_entry(kind, root) for kind in ("coco_instance", "coco_panoptic", "sem_seg")]
+    cfg = data_cfg("semantic", custom=tuple(entries), resolve=False)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = get_cfg()
+    add_knet_config(again)
+    again.merge_from_file(str(tmp_path / "config.yaml"))
+    assert again.DATASETS.CUSTOM == entries
+    register_custom_datasets(again)
+    register_custom_datasets(again)
+    assert [len(load_dataset(entry["name"])) for entry in entries] == [4] * 3
+    types = [MetadataCatalog.get(entry["name"]).evaluator_type for entry in entries]
+    assert types == ["coco", "coco_panoptic_seg", "sem_seg"]
+
+
+def test_classes_come_from_the_files(root):
+    counts = {
+        "coco_instance": ("instance", (4, 0)),
+        "coco_panoptic": ("panoptic", (4, 3)),
+        "sem_seg": ("semantic", (0, 7)),
+    }
+    for kind, (task, expected) in counts.items():
+        knet = data_cfg(task, custom=(custom_entry(kind, root),)).MODEL.KNET
+        assert (knet.NUM_THING_CLASSES, knet.NUM_STUFF_CLASSES) == expected
+
+
+def test_panoptic_categories_in_any_order_and_images_of_any_type(root):
+    def edit(content):
+        content["categories"] = content["categories"][::-1]
+        content["categories"].append({"id": 2000, "name": "late", "isthing": 1})
+        for image in content["images"]:
+            path = os.path.join(root, "images", image["file_name"])
+            image["file_name"] = image["file_name"].replace(".jpg", ".bmp")
+            Image.open(path).save(os.path.join(root, "images", image["file_name"]))
+            os.remove(path)
+
+    before = _read("panoptic", custom_entry("coco_panoptic", root))
+    _edit_json(os.path.join(root, "panoptic.json"), edit)
+    entry = custom_entry("coco_panoptic", root)
+    after = _read("panoptic", entry)
+    table = category_table(MetadataCatalog.get(entry["name"]), "panoptic")
+    assert table.thing_names == [*THING_CLASSES, "late"] and table.stuff_names == list(STUFF_CLASSES)
+    # One more thing class: stuff moves on by one.
+    stuff = (before["sem_seg"] >= 4) & (before["sem_seg"] != 255)
+    assert torch.equal(after["sem_seg"], before["sem_seg"] + stuff.long())
+    assert after["file_name"].endswith(".bmp")
+
+
+def test_label_values_ignored_values_and_a_file_of_classes(root, tmp_path):
+    """Values 10, 11, ... with 0 ignored; the same list as one start value and as a list; unused ones are no problem."""
+    plain = _read("semantic", custom_entry("sem_seg", root))["sem_seg"]
+    for name in os.listdir(os.path.join(root, "semantic")):
+        path = os.path.join(root, "semantic", name)
+        labels = np.array(Image.open(path)).astype(np.int32)
+        Image.fromarray(np.where(labels == 255, 0, labels + 300).astype(np.uint16)).save(path)
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES) + "\n\n")
+    classes = str(tmp_path / "classes.txt")
+    for values in (300, list(range(300, 307))):
+        entry = custom_entry("sem_seg", root, classes=classes, ignore=[0, 9], label_values=values)
+        assert torch.equal(_read("semantic", entry)["sem_seg"], plain)
+        assert MetadataCatalog.get(entry["name"]).stuff_classes == CLASSES
+    order = [306, 305, 304, 303, 302, 301, 300]
+    entry = custom_entry("sem_seg", root, classes=CLASSES[::-1], ignore=[0], label_values=order)
+    assert torch.equal(_read("semantic", entry)["sem_seg"], plain.where(plain == 255, 6 - plain))
+
+
+def test_palette_images_count_by_index(root):
+    plain = _read("semantic", custom_entry("sem_seg", root))["sem_seg"]
+    path = os.path.join(root, "semantic", "000000.png")
+    image = Image.fromarray(np.array(Image.open(path)), mode="P")
+    image.putpalette([(i * 7 + 1) % 256 for i in range(768)])
+    image.save(path)
+    assert Image.open(path).mode == "P"
+    assert torch.equal(_read("semantic", custom_entry("sem_seg", root))["sem_seg"], plain)
+
+
+def test_ignore_value_of_the_config(root):
+    cfg = data_cfg("semantic", custom=(custom_entry("sem_seg", root),))
+    record = next(r for r in load_dataset(cfg.DATASETS.TRAIN[0]))
+    cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 200
+    labels = np.array(Image.open(record["sem_seg_file_name"]))
+    labels[:5] = 255
+    Image.fromarray(labels).save(record["sem_seg_file_name"])
+    assert (build_mapper(cfg, True)(record)["sem_seg"][:5] == 200).all()
+    cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 6
+    with pytest.raises(ConfigError, match="IGNORE_VALUE is 6"):
+        build_mapper(cfg, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": None}, r"CUSTOM\[0\] lacks the key 'labels'"),
+        ({"lables": "x"}, r"CUSTOM\[0\] has the unknown key 'lables'"),
+        ({"type": "voc"}, r"CUSTOM\[0\]\.type is 'voc'.*coco_instance, coco_panoptic, sem_seg"),
+        ({"name": ""}, r"CUSTOM\[0\]\.name"),
+        ({"images": 3}, r"CUSTOM\[0\]\.images is 3.*str"),
+        ({"classes": []}, "classes must be"),
+        ({"classes": ["a", "a"]}, "classes must be different"),
+        ({"classes": [f"c{i}" for i in range(256)]}, "256 classes"),
+        ({"ignore": [7], "label_values": 1}, "occurs twice"),
+        ({"label_values": [1, 2]}, "2 values for 7 classes"),
+        ({"label_values": -1}, "label_values must be integers from 0"),
+        ({"name": "coco_2017_val"}, "coco_2017_val.*other content exists"),
+    ],
+)
+def test_wrong_entries_are_config_errors(root, change, message):
+    entry = {**custom_entry("sem_seg", root), **change}
+    cfg = data_cfg("semantic", resolve=False)
+    cfg.DATASETS.CUSTOM = [{key: value for key, value in entry.items() if value is not None}]
+    with pytest.raises(ConfigError, match=message):
+        register_custom_datasets(cfg)
+
+
+def test_one_name_for_two_data_sets_is_an_error(root):
+    entry = custom_entry("sem_seg", root)
+    cfg = data_cfg("semantic", custom=(entry,))
+    cfg.DATASETS.CUSTOM = [{**entry, "ignore": [254]}]
+    with pytest.raises(ConfigError, match=entry["name"]):
+        register_custom_datasets(cfg)
+    cfg.DATASETS.CUSTOM = "no list"
+    with pytest.raises(ConfigError, match="list of mappings"):
+        register_custom_datasets(cfg)
+
+
+def test_a_model_with_given_classes_needs_no_files(root, caplog):
+    entry = custom_entry("coco_instance", os.path.join(root, "gone"))
+    cfg = data_cfg("instance", custom=(entry,), resolve=False)
+    with pytest.raises(DataError, match="gone/instances.json does not exist"):
+        resolve_classes(cfg)
+    cfg.MODEL.KNET.NUM_THING_CLASSES = 4
+    resolve_classes(cfg)
+    assert cfg.MODEL.KNET.THING_CATEGORY_IDS == [0, 1, 2, 3]
+    assert "gone/instances.json does not exist" in caplog.text
+
+
+def test_a_wrong_number_of_classes_is_found_in_custom_data(root):
+    cfg = data_cfg("panoptic", custom=(custom_entry("coco_panoptic", root),), resolve=False)
+    cfg.MODEL.KNET.NUM_THING_CLASSES, cfg.MODEL.KNET.NUM_STUFF_CLASSES = 4, 2
+    with pytest.raises(ConfigError, match="NUM_STUFF_CLASSES is 2, but data set .* has 3"):
+        resolve_classes(cfg)
+
+
+# ---- bad data ----
+
+
+def _damage_png(path, edit):
+    array = np.array(Image.open(path))
+    Image.fromarray(edit(array)).save(path)
+
+
+def _truncate(path):
+    size = os.path.getsize(path)
+    with open(path, "r+b") as f:
+        f.truncate(size // 2)
+
+
+def _remove_segment(content):
+    content["annotations"][0]["segments_info"].pop()
+
+
+def _add_segment(content):
+    content["annotations"][0]["segments_info"].append({"id": 77, "category_id": 11, "iscrowd": 0})
+
+
+def _other_size(content):
+    content["images"][0]["width"] = 50
+
+
+def _unknown_category(content):
+    annotation = content["annotations"][0]
+    annotation.get("segments_info", [annotation])[0]["category_id"] = 999
+
+
+def _overwrite(path):
+    with open(path, "w") as f:
+        f.write("no image")
+
+
+INSTANCE, PANOPTIC, SEMANTIC = ("instance", "coco_instance"), ("panoptic", "coco_panoptic"), ("semantic", "sem_seg")
+IMAGE, SEGMENTS, LABELS = "images/000000.jpg", "panoptic/000000.png", "semantic/000000.png"
+# What is damaged -> (task and type of data set, file, damage, what is said).
+DAMAGES = {
+    "missing image": (INSTANCE, IMAGE, os.remove, "Image .*000000.jpg does not exist"),
+    "truncated image": (SEMANTIC, IMAGE, _truncate, "Image .*000000.jpg can't be read"),
+    "image that is none": (PANOPTIC, IMAGE, _overwrite, "Image .*000000.jpg can't be read"),
+    "image of another size": (INSTANCE, "instances.json", _other_size, "000000.jpg.*48, 48.*50, 48"),
+    "missing instances": (INSTANCE, "instances.json", os.remove, "annotation file .*instances.json does not exist"),
+    "truncated instances": (INSTANCE, "instances.json", _truncate, "instances.json is no valid JSON"),
+    "no categories": (INSTANCE, "instances.json", lambda c: c.pop("categories"), "instances.json lacks"),
+    "category of an instance": (INSTANCE, "instances.json", _unknown_category, "instances.json has category_id 999"),
+    "missing panoptic JSON": (PANOPTIC, "panoptic.json", os.remove, "annotation file .*panoptic.json does not exist"),
+    "truncated panoptic JSON": (PANOPTIC, "panoptic.json", _truncate, "panoptic.json is no valid JSON"),
+    "category of a segment": (PANOPTIC, "panoptic.json", _unknown_category, "panoptic.json has category_id 999"),
+    "no isthing": (
+        PANOPTIC,
+        "panoptic.json",
+        lambda c: c["categories"][0].pop("isthing"),
+        "panoptic.json: .*'isthing'",
+    ),
+    "unknown image": (PANOPTIC, "panoptic.json", lambda c: c["images"].pop(0), "panoptic.json .* for image_id 1,"),
+    "missing PNG": (PANOPTIC, SEGMENTS, os.remove, "Panoptic PNG .*000000.png does not exist"),
+    "truncated PNG": (PANOPTIC, SEGMENTS, _truncate, "Panoptic PNG .*000000.png can't be read"),
+    "PNG of another size": (PANOPTIC, SEGMENTS, lambda a: a[:40], "000000.png is 48 x 40 .*000000.jpg is 48 x 48"),
+    "id not in JSON": (PANOPTIC, "panoptic.json", _remove_segment, "000000.png has segment id [0-9]+, which its JSON"),
+    "id not in PNG": (PANOPTIC, "panoptic.json", _add_segment, "000000.png has segment id 77, which the PNG lacks"),
+    "missing labels": (SEMANTIC, LABELS, os.remove, "1 of 4 images .*no label map.*000000.jpg.*000000.png"),
+    "missing label folder": (SEMANTIC, "semantic", shutil.rmtree, "semantic does not exist"),
+    "labels of another size": (SEMANTIC, LABELS, lambda a: a[:, :40], "000000.png is 40 x 48 .*000000.jpg is 48 x 48"),
+    "label out of range": (SEMANTIC, LABELS, lambda a: np.where(a == a[0, 0], 9, a), "000000.png holds the value 9"),
+    "labels in colour": (SEMANTIC, LABELS, lambda a: np.stack([a] * 3, -1), "000000.png is a colour image"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_one_data_error_that_names_the_file(root, damage):
+    (task, kind), name, change, message = DAMAGES[damage]
+    path = os.path.join(root, name)
+    if change in (os.remove, shutil.rmtree, _truncate, _overwrite):
+        change(path)
+    elif name.endswith(".json"):
+        _edit_json(path, change)
+    else:
+        _damage_png(path, change)
+    with pytest.raises(DataError, match=message):
+        _read(task, custom_entry(kind, root))
+
+
+@pytest.mark.parametrize("segmentation", [None, [], {"size": [48, 48]}, {"size": [48, 40], "counts": [48 * 40]}, "x"])
+def test_unusable_segmentations_name_image_and_annotation(root, segmentation):
+    cfg = data_cfg("instance", custom=(custom_entry("coco_instance", root),))
+    record = load_dataset(cfg.DATASETS.TRAIN[0])[0]
+    record["annotations"] = [{"category_id": 2, "bbox": [1, 2, 3, 4], "segmentation": segmentation}]
+    with pytest.raises(DataError, match=r"000000\.jpg.*category_id 2, bbox \[1, 2, 3, 4\]"):
+        build_mapper(cfg, True)(record)
+
+
+def test_bitmask_annotations(root):
+    cfg = data_cfg("instance", custom=(custom_entry("coco_instance", root),))
+    cfg.INPUT.MIN_SIZE_TRAIN = (48,)
+    mask = np.zeros((48, 48), bool)
+    mask[3:9, 5:20] = True
+    record = {**load_dataset(cfg.DATASETS.TRAIN[0])[0], "annotations": [{"category_id": 1, "segmentation": mask}]}
+    assert torch.equal(build_mapper(cfg, True)(record)["instances"].gt_masks.tensor, torch.from_numpy(mask[None]))
+
+
+def test_a_category_outside_the_models_range(root):
+    cfg = data_cfg("instance", custom=(custom_entry("coco_instance", root),))
+    record = load_dataset(cfg.DATASETS.TRAIN[0])[0]
+    record["annotations"] = [{"category_id": 4, "segmentation": [[0, 0, 9, 0, 9, 9]]}]
+    with pytest.raises(DataError, match=r"000000\.jpg have category_id 4 .*NUM_THING_CLASSES"):
+        build_mapper(cfg, True)(record)
+
+
+def test_a_data_set_of_another_kind_than_the_task(root):
+    cfg = data_cfg("semantic", custom=(custom_entry("sem_seg", root),))
+    cfg.MODEL.KNET.TASK = "panoptic"
+    with pytest.raises(DataError, match="000000.jpg has no ground truth for MODEL.KNET.TASK 'panoptic'"):
+        build_mapper(cfg, True)(load_dataset(cfg.DATASETS.TRAIN[0])[0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loaders_raise_the_same_error_with_and_without_workers(root, workers):
+    entry = custom_entry("coco_instance", root)
+    cfg = data_cfg("instance", custom=(entry,))
+    cfg.DATALOADER.NUM_WORKERS = workers
+    os.remove(os.path.join(root, IMAGE))
+    for loader in (build_train_loader(cfg), build_test_loader(cfg, entry["name"])):
+        with pytest.raises(DataError) as caught:
+            for _, _ in zip(range(4), loader, strict=False):
+                pass
+        message = str(caught.value)
+        assert message.startswith("Image ") and "000000.jpg does not exist" in message and "\n" not in message
+
+
+def test_an_error_of_a_strangers_loader_names_the_data_set():
+    name = unique_name("stranger")
+
+    def load():
+        raise RuntimeError("out of luck")
+
+    DatasetCatalog.register(name, load)
+    with pytest.raises(DataError, match=f"{name} can't be read: RuntimeError: out of luck"):
+        load_dataset(name)
+    empty = unique_name("stranger")
+    DatasetCatalog.register(empty, list)
+    with pytest.raises(DataError, match=f"{empty} has no images"):
+        load_dataset(empty)

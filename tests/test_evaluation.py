@@ -1,0 +1,393 @@
+"""Evaluators: which are chosen, and their figures against closed forms and panopticapi."""
+
+import contextlib
+import io
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import custom_entry, data_cfg, unique_name
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from panopticapi.evaluation import pq_compute
+from panopticapi.utils import id2rgb
+from PIL import Image
+
+from knet_d2.data import load_dataset
+from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
+from knet_d2.errors import ConfigError, DataError
+from knet_d2.evaluation import InstanceEvaluator, PanopticEvaluator, SemanticEvaluator, build_evaluators
+from knet_d2.evaluation.semantic import mean_iou
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("data"))
+    write_shapes(folder, num_images=10, seed=21, size=64)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def panoptic(root):
+    entry = custom_entry("coco_panoptic", root, instances_json=os.path.join(root, "instances.json"))
+    cfg = data_cfg("panoptic", custom=(entry,))
+    return cfg, entry["name"]
+
+
+def _ids(record):
+    png = np.array(Image.open(record["pan_seg_file_name"])).astype(np.int64)
+    return png @ [1, 256, 65536]
+
+
+def _panoptic_output(ids, segments):
+    info = [{key: segment[key] for key in ("id", "isthing", "category_id")} for segment in segments]
+    return {"panoptic_seg": (torch.from_numpy(ids.astype(np.int32)), info)}
+
+
+def _damaged(record, rng):
+    """Shifted, with segments lost, merged and of another class."""
+    ids, segments = np.roll(_ids(record), 3, axis=1), [dict(segment) for segment in record["segments_info"]]
+    for segment in segments:
+        chance = rng.random()
+        if chance < 0.2:
+            segment["category_id"] = int(rng.integers(7))
+            segment["isthing"] = segment["category_id"] < 4
+        elif chance < 0.4:
+            ids[ids == segment["id"]] = rng.choice([0, segments[0]["id"]])
+    return ids, [segment for segment in segments if (ids == segment["id"]).any()]
+
+
+# ---- panoptic ----
+
+
+def test_ground_truth_as_prediction_is_perfect(panoptic):
+    _, name = panoptic
+    evaluator = PanopticEvaluator(name)
+    evaluator.reset()
+    crowds = 0
+    for record in load_dataset(name):
+        crowds += sum(segment["iscrowd"] for segment in record["segments_info"])
+        evaluator.process([record], [_panoptic_output(_ids(record), record["segments_info"])])
+    results = evaluator.evaluate()["panoptic_seg"]
+    assert set(results) == {f"{q}Q{part}" for q in "PSR" for part in ("", "_th", "_st")}
+    assert results == dict.fromkeys(results, 100.0)
+    assert crowds > 0
+
+
+def test_damaged_predictions_have_panopticapis_own_figures(panoptic, tmp_path):
+    _, name = panoptic
+    metadata, rng = MetadataCatalog.get(name), np.random.default_rng(0)
+    contiguous = {**metadata.thing_dataset_id_to_contiguous_id, **metadata.stuff_dataset_id_to_contiguous_id}
+    dataset_ids = {v: k for k, v in contiguous.items()}
+    evaluator = PanopticEvaluator(name, str(tmp_path / "out"))
+    evaluator.reset()
+    annotations = []
+    for record in load_dataset(name):
+        ids, segments = _damaged(record, rng)
+        output = _panoptic_output(ids, segments)
+        before = repr(output)
+        evaluator.process([record], [output])
+        assert repr(output) == before, "the evaluator changed the model's output"
+        file_name = f"{record['image_id']}.png"
+        Image.fromarray(id2rgb(ids)).save(tmp_path / file_name)
+        info = [{"id": x["id"], "category_id": dataset_ids[x["category_id"]]} for x in segments]
+        annotations.append({"image_id": record["image_id"], "file_name": file_name, "segments_info": info})
+    ours = evaluator.evaluate()["panoptic_seg"]
+    with open(metadata.panoptic_json) as f:
+        truth = json.load(f)
+    (tmp_path / "predictions.json").write_text(json.dumps({**truth, "annotations": annotations}))
+    with contextlib.redirect_stdout(io.StringIO()):
+        expected = pq_compute(
+            metadata.panoptic_json, str(tmp_path / "predictions.json"), metadata.panoptic_root, str(tmp_path)
+        )
+    for part, suffix in (("All", ""), ("Things", "_th"), ("Stuff", "_st")):
+        for key in ("pq", "sq", "rq"):
+            assert ours[key.upper() + suffix] == pytest.approx(100 * expected[part][key], abs=1e-9)
+    assert 5 < ours["PQ"] < 95
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert len(written["annotations"]) == 10 and written["categories"] == truth["categories"]
+
+
+def _tiny_panoptic(tmp_path, categories, images):
+    """A data set of 8 x 8 images; images: list of (ids, [(segment id, category id), ...])."""
+    (tmp_path / "images").mkdir(parents=True)
+    (tmp_path / "panoptic").mkdir()
+    content = {"images": [], "annotations": [], "categories": categories}
+    for i, (ids, segments) in enumerate(images):
+        Image.new("RGB", ids.shape[::-1]).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray(id2rgb(ids)).save(tmp_path / "panoptic" / f"{i}.png")
+        content["images"].append({"id": i, "file_name": f"{i}.png", "height": 8, "width": 8})
+        info = [{"id": a, "category_id": c} for a, c in segments]
+        content["annotations"].append({"image_id": i, "file_name": f"{i}.png", "segments_info": info})
+    (tmp_path / "panoptic.json").write_text(json.dumps(content))
+    entry = custom_entry("coco_panoptic", str(tmp_path))
+    data_cfg("semantic", custom=(entry,))
+    return entry["name"]
+
+
+def _evaluate_panoptic(name, predictions):
+    evaluator = PanopticEvaluator(name)
+    evaluator.reset()
+    for record, (ids, segments) in zip(load_dataset(name), predictions, strict=True):
+        info = [{"id": i, "isthing": isthing, "category_id": category} for i, category, isthing in segments]
+        evaluator.process([record], [{"panoptic_seg": (torch.from_numpy(ids).int(), info)}])
+    return evaluator.evaluate()["panoptic_seg"]
+
+
+def test_panoptic_quality_closed_form(tmp_path):
+    """Things: one match of IoU 12 / 16, one missed, one invented. The JSON has no iscrowd, area and colours."""
+    truth = np.full((8, 8), 3)
+    truth[:4, :4], truth[7, 7] = 1, 2
+    categories = [{"id": 40, "name": "grass", "isthing": 0}, {"id": 7, "name": "cow", "isthing": 1}]
+    name = _tiny_panoptic(tmp_path, categories, [(truth, [(1, 7), (2, 7), (3, 40)])])
+    predicted = np.full((8, 8), 9)
+    predicted[:4, :3], predicted[6:, 6:] = 5, 6
+    results = _evaluate_panoptic(name, [(predicted, [(5, 0, True), (6, 0, True), (9, 1, False)])])
+    stuff_iou = 44 / 51  # 47 true and 48 predicted pixels, 44 in both
+    assert results["PQ_th"] == pytest.approx(100 * 0.75 / (1 + 0.5 + 0.5))
+    assert (results["SQ_th"], results["RQ_th"]) == pytest.approx((75, 50))
+    assert results["PQ_st"] == pytest.approx(100 * stuff_iou)
+    assert results["PQ"] == pytest.approx((results["PQ_th"] + results["PQ_st"]) / 2)
+
+
+@pytest.mark.parametrize("isthing", [0, 1])
+def test_data_sets_without_things_or_without_stuff(tmp_path, isthing):
+    ids = np.arange(64).reshape(8, 8) // 32 + 1
+    categories = [{"id": 5 + i, "name": f"c{i}", "isthing": isthing} for i in range(3)]
+    name = _tiny_panoptic(tmp_path, categories, [(ids, [(1, 5), (2, 6)])])
+    results = _evaluate_panoptic(name, [(ids, [(1, 0, bool(isthing)), (2, 1, bool(isthing))])])
+    there, absent = ("_th", "_st") if isthing else ("_st", "_th")
+    assert results["PQ"] == results["PQ" + there] == 100
+    assert all(math.isnan(results[key + absent]) for key in ("PQ", "SQ", "RQ"))
+
+
+def test_panoptic_without_any_segment_is_nan_not_a_crash(tmp_path):
+    empty = np.zeros((8, 8), int)
+    name = _tiny_panoptic(tmp_path, [{"id": 1, "name": "a", "isthing": 1}], [(empty, [])])
+    assert all(math.isnan(x) for x in _evaluate_panoptic(name, [(empty, [])]).values())
+
+
+def test_equal_file_names_in_two_folders(tmp_path):
+    ids = np.ones((8, 8), int)
+    name = _tiny_panoptic(tmp_path, [{"id": 1, "name": "a", "isthing": 0}], [(ids, [(1, 1)]), (ids * 2, [(2, 1)])])
+    for i in range(2):
+        os.makedirs(tmp_path / "images" / str(i))
+        os.rename(tmp_path / "images" / f"{i}.png", tmp_path / "images" / str(i) / "same.png")
+    content = json.loads((tmp_path / "panoptic.json").read_text())
+    for i, image in enumerate(content["images"]):
+        image["file_name"] = f"{i}/same.png"
+    (tmp_path / "panoptic.json").write_text(json.dumps(content))
+    assert _evaluate_panoptic(name, [(ids, [(1, 0, False)]), (ids * 2, [(2, 0, False)])])["PQ"] == 100
+
+
+def test_images_without_a_prediction_and_damaged_ground_truth_are_named(tmp_path):
+    ids = np.ones((8, 8), int)
+    name = _tiny_panoptic(tmp_path, [{"id": 1, "name": "a", "isthing": 0}], [(ids, [(1, 1)])] * 2)
+    evaluator = PanopticEvaluator(name)
+    evaluator.reset()
+    evaluator.process([load_dataset(name)[0]], [_panoptic_output(ids, [{"id": 1, "isthing": False, "category_id": 0}])])
+    with pytest.raises(DataError, match="panoptic.json has 1 images without a prediction, as 1"):
+        evaluator.evaluate()
+    os.remove(tmp_path / "panoptic" / "0.png")
+    evaluator.reset()
+    evaluator.process([load_dataset(name)[0]], [_panoptic_output(ids, [{"id": 1, "isthing": False, "category_id": 0}])])
+    with pytest.raises(DataError, match="image 0 .*0.png"):
+        evaluator.evaluate()
+
+
+def test_two_processes_together_give_the_figures_of_one(panoptic, monkeypatch):
+    _, name = panoptic
+    records, rng = load_dataset(name), np.random.default_rng(1)
+    outputs = [_panoptic_output(*_damaged(record, rng)) for record in records]
+
+    def evaluate(chosen):
+        evaluator = PanopticEvaluator(name)
+        evaluator.reset()
+        for i in chosen:
+            evaluator.process([records[i]], [outputs[i]])
+        return evaluator.evaluate()
+
+    whole, sent = evaluate(range(10)), []
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    monkeypatch.setattr(comm, "gather", lambda data: sent.append(data) or [])
+    assert evaluate(range(0, 10, 2)) is None
+    monkeypatch.setattr(comm, "is_main_process", lambda: True)
+    monkeypatch.setattr(comm, "gather", lambda data: [data, *sent])
+    assert evaluate(range(1, 10, 2)) == whole
+
+
+# ---- semantic ----
+
+
+def _one_hot(labels, number):
+    return {"sem_seg": torch.nn.functional.one_hot(torch.from_numpy(labels).long(), number).permute(2, 0, 1).float()}
+
+
+def _tiny_semantic(tmp_path, labels, **options):
+    for folder, image in (("images", Image.new("RGB", labels.shape[::-1])), ("semantic", Image.fromarray(labels))):
+        (tmp_path / folder).mkdir(parents=True)
+        image.save(tmp_path / folder / "a.png")
+    entry = custom_entry("sem_seg", str(tmp_path), **options)
+    return data_cfg("semantic", custom=(entry,)), entry["name"]
+
+
+def _evaluate_semantic(cfg, name, predicted, number):
+    (evaluator,) = build_evaluators(cfg, name)
+    evaluator.reset()
+    evaluator.process([{"file_name": load_dataset(name)[0]["file_name"]}], [_one_hot(predicted, number)])
+    return evaluator.evaluate()["sem_seg"]
+
+
+def test_mean_iou_closed_form(tmp_path):
+    """4 x 4 pixels: 8 of class a, 6 of b, 2 ignored; c and d not in the ground truth, c predicted once."""
+    labels = np.array([[1] * 4, [1] * 4, [2] * 4, [2, 2, 0, 0]], np.uint8)
+    cfg, name = _tiny_semantic(tmp_path, labels, classes=list("abcd"), ignore=[0], label_values=1)
+    predicted = np.array([[0] * 4, [0, 0, 1, 2], [1] * 4, [1, 1, 3, 3]])
+    results = _evaluate_semantic(cfg, name, predicted, 4)
+    assert results["IoU-a"] == pytest.approx(100 * 6 / 8) and results["IoU-b"] == pytest.approx(100 * 6 / 7)
+    # c counts as 0; d was predicted on ignored pixels only and does not count.
+    assert results["mIoU"] == pytest.approx(100 * (6 / 8 + 6 / 7 + 0) / 3)
+    assert results["pACC"] == pytest.approx(100 * 12 / 14) and results["mACC"] == pytest.approx(100 * (6 / 8 + 1) / 2)
+    assert all(type(value) is float for value in results.values())
+
+
+def test_mean_iou_of_a_confusion_matrix():
+    assert mean_iou(np.array([[3, 1, 0], [1, 5, 0], [0, 0, 0]])) == pytest.approx((3 / 5 + 5 / 7) / 2)
+
+
+def test_predictions_are_written_with_a_folder_only(tmp_path):
+    labels = np.array([[0, 1], [1, 1]], np.uint8)
+    cfg, name = _tiny_semantic(tmp_path, labels, classes=["a", "b"])
+    (evaluator,) = build_evaluators(cfg, name, str(tmp_path / "out"))
+    evaluator.reset()
+    evaluator.process(load_dataset(name), [_one_hot(labels.astype(int), 2)])
+    evaluator.evaluate()
+    assert len(json.loads((tmp_path / "out" / "sem_seg_predictions.json").read_text())) == 2
+
+
+def test_semantic_ground_truth_of_another_size_or_without_labels(tmp_path):
+    labels = np.full((4, 4), 255, np.uint8)
+    cfg, name = _tiny_semantic(tmp_path, labels, classes=["a", "b"])
+    with pytest.raises(DataError, match=f"{name} has no labelled pixel"):
+        _evaluate_semantic(cfg, name, np.zeros((4, 4), int), 2)
+    with pytest.raises(DataError, match="a.png is 4 x 4 pixels"):
+        _evaluate_semantic(cfg, name, np.zeros((5, 4), int), 2)
+
+
+def test_panoptic_models_are_evaluated_on_separated_label_maps(root):
+    """Their label maps have all things as class 0, and stuff from 1."""
+    name = unique_name("separated")
+    labels = np.array([[0, 0, 1], [2, 3, 255]], np.uint8)
+    folder = os.path.join(root, name)
+    os.makedirs(folder)
+    Image.fromarray(labels).save(os.path.join(folder, "000000.png"))
+    Image.new("RGB", (3, 2)).save(os.path.join(folder, "image.png"))
+    record = {
+        key: os.path.join(folder, file)
+        for key, file in (("file_name", "image.png"), ("sem_seg_file_name", "000000.png"))
+    }
+    DatasetCatalog.register(name, lambda: [dict(record)])
+    MetadataCatalog.get(name).set(
+        thing_classes=list(THING_CLASSES),
+        thing_dataset_id_to_contiguous_id={i + 1: i for i in range(4)},
+        stuff_classes=["things", *STUFF_CLASSES],
+        stuff_dataset_id_to_contiguous_id={0: 0, 11: 1, 12: 2, 13: 3},
+        evaluator_type="coco_panoptic_seg",
+        ignore_label=255,
+        sem_seg_root=folder,
+    )
+    cfg = data_cfg("panoptic", name)
+    cfg.MODEL.KNET.TEST.OUTPUTS = ["sem_seg"]
+    predicted = np.array([[0, 3, 4], [5, 5, 1]])  # model classes: 4 things, 3 stuff
+    results = _evaluate_semantic(cfg, name, predicted, 7)
+    assert results["mIoU"] == pytest.approx(100 * (1 + 1 + 1 / 2 + 0) / 4)
+
+
+# ---- instance ----
+
+
+def _instances(record, masks, classes, scores):
+    instances = Instances((record["height"], record["width"]))
+    instances.pred_masks = torch.from_numpy(np.array(masks)).reshape(-1, record["height"], record["width"])
+    boxes = [[x.min(), y.min(), x.max() + 1, y.max() + 1] for y, x in map(np.nonzero, masks)]
+    instances.pred_boxes = Boxes(torch.tensor(np.array(boxes, dtype=np.float32)).reshape(-1, 4))
+    instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
+    instances.scores = torch.tensor(scores, dtype=torch.float32)
+    return {"instances": instances}
+
+
+def test_instances_of_a_panoptic_data_set(panoptic):
+    """Its list of thing_classes has the stuff, too. Every second instance found: precision 1 up to recall 1/2."""
+    cfg, name = panoptic
+    cfg = cfg.clone()
+    cfg.MODEL.KNET.TEST.OUTPUTS = ["panoptic_seg", "instances"]
+    evaluators = build_evaluators(cfg, name)
+    assert [type(x) for x in evaluators] == [PanopticEvaluator, InstanceEvaluator]
+    found, total = np.zeros(4), np.zeros(4)
+    evaluators[1].reset()
+    for record in load_dataset(name):
+        ids, masks, classes = _ids(record), [], []
+        for segment in record["segments_info"]:
+            category = segment["category_id"]
+            if segment["isthing"] and not segment["iscrowd"]:
+                if total[category] % 2 == 0:
+                    masks.append(ids == segment["id"])
+                    classes.append(category)
+                    found[category] += 1
+                total[category] += 1
+        evaluators[1].process([record], [_instances(record, masks, classes, [0.9] * len(masks))])
+    with contextlib.redirect_stdout(io.StringIO()):
+        results = evaluators[1].evaluate()
+    recall_points = np.floor(found / total * 100 + 1e-9) + 1
+    assert total.min() >= 3
+    for category, class_name in enumerate(THING_CLASSES):
+        assert results["segm"][f"AP-{class_name}"] == pytest.approx(100 * recall_points[category] / 101)
+    assert results["segm"]["AP"] == pytest.approx(100 * recall_points.mean() / 101)
+    assert results["bbox"]["AP"] == pytest.approx(results["segm"]["AP"])
+
+
+def test_no_instances_at_all_still_has_the_metric(root):
+    cfg = data_cfg("instance", custom=(custom_entry("coco_instance", root),))
+    (evaluator,) = build_evaluators(cfg, cfg.DATASETS.TRAIN[0])
+    evaluator.reset()
+    for record in load_dataset(cfg.DATASETS.TRAIN[0]):
+        evaluator.process([record], [_instances(record, [], [], [])])
+    assert math.isnan(evaluator.evaluate()["segm"]["AP"])
+
+
+# ---- the table ----
+
+
+def test_evaluators_follow_the_data_set_and_the_outputs(root, panoptic, caplog):
+    instance = data_cfg("instance", custom=(custom_entry("coco_instance", root),))
+    semantic = data_cfg("semantic", custom=(custom_entry("sem_seg", root),))
+    for cfg, expected in (
+        (instance, InstanceEvaluator),
+        (semantic, SemanticEvaluator),
+        (panoptic[0], PanopticEvaluator),
+    ):
+        assert [type(x) for x in build_evaluators(cfg, cfg.DATASETS.TRAIN[0])] == [expected]
+    both = panoptic[0].clone()
+    both.MODEL.KNET.TEST.OUTPUTS = ["panoptic_seg", "sem_seg"]
+    assert [type(x) for x in build_evaluators(both, panoptic[1])] == [PanopticEvaluator]
+    assert "no ground truth to evaluate the model's 'sem_seg'" in caplog.text
+    with pytest.raises(ConfigError, match=r"evaluator_type 'coco'\) can evaluate instances.*gives sem_seg"):
+        build_evaluators(semantic, instance.DATASETS.TRAIN[0])
+
+
+def test_unknown_evaluator_type_and_missing_files(root):
+    name = unique_name("other")
+    DatasetCatalog.register(name, lambda: [{"file_name": "x.jpg"}])
+    MetadataCatalog.get(name).set(thing_classes=["a"], evaluator_type="pascal_voc")
+    cfg = data_cfg("instance", name)
+    with pytest.raises(ConfigError, match=f"{name}.*evaluator_type 'pascal_voc'"):
+        build_evaluators(cfg, name)
+    gone = custom_entry("coco_instance", os.path.join(root, "gone"))
+    cfg = data_cfg("instance", custom=(gone,), resolve=False)
+    MetadataCatalog.get(gone["name"]).set(thing_classes=["a"])
+    with pytest.raises(DataError, match="gone/instances.json does not exist"):
+        build_evaluators(cfg, gone["name"])

@@ -1,0 +1,453 @@
+"""Loss terms and the criterion against loops over pixels in double precision."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from helpers import IGNORE, sigmoid, slow_bilinear, tiny_config
+
+from knet_d2.errors import ConfigError
+from knet_d2.modeling.criterion import KNetCriterion, LossWeights
+from knet_d2.modeling.losses import dice_loss, focal_loss, kernel_cross_entropy, mask_loss
+from knet_d2.modeling.matcher import HungarianMatcher
+from knet_d2.structures import KernelBank, KernelState, StageOutput, Targets
+
+THINGS, STUFF, KERNELS, STAGES = 2, 3, 4, 2
+ALPHA, GAMMA = 0.25, 2.0
+WEIGHTS = LossWeights(class_=2.0, mask=1.0, dice=4.0, rank=0.1, dense=1.0, auxiliary=0.4)
+
+
+def random(*shape, seed=0, scale=2.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Slow references: one number or one pixel at a time
+
+
+def slow_focal(logit, target, alpha=ALPHA, gamma=GAMMA):
+    p = sigmoid(logit)
+    if target:
+        return -alpha * (1 - p) ** gamma * math.log(p)
+    return -(1 - alpha) * p**gamma * math.log(1 - p)
+
+
+def slow_bce(logits, targets):
+    """Mean over the pixels of all masks: [P, h, w] each."""
+    if not len(logits):
+        return 0.0
+    terms = [
+        -(t * math.log(sigmoid(x)) + (1 - t) * math.log(1 - sigmoid(x))) for x, t in zip(logits.flat, targets.flat)
+    ]
+    return sum(terms) / len(terms)
+
+
+def slow_dice(logits, targets):
+    if not len(logits):
+        return 0.0
+    losses = []
+    for mask, target in zip(logits, targets):
+        p = [sigmoid(x) for x in mask.flat]
+        intersection = sum(a * b for a, b in zip(p, target.flat))
+        losses.append(1 - 2 * intersection / (sum(a * a for a in p) + 1e-3 + sum(t * t for t in target.flat) + 1e-3))
+    return sum(losses) / len(losses)
+
+
+def slow_cross_entropy(logits, owners):
+    """Mean over all pixels of [N, h, w] logits; pixels whose owner is None cost nothing."""
+    total = 0.0
+    for (y, x), owner in owners.items():
+        if owner is not None:
+            column = logits[:, y, x]
+            total += math.log(sum(math.exp(v - column[owner]) for v in column))
+    return total / len(owners)
+
+
+def slow_owners(masks, shape):
+    """masks: (kernel or class, [h, w]) in the order of painting -> {pixel: the last one above 0, or None}."""
+    owners = dict.fromkeys(np.ndindex(*shape))
+    for value, mask in masks:
+        for pixel in owners:
+            if mask[pixel] > 0:
+                owners[pixel] = value
+    return owners
+
+
+def upsampled(masks):
+    masks = masks.detach().numpy()
+    return np.array([slow_bilinear(m, (2 * m.shape[0], 2 * m.shape[1])) for m in masks])
+
+
+def slow_matched_losses(state, stages, targets, matches):
+    """Every term of the loss of a panoptic K-Net; matches: per stage, per image a list of (kernel, instance)."""
+    losses = {}
+    images = range(len(targets))
+    static = [upsampled(m[:KERNELS]) for m in state.mask_logits]
+    shape = static[0].shape[1:]
+
+    pairs = [[(k, targets[b].masks[g].numpy()) for k, g in sorted(matches[0][b])] for b in images]
+    losses.update(slow_mask_losses(static, pairs, 0))
+    losses["loss_dense_s0"] = slow_dense_loss(state.semantic_logits, targets, matches[0], shape)
+    for i, stage in enumerate(stages, start=1):
+        masks = [upsampled(m) for m in stage.mask_logits]
+        positives, pairs = [], []
+        for b, target in enumerate(targets):
+            things = [(k, target.classes[g].item(), target.masks[g].numpy()) for k, g in sorted(matches[i - 1][b])]
+            stuff = [(KERNELS + c - THINGS, c, m.numpy()) for c, m in zip(target.stuff_classes.tolist(), target.stuff_masks)]
+            positives.append({(k, c) for k, c, _ in things + stuff})
+            pairs.append([(k, m) for k, _, m in things + stuff])
+        losses.update(slow_mask_losses(masks, pairs, i))
+        total = 0.0
+        for b, (n, c) in product(images, np.ndindex(KERNELS + STUFF, THINGS + STUFF)):
+            trained = c < THINGS if n < KERNELS else c == THINGS + n - KERNELS
+            if trained:
+                total += slow_focal(stage.class_logits[b, n, c].item(), (n, c) in positives[b])
+        losses[f"loss_class_s{i}"] = WEIGHTS.class_ * total / max(1, sum(map(len, positives)))
+    return losses
+
+
+def slow_mask_losses(masks, pairs, stage):
+    chosen = [(masks[b][k], m) for b, image in enumerate(pairs) for k, m in image]
+    logits, goals = np.array([x for x, _ in chosen]), np.array([t for _, t in chosen])
+    owners = [slow_owners(image, masks[0].shape[1:]) for image in pairs]
+    rank = [slow_cross_entropy(m, o) for m, o in zip(masks, owners)]
+    return {
+        f"loss_mask_s{stage}": WEIGHTS.mask * slow_bce(logits, goals),
+        f"loss_dice_s{stage}": WEIGHTS.dice * slow_dice(logits, goals),
+        f"loss_rank_s{stage}": WEIGHTS.rank * sum(rank) / len(rank),
+    }
+
+
+def slow_dense_loss(semantic_logits, targets, matches, shape):
+    total, foreground = 0.0, 0
+    for logits, target, match in zip(semantic_logits, targets, matches):
+        logits = upsampled(logits)
+        painted = list(zip(target.stuff_classes.tolist(), target.stuff_masks))
+        painted += [(target.classes[g].item(), target.masks[g]) for _, g in sorted(match)]
+        for (y, x), label in slow_owners(painted, shape).items():
+            foreground += label is not None
+            total += sum(slow_focal(v, c == label) for c, v in enumerate(logits[:, y, x]))
+    return WEIGHTS.dense * total / max(1, foreground)
+
+
+# Builders
+
+
+class GivenMatches:
+    """A matcher that returns what it is told: per stage, per image a list of (kernel, instance)."""
+
+    def __init__(self, matches):
+        self.matches = matches
+
+    def match(self, stages, classes, masks):
+        assert len(stages) == len(self.matches)
+        columns = [[torch.tensor(sorted(image)).long().reshape(-1, 2) for image in stage] for stage in self.matches]
+        return [[(pairs[:, 0], pairs[:, 1]) for pairs in stage] for stage in columns]
+
+
+def make_criterion(matcher=None, bank=None, weights=WEIGHTS, ignore_value=IGNORE):
+    bank = bank or KernelBank.for_task("panoptic", num_kernels=KERNELS, num_things=THINGS, num_stuff=STUFF)
+    return KNetCriterion(
+        bank=bank,
+        matcher=matcher or HungarianMatcher(),
+        weights=weights,
+        focal_alpha=ALPHA,
+        focal_gamma=GAMMA,
+        ignore_value=ignore_value,
+    ).double()
+
+
+def make_predictions(batch_size, size=(3, 4), seed=0, stages=STAGES):
+    n, k = KERNELS + STUFF, THINGS + STUFF
+    state = KernelState(
+        random(batch_size, 2, *size, seed=seed),
+        random(batch_size, n, 2, seed=seed + 1),
+        random(batch_size, n, *size, seed=seed + 2).requires_grad_(),
+        random(batch_size, k, *size, seed=seed + 3).requires_grad_(),
+    )
+    outputs = [
+        StageOutput(
+            random(batch_size, n, 2, seed=seed + 10 * i),
+            random(batch_size, n, *size, seed=seed + 10 * i + 1).requires_grad_(),
+            random(batch_size, n, k, seed=seed + 10 * i + 2).requires_grad_(),
+        )
+        for i in range(1, stages + 1)
+    ]
+    return state, outputs
+
+
+def make_targets(classes, stuff_classes, size=(6, 8), seed=0):
+    """Soft masks that overlap each other and leave some pixels to nobody."""
+
+    def masks(count, seed):
+        return (random(count, *size, seed=seed, scale=0.5) - 0.2).clamp(0, 1)
+
+    return Targets(
+        torch.tensor(classes).long(),
+        masks(len(classes), 7 * seed + 1),
+        torch.tensor(stuff_classes).long(),
+        masks(len(stuff_classes), 7 * seed + 2),
+    )
+
+
+def as_numbers(losses):
+    return {name: value.item() for name, value in losses.items()}
+
+
+def picked(state, outputs, images):
+    """The predictions for some images of the batch."""
+
+    def pick(item):
+        return type(item)(*(None if x is None else x[images] for x in item))
+
+    return pick(state), [pick(stage) for stage in outputs]
+
+
+# Single terms
+
+
+def test_focal_loss_is_a_weighted_sum():
+    logits, weights = random(4, 3), random(4, 3, seed=2).abs()
+    targets = (random(4, 3, seed=1) > 0).double()
+    expected = sum(w * slow_focal(x, t, 0.3, 1.5) for x, t, w in zip(*(a.flatten().tolist() for a in (logits, targets, weights))))
+    assert focal_loss(logits, targets, weights, alpha=0.3, gamma=1.5).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_mask_and_dice_loss():
+    logits, targets = random(3, 4, 5), random(3, 4, 5, seed=1).clamp(0, 1)
+    assert mask_loss(logits, targets).item() == pytest.approx(slow_bce(logits.numpy(), targets.numpy()), rel=1e-9)
+    assert dice_loss(logits, targets).item() == pytest.approx(slow_dice(logits.numpy(), targets.numpy()), rel=1e-9)
+
+
+def test_dice_of_two_empty_masks_is_defined():
+    loss = dice_loss(torch.full((1, 4, 4), -100.0), torch.zeros(1, 4, 4))
+    assert loss.item() == pytest.approx(1)
+
+
+def test_cross_entropy_counts_ignored_pixels_in_the_mean():
+    logits = random(2, 3, 4, 5)
+    targets = torch.randint(3, (2, 4, 5), generator=torch.Generator().manual_seed(0))
+    targets[0, :, 2:] = IGNORE
+    expected = 0
+    for image, labels in zip(logits.numpy(), targets.tolist()):
+        owners = {p: (None if labels[p[0]][p[1]] == IGNORE else labels[p[0]][p[1]]) for p in np.ndindex(4, 5)}
+        expected += slow_cross_entropy(image, owners) / 2
+    assert kernel_cross_entropy(logits, targets, IGNORE).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_cross_entropy_resizes_logits_to_the_labels():
+    logits, labels = random(1, 3, 3, 4), torch.ones(1, 7, 9, dtype=torch.long)
+    resized = np.array([slow_bilinear(m, (7, 9)) for m in logits[0]])
+    expected = slow_cross_entropy(resized, dict.fromkeys(np.ndindex(7, 9), 1))
+    assert kernel_cross_entropy(logits, labels, IGNORE).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x: mask_loss(x[:0], x.detach()[:0]),
+        lambda x: dice_loss(x[:0], x.detach()[:0]),
+        lambda x: kernel_cross_entropy(x[None], torch.full((1, 4, 5), IGNORE), IGNORE),
+        lambda x: focal_loss(x[:0], x.detach()[:0], x.detach()[:0], alpha=ALPHA, gamma=GAMMA),
+    ],
+    ids=["mask", "dice", "rank", "focal"],
+)
+def test_nothing_to_compare_costs_0_and_is_part_of_the_graph(loss):
+    logits = random(3, 4, 5).requires_grad_()
+    value = loss(logits)
+    value.backward()
+    assert value.item() == 0
+    assert logits.grad.abs().max() == 0
+
+
+# The criterion
+
+CASES = {
+    "things and stuff": (
+        [make_targets([1, 0, 1], [2, 4], seed=0), make_targets([0], [3], seed=1)],
+        [[[(3, 0), (0, 1), (2, 2)], [(1, 0)]], [[(0, 0), (1, 1), (3, 2)], [(3, 0)]]],
+    ),
+    "one image has no instance": (
+        [make_targets([], [2, 3, 4], seed=2), make_targets([1, 1], [], seed=3)],
+        [[[], [(0, 1), (2, 0)]], [[], [(3, 0), (1, 1)]]],
+    ),
+    "nothing at all": ([make_targets([], []), make_targets([], [])], [[[], []], [[], []]]),
+    "more instances than kernels": (
+        [make_targets([0, 1, 0, 1, 0, 1], [4], seed=4)],
+        [[[(0, 5), (1, 3), (2, 0), (3, 1)]], [[(0, 2), (1, 4), (2, 5), (3, 0)]]],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_terms_match_loops_over_kernels_and_pixels(case):
+    targets, matches = CASES[case]
+    state, stages = make_predictions(len(targets))
+    losses = make_criterion(GivenMatches(matches))(state, stages, targets)
+    assert as_numbers(losses) == pytest.approx(slow_matched_losses(state, stages, targets, matches), rel=1e-8, abs=1e-12)
+    sum(losses.values()).backward()
+    for tensor in (state.mask_logits, state.semantic_logits, *(x for s in stages for x in s[1:])):
+        assert tensor.grad.isfinite().all()
+
+
+def test_without_positives_only_class_and_dense_losses_remain():
+    targets, matches = CASES["nothing at all"]
+    state, stages = make_predictions(2)
+    losses = as_numbers(make_criterion(GivenMatches(matches))(state, stages, targets))
+    positive = {name for name, value in losses.items() if value > 0}
+    assert positive == {"loss_dense_s0", "loss_class_s1", "loss_class_s2"}
+
+
+def test_keys_do_not_depend_on_the_batch():
+    expected = {f"loss_{term}_s{s}" for term in ("mask", "dice", "rank") for s in range(STAGES + 1)}
+    expected |= {"loss_dense_s0", "loss_class_s1", "loss_class_s2"}
+    for classes in ([], [0], [1, 0, 1, 1, 0, 0]):
+        for stuff in ([], [2, 3]):
+            state, stages = make_predictions(2)
+            losses = make_criterion()(state, stages, [make_targets(classes, stuff), make_targets([], [])])
+            assert set(losses) == expected
+            assert all(value.isfinite() and value.requires_grad for value in losses.values())
+
+
+def test_terms_of_weight_0_are_left_out():
+    state, stages = make_predictions(1)
+    weights = WEIGHTS._replace(rank=0.0, mask=0.0)
+    losses = make_criterion(weights=weights)(state, stages, [make_targets([0], [2])])
+    assert {name.split("_")[1] for name in losses} == {"class", "dice", "dense"}
+
+
+def test_losses_are_proportional_to_their_weights():
+    state, stages = make_predictions(1)
+    targets = [make_targets([0, 1], [2])]
+    once = as_numbers(make_criterion()(state, stages, targets))
+    thrice = as_numbers(make_criterion(weights=LossWeights(*(3 * w for w in WEIGHTS)))(state, stages, targets))
+    assert thrice == pytest.approx({name: 3 * value for name, value in once.items()})
+
+
+def test_order_of_images_does_not_matter():
+    targets = [make_targets([1, 0, 1], [2, 4], seed=0), make_targets([0], [3], seed=1), make_targets([], [], seed=2)]
+    state, stages = make_predictions(3)
+    losses = as_numbers(make_criterion()(state, stages, targets))
+    order = [2, 0, 1]
+    permuted = as_numbers(make_criterion()(*picked(state, stages, order), [targets[i] for i in order]))
+    assert permuted == pytest.approx(losses)
+
+
+def test_a_batch_of_two_equal_images_costs_as_much_as_one():
+    targets = [make_targets([1, 0], [2, 4])]
+    state, stages = make_predictions(1)
+    losses = as_numbers(make_criterion()(state, stages, targets))
+    doubled = as_numbers(make_criterion()(*picked(state, stages, [0, 0]), 2 * targets))
+    assert doubled == pytest.approx(losses)
+
+
+def test_last_stage_is_not_matched_but_all_others_are():
+    seen = []
+
+    class Recorder(HungarianMatcher):
+        def match(self, stages, classes, masks):
+            seen.extend(stages)
+            return super().match(stages, classes, masks)
+
+    state, stages = make_predictions(2)
+    make_criterion(Recorder())(state, stages, [make_targets([0], [2]), make_targets([1], [])])
+    static, first = seen
+    assert [p.class_logits for p in static] == [None, None]
+    np.testing.assert_allclose(static[1].mask_logits.detach().numpy(), upsampled(state.mask_logits[1, :KERNELS]), atol=1e-12)
+    np.testing.assert_allclose(
+        first[1].mask_logits.detach().numpy(), upsampled(stages[0].mask_logits[1, :KERNELS]), atol=1e-12
+    )
+    assert torch.equal(first[1].class_logits, stages[0].class_logits[1, :KERNELS, :THINGS])
+
+
+def test_class_columns_that_a_kernel_cannot_take_get_no_gradient():
+    state, stages = make_predictions(1)
+    losses = make_criterion()(state, stages, [make_targets([0, 1], [3])])
+    losses["loss_class_s1"].backward()
+    trained = stages[0].class_logits.grad[0] != 0
+    expected = torch.zeros_like(trained)
+    expected[:KERNELS, :THINGS] = True
+    for i in range(STUFF):
+        expected[KERNELS + i, THINGS + i] = True
+    assert torch.equal(trained, expected)
+    assert stages[0].class_logits.grad[0, KERNELS, THINGS] > 0  # stuff that is absent is a negative
+    assert stages[0].class_logits.grad[0, KERNELS + 1, THINGS + 1] < 0
+
+
+def test_class_loss_is_divided_by_the_mean_number_of_positives_of_all_ranks(monkeypatch):
+    state, stages = make_predictions(1)
+    targets = [make_targets([0, 1], [3])]
+    alone = as_numbers(make_criterion()(state, stages, targets))
+
+    def all_reduce(tensor):
+        tensor += 4  # the other rank has 4 positives, this one has 3
+
+    monkeypatch.setattr("knet_d2.modeling.criterion.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    expected = {name: value * (3 / 3.5 if "class" in name else 1) for name, value in alone.items()}
+    assert as_numbers(make_criterion()(state, stages, targets)) == pytest.approx(expected)
+
+
+def test_rank_loss_of_identity_assignment_is_the_semantic_loss():
+    """With one kernel per class, and its masks made from the label map, both tasks have the same cost over kernels."""
+    labels = torch.randint(STUFF, (2, 6, 8), generator=torch.Generator().manual_seed(0))
+    labels[:, :, 6:] = IGNORE
+    logits = [random(2, STUFF, 3, 4, seed=s) for s in range(2)]
+    none = torch.zeros(0, dtype=torch.long), torch.zeros(0, 6, 8, dtype=torch.float64)
+
+    semantic_bank = KernelBank.for_task("semantic", num_kernels=0, num_things=0, num_stuff=STUFF)
+    state = KernelState(random(2, 2, 3, 4), random(2, STUFF, 2), logits[0])
+    targets = [Targets(*none, *none, sem_seg=image) for image in labels]
+    semantic = make_criterion(bank=semantic_bank)(state, [StageOutput(state.kernels, logits[1])], targets)
+
+    # The same as stuff of a panoptic model, whose one instance kernel claims nothing
+    panoptic_bank = KernelBank.for_task("panoptic", num_kernels=1, num_things=1, num_stuff=STUFF)
+    with_thing = [torch.cat([torch.full((2, 1, 3, 4), -1e9, dtype=torch.float64), x], dim=1) for x in logits]
+    state = KernelState(random(2, 2, 3, 4), random(2, 1 + STUFF, 2), with_thing[0], with_thing[0])
+    stage = StageOutput(state.kernels, with_thing[1], random(2, 1 + STUFF, 1 + STUFF))
+    masks = [torch.stack([image == c for c in range(STUFF)]).double() for image in labels]
+    targets = [Targets(*none, 1 + torch.arange(STUFF), m) for m in masks]
+    panoptic = make_criterion(bank=panoptic_bank)(state, [stage], targets)
+
+    assert panoptic["loss_rank_s1"].item() == pytest.approx(semantic["loss_rank_s1"].item(), rel=1e-12)
+    resized = [np.array([slow_bilinear(m, (6, 8)) for m in image]) for image in logits[1]]
+    expected = 0
+    for image, target in zip(resized, labels.tolist()):
+        owners = {p: (None if target[p[0]][p[1]] == IGNORE else target[p[0]][p[1]]) for p in np.ndindex(6, 8)}
+        expected += WEIGHTS.rank * slow_cross_entropy(image, owners) / 2
+    assert semantic["loss_rank_s1"].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_semantic_losses_are_on_static_logits_stages_and_auxiliary_logits():
+    bank = KernelBank.for_task("semantic", num_kernels=0, num_things=0, num_stuff=STUFF)
+    none = torch.zeros(0, dtype=torch.long), torch.zeros(0, 6, 8)
+    targets = [Targets(*none, *none, sem_seg=torch.ones(6, 8, dtype=torch.long))]
+    state = KernelState(random(1, 2, 3, 4), random(1, STUFF, 2), random(1, STUFF, 3, 4))
+    stages = [StageOutput(state.kernels, random(1, STUFF, 3, 4, seed=s)) for s in (1, 2)]
+    auxiliary = random(1, STUFF, 2, 3, seed=3)
+    losses = as_numbers(make_criterion(bank=bank)(state, stages, targets, auxiliary))
+    logits = [(WEIGHTS.rank, state.mask_logits), *((WEIGHTS.rank, s.mask_logits) for s in stages), (WEIGHTS.auxiliary, auxiliary)]
+    expected = []
+    for weight, image in logits:
+        resized = np.array([slow_bilinear(m, (6, 8)) for m in image[0]])
+        expected.append(weight * slow_cross_entropy(resized, dict.fromkeys(np.ndindex(6, 8), 1)))
+    names = ["loss_rank_s0", "loss_rank_s1", "loss_rank_s2", "loss_auxiliary"]
+    assert losses == pytest.approx(dict(zip(names, expected)), rel=1e-9)
+
+
+def test_half_precision_logits_are_compared_in_float32():
+    state, stages = make_predictions(1)
+    targets = [make_targets([0], [2])]
+    targets = [Targets(t.classes, t.masks.float(), t.stuff_classes, t.stuff_masks.float()) for t in targets]
+    half = [StageOutput(*(x.detach().float() for x in s)) for s in stages]
+    for dtype in (torch.float16, torch.bfloat16):
+        static = KernelState(*(x.detach().to(dtype) for x in state))
+        losses = make_criterion().float()(static, half, targets)
+        assert {value.dtype for value in losses.values()} == {torch.float32}
+
+
+def test_ignore_value_must_not_be_a_class():
+    bank = KernelBank.for_task("panoptic", num_kernels=4, num_things=3, num_stuff=2)
+    with pytest.raises(ConfigError, match="MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 4"):
+        KNetCriterion(tiny_config("panoptic", {"MODEL.SEM_SEG_HEAD.IGNORE_VALUE": 4}), bank)

@@ -1,0 +1,330 @@
+"""Results from logits: against loops, and on maps made by hand."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import sigmoid, slow_bilinear
+
+from knet_d2 import postprocessing
+from knet_d2.postprocessing import (
+    ImageGeometry,
+    assign_pixels,
+    instance_inference,
+    mask_probabilities,
+    masks_to_boxes,
+    panoptic_inference,
+    semantic_inference,
+)
+from knet_d2.structures import KernelBank
+
+# Head 4 x 6, masks 8 x 12, network input 16 x 24, of which the image is 14 x 19, shown at 9 x 31
+GEOMETRY = ImageGeometry(padded=(16, 24), image=(14, 19), output=(9, 31))
+HEAD = (4, 6)
+# Masks of stride 4 are shown as they are
+PLAIN = ImageGeometry(padded=(20, 20), image=(20, 20), output=(20, 20))
+THINGS, STUFF = 2, 2
+CATEGORIES = [7, 5, 92, 90]
+
+
+def random(*shape, seed=0, scale=3.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def logit(p):
+    return float(np.log(p / (1 - p)))
+
+
+def slow_probabilities(mask_logits, geometry):
+    result = []
+    for mask in mask_logits.numpy():
+        probs = np.vectorize(sigmoid)(slow_bilinear(mask, (2 * mask.shape[0], 2 * mask.shape[1])))
+        probs = slow_bilinear(probs, geometry.padded)[: geometry.image[0], : geometry.image[1]]
+        result.append(slow_bilinear(probs, geometry.output))
+    return np.array(result)
+
+
+def slow_box(mask):
+    pixels = [(x, y) for y, x in np.ndindex(*mask.shape) if mask[y, x]]
+    if not pixels:
+        return [0, 0, 0, 0]
+    xs, ys = zip(*pixels)
+    return [min(xs), min(ys), max(xs) + 1, max(ys) + 1]
+
+
+def slow_panoptic(class_logits, probs, class_mask, thing_threshold=0.3, overlap_threshold=0.6):
+    """Section 6: pixels to the largest score * probability, kernels visited by falling score."""
+    scores, classes = [], []
+    for logits, allowed in zip(class_logits.tolist(), class_mask.tolist()):
+        score, label = max((sigmoid(v), -c) for c, (v, ok) in enumerate(zip(logits, allowed)) if ok)
+        scores.append(score)
+        classes.append(-label)
+    won = {n: [] for n in range(len(scores))}
+    for pixel in np.ndindex(*probs.shape[1:]):
+        won[max(range(len(scores)), key=lambda n: scores[n] * probs[(n, *pixel)])].append(pixel)
+    panoptic, segments = np.zeros(probs.shape[1:], dtype=int), []
+    for n in sorted(won, key=lambda n: -scores[n]):
+        own_area = int((probs[n] >= 0.5).sum())
+        is_thing = classes[n] < THINGS
+        if is_thing and scores[n] < thing_threshold:
+            continue
+        if not won[n] or not own_area or len(won[n]) / own_area < overlap_threshold:
+            continue
+        number = len(segments) + 1
+        for pixel in won[n]:
+            panoptic[pixel] = number
+        category = CATEGORIES[classes[n]]
+        segments.append({"id": number, "isthing": is_thing, "category_id": category, "score": scores[n], "area": len(won[n])})
+    return panoptic, segments
+
+
+def class_mask(num_kernels):
+    return KernelBank.for_task("panoptic", num_kernels=num_kernels, num_things=THINGS, num_stuff=STUFF).class_mask()
+
+
+def run_panoptic(class_logits, mask_logits, geometry, **thresholds):
+    mask = class_mask(len(class_logits) - STUFF)
+    return panoptic_inference(
+        class_logits, mask_logits, mask, geometry, num_things=THINGS, category_ids=CATEGORIES, **thresholds
+    )
+
+
+def drawn(*kernels):
+    """Kernels on the 10 x 10 cells of PLAIN's head, things first: (class, score, rows, columns) -> class and mask logits.
+
+    Inside of its rectangle a kernel's logit is 8, elsewhere -8. Every cell is 2 x 2 pixels of the result.
+    """
+    class_logits = torch.full((len(kernels), THINGS + STUFF), -20.0)
+    mask_logits = torch.full((len(kernels), 10, 10), -8.0)
+    for n, (label, score, rows, columns) in enumerate(kernels):
+        class_logits[n, label] = logit(score)
+        mask_logits[n, rows, columns] = 8
+    return class_logits, mask_logits
+
+
+ALL, NONE = slice(None), slice(0, 0)
+
+
+# Masks and boxes
+
+
+def test_masks_are_resized_in_the_right_order():
+    logits = random(2, *HEAD)
+    result = mask_probabilities(logits, GEOMETRY).numpy()
+    np.testing.assert_allclose(result, slow_probabilities(logits, GEOMETRY), rtol=1e-6)
+
+
+def test_boxes_are_tight():
+    masks = random(6, 5, 7) > torch.tensor([0, 2, 4, 6, 100, 7])[:, None, None]
+    masks[5, 4, 6] = True  # the last pixel
+    masks[3] = False
+    masks[3, 2, 0] = True  # one pixel
+    boxes = masks_to_boxes(masks)
+    assert boxes.tolist() == [slow_box(m) for m in masks.numpy()]
+    assert boxes[3].tolist() == [0, 2, 1, 3]
+    assert boxes[4].tolist() == [0, 0, 0, 0]
+    assert masks_to_boxes(masks[:0]).shape == (0, 4)
+
+
+# Instances
+
+
+@pytest.mark.parametrize("max_instances", [1, 5, 100])
+def test_instances_are_the_best_pairs_of_kernel_and_class(max_instances):
+    class_logits, mask_logits = random(4, 3), random(4, *HEAD, seed=1)
+    result = instance_inference(class_logits, mask_logits, GEOMETRY, max_instances=max_instances)
+    pairs = sorted(((sigmoid(class_logits[n, c].item()), n, c) for n in range(4) for c in range(3)), reverse=True)
+    pairs = pairs[:max_instances]
+    probs = slow_probabilities(mask_logits, GEOMETRY)
+    assert np.abs(probs - 0.5).min() > 1e-6  # no pixel depends on rounding
+    np.testing.assert_allclose(result.scores.numpy(), [score for score, _, _ in pairs], rtol=1e-9)
+    assert result.pred_classes.tolist() == [c for _, _, c in pairs]
+    assert result.image_size == GEOMETRY.output
+    assert result.pred_masks.dtype == torch.bool
+    masks = np.array([probs[n] > 0.5 for _, n, _ in pairs])
+    np.testing.assert_array_equal(result.pred_masks.numpy(), masks)
+    assert result.pred_boxes.tensor.tolist() == [slow_box(m) for m in masks]
+    if max_instances == 100:
+        assert len(result) == 12  # all pairs: every kernel appears with every class
+
+
+def test_one_kernel_can_appear_with_several_classes():
+    class_logits = torch.tensor([[4.0, 3.0, -4.0], [-5.0, -6.0, -7.0]])
+    mask_logits = random(2, *HEAD)
+    result = instance_inference(class_logits, mask_logits, GEOMETRY, max_instances=2)
+    assert result.pred_classes.tolist() == [0, 1]
+    assert torch.equal(result.pred_masks[0], result.pred_masks[1])
+
+
+def test_empty_masks_are_kept_with_a_box_of_zeros():
+    mask_logits = torch.full((1, *HEAD), -5.0)
+    result = instance_inference(torch.tensor([[3.0, 0.0]]), mask_logits, GEOMETRY, max_instances=1)
+    assert len(result) == 1
+    assert not result.pred_masks.any()
+    assert result.pred_boxes.tensor.tolist() == [[0, 0, 0, 0]]
+
+
+def test_score_threshold():
+    class_logits = torch.tensor([[logit(0.9), logit(0.5)], [logit(0.2), logit(0.7)]])
+    mask_logits = random(2, *HEAD).float()
+    for threshold, count in ((0.0, 4), (0.3, 3), (0.6, 2), (0.95, 0)):
+        result = instance_inference(
+            class_logits, mask_logits, GEOMETRY, max_instances=10, score_threshold=threshold
+        )
+        assert len(result) == len(result.pred_masks) == len(result.pred_boxes) == count
+        assert result.pred_masks.shape[1:] == GEOMETRY.output
+
+
+def test_probability_of_exactly_half_is_outside_of_an_instance_but_inside_of_a_panoptic_mask():
+    mask_logits = torch.zeros(1, 10, 10)
+    result = instance_inference(torch.tensor([[3.0]]), mask_logits, PLAIN, max_instances=1)
+    assert not result.pred_masks.any()
+    assert assign_pixels(torch.ones(1), mask_logits, PLAIN).areas.tolist() == [20 * 20]
+
+
+# Panoptic
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_panoptic_map_matches_a_loop(seed):
+    class_logits, mask_logits = random(7, THINGS + STUFF, seed=seed, scale=1.5), random(7, *HEAD, seed=seed + 10)
+    panoptic, segments = run_panoptic(class_logits, mask_logits, GEOMETRY, overlap_threshold=0.35)
+    probs = slow_probabilities(mask_logits, GEOMETRY)
+    expected, expected_segments = slow_panoptic(class_logits, probs, class_mask(5), overlap_threshold=0.35)
+    np.testing.assert_array_equal(panoptic.numpy(), expected)
+    assert panoptic.dtype == torch.int32
+    assert 0 < len(segments) < 7
+    for segment, other in zip(segments, expected_segments, strict=True):
+        assert segment == pytest.approx(other)
+        assert segment["area"] == int((panoptic == segment["id"]).sum())
+
+
+def test_ids_follow_falling_scores_and_categories_are_the_metadata_s():
+    class_logits, mask_logits = drawn(
+        (0, 0.5, slice(0, 5), slice(0, 5)),
+        (1, 0.8, slice(0, 5), slice(5, 10)),
+        (2, 0.6, slice(5, 10), ALL),
+        (3, 0.9, NONE, NONE),
+    )
+    panoptic, segments = run_panoptic(class_logits, mask_logits, PLAIN)
+    assert [(s["id"], s["category_id"], s["isthing"], s["area"]) for s in segments] == [
+        (1, 5, True, 100),
+        (2, 92, False, 200),
+        (3, 7, True, 100),
+    ]
+    assert [s["score"] for s in segments] == pytest.approx([0.8, 0.6, 0.5])
+    assert torch.equal(panoptic[:10, :10], torch.full((10, 10), 3, dtype=torch.int32))
+    assert panoptic[0, 19] == 1 and panoptic[19, 0] == 2
+
+
+def test_a_thing_below_the_threshold_leaves_the_pixels_that_it_wins_void():
+    # The thing (0.29) beats the stuff below it (0.2) for a quarter of the image, and is dropped all the same
+    kernels = [(0, 0.29, slice(0, 5), slice(0, 5)), (2, 0.2, ALL, ALL), (3, 0.01, NONE, NONE)]
+    panoptic, segments = run_panoptic(*drawn(*kernels), PLAIN)
+    assert [(s["category_id"], s["area"]) for s in segments] == [(92, 300)]
+    assert not panoptic[:10, :10].any()
+    assert (panoptic[10:] == 1).all() and (panoptic[:, 10:] == 1).all()
+    kernels[0] = (0, 0.31, *kernels[0][2:])
+    assert [s["category_id"] for s in run_panoptic(*drawn(*kernels), PLAIN)[1]] == [7, 92]
+
+
+def test_a_thing_of_exactly_the_threshold_is_kept():
+    kernels = drawn((0, 0.5, ALL, ALL), (2, 0.2, NONE, NONE), (3, 0.2, NONE, NONE))
+    assert len(run_panoptic(*kernels, PLAIN, thing_score_threshold=0.5)[1]) == 1
+
+
+def test_stuff_is_never_dropped_for_its_score():
+    kernels = drawn((0, 0.1, NONE, NONE), (2, 0.001, ALL, slice(0, 5)), (3, 0.002, ALL, slice(5, 10)))
+    panoptic, segments = run_panoptic(*kernels, PLAIN)
+    assert [(s["category_id"], s["area"]) for s in segments] == [(90, 200), (92, 200)]
+    assert (panoptic > 0).all()
+
+
+@pytest.mark.parametrize("rows, kept", [(3, True), (4, True), (5, False)])
+def test_a_segment_of_which_too_little_is_left_is_dropped(rows, kept):
+    """A thing of 10 x 5 cells, of which another takes some rows."""
+    kernels = drawn(
+        (0, 0.5, ALL, slice(0, 5)),
+        (1, 0.9, slice(0, rows), slice(0, 5)),
+        (2, 0.4, ALL, slice(5, 10)),
+        (3, 0.1, NONE, NONE),
+    )
+    panoptic, segments = run_panoptic(*kernels, PLAIN)
+    areas = {s["category_id"]: s["area"] for s in segments}
+    assert areas == {5: 20 * rows, 92: 200, **({7: 20 * (10 - rows)} if kept else {})}
+    assert (panoptic[-1, 0] == 0) != kept  # a dropped segment's pixels stay void
+
+
+def test_overlap_of_exactly_the_threshold_is_kept_whatever_the_area():
+    """15 of 25 cells are 0.6; in float32 0.6 * 100 pixels is more than 60."""
+    kernels = drawn(
+        (0, 0.5, slice(0, 5), slice(0, 5)),
+        (1, 0.9, slice(0, 2), slice(0, 5)),
+        (2, 0.4, ALL, slice(5, 10)),
+        (3, 0.3, slice(5, 10), slice(0, 5)),
+    )
+    _, segments = run_panoptic(*kernels, PLAIN)
+    assert {s["category_id"]: s["area"] for s in segments} == {5: 40, 7: 60, 92: 200, 90: 100}
+
+
+def test_pixels_won_below_half_count_and_are_painted():
+    # Probability 0.27 everywhere but in one row of cells; nobody else wants the rest
+    class_logits, mask_logits = drawn((0, 0.9, slice(0, 1), ALL), (2, 0.1, NONE, NONE), (3, 0.1, NONE, NONE))
+    mask_logits[0, 1:] = -1
+    panoptic, segments = run_panoptic(class_logits, mask_logits, PLAIN)
+    assert [s["area"] for s in segments] == [400]
+    assert (panoptic == 1).all()
+
+
+def test_a_winner_without_a_pixel_of_at_least_half_is_dropped():
+    class_logits, mask_logits = drawn((0, 0.9, NONE, NONE), (2, 0.1, NONE, NONE), (3, 0.1, NONE, NONE))
+    mask_logits[0] = -1
+    panoptic, segments = run_panoptic(class_logits, mask_logits, PLAIN)
+    assert segments == [] and not panoptic.any()
+
+
+def test_thing_takes_its_best_thing_class_only():
+    class_logits, mask_logits = drawn((1, 0.8, ALL, ALL), (2, 0.1, NONE, NONE), (3, 0.1, NONE, NONE))
+    class_logits[0, 2] = 9  # a stuff column, which a thing kernel does not have
+    class_logits[1, 3] = 9
+    segments = run_panoptic(class_logits, mask_logits, PLAIN)[1]
+    assert [(s["category_id"], s["isthing"]) for s in segments] == [(5, True)]
+    assert segments[0]["score"] == pytest.approx(0.8)
+
+
+# Semantic, and all of them in pieces
+
+
+def test_semantic_scores_are_sums_over_kernels():
+    class_logits, mask_logits = random(5, THINGS + STUFF), random(5, *HEAD, seed=1)
+    mask = class_mask(3)
+    result = semantic_inference(class_logits, mask_logits, mask, GEOMETRY).numpy()
+    probs = slow_probabilities(mask_logits, GEOMETRY)
+    for c in range(THINGS + STUFF):
+        expected = sum(sigmoid(class_logits[n, c].item()) * probs[n] for n in range(5) if mask[n, c])
+        np.testing.assert_allclose(result[c], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("elements", [1, 2 * 16 * 24])
+def test_memory_bound_does_not_change_results(monkeypatch, elements):
+    class_logits, mask_logits = random(7, THINGS + STUFF, scale=1.5), random(7, *HEAD, seed=10)
+    mask_logits[4] = mask_logits[1]  # a tie: the first kernel wins
+    class_logits[4] = class_logits[1]
+
+    def results():
+        instances = instance_inference(class_logits, mask_logits, GEOMETRY, max_instances=20)
+        panoptic, segments = run_panoptic(class_logits, mask_logits, GEOMETRY, overlap_threshold=0.2)
+        semantic = semantic_inference(class_logits, mask_logits, class_mask(5), GEOMETRY)
+        return instances.pred_masks, instances.scores, panoptic, semantic, segments
+
+    expected = results()
+    calls = []
+    original = postprocessing.mask_probabilities
+    monkeypatch.setattr(postprocessing, "MAX_MASK_ELEMENTS", elements)
+    monkeypatch.setattr(
+        postprocessing, "mask_probabilities", lambda m, g: calls.append(len(m)) or original(m, g)
+    )
+    pieces = results()
+    assert max(calls) == max(1, elements // (16 * 24))
+    for x, y in zip(expected[:-1], pieces[:-1]):
+        torch.testing.assert_close(x, y)
+    assert pieces[-1] == expected[-1] != []
