@@ -61,7 +61,9 @@ def find_images(inputs: List[str]) -> List[str]:
     files: List[str] = []
     for path in map(os.path.expanduser, inputs):
         if os.path.isdir(path):
-            found = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.lower().endswith(IMAGE_TYPES)]
+            found = [
+                os.path.join(path, name) for name in sorted(os.listdir(path)) if name.lower().endswith(IMAGE_TYPES)
+            ]
         else:
             found = [path] if os.path.isfile(path) else sorted(glob.glob(path))
         if not found:
@@ -118,7 +120,10 @@ class ResultWriter:
             record["instances"] = instance_results(outputs["instances"], self._category_ids)
         if "panoptic_seg" in outputs:
             segment_ids, segments_info = outputs["panoptic_seg"]
-            record["panoptic"] = {"file_name": self._save_png(panoptic_png(segment_ids)), "segments_info": segments_info}
+            record["panoptic"] = {
+                "file_name": self._save_png(panoptic_png(segment_ids)),
+                "segments_info": segments_info,
+            }
         if "sem_seg" in outputs:
             record["semantic"] = semantic_results(outputs["sem_seg"], self._category_ids)
         self._content["images"].append(record)

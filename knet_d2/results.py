@@ -35,7 +35,8 @@ def semantic_results(sem_seg: torch.Tensor, category_ids: Sequence[int]) -> List
     labels = sem_seg.argmax(dim=0)
     masks = ((c, labels == c) for c in labels.unique().tolist())
     return [
-        {"category_id": category_ids[c], "area": int(mask.sum()), "segmentation": encode_mask(mask)} for c, mask in masks
+        {"category_id": category_ids[c], "area": int(mask.sum()), "segmentation": encode_mask(mask)}
+        for c, mask in masks
     ]
 
 

@@ -42,6 +42,7 @@ DETECTION = {
 }
 SEMANTIC = {
     "MODEL.BACKBONE.NAME": "build_knet_resnet_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4"],
     "MODEL.SEM_SEG_HEAD.NAME": "FCNKernelHead",
     "MODEL.SEM_SEG_HEAD.IN_FEATURES": ["res4"],
     "MODEL.SEM_SEG_HEAD.NORM": "BN",

@@ -445,21 +445,41 @@ def _digests(batches):
     ]
 
 
+def _generator_states():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
 def test_training_batches_do_not_depend_on_workers_or_where_the_run_starts(entries):
     cfg = _augmented_cfg(entries)
-    torch.manual_seed(0)
+    states = _generator_states()
     whole = _digests(itertools.islice(build_train_loader(cfg), 6))
-    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    again = _digests(itertools.islice(build_train_loader(cfg, start_iter=2), 4))
-    assert again == whole[2:]
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == state[:2] and torch.equal(
-        torch.get_rng_state(), state[2]
-    )
+    assert _generator_states() == states, "loading disturbs the generators of the training process"
+    assert _digests(itertools.islice(build_train_loader(cfg, start_iter=2), 4)) == whole[2:]
     parallel = _digests(itertools.islice(build_train_loader(_augmented_cfg(entries, DATALOADER__NUM_WORKERS=2)), 4))
     assert parallel == whole[:4]
-    sizes = {len(image) for batch in whole for _, image, _ in batch}
-    assert len(sizes) > 5, "nothing is random"
     assert _digests(itertools.islice(build_train_loader(_augmented_cfg(entries, SEED=8)), 1)) != whole[:1]
+
+
+def test_an_image_is_augmented_differently_in_every_epoch(entries):
+    batches = _digests(itertools.islice(build_train_loader(_augmented_cfg(entries)), 13))
+    views = {}
+    for file_name, image, _ in itertools.chain.from_iterable(batches):
+        views.setdefault(file_name, []).append(image)
+    assert [len(x) for x in views.values()] == [4] * 13
+    assert all(len(set(x)) == 4 for x in views.values())
+
+
+@pytest.mark.parametrize(("option", "axis"), [("horizontal", -1), ("vertical", -2), ("none", None)])
+def test_random_flip_flips_half_of_the_images(entries, option, axis):
+    cfg = data_cfg("semantic", custom=(entries["sem_seg"],))
+    cfg.INPUT.RANDOM_FLIP = option
+    plain = {x["file_name"]: x["sem_seg"] for x in _examples(cfg, [T.NoOpTransform()])}
+    flipped = []
+    for example in itertools.chain.from_iterable(itertools.islice(build_train_loader(cfg), 15)):
+        labels = plain[example["file_name"]]
+        flipped.append(not torch.equal(example["sem_seg"], labels))
+        assert not flipped[-1] or torch.equal(example["sem_seg"], labels.flip(axis))
+    assert (15 < sum(flipped) < 45) if axis else not any(flipped)
 
 
 def test_two_processes_share_out_one_batch(entries, monkeypatch):

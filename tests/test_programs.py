@@ -293,7 +293,10 @@ def test_confidence_threshold_of_a_panoptic_model(tmp_path, models, shapes):
 
 def test_demo_of_a_semantic_model(tmp_path, models, shapes):
     image = sorted((shapes / "images").iterdir())[0]
-    assert run_demo(models, "semantic", "--input", image, "--output", tmp_path / "a.png", "--json", tmp_path / "r.json") == 0
+    assert (
+        run_demo(models, "semantic", "--input", image, "--output", tmp_path / "a.png", "--json", tmp_path / "r.json")
+        == 0
+    )
     content, ids = results_of(tmp_path / "r.json")
     (record,) = content["images"]
     masks = np.stack([decode(x["segmentation"]) for x in record["semantic"]])

@@ -50,7 +50,11 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict(), **{k: v.state_dict() for k, v in self.checkpointables.items()}, **extra}
+        data = {
+            "model": self.model.state_dict(),
+            **{k: v.state_dict() for k, v in self.checkpointables.items()},
+            **extra,
+        }
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         try:
@@ -58,7 +62,9 @@ class Checkpointer(DetectionCheckpointer):
             if tag:
                 self.tag_last_checkpoint(os.path.basename(path))
         except (OSError, RuntimeError) as e:  # PyTorch's writer turns a full disk into a RuntimeError
-            raise CheckpointError(f"{path}: the checkpoint can't be written ({e}). Earlier checkpoints are intact.") from e
+            raise CheckpointError(
+                f"{path}: the checkpoint can't be written ({e}). Earlier checkpoints are intact."
+            ) from e
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")

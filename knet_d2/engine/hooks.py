@@ -67,7 +67,7 @@ class MetricsHistory(HookBase):
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """Detectron2's; of the periodic checkpoints only the newest ones stay, those of the run before a resume included."""
+    """Detectron2's; only the newest periodic checkpoints stay, counting those of the run before a resume."""
 
     def before_train(self) -> None:
         super().before_train()

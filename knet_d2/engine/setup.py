@@ -1,11 +1,12 @@
 """From the command line to a checked, frozen config."""
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
 import re
-from typing import List, Sequence
+from typing import Iterator, List, Sequence
 
 import torch
 import yaml
@@ -64,27 +65,22 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> No
             cfg.merge_from_list([key, value])
 
 
-class _clear_errors:
-    """Turns what yacs and the YAML reader raise into a ConfigError that names key and nearest known key."""
-
-    def __init__(self, source: str, known: List[str]):
-        self._source = source
-        self._known = known
-
-    def __enter__(self) -> None:
-        # yacs logs each failed assertion before it raises it
-        self._level = logging.getLogger("yacs.config").level
-        logging.getLogger("yacs.config").setLevel(logging.CRITICAL)
-
-    def __exit__(self, _type, error, _traceback) -> None:
-        logging.getLogger("yacs.config").setLevel(self._level)
-        if error is None or not isinstance(error, (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError)):
-            return
+@contextlib.contextmanager
+def _clear_errors(source: str, known: List[str]) -> Iterator[None]:
+    """Turn what yacs and the YAML reader raise into a ConfigError that names the key and the nearest known one."""
+    yacs_logger = logging.getLogger("yacs.config")  # logs each failed assertion before it is raised
+    level = yacs_logger.level
+    yacs_logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         unknown = re.match(r"Non-existent (?:config )?key: (\S+)", text)
         if unknown:
-            text = f"unknown config key {unknown.group(1)}.{_suggestion(unknown.group(1), self._known)}"
-        raise ConfigError(f"{self._source}: {' '.join(text.split())}") from error
+            text = f"unknown config key {unknown.group(1)}.{_suggestion(unknown.group(1), known)}"
+        raise ConfigError(f"{source}: {' '.join(text.split())}") from error
+    finally:
+        yacs_logger.setLevel(level)
 
 
 def _suggestion(key: str, known: List[str]) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..checkpoint import Checkpointer
 from ..data import build_test_loader, build_train_loader
-from ..errors import CheckpointError, KNetError
+from ..errors import CheckpointError, ConfigError, KNetError
 from ..evaluation import build_evaluators
 from ..visualization import draw_validation_pictures
 from . import optimizer as optim
@@ -93,6 +93,8 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> List[HookBase]:
         """See knet_d2.engine.hooks for what their order guarantees."""
         cfg = self.cfg
+        if cfg.TEST.PRECISE_BN.ENABLED:
+            raise ConfigError("TEST.PRECISE_BN.ENABLED is not supported; set it to False.")
         before: List[HookBase] = [hooks.IterationTimer(), LRScheduler(), MetricsHistory()]
         after: List[HookBase] = [EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate)]
         if comm.is_main_process():
@@ -181,7 +183,9 @@ class Trainer(DefaultTrainer):
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
         if state_dict.get("seed", self.cfg.SEED) != self.cfg.SEED:
-            logger.warning(f"SEED was {state_dict['seed']} and is now {self.cfg.SEED}: the run is not continued exactly.")
+            logger.warning(
+                f"SEED was {state_dict['seed']} and is now {self.cfg.SEED}: the run is not continued exactly."
+            )
 
 
 def best_metric(cfg: CfgNode) -> str:

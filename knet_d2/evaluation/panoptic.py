@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.evaluation import COCOPanopticEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -45,8 +44,7 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         copies = []
         for output in outputs:
             segments, info = output["panoptic_seg"]
-            segments = torch.as_tensor(segments).clone()
-            copies.append({"panoptic_seg": (segments, None if info is None else [dict(x) for x in info])})
+            copies.append({"panoptic_seg": (segments, [dict(segment) for segment in info])})
         first = len(self._predictions)
         super().process(inputs, copies)
         for i, prediction in enumerate(self._predictions[first:], first):

@@ -1,8 +1,8 @@
 """Draws one image of the shapes data set: textured things that overlap, over textured stuff.
 
 Everything is a function of one random generator, so that an image is determined by (seed, index). Lengths are
-given for an image of 128 x 128 pixels and scale with the size. Colours are random: a thing's class is told by
-its outline, a stuff class by its texture.
+given for an image of 128 x 128 pixels and scale with the size. A thing's class is told by its outline, and hinted
+at by its colour: most things of a class have its hue, some have any. A stuff class is told by its texture alone.
 """
 
 import colorsys
@@ -20,6 +20,8 @@ _REFERENCE_SIZE = 128
 # A thing stays only where this part of its area and this many pixels (at 128 x 128) remain visible.
 _MIN_VISIBLE_PART, _MIN_VISIBLE_AREA = 0.35, 50
 _UNLABELLED = -1
+# The part of the things whose hue is not that of their class
+_ODD_HUES = 0.15
 
 
 class Thing(NamedTuple):
@@ -56,9 +58,9 @@ def draw_scene(rng: np.random.Generator, size: int) -> Scene:
     shapes, crowd = _place_shapes(rng, size)
     if crowd is not None:
         for member in crowd:
-            _paint_thing(rng, image, member.mask)
+            _paint_thing(rng, image, member.mask, member.category)
     for shape in shapes:
-        _paint_thing(rng, image, shape.mask)
+        _paint_thing(rng, image, shape.mask, shape.category)
     image = image + rng.normal(0, 0.015, image.shape).astype(np.float32)
     things = _visible_things(shapes, crowd)
     for thing in things:
@@ -213,10 +215,12 @@ def _visible_things(shapes: list, crowd: list | None) -> list[Thing]:
     return things[::-1]
 
 
-def _paint_thing(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray) -> None:
+def _paint_thing(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, category: int) -> None:
     """Fill mask [H, W] with a saturated colour, a weak texture that says nothing of the class, and a dark rim."""
     size = len(mask)
-    color = _color(rng.random(), rng.uniform(0.55, 0.95), rng.uniform(0.6, 1.0))
+    typical = category / len(THING_CLASSES) + rng.normal(0, 0.05)
+    hue = rng.random() if rng.random() < _ODD_HUES else typical
+    color = _color(hue, rng.uniform(0.55, 0.95), rng.uniform(0.6, 1.0))
     texture = (_slope, _stripes, _noise)[rng.integers(3)]
     shade = 1 - rng.uniform(0.1, 0.3) * texture(rng, size)
     image[mask] = color * shade[mask][:, None]

@@ -1,0 +1,218 @@
+"""Whole runs: resume, checkpoints that are kept, evaluation, writers."""
+
+import logging
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toys import (
+    Interrupted,
+    ToyEvaluator,
+    ToyNet,
+    ToyTrainer,
+    assert_identical,
+    knet_cfg,
+    metrics_of,
+    reset_toys,
+    run,
+    toy_cfg,
+)
+
+from knet_d2.engine import trainer as trainer_module
+from knet_d2.engine.trainer import best_metric
+from knet_d2.engine.writers import ConsoleWriter, TensorBoardWriter, cut_metrics, scalar_tag
+from knet_d2.errors import CheckpointError, ConfigError, NonFiniteError
+
+
+@pytest.fixture(autouse=True)
+def clean_toys():
+    yield
+    reset_toys()
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return folder
+
+
+def test_metrics_file(whole_run):
+    records = metrics_of(whole_run)
+    # every 5 iterations, at the evaluation after 14, and at the end
+    assert [r["iteration"] for r in records] == [4, 9, 13, 14, 19, 22]
+    assert [r["iteration"] for r in records if "panoptic_seg/PQ" in r] == [13, 22]
+    for r in records:
+        assert {"total_loss", "loss_mask_s0", "loss_mask_s1", "lr", "grad_norm"} <= set(r)
+        assert not {"time", "data_time", "eta_seconds"} & set(r)
+    assert records[0]["lr"] == pytest.approx(0.01 * (0.001 + 0.999 * 4 / 10))
+    assert records[-1]["lr"] == pytest.approx(0.01 * 0.01)
+
+
+@pytest.mark.parametrize("moment", ["image3.png", "image9.png", "evaluation", "image14.png", "image22.png", "tail"])
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, whole_run, moment):
+    """Weights, optimiser, schedule, iteration and the bytes of metrics.json."""
+    ToyEvaluator.interrupt = moment == "evaluation"
+    ToyNet.fail_at = (moment, Interrupted())
+    if moment == "tail":  # killed while it appended a line
+        shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+        (tmp_path / "last_checkpoint").write_text("model_0000013.pth")
+        with open(tmp_path / "metrics.json", "a") as f:
+            f.write('{"iteration": 23, "total_l')
+    else:
+        with pytest.raises(Interrupted):
+            run(tmp_path)
+    ToyEvaluator.interrupt, ToyNet.fail_at = False, (None, None)
+    trainer = run(tmp_path, resume=True)
+    starts = {"image3.png": 0, "image9.png": 7, "evaluation": 14, "image14.png": 14, "image22.png": 21, "tail": 14}
+    assert trainer.start_iter == starts[moment] and trainer.iter == 23
+    for name in ("model_final.pth", "model_best.pth"):
+        states = [torch.load(folder / name, weights_only=True) for folder in (whole_run, tmp_path)]
+        assert_identical(*states)
+    state = states[0]["trainer"]
+    assert state["_trainer"]["optimizer"]["state"][0]["exp_avg"].abs().sum() > 0
+    assert state["hooks"]["LRScheduler"]["last_epoch"] > 0
+    assert (tmp_path / "metrics.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path, whole_run):
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    run(tmp_path, resume=True)
+    assert (tmp_path / "metrics.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
+    states = [torch.load(folder / "model_final.pth", weights_only=True) for folder in (whole_run, tmp_path)]
+    assert_identical(*states)
+
+
+def test_new_run_in_a_used_folder_sets_old_metrics_aside(tmp_path, whole_run):
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    run(tmp_path)
+    assert (tmp_path / "metrics_1.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
+    assert (tmp_path / "metrics.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
+
+
+def test_failed_run_keeps_its_last_checkpoint(tmp_path):
+    ToyNet.fail_at = ("image10.png", math.nan)
+    with pytest.raises(NonFiniteError):
+        run(tmp_path)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000006.pth"
+    state = torch.load(tmp_path / "model_0000006.pth", weights_only=True)
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert [r["iteration"] for r in metrics_of(tmp_path)] == [4, 9]
+
+
+def test_checkpoint_without_optimizer_state_is_refused(tmp_path):
+    trainer = ToyTrainer(toy_cfg(tmp_path))
+    torch.save({"model": trainer.model.state_dict(), "trainer": {"iteration": 5}}, tmp_path / "old.pth")
+    (tmp_path / "last_checkpoint").write_text("old.pth")
+    with pytest.raises(CheckpointError, match="no optimiser state.*MODEL.WEIGHTS"):
+        trainer.resume_or_load(resume=True)
+
+
+def test_changed_seed_is_reported(tmp_path, whole_run, caplog):
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    trainer = ToyTrainer(toy_cfg(tmp_path, SEED=4))
+    with caplog.at_level(logging.WARNING, logger="knet_d2"):
+        trainer.resume_or_load(resume=True)
+    assert "SEED was 3 and is now 4" in caplog.text
+
+
+@pytest.mark.parametrize("keep, expected", [(0, [6, 13, 20]), (1, [20]), (2, [13, 20])])
+def test_number_of_checkpoints(tmp_path, keep, expected):
+    run(tmp_path, SOLVER__CHECKPOINTS_TO_KEEP=keep)
+    names = sorted(p.name for p in tmp_path.glob("model_0*.pth"))
+    assert names == [f"model_{i:07d}.pth" for i in expected]
+    assert (tmp_path / "model_final.pth").exists()
+
+
+def test_number_of_checkpoints_counts_those_before_a_resume(tmp_path):
+    ToyNet.fail_at = ("image15.png", Interrupted())
+    with pytest.raises(Interrupted):
+        run(tmp_path, SOLVER__CHECKPOINTS_TO_KEEP=2)
+    ToyNet.fail_at = (None, None)
+    run(tmp_path, resume=True, SOLVER__CHECKPOINTS_TO_KEEP=2)
+    assert sorted(p.name for p in tmp_path.glob("model_0*.pth")) == ["model_0000013.pth", "model_0000020.pth"]
+
+
+def test_best_checkpoint(tmp_path):
+    ToyEvaluator.values = [10.0, math.nan, 30.0, 20.0]
+    ToyNet.fail_at = ("image18.png", Interrupted())
+    with pytest.raises(Interrupted):
+        run(tmp_path, TEST__EVAL_PERIOD=5)
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["iteration"] == 14
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000013.pth"
+    # the resumed run evaluates iteration 14 again, then 19 and 22: worse ones don't replace the best
+    ToyNet.fail_at, ToyEvaluator.values = (None, None), [30.0, 20.0, 25.0]
+    run(tmp_path, resume=True, TEST__EVAL_PERIOD=5)
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["iteration"] == 14
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_unsupported_option_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="TEST.PRECISE_BN.ENABLED"):
+        ToyTrainer(toy_cfg(tmp_path, TEST__PRECISE_BN__ENABLED=True))
+
+
+def test_best_metric_by_task():
+    names = {"instance": "segm/AP", "panoptic": "panoptic_seg/PQ", "semantic": "sem_seg/mIoU"}
+    for task, name in names.items():
+        assert best_metric(knet_cfg(MODEL__KNET__TASK=task, DATASETS__TEST=("a",))) == name
+    assert best_metric(knet_cfg(MODEL__KNET__TASK="instance", DATASETS__TEST=("a", "b"))) == "a/segm/AP"
+
+
+def test_cut_metrics(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text('{"iteration": 4}\n{"iteration": 9}\n{"iteration": 14}\n{"iter')
+    assert cut_metrics(str(path), 20) == 14
+    assert path.read_text() == '{"iteration": 4}\n{"iteration": 9}\n{"iteration": 14}\n'
+    assert cut_metrics(str(path), 9) == 9 and path.read_text() == '{"iteration": 4}\n{"iteration": 9}\n'
+    assert cut_metrics(str(path), 3) == -1 and path.read_text() == ""
+    assert cut_metrics(str(tmp_path / "none.json"), 3) == -1
+
+
+# ---- writers ---------------------------------------------------------------------------------------------------
+
+
+def test_tags():
+    assert scalar_tag("loss_mask_s2") == "stage 2/loss_mask"
+    assert scalar_tag("loss_dense_s0") == "static/loss_dense"
+    assert scalar_tag("segm/AP") == "segm/AP"
+    assert scalar_tag("total_loss") == "training/total_loss"
+    assert scalar_tag("data_time") == "timing/data_time"
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    picture = np.zeros((8, 9, 3), np.uint8)
+    monkeypatch.setattr(
+        trainer_module, "draw_validation_pictures", lambda cfg, model, n: {f"{i}.jpg": picture for i in range(n)}
+    )
+    run(tmp_path, TEST__NUM_PICTURES=2)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert {"stage 1/loss_mask", "static/loss_mask", "training/lr", "panoptic_seg/PQ"} <= set(events.Tags()["scalars"])
+    assert sorted(events.Tags()["images"]) == ["validation/0.jpg", "validation/1.jpg"]
+    image = events.Images("validation/0.jpg")
+    assert [i.step for i in image] == [13, 22] and (image[0].height, image[0].width) == (8, 9)
+
+
+def test_tensorboard_of_a_resumed_run_has_no_repeat(tmp_path):
+    for start in (0, 5):
+        with EventStorage(start) as storage:
+            writer = TensorBoardWriter(str(tmp_path), start)
+            for storage.iter in range(start, 10):
+                storage.put_scalar("total_loss", storage.iter)
+                writer.write()
+            writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [e.step for e in events.Scalars("training/total_loss")] == list(range(10))
+
+
+def test_console_line(caplog):
+    with EventStorage(9) as storage, caplog.at_level(logging.INFO, logger="knet_d2"):
+        storage.put_scalars(total_loss=6.0, loss_mask_s0=1.0, loss_mask_s1=2.0, loss_dice_s1=3.0, time=2.0, lr=0.5)
+        ConsoleWriter(100).write()
+    assert "eta: 0:03:00  iter: 10/100  total_loss: 6  loss_mask: 3  loss_dice: 3  time: 2  lr: 0.5" in caplog.text
