@@ -103,6 +103,21 @@ def make_example(size, num_instances, *, seed=0, num_things=3, num_classes=5):
     return {"image": image, "file_name": f"{seed}.jpg", "instances": instances, "sem_seg": labels}
 
 
+def make_batch(counts, seed=0):
+    """Examples of different sizes with these numbers of instances."""
+    sizes = [(64, 64), (50, 75), (96, 40)]
+    return [make_example(size, count, seed=seed + i) for i, (size, count) in enumerate(zip(sizes, counts))]
+
+
+def expected_losses(task):
+    """Names of all losses of a tiny model."""
+    if task == "semantic":
+        return {f"loss_rank_s{i}" for i in range(4)} | {"loss_auxiliary"}
+    terms = ("mask", "dice") if task == "instance" else ("mask", "dice", "rank")
+    keys = {f"loss_{term}_s{i}" for term in terms for i in range(4)}
+    return keys | {f"loss_class_s{i}" for i in range(1, 4)} | {"loss_dense_s0"}
+
+
 def slow_bilinear(x, size):
     """Bilinear resizing with align_corners false of a [h, w] array, pixel by pixel."""
     x = np.asarray(x, dtype=np.float64)

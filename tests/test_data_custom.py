@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from data_helpers import custom_entry, data_cfg, unique_name
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -18,6 +20,7 @@ from knet_d2.data import (
     build_test_loader,
     build_train_loader,
     category_table,
+    custom,
     load_dataset,
     register_custom_datasets,
     resolve_classes,
@@ -25,6 +28,7 @@ from knet_d2.data import (
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
 from knet_d2.errors import ConfigError, DataError
 
+DOCS = os.path.join(os.path.dirname(__file__), "..", "docs", "DATASETS.md")
 CLASSES = [*THING_CLASSES, *STUFF_CLASSES]
 
 
@@ -199,6 +203,22 @@ def test_a_wrong_number_of_classes_is_found_in_custom_data(root):
     cfg.MODEL.KNET.NUM_THING_CLASSES, cfg.MODEL.KNET.NUM_STUFF_CLASSES = 4, 2
     with pytest.raises(ConfigError, match="NUM_STUFF_CLASSES is 2, but data set .* has 3"):
         resolve_classes(cfg)
+
+
+def test_what_the_docs_say_about_entries_is_true():
+    with open(DOCS) as f:
+        text = f.read()
+    first, second = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    entries = first["DATASETS"]["CUSTOM"] + second
+    assert {entry["type"] for entry in entries} == {"coco_panoptic", "sem_seg"}
+    for entry in entries:
+        custom.checked_entry(entry, "docs")
+    rows = [line.split("|")[2:4] for line in text.splitlines() if re.match(r"\|[^|]*\| `\w+` \| (req|opt)", line)]
+    documented = {key.strip(" `"): necessity.strip() == "required" for key, necessity in rows}
+    keys = {"name": True, "type": True}
+    for of_type in custom.KEYS.values():
+        keys.update({key: required for key, (required, _) in of_type.items()})
+    assert documented == keys
 
 
 # ---- bad data ----

@@ -54,9 +54,12 @@ def slow_adaptive_update(module, group_feature, kernel):
     a = slow_linear(module.feature_proj, group_feature)
     b = slow_linear(module.kernel_proj, kernel)
     gate = [x * y for x, y in zip(a[:dim], b[:dim])]
-    feature_gate = [sigmoid(v) for v in slow_layer_norm(module.feature_gate[1], slow_linear(module.feature_gate[0], gate))]
-    kernel_gate = [sigmoid(v) for v in slow_layer_norm(module.kernel_gate[1], slow_linear(module.kernel_gate[0], gate))]
-    feature_out, kernel_out = slow_layer_norm(module.feature_norm, a[dim:]), slow_layer_norm(module.kernel_norm, b[dim:])
+    feature_gate, kernel_gate = (
+        [sigmoid(v) for v in slow_layer_norm(norm, slow_linear(linear, gate))]
+        for linear, norm in (module.feature_gate, module.kernel_gate)
+    )
+    feature_out = slow_layer_norm(module.feature_norm, a[dim:])
+    kernel_out = slow_layer_norm(module.kernel_norm, b[dim:])
     mixed = [g * f + h * k for g, f, h, k in zip(feature_gate, feature_out, kernel_gate, kernel_out)]
     return [max(v, 0) for v in slow_layer_norm(module.out_proj[1], slow_linear(module.out_proj[0], mixed))]
 

@@ -94,7 +94,8 @@ def slow_matched_losses(state, stages, targets, matches):
         positives, pairs = [], []
         for b, target in enumerate(targets):
             things = [(k, target.classes[g].item(), target.masks[g].numpy()) for k, g in sorted(matches[i - 1][b])]
-            stuff = [(KERNELS + c - THINGS, c, m.numpy()) for c, m in zip(target.stuff_classes.tolist(), target.stuff_masks)]
+            stuff_classes = target.stuff_classes.tolist()
+            stuff = [(KERNELS + c - THINGS, c, m.numpy()) for c, m in zip(stuff_classes, target.stuff_masks)]
             positives.append({(k, c) for k, c, _ in things + stuff})
             pairs.append([(k, m) for k, _, m in things + stuff])
         losses.update(slow_mask_losses(masks, pairs, i))
@@ -210,7 +211,8 @@ def picked(state, outputs, images):
 def test_focal_loss_is_a_weighted_sum():
     logits, weights = random(4, 3), random(4, 3, seed=2).abs()
     targets = (random(4, 3, seed=1) > 0).double()
-    expected = sum(w * slow_focal(x, t, 0.3, 1.5) for x, t, w in zip(*(a.flatten().tolist() for a in (logits, targets, weights))))
+    triples = zip(*(x.flatten().tolist() for x in (logits, targets, weights)))
+    expected = sum(w * slow_focal(x, t, 0.3, 1.5) for x, t, w in triples)
     assert focal_loss(logits, targets, weights, alpha=0.3, gamma=1.5).item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -285,7 +287,8 @@ def test_all_terms_match_loops_over_kernels_and_pixels(case):
     targets, matches = CASES[case]
     state, stages = make_predictions(len(targets))
     losses = make_criterion(GivenMatches(matches))(state, stages, targets)
-    assert as_numbers(losses) == pytest.approx(slow_matched_losses(state, stages, targets, matches), rel=1e-8, abs=1e-12)
+    expected = slow_matched_losses(state, stages, targets, matches)
+    assert as_numbers(losses) == pytest.approx(expected, rel=1e-8, abs=1e-12)
     sum(losses.values()).backward()
     for tensor in (state.mask_logits, state.semantic_logits, *(x for s in stages for x in s[1:])):
         assert tensor.grad.isfinite().all()
@@ -354,10 +357,8 @@ def test_last_stage_is_not_matched_but_all_others_are():
     make_criterion(Recorder())(state, stages, [make_targets([0], [2]), make_targets([1], [])])
     static, first = seen
     assert [p.class_logits for p in static] == [None, None]
-    np.testing.assert_allclose(static[1].mask_logits.detach().numpy(), upsampled(state.mask_logits[1, :KERNELS]), atol=1e-12)
-    np.testing.assert_allclose(
-        first[1].mask_logits.detach().numpy(), upsampled(stages[0].mask_logits[1, :KERNELS]), atol=1e-12
-    )
+    for prediction, masks in ((static[1], state.mask_logits), (first[1], stages[0].mask_logits)):
+        np.testing.assert_allclose(prediction.mask_logits.detach(), upsampled(masks[1, :KERNELS]), atol=1e-12)
     assert torch.equal(first[1].class_logits, stages[0].class_logits[1, :KERNELS, :THINGS])
 
 
@@ -427,13 +428,16 @@ def test_semantic_losses_are_on_static_logits_stages_and_auxiliary_logits():
     stages = [StageOutput(state.kernels, random(1, STUFF, 3, 4, seed=s)) for s in (1, 2)]
     auxiliary = random(1, STUFF, 2, 3, seed=3)
     losses = as_numbers(make_criterion(bank=bank)(state, stages, targets, auxiliary))
-    logits = [(WEIGHTS.rank, state.mask_logits), *((WEIGHTS.rank, s.mask_logits) for s in stages), (WEIGHTS.auxiliary, auxiliary)]
-    expected = []
-    for weight, image in logits:
-        resized = np.array([slow_bilinear(m, (6, 8)) for m in image[0]])
-        expected.append(weight * slow_cross_entropy(resized, dict.fromkeys(np.ndindex(6, 8), 1)))
-    names = ["loss_rank_s0", "loss_rank_s1", "loss_rank_s2", "loss_auxiliary"]
-    assert losses == pytest.approx(dict(zip(names, expected)), rel=1e-9)
+    expected = {
+        "loss_rank_s0": (WEIGHTS.rank, state.mask_logits),
+        "loss_rank_s1": (WEIGHTS.rank, stages[0].mask_logits),
+        "loss_rank_s2": (WEIGHTS.rank, stages[1].mask_logits),
+        "loss_auxiliary": (WEIGHTS.auxiliary, auxiliary),
+    }
+    for name, (weight, logits) in expected.items():
+        resized = np.array([slow_bilinear(m, (6, 8)) for m in logits[0]])
+        expected[name] = weight * slow_cross_entropy(resized, dict.fromkeys(np.ndindex(6, 8), 1))
+    assert losses == pytest.approx(expected, rel=1e-9)
 
 
 def test_half_precision_logits_are_compared_in_float32():

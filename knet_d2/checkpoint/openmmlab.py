@@ -80,7 +80,8 @@ def _semantic_fpn_rules() -> List[KeyRule]:
     ]
 
 
-def _decode_head_rules() -> List[KeyRule]:
+def _decode_head_rules(pyramid: bool) -> List[KeyRule]:
+    """FCN, PSP, ASPP and UPer heads; pyramid: it is UPer, whose "bottleneck" belongs to its pooling."""
     source, target = r"decode_head\.kernel_generate_head\.", "sem_seg_head."
 
     def conv_rules(pattern: str, name: str) -> List[KeyRule]:
@@ -92,7 +93,13 @@ def _decode_head_rules() -> List[KeyRule]:
     return [
         KeyRule(source + rf"conv_seg\.{_WEIGHTS}", target + r"classifier.conv.\1"),
         *conv_rules(source + r"convs\.(\d)", target + r"convs.\1"),
-        *conv_rules(source + r"conv_cat", target + "fuse"),
+        *conv_rules(source + r"psp_modules\.(\d)\.1", target + r"pooling.convs.\1"),
+        *conv_rules(source + r"image_pool\.1", target + "image_pooling.convs.0"),
+        *conv_rules(source + r"aspp_modules\.(\d)", target + r"branches.\1"),
+        *conv_rules(source + r"lateral_convs\.(\d)", target + r"lateral_convs.\1"),
+        *conv_rules(source + r"fpn_convs\.(\d)", target + r"output_convs.\1"),
+        *conv_rules(source + "bottleneck", target + ("pooling_fuse" if pyramid else "fuse")),
+        *conv_rules(source + "(conv_cat|fpn_bottleneck)", target + "fuse"),
         KeyRule(rf"auxiliary_head\.conv_seg\.{_WEIGHTS}", r"auxiliary_head.classifier.conv.\1"),
         *conv_rules(r"auxiliary_head\.convs\.0", "auxiliary_head.conv"),
     ]
@@ -101,11 +108,12 @@ def _decode_head_rules() -> List[KeyRule]:
 def openmmlab_rules(state_dict: Mapping[str, torch.Tensor]) -> List[KeyRule]:
     """The table for an official K-Net of either release, detection or segmentation."""
     detection = any(key.startswith("neck.") for key in state_dict)
+    pyramid = any(key.startswith("decode_head.kernel_generate_head.fpn_bottleneck.") for key in state_dict)
     return [
         *openmmlab_backbone_rules("backbone.bottom_up." if detection else "backbone."),
         *openmmlab_neck_rules(),
         *_semantic_fpn_rules(),
-        *_decode_head_rules(),
+        *_decode_head_rules(pyramid),
         *_stage_rules(r"roi_head\.mask_head\.(\d+)\."),
         *_stage_rules(r"decode_head\.kernel_update_head\.(\d+)\."),
     ]

@@ -32,7 +32,7 @@ def register_custom_datasets(cfg: CfgNode) -> None:
     if not isinstance(entries, (list, tuple)):
         raise ConfigError(f"DATASETS.CUSTOM must be a list of mappings, but is {entries!r}.")
     for i, entry in enumerate(entries):
-        entry = _checked_entry(entry, f"DATASETS.CUSTOM[{i}]")
+        entry = checked_entry(entry, f"DATASETS.CUSTOM[{i}]")
         name = entry["name"]
         if _registered.get(name) == entry:
             continue
@@ -80,7 +80,7 @@ def _register_sem_seg(entry: dict[str, Any]) -> None:
 
 # type -> {key: (required, types)}; paths may start with ~.
 _PATH = (str,)
-_KEYS: dict[str, dict[str, tuple[bool, tuple]]] = {
+KEYS: dict[str, dict[str, tuple[bool, tuple]]] = {
     "coco_instance": {"json": (True, _PATH), "images": (True, _PATH)},
     "coco_panoptic": {
         "images": (True, _PATH),
@@ -238,14 +238,14 @@ def _label_map(entry: dict[str, Any], num_classes: int) -> np.ndarray:
     return label_map
 
 
-def _checked_entry(entry: Any, where: str) -> dict[str, Any]:
+def checked_entry(entry: Any, where: str) -> dict[str, Any]:
     """A copy of an entry of DATASETS.CUSTOM with expanded paths, after all its keys were checked."""
     if not isinstance(entry, dict):
         raise ConfigError(f"{where} must be a mapping with the keys name and type, but is {entry!r}.")
     kind = entry.get("type")
-    if kind not in _KEYS:
-        raise ConfigError(f"{where}.type is {kind!r}; it must be one of {', '.join(_KEYS)}.")
-    keys = {"name": (True, (str,)), "type": (True, (str,)), **_KEYS[kind]}
+    if kind not in KEYS:
+        raise ConfigError(f"{where}.type is {kind!r}; it must be one of {', '.join(KEYS)}.")
+    keys = {"name": (True, (str,)), "type": (True, (str,)), **KEYS[kind]}
     unknown = sorted(set(entry) - set(keys))
     if unknown:
         raise ConfigError(f"{where} has the unknown key {unknown[0]!r}; type {kind} has {', '.join(keys)}.")

@@ -1,13 +1,17 @@
 """Intersection over union of semantic segmentation."""
 
+import logging
 from typing import Any
 
 import numpy as np
 from detectron2.evaluation import SemSegEvaluator
+from detectron2.utils.logger import create_small_table
 
 from ..data import load_dataset
 from ..data.mapper import read_sem_seg
 from ..errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 class SemanticEvaluator(SemSegEvaluator):
@@ -28,6 +32,8 @@ class SemanticEvaluator(SemSegEvaluator):
         """
         super().__init__(dataset_name, output_dir=output_dir)
         self._compute_boundary_iou = False
+        # What it would log are its own figures, before mIoU is replaced.
+        self._logger = logging.Logger(__name__, level=logging.WARNING)
         self._records = {record["file_name"]: record for record in load_dataset(dataset_name)}
         self._class_ids = np.asarray(class_ids, np.int64)
 
@@ -60,7 +66,11 @@ class SemanticEvaluator(SemSegEvaluator):
                 f"Data set {self._dataset_name} has no labelled pixel to evaluate on. Check its ignored labels."
             )
         metrics = {key: float(value) for key, value in results["sem_seg"].items()}
-        return {"sem_seg": {**metrics, "mIoU": 100 * mean_iou(confusion)}}
+        metrics["mIoU"] = 100 * mean_iou(confusion)
+        overall = {key: metrics[key] for key in ("mIoU", "fwIoU", "mACC", "pACC")}
+        per_class = ", ".join(f"{name} {metrics['IoU-' + name]:.1f}" for name in self._class_names)
+        logger.info("Semantic evaluation results:\n%s\nIoU of each class: %s", create_small_table(overall), per_class)
+        return {"sem_seg": metrics}
 
 
 def mean_iou(confusion: np.ndarray) -> float:

@@ -9,14 +9,14 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
+from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
 from fvcore.nn import weight_init
 from torch import nn
 
 from ...errors import ConfigError
-from ..norm import resolve_norm
+from ..norm import EvalBatchNorm2d, resolve_norm
 from .deform_conv import DeformConv2d
 
 BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -124,7 +124,7 @@ def build_resnet(
         )
         channels = out_channels
     for block in (block for stage in stages for block in stage):
-        _zero_last_norm(block)
+        _init_last_norm(block)
     stem_module = STEMS[stem](in_channels, stem_channels, norm)
     return ResNet(stem_module, stages, out_features=out_features, freeze_at=freeze_at)
 
@@ -152,10 +152,13 @@ def _bottleneck_arguments(
     return arguments
 
 
-def _zero_last_norm(block: nn.Module) -> None:
-    """Start a block as its shortcut; without that, a fresh ResNet with norms in eval mode explodes."""
+def _init_last_norm(block: nn.Module) -> None:
+    """Start a block as its shortcut where its norms are in eval mode: a fresh ResNet explodes without that.
+
+    Norms that normalise start at 1 as usual: branches that start at 0 need thousands of iterations to count.
+    """
     norm = (block.conv2 if isinstance(block, BasicBlock) else block.conv3).norm
-    if norm is not None:
+    if isinstance(norm, (EvalBatchNorm2d, FrozenBatchNorm2d)):
         nn.init.zeros_(norm.weight)
 
 

@@ -1,13 +1,17 @@
 """Producers of static kernels: Detectron2 SEM_SEG heads that return a :class:`~knet_d2.structures.KernelState`."""
 
-from .decode_heads import AuxiliaryHead, DecodeKernelHead, FCNKernelHead, build_auxiliary_head
+from .auxiliary_head import AuxiliaryHead, build_auxiliary_head
+from .decode_heads import ASPPKernelHead, DecodeKernelHead, FCNKernelHead, PSPKernelHead, UPerKernelHead
 from .semantic_fpn import SemanticFPN, SemanticFPNKernelHead
 
 __all__ = [
+    "ASPPKernelHead",
     "AuxiliaryHead",
     "DecodeKernelHead",
     "FCNKernelHead",
+    "PSPKernelHead",
     "SemanticFPN",
     "SemanticFPNKernelHead",
+    "UPerKernelHead",
     "build_auxiliary_head",
 ]

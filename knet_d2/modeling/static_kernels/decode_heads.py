@@ -1,46 +1,21 @@
 """Static kernels for semantic segmentation: a decode head's classifier (paper, Sec. 3.3)."""
 
-from typing import Dict, Optional
+from typing import Dict, Sequence
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
 from ...errors import ConfigError
 from ...structures import KernelBank, KernelState
-from ..norm import resolve_norm
+from .layers import Classifier, PyramidPooling, conv_norm_relu, resize_like
 
-
-def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int, norm: str, *, dilation: int = 1) -> Conv2d:
-    """A convolution that keeps the size, with normalisation and ReLU."""
-    return Conv2d(
-        in_channels,
-        out_channels,
-        kernel_size=kernel_size,
-        padding=dilation * (kernel_size // 2),
-        dilation=dilation,
-        bias=not norm,
-        norm=get_norm(resolve_norm(norm), out_channels),
-        activation=F.relu,
-    )
-
-
-class Classifier(nn.Module):
-    """Dropout, then a 1x1 convolution to class logits; its weights are the static kernels."""
-
-    def __init__(self, in_channels: int, num_classes: int, dropout: float):
-        super().__init__()
-        self.dropout = nn.Dropout2d(dropout)
-        self.conv = nn.Conv2d(in_channels, num_classes, 1)
-        nn.init.normal_(self.conv.weight, std=0.01)
-        nn.init.zeros_(self.conv.bias)
-
-    def forward(self, feature: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] -> [B, K, H, W]."""
-        return self.conv(self.dropout(feature))
+# Bins per side of pyramid pooling (PSPNet)
+POOLING_SCALES = (1, 2, 3, 6)
+# Dilations of atrous pyramid pooling for a feature at stride 8 (DeepLabV3); 1 is a 1x1 convolution
+ASPP_DILATIONS = (1, 12, 24, 36)
 
 
 class DecodeKernelHead(nn.Module):
@@ -76,11 +51,11 @@ class DecodeKernelHead(nn.Module):
             "dropout": cfg.MODEL.KNET.DROPOUT,
         }
 
-    def build_layers(self, in_channels, conv_dim: int, norm: str) -> None:
+    def build_layers(self, in_channels: Sequence[int], conv_dim: int, norm: str) -> None:
         """Create the layers that :meth:`decode` uses; in_channels follow ``self.in_features``."""
         raise TypeError(f"{type(self).__name__} has to define build_layers")
 
-    def decode(self, features) -> torch.Tensor:
+    def decode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Feature maps in the order of ``self.in_features`` -> [B, C, H, W]."""
         raise TypeError(f"{type(self).__name__} has to define decode")
 
@@ -95,50 +70,68 @@ class DecodeKernelHead(nn.Module):
 class FCNKernelHead(DecodeKernelHead):
     """FCN: two 3x3 convolutions, concatenated with their input, then one more."""
 
-    def build_layers(self, in_channels, conv_dim: int, norm: str) -> None:
+    def build_layers(self, in_channels: Sequence[int], conv_dim: int, norm: str) -> None:
         channels = in_channels[-1]
         self.convs = nn.Sequential(
             conv_norm_relu(channels, conv_dim, 3, norm), conv_norm_relu(conv_dim, conv_dim, 3, norm)
         )
         self.fuse = conv_norm_relu(channels + conv_dim, conv_dim, 3, norm)
 
-    def decode(self, features) -> torch.Tensor:
+    def decode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         x = features[-1]
         return self.fuse(torch.cat([x, self.convs(x)], dim=1))
 
 
-class AuxiliaryHead(nn.Module):
-    """The auxiliary FCN head on a middle backbone feature; trained only, never used at inference."""
+@SEM_SEG_HEADS_REGISTRY.register()
+class PSPKernelHead(DecodeKernelHead):
+    """PSPNet: the last feature beside its averages over 1, 4, 9 and 36 regions, fused by a 3x3 convolution."""
 
-    def __init__(self, in_feature: str, in_channels: int, conv_dim: int, num_classes: int, norm: str, dropout: float):
-        super().__init__()
-        self.in_feature = in_feature
-        self.conv = conv_norm_relu(in_channels, conv_dim, 3, norm)
-        self.classifier = Classifier(conv_dim, num_classes, dropout)
+    def build_layers(self, in_channels: Sequence[int], conv_dim: int, norm: str) -> None:
+        channels = in_channels[-1]
+        self.pooling = PyramidPooling(channels, conv_dim, norm, POOLING_SCALES)
+        self.fuse = conv_norm_relu(channels + len(POOLING_SCALES) * conv_dim, conv_dim, 3, norm)
 
-    def forward(self, features: Dict[str, torch.Tensor]) -> torch.Tensor:
-        """[B, K, H, W] logits at the feature's own resolution."""
-        return self.classifier(self.conv(features[self.in_feature]))
+    def decode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        x = features[-1]
+        return self.fuse(torch.cat([x, *self.pooling(x)], dim=1))
 
 
-def build_auxiliary_head(cfg, input_shape: Dict[str, ShapeSpec], bank: KernelBank) -> Optional[AuxiliaryHead]:
-    """The auxiliary head that the config asks for, or None."""
-    knet = cfg.MODEL.KNET
-    if knet.LOSS.AUXILIARY_WEIGHT == 0:
-        return None
-    if not bank.fixed_class_ids:
-        raise ConfigError("MODEL.KNET.LOSS.AUXILIARY_WEIGHT must be 0 for instance segmentation: it has no label map.")
-    name = knet.AUXILIARY_HEAD.IN_FEATURE
-    if name not in input_shape:
-        raise ConfigError(
-            f"MODEL.KNET.AUXILIARY_HEAD.IN_FEATURE = {name!r}: the backbone gives {sorted(input_shape)}; "
-            "choose one of them or set MODEL.KNET.LOSS.AUXILIARY_WEIGHT 0."
+@SEM_SEG_HEADS_REGISTRY.register()
+class ASPPKernelHead(DecodeKernelHead):
+    """DeepLabV3: the last feature's mean and convolutions of several dilations, fused by a 3x3 convolution."""
+
+    def build_layers(self, in_channels: Sequence[int], conv_dim: int, norm: str) -> None:
+        channels = in_channels[-1]
+        self.image_pooling = PyramidPooling(channels, conv_dim, norm, (1,))
+        self.branches = nn.ModuleList(
+            conv_norm_relu(channels, conv_dim, 1 if dilation == 1 else 3, norm, dilation=dilation)
+            for dilation in ASPP_DILATIONS
         )
-    return AuxiliaryHead(
-        name,
-        input_shape[name].channels,
-        knet.AUXILIARY_HEAD.CONV_DIM,
-        bank.num_classes,
-        cfg.MODEL.SEM_SEG_HEAD.NORM,
-        knet.DROPOUT,
-    )
+        self.fuse = conv_norm_relu((1 + len(ASPP_DILATIONS)) * conv_dim, conv_dim, 3, norm)
+
+    def decode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        x = features[-1]
+        branches = [branch(x) for branch in self.branches]
+        return self.fuse(torch.cat([*self.image_pooling(x), *branches], dim=1))
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class UPerKernelHead(DecodeKernelHead):
+    """UPerNet: PSP on the last feature, a top-down pyramid over all of them, fused at the first one's resolution."""
+
+    def build_layers(self, in_channels: Sequence[int], conv_dim: int, norm: str) -> None:
+        *lower, last = in_channels
+        self.pooling = PyramidPooling(last, conv_dim, norm, POOLING_SCALES)
+        self.pooling_fuse = conv_norm_relu(last + len(POOLING_SCALES) * conv_dim, conv_dim, 3, norm)
+        self.lateral_convs = nn.ModuleList(conv_norm_relu(channels, conv_dim, 1, norm) for channels in lower)
+        self.output_convs = nn.ModuleList(conv_norm_relu(conv_dim, conv_dim, 3, norm) for _ in lower)
+        self.fuse = conv_norm_relu(len(in_channels) * conv_dim, conv_dim, 3, norm)
+
+    def decode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        *lower, last = features
+        top = self.pooling_fuse(torch.cat([last, *self.pooling(last)], dim=1))
+        outputs = [top]
+        for x, lateral, output in reversed(list(zip(lower, self.lateral_convs, self.output_convs))):
+            top = lateral(x) + resize_like(top, x)
+            outputs.insert(0, output(top))
+        return self.fuse(torch.cat([resize_like(x, outputs[0]) for x in outputs], dim=1))

@@ -1,0 +1,132 @@
+"""The model's config: every node changes something, and a value that can't work is an error."""
+
+import inspect
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import Instances
+from helpers import TASKS, make_example, spread_scores, tiny_config, tiny_model
+
+from knet_d2.errors import ConfigError
+from knet_d2.meta_arch import KNet
+
+NODES = {
+    "TASK": ("panoptic", "instance"),
+    "NUM_KERNELS": ("panoptic", 7),
+    "NUM_THING_CLASSES": ("panoptic", 4),
+    "NUM_STUFF_CLASSES": ("panoptic", 3),
+    "THING_CATEGORY_IDS": ("panoptic", [10, 11, 12]),
+    "STUFF_CATEGORY_IDS": ("panoptic", [90, 91]),
+    "NUM_STAGES": ("panoptic", 2),
+    "POSITION_ENCODING": ("panoptic", "none"),
+    "DROPOUT": ("semantic", 0.5),
+    "UPDATE_HEAD.FEATURE_DIM": ("panoptic", 16),
+    "UPDATE_HEAD.NUM_HEADS": ("panoptic", 2),
+    "UPDATE_HEAD.FFN_DIM": ("panoptic", 40),
+    "UPDATE_HEAD.KERNEL_UPDATE": ("panoptic", False),
+    "UPDATE_HEAD.KERNEL_INTERACTION": ("panoptic", False),
+    "UPDATE_HEAD.INIT": ("semantic", "default"),
+    "LOSS.CLASS_WEIGHT": ("panoptic", 1.0),
+    "LOSS.MASK_WEIGHT": ("panoptic", 2.0),
+    "LOSS.DICE_WEIGHT": ("panoptic", 1.0),
+    "LOSS.RANK_WEIGHT": ("panoptic", 0.2),
+    "LOSS.DENSE_WEIGHT": ("panoptic", 0.5),
+    "LOSS.AUXILIARY_WEIGHT": ("semantic", 0.8),
+    "LOSS.FOCAL_ALPHA": ("panoptic", 0.5),
+    "LOSS.FOCAL_GAMMA": ("panoptic", 1.0),
+    "MATCHER.CLASS_WEIGHT": ("panoptic", 0.0),
+    "MATCHER.MASK_WEIGHT": ("panoptic", 100.0),
+    "MATCHER.DICE_WEIGHT": ("panoptic", 0.0),
+    "AUXILIARY_HEAD.IN_FEATURE": ("semantic", "res4"),
+    "AUXILIARY_HEAD.CONV_DIM": ("semantic", 16),
+    "TEST.OUTPUTS": ("panoptic", ["sem_seg"]),
+    "TEST.SCORE_THRESHOLD": ("instance", 0.9),
+    "TEST.THING_SCORE_THRESHOLD": ("panoptic", 0.99),
+    "TEST.OVERLAP_THRESHOLD": ("panoptic", 0.0),
+}
+
+
+def node_names(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from node_names(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def as_plain(x):
+    """Results and losses as lists and numbers, which can be compared."""
+    if isinstance(x, torch.Tensor):
+        return x.tolist()
+    if isinstance(x, Instances):
+        return {key: as_plain(value) for key, value in x.get_fields().items()}
+    if isinstance(x, dict):
+        return {key: as_plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [as_plain(value) for value in x]
+    return x.tensor.tolist() if hasattr(x, "tensor") else x
+
+
+@torch.no_grad()
+def behaviour(task, options):
+    """Losses on one batch, and results on its images, of a model from the same seed."""
+    model = tiny_model(task, options, seed=5)
+    if task != "semantic":
+        spread_scores(model, seed=5)
+    batch = [make_example((64, 64), 3, seed=i) for i in range(2)]
+    torch.manual_seed(0)
+    return as_plain(model(batch)), as_plain(model.eval()([{"image": x["image"]} for x in batch]))
+
+
+@pytest.fixture(scope="module")
+def default_behaviour():
+    return {task: behaviour(task, {}) for task in TASKS}
+
+
+def test_all_nodes_are_tested():
+    assert set(node_names(tiny_config("panoptic").MODEL.KNET)) == set(NODES)
+
+
+def test_behaviour_is_a_function_of_config_and_seed(default_behaviour):
+    assert behaviour("panoptic", {}) == default_behaviour["panoptic"]
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_every_node_changes_something(node, default_behaviour):
+    task, value = NODES[node]
+    losses, results = behaviour(task, {f"MODEL.KNET.{node}": value})
+    default_losses, default_results = default_behaviour[task]
+    trains = not node.startswith("TEST.") and not node.endswith("CATEGORY_IDS")
+    tests = not node.startswith(("LOSS.", "MATCHER.", "AUXILIARY_HEAD.")) and node != "DROPOUT"
+    assert (losses != default_losses) == trains
+    if tests:
+        assert results != default_results
+    elif not node.startswith("AUXILIARY_HEAD."):
+        assert results == default_results
+
+
+def test_all_arguments_come_from_the_config():
+    cfg = tiny_config("panoptic")
+    arguments = KNet.from_config(cfg)
+    assert set(arguments) == set(inspect.signature(KNet.__init__.__wrapped__).parameters) - {"self"}
+    model = KNet(**arguments)  # usable without a config
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in KNet(cfg).parameters())
+
+
+@pytest.mark.parametrize(
+    "task, options, message",
+    [
+        ("panoptic", {"MODEL.KNET.NUM_STAGES": 0}, "MODEL.KNET.NUM_STAGES = 0"),
+        ("instance", {"MODEL.KNET.NUM_STAGES": 0}, "MODEL.KNET.NUM_STAGES = 0"),
+        ("semantic", {"MODEL.KNET.NUM_STAGES": -1}, "MODEL.KNET.NUM_STAGES = -1"),
+        ("instance", {"MODEL.KNET.NUM_KERNELS": 0}, "MODEL.KNET.NUM_KERNELS = 0"),
+        ("panoptic", {"MODEL.KNET.TASK": "panoramic"}, "MODEL.KNET.TASK = 'panoramic'"),
+        ("instance", {"MODEL.KNET.TEST.OUTPUTS": ["instances", "sem_seg"]}, r"TEST.OUTPUTS has \['sem_seg'\]"),
+        ("panoptic", {"MODEL.SEM_SEG_HEAD.IN_FEATURES": ["p2", "p9"]}, r"IN_FEATURES has \['p9'\].*p5"),
+        ("panoptic", {"MODEL.KNET.NUM_THING_CLASSES": 0}, "NUM_THING_CLASSES"),
+    ],
+)
+def test_bad_configs_are_errors_that_name_the_key(task, options, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_model(task, options)

@@ -1,0 +1,202 @@
+"""Precision and devices of the whole model: float64, mixed precision, and no mix of CPU and GPU tensors."""
+
+import pytest
+import torch
+from detectron2.structures import BitMasks, ImageList, Instances
+from helpers import IGNORE, TASKS, expected_losses, make_batch, make_example, spread_scores, tiny_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from knet_d2.modeling.cascade import KernelUpdateCascade
+from knet_d2.modeling.precision import full_precision
+from knet_d2.modeling.targets import build_targets
+from knet_d2.postprocessing import ImageGeometry, mask_probabilities
+from knet_d2.structures import KernelBank, KernelState, Targets
+
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_double_precision_throughout(task):
+    options = {"MODEL.KNET.DROPOUT": 0.0, "MODEL.RESNETS.NORM": "GN", "MODEL.RESNETS.STEM_OUT_CHANNELS": 32}
+    options.update({"MODEL.RESNETS.RES2_OUT_CHANNELS": 32, "MODEL.RESNETS.WIDTH_PER_GROUP": 32})
+    single, double = tiny_model(task, options), tiny_model(task, options).double()
+    batch = make_batch([2, 0])
+    losses, expected = single(batch), double(batch)
+    assert {value.dtype for value in expected.values()} == {torch.float64}
+    for name, value in losses.items():
+        assert value.item() == pytest.approx(expected[name].item(), rel=2e-2), name
+    sum(expected.values()).backward()
+    with torch.no_grad():
+        result = double.eval()(batch)[0]
+    tensors = {"instance": lambda: result["instances"].scores, "semantic": lambda: result["sem_seg"]}
+    if task in tensors:
+        assert tensors[task]().dtype == torch.float64
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_mixed_precision_has_float32_where_sums_are_taken(task):
+    model = tiny_model(task)
+    seen = {}
+
+    def record(name):
+        def hook(module, args, output):
+            seen[name] = output
+
+        return hook
+
+    model.sem_seg_head.register_forward_hook(record("static"))
+    model.cascade.register_forward_hook(record("stages"))
+    costs = []
+    compute = model.criterion.matcher.cost_terms
+    model.criterion.matcher.cost_terms = lambda *args: costs.append(compute(*args)) or costs[-1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(make_batch([2, 0]))
+    sum(losses.values()).backward()
+    assert set(losses) == expected_losses(task)
+    assert all(value.isfinite() and value.dtype == torch.float32 for value in losses.values())
+    assert seen["static"].mask_logits.dtype == torch.bfloat16  # convolutions do use the half type
+    for stage in seen["stages"]:
+        assert {x.dtype for x in stage if x is not None} == {torch.float32}
+    if task != "semantic":
+        assert seen["static"].kernels.dtype == torch.float32
+        assert {cost.dtype for terms in costs for cost in terms.values()} == {torch.float32}
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        result = model.eval()(make_batch([2, 0]))[0]
+    if task == "semantic":
+        assert result["sem_seg"].isfinite().all()
+
+
+def test_semantic_output_of_a_panoptic_model_is_not_rounded_under_autocast():
+    model = spread_scores(tiny_model("panoptic", {"MODEL.KNET.TEST.OUTPUTS": ["sem_seg"]})).eval()
+    seen = []
+    model.cascade.register_forward_hook(lambda m, args, output: seen.append(output))
+    x = make_example((64, 64), 0)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        images = model.preprocess_image([x])
+        result = model([x])[0]["sem_seg"]
+    expected = model.postprocess(None, seen[0], [x], images)[0]["sem_seg"]
+    assert torch.equal(result, expected)
+
+
+def test_sums_over_large_maps_do_not_overflow_half_precision():
+    """40,000 pixels of 4 are 160,000, where float16 ends at 65,504."""
+    torch.manual_seed(0)
+    options = {"num_heads": 4, "ffn_dim": 16, "update_dim": 32}
+    cascade = KernelUpdateCascade(num_stages=2, dim=32, num_classes=5, soft_gather=False, **options)
+    feature = torch.full((1, 32, 200, 200), 4.0, dtype=torch.float16)
+    masks = torch.ones(1, 8, 200, 200, dtype=torch.float16)
+    state = KernelState(feature, torch.randn(1, 8, 32), masks)
+    seen = []
+    cascade.stages[0].kernel_update.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stages = cascade(state)
+    transform = cascade.stages[0].feature_transform
+    expected = (160_000 * transform.weight.sum(1) + 40_000 * transform.bias).expand(1, 8, -1)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1.0)
+    assert all(x.isfinite().all() and x.dtype == torch.float32 for stage in stages for x in stage)
+
+
+def test_static_kernels_do_not_overflow_half_precision():
+    head = tiny_model("panoptic").sem_seg_head
+
+    class Returns(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def forward(self, *args):
+            return self.value
+
+    head.semantic_fpn = Returns(None)
+    head.localization_branch = head.semantic_branch = Returns(torch.full((1, 32, 200, 200), 2.0).half())
+    head.instance_kernels.forward = lambda x: torch.ones(1, 6, 200, 200).half()
+    head.classifier.forward = lambda x: torch.ones(1, 5, 200, 200).half()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state = head({})
+    expected = head.instance_kernels.weight.flatten(1) + 160_000
+    torch.testing.assert_close(state.kernels[0, :6], expected)
+
+
+def test_full_precision_changes_half_types_only():
+    types = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert full_precision(torch.zeros(1, dtype=dtype)).dtype == types.get(dtype, dtype)
+    assert full_precision(None) is None
+
+
+# Devices: with fake tensors, every operation on tensors of two devices is an error, without any GPU
+
+
+def move_to_fake_cuda(model):
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Fake tensors only; Detectron2's padding, which looks at values, is left out."""
+    stack = staticmethod(lambda images, *args: ImageList(torch.stack(images), [x.shape[-2:] for x in images]))
+    monkeypatch.setattr(ImageList, "from_tensors", stack)
+    with FakeTensorMode():
+        with pytest.raises(Exception, match="device"):
+            torch.zeros(2, device="cuda") + torch.zeros(2)
+        yield torch.device("cuda", 0)
+
+
+class GivenMatches:
+    """Computes the costs on the device, and matches the first two kernels and instances of every image."""
+
+    def __init__(self, matcher):
+        self.matcher = matcher
+
+    def match(self, stages, classes, masks):
+        for images in stages:
+            for arguments in zip(images, classes, masks):
+                assert {c.device.type for c in self.matcher.cost_terms(*arguments).values()} == {"cuda"}
+        index = torch.arange(2, device="cuda")
+        return [[(index, index)] * len(images) for images in stages]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_everything_runs_on_the_model_s_device(task, fake_cuda):
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        model = tiny_model(task)
+    move_to_fake_cuda(model)
+    model.criterion.matcher = GivenMatches(model.criterion.matcher)
+    images = model.preprocess_image([{"image": torch.zeros(3, 64, 96, dtype=torch.uint8)}] * 2)
+    features = model.backbone(images.tensor)
+    state = model.sem_seg_head(features)
+    stages = model.cascade(state)
+    auxiliary = None if model.auxiliary_head is None else model.auxiliary_head(features)
+
+    masks, labels = torch.zeros(2, 16, 24, device="cuda"), torch.zeros(64, 96, dtype=torch.int64, device="cuda")
+    classes = torch.zeros(2, dtype=torch.int64, device="cuda")
+    stuff = 2 if task == "panoptic" else 0
+    target = Targets(classes, masks, 3 + classes[:stuff], masks[:stuff], labels)
+    losses = model.criterion(state, stages, [target, target], auxiliary)
+    assert set(losses) == expected_losses(task)
+    assert {x.device for x in losses.values()} == {fake_cuda}
+
+    geometry = ImageGeometry((64, 96), (60, 90), (30, 45))
+    assert mask_probabilities(stages[-1].mask_logits[0], geometry).device == fake_cuda
+    if task == "panoptic":
+        model.outputs = ("sem_seg",)
+    if task != "instance":
+        result = model.postprocess(state, stages, [{"height": 30, "width": 45}] * 2, images)
+        assert result[1]["sem_seg"].device == fake_cuda
+
+
+def test_instance_targets_move_to_the_model_s_device(fake_cuda, monkeypatch):
+    x = {"image": torch.zeros(3, 64, 96, dtype=torch.uint8)}
+    masks = BitMasks(torch.zeros(2, 64, 96, dtype=torch.bool))
+    x["instances"] = Instances((64, 96), gt_classes=torch.zeros(2, dtype=torch.int64), gt_masks=masks)
+    bank = KernelBank.for_task("instance", num_kernels=6, num_things=3, num_stuff=0)
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: 0)  # the range check looks at values
+    targets = build_targets(x, (64, 96), (16, 24), bank, IGNORE, torch.zeros(1, device="cuda"))
+    assert {t.device for t in targets if t is not None} == {fake_cuda}
