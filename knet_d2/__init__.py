@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 if not runs_setup_command():
     require_detectron2()
 
-    from . import data  # noqa: F401  registers the generated data sets
+    from . import checkpoint, data  # noqa: F401  register knet:// paths and the generated data sets
     from .config import add_knet_config
     from .meta_arch import KNet
     from .modeling import backbone, static_kernels  # noqa: F401  register their builders and heads

@@ -85,6 +85,8 @@ def _add_model_config(cfg: CN) -> None:
     knet.TEST = CN()
     # What is returned; [] = the task's own. Panoptic models can give "panoptic_seg", "instances", "sem_seg".
     knet.TEST.OUTPUTS = []
+    # Whose predictions are returned: 0 = the static kernels', 1 to NUM_STAGES = a stage's, -1 = the last stage's.
+    knet.TEST.STAGE = -1
     # Instances with a lower score are not returned.
     knet.TEST.SCORE_THRESHOLD = 0.0
     # Panoptic: thing segments with a lower score are dropped (their pixels stay void).
@@ -120,8 +122,6 @@ def _add_backbone_config(cfg: CN) -> None:
 
 
 def _add_input_config(cfg: CN) -> None:
-    # How training examples are read: "instance", "panoptic" or "semantic"; "" = as MODEL.KNET.TASK says.
-    cfg.INPUT.DATASET_MAPPER_NAME = ""
     # SSD's photometric distortion of training images.
     cfg.INPUT.COLOR_AUG_SSD = False
     # Crops of semantic training: no class covers more than this part of the crop (1.0 = no constraint).

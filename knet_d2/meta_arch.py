@@ -13,7 +13,7 @@ from torch import nn
 
 from .data.categories import resolve_classes
 from .errors import ConfigError, DataError
-from .modeling.cascade import KernelUpdateCascade
+from .modeling.cascade import KernelUpdateCascade, static_predictions
 from .modeling.criterion import KNetCriterion
 from .modeling.precision import full_precision, no_autocast
 from .modeling.resize import upsampled_size
@@ -63,6 +63,7 @@ class KNet(nn.Module):
         pixel_std: Sequence[float],
         input_format: str,
         outputs: Sequence[str],
+        output_stage: int,
         category_ids: Sequence[int],
         max_instances: int,
         score_threshold: float,
@@ -76,6 +77,7 @@ class KNet(nn.Module):
             auxiliary_head: a second semantic head for training only, or None.
             pixel_mean, pixel_std: per channel, in the order of ``input_format``.
             outputs: what :meth:`forward` returns in evaluation, see TASK_OUTPUTS.
+            output_stage: whose predictions these are: 0 the static kernels', 1 to S a stage's, -1 the last one's.
             category_ids: what the data set's metadata calls each of the K classes in panoptic results.
             max_instances, score_threshold: see :func:`instance_inference`.
             thing_score_threshold, overlap_threshold: see :func:`panoptic_inference`.
@@ -89,6 +91,7 @@ class KNet(nn.Module):
         self.bank = bank
         self.input_format = input_format
         self.outputs = tuple(outputs)
+        self.output_stage = output_stage
         self.category_ids = list(category_ids)
         self.max_instances = max_instances
         self.score_threshold = score_threshold
@@ -109,6 +112,8 @@ class KNet(nn.Module):
             raise ConfigError(f"MODEL.KNET.NUM_STAGES = {knet.NUM_STAGES} is too small for {knet.TASK} segmentation.")
         if knet.TASK != "semantic" and knet.NUM_KERNELS < 1:
             raise ConfigError(f"MODEL.KNET.NUM_KERNELS = {knet.NUM_KERNELS}: use at least 1.")
+        if not -1 <= knet.TEST.STAGE <= knet.NUM_STAGES:
+            raise ConfigError(f"MODEL.KNET.TEST.STAGE = {knet.TEST.STAGE}: use -1 or 0 to {knet.NUM_STAGES} (NUM_STAGES).")
         bank = KernelBank.for_task(
             knet.TASK,
             num_kernels=knet.NUM_KERNELS,
@@ -131,6 +136,7 @@ class KNet(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
             "outputs": outputs,
+            "output_stage": knet.TEST.STAGE,
             "category_ids": [*knet.THING_CATEGORY_IDS, *knet.STUFF_CATEGORY_IDS],
             "max_instances": cfg.TEST.DETECTIONS_PER_IMAGE,
             "score_threshold": knet.TEST.SCORE_THRESHOLD,
@@ -202,15 +208,16 @@ class KNet(nn.Module):
     def postprocess(
         self, state: KernelState, stages: List[StageOutput], batched_inputs: List[Dict], images: ImageList
     ) -> List[Dict]:
-        """The results of every image, from the last stage."""
+        """The results of every image, from the stage that TEST.STAGE names."""
         last = stages[-1] if stages else StageOutput(state.kernels, full_precision(state.mask_logits))
         results = []
         for i, x in enumerate(batched_inputs):
             image_size = tuple(images.image_sizes[i])
             output_size = (x.get("height", image_size[0]), x.get("width", image_size[1]))
             geometry = ImageGeometry(tuple(images.tensor.shape[-2:]), image_size, output_size)
-            class_logits = None if last.class_logits is None else last.class_logits[i]
-            results.append({key: self._result(key, class_logits, last.mask_logits[i], geometry) for key in self.outputs})
+            class_logits = None if shown.class_logits is None else shown.class_logits[i]
+            mask_logits = last.mask_logits[i]
+            results.append({key: self._result(key, class_logits, mask_logits, geometry) for key in self.outputs})
         return results
 
     def _result(self, key: str, class_logits: Optional[torch.Tensor], mask_logits: torch.Tensor, geometry):

@@ -74,7 +74,8 @@ def instance_inference(
         score_threshold: pairs with a lower score are left out.
 
     Returns:
-        Instances of the output size with pred_boxes, scores (falling), pred_classes and bool pred_masks; a mask can be empty.
+        Instances of the output size with pred_boxes, scores (falling), pred_classes and bool pred_masks; a mask can
+        be empty.
     """
     num_classes = class_logits.shape[1]
     scores = class_logits.sigmoid().flatten()
@@ -173,7 +174,7 @@ def panoptic_inference(
 def semantic_inference(
     class_logits: torch.Tensor, mask_logits: torch.Tensor, class_mask: torch.Tensor, geometry: ImageGeometry
 ) -> torch.Tensor:
-    """Semantic scores of a model with a class branch: class probabilities times mask probabilities, summed over kernels.
+    """Semantic scores of a model with a class branch: the sum over kernels of class times mask probabilities.
 
     Returns:
         [K, H, W].

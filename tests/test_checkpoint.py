@@ -43,7 +43,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
             torch.save(content, path)
         with pytest.raises(CheckpointError) as error:
             checkpointer.load(str(path))
-        assert name in str(error.value) or "None of the" in str(error.value)
+        assert name in str(error.value) or "none of the" in str(error.value)
         return str(error.value)
 
     assert "not a weights file" in message("notes.pth", b"SOLVER:\n  BASE_LR: 1\n")
@@ -54,7 +54,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
     assert "list" in message("list.pth", [1, 2])
     assert "'epoch' is a int" in message("odd.pth", {"epoch": 3})
     assert "no parameters" in message("bare.pth", {"model": {}})
-    assert "None of the 1 parameters" in message("other.pth", {"model": {"encoder.weight": torch.zeros(2)}})
+    assert "none of the 1 parameters" in message("other.pth", {"model": {"encoder.weight": torch.zeros(2)}})
     with pytest.raises(CheckpointError, match="absent.pth.*no such"):
         checkpointer.load(str(tmp_path / "absent.pth"))
 
@@ -90,9 +90,9 @@ def test_matching_heuristics_on_request(tmp_path):
     nn.init.normal_(source.backbone.bottom_up[0].weight)
     path = str(tmp_path / "backbone.pth")
     torch.save({f"bottom_up.{name}": p for name, p in source.backbone.bottom_up.state_dict().items()}, path)
-    with pytest.raises(CheckpointError, match="None of the"):
+    with pytest.raises(CheckpointError, match="none of the"):
         Checkpointer(target).load(path)
-    Checkpointer(target).load(path + "?matching_heuristics=True")
+    Checkpointer(target, partial=True).load(path + "?matching_heuristics=True")
     assert_identical(dict(source.backbone.bottom_up.state_dict()), dict(target.backbone.bottom_up.state_dict()))
 
 

@@ -243,7 +243,7 @@ def test_static_kernels_alone_give_the_decode_head_s_logits():
         ("panoptic", {"sem_seg": torch.full((64, 64), 5)}, r"0\.jpg: 'sem_seg' has labels \[5\]; expected 0 \.\. 4"),
         ("semantic", {"sem_seg": torch.full((64, 64), -1)}, r"0\.jpg: 'sem_seg' has labels \[-1\].*IGNORE_VALUE"),
         ("semantic", {"sem_seg": None}, r"0\.jpg has no 'sem_seg'.*MODEL\.KNET\.TASK"),
-        ("instance", {"instances": None}, r"0\.jpg has no 'instances'.*INPUT\.DATASET_MAPPER_NAME"),
+        ("instance", {"instances": None}, r"0\.jpg has no 'instances'.*DATASETS\.TRAIN"),
         ("instance", {"image": torch.zeros(1, 64, 64)}, r"0\.jpg: shape \(1, 64, 64\), expected \(3, .*INPUT\.FORMAT"),
         ("instance", {"image": torch.zeros(64, 64)}, r"0\.jpg: shape \(64, 64\), expected \(3, "),
     ],

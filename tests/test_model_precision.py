@@ -14,7 +14,6 @@ from knet_d2.postprocessing import ImageGeometry, mask_probabilities
 from knet_d2.structures import KernelBank, KernelState, Targets
 
 
-
 @pytest.mark.parametrize("task", TASKS)
 def test_double_precision_throughout(task):
     options = {"MODEL.KNET.DROPOUT": 0.0, "MODEL.RESNETS.NORM": "GN", "MODEL.RESNETS.STEM_OUT_CHANNELS": 32}
@@ -126,6 +125,8 @@ def test_full_precision_changes_half_types_only():
 
 # Devices: with fake tensors, every operation on tensors of two devices is an error, without any GPU
 
+CUDA = torch.device("cuda", 0)
+
 
 def move_to_fake_cuda(model):
     for module in model.modules():
@@ -138,15 +139,9 @@ def move_to_fake_cuda(model):
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
 
 
-@pytest.fixture
-def fake_cuda(monkeypatch):
-    """Fake tensors only; Detectron2's padding, which looks at values, is left out."""
-    stack = staticmethod(lambda images, *args: ImageList(torch.stack(images), [x.shape[-2:] for x in images]))
-    monkeypatch.setattr(ImageList, "from_tensors", stack)
-    with FakeTensorMode():
-        with pytest.raises(Exception, match="device"):
-            torch.zeros(2, device="cuda") + torch.zeros(2)
-        yield torch.device("cuda", 0)
+def test_fake_tensors_of_two_devices_do_not_mix():
+    with FakeTensorMode(), pytest.raises(Exception, match="device"):
+        torch.zeros(2, device="cuda") + torch.zeros(2)
 
 
 class GivenMatches:
@@ -164,9 +159,16 @@ class GivenMatches:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_everything_runs_on_the_model_s_device(task, fake_cuda):
-    with torch._subclasses.fake_tensor.unset_fake_temporarily():
-        model = tiny_model(task)
+def test_everything_runs_on_the_model_s_device(task, monkeypatch):
+    # Detectron2's padding looks at values
+    stack = staticmethod(lambda images, *args: ImageList(torch.stack(images), [x.shape[-2:] for x in images]))
+    monkeypatch.setattr(ImageList, "from_tensors", stack)
+    model = tiny_model(task)
+    with FakeTensorMode():
+        run_on_fake_cuda(model, task)
+
+
+def run_on_fake_cuda(model, task):
     move_to_fake_cuda(model)
     model.criterion.matcher = GivenMatches(model.criterion.matcher)
     images = model.preprocess_image([{"image": torch.zeros(3, 64, 96, dtype=torch.uint8)}] * 2)
@@ -181,22 +183,23 @@ def test_everything_runs_on_the_model_s_device(task, fake_cuda):
     target = Targets(classes, masks, 3 + classes[:stuff], masks[:stuff], labels)
     losses = model.criterion(state, stages, [target, target], auxiliary)
     assert set(losses) == expected_losses(task)
-    assert {x.device for x in losses.values()} == {fake_cuda}
+    assert {x.device for x in losses.values()} == {CUDA}
 
     geometry = ImageGeometry((64, 96), (60, 90), (30, 45))
-    assert mask_probabilities(stages[-1].mask_logits[0], geometry).device == fake_cuda
+    assert mask_probabilities(stages[-1].mask_logits[0], geometry).device == CUDA
     if task == "panoptic":
         model.outputs = ("sem_seg",)
     if task != "instance":
         result = model.postprocess(state, stages, [{"height": 30, "width": 45}] * 2, images)
-        assert result[1]["sem_seg"].device == fake_cuda
+        assert result[1]["sem_seg"].device == CUDA
 
 
-def test_instance_targets_move_to_the_model_s_device(fake_cuda, monkeypatch):
-    x = {"image": torch.zeros(3, 64, 96, dtype=torch.uint8)}
-    masks = BitMasks(torch.zeros(2, 64, 96, dtype=torch.bool))
-    x["instances"] = Instances((64, 96), gt_classes=torch.zeros(2, dtype=torch.int64), gt_masks=masks)
+def test_instance_targets_move_to_the_model_s_device(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: 0)  # the check of the classes looks at values
     bank = KernelBank.for_task("instance", num_kernels=6, num_things=3, num_stuff=0)
-    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: 0)  # the range check looks at values
-    targets = build_targets(x, (64, 96), (16, 24), bank, IGNORE, torch.zeros(1, device="cuda"))
-    assert {t.device for t in targets if t is not None} == {fake_cuda}
+    with FakeTensorMode():
+        masks = BitMasks(torch.zeros(2, 64, 96, dtype=torch.bool))
+        instances = Instances((64, 96), gt_classes=torch.zeros(2, dtype=torch.int64), gt_masks=masks)
+        x = {"image": torch.zeros(3, 64, 96, dtype=torch.uint8), "instances": instances}
+        targets = build_targets(x, (64, 96), (16, 24), bank, IGNORE, torch.zeros(1, device="cuda"))
+    assert {t.device for t in targets if t is not None} == {CUDA}

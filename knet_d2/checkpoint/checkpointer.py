@@ -1,13 +1,19 @@
 """Detectron2's checkpointer with atomic writing, safe reading and errors instead of warnings where nothing fits."""
 
 import os
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Optional
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from torch import nn
 
 from ..errors import CheckpointError, KNetError
+from .fit import find_misfits
+from .layouts import Layout, recognise
 from .loading import as_checkpoint, load_file
+from .report import LoadReport, build_report
+from .zoo import config_paths, fitting_entries
 
 _HEURISTICS = "?matching_heuristics=True"
 
@@ -39,7 +45,30 @@ def _sync_folder(folder: str) -> None:
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Saves and loads the model and, in training, the trainer's state; the main process writes."""
+    """Saves and loads the model and, in training, the trainer's state; the main process writes.
+
+    It reads our own files, official K-Nets and pretrained backbones, whatever the file is called. ``report`` says what
+    became of every parameter of the last file.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        partial: bool = False,
+        save_to_disk: Optional[bool] = None,
+        **checkpointables: Any,
+    ):
+        """
+        Args:
+            partial: True where a training starts: weights for another number of classes or kernels, or for the
+                backbone alone, will do, and the rest keeps its initialisation. False: each parameter must be there.
+            save_dir, save_to_disk, checkpointables: see Detectron2's.
+        """
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.partial = partial
+        self.report: Optional[LoadReport] = None
 
     def save(self, name: str, tag: bool = True, **extra: Any) -> None:
         """Write ``{name}.pth`` such that a reader finds the previous file or the whole new one.
@@ -88,6 +117,7 @@ class Checkpointer(DetectionCheckpointer):
         if not (resume and self.has_checkpoint()):
             return self.load(path, checkpointables=[])
         last = self.get_checkpoint_file()
+        self.partial = False
         rest = self.load(last)
         unread = [key for key in self.checkpointables if key in rest]
         if unread:
@@ -96,16 +126,37 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, f: str) -> Dict[str, Any]:
         checkpoint = as_checkpoint(load_file(f), f)
+        checkpoint["file"] = f
         if self._guess_names:
             checkpoint["matching_heuristics"] = True
         return checkpoint
 
-    def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
-        number = len(checkpoint["model"])
-        incompatible = super()._load_model(checkpoint)
-        if len(incompatible.unexpected_keys) + len(incompatible.incorrect_shapes) >= number:
+    def _load_model(self, checkpoint: Dict[str, Any]) -> None:
+        """Translate, check and load the parameters, and log what became of each (instead of returning it)."""
+        path, state_dict = checkpoint.pop("file"), checkpoint["model"]
+        guess, author = checkpoint.pop("matching_heuristics", False), checkpoint.get("__author__")
+        model_state = self.model.state_dict()
+        layout = recognise(state_dict, model_state)
+        if guess and layout.scope == "unknown":
+            state_dict = align_and_update_state_dicts(model_state, state_dict, c2_conversion=author == "Caffe2")
+            layout = recognise(state_dict, model_state)
+        self.report = build_report(layout, state_dict, model_state)
+        self._check_fit(path, layout)
+        checkpoint["model"] = layout.translation.state_dict
+        super()._load_model(checkpoint)
+        log = self.logger.warning if self.report.other_shape or self.report.missing else self.logger.info
+        log(f"{path}\n{self.report.as_text()}")
+
+    def _check_fit(self, path: str, layout: Layout) -> None:
+        if not self.report.loaded:
+            number = len(layout.translation.state_dict) + len(self.report.ignored) + len(layout.translation.unknown)
             raise CheckpointError(
-                f"None of the {number} parameters in the weights file fits this model; "
+                f"{path}: none of the {number} parameters in the weights file fits this model; "
                 "check MODEL.WEIGHTS against the config (it is a checkpoint of another model)."
             )
-        return incompatible
+        reasons = find_misfits(self.report, layout, self.partial)
+        if not reasons:
+            return
+        fitting = fitting_entries(layout.translation.state_dict) if layout.scope == "model" else []
+        hint = f" It is a checkpoint for {config_paths(fitting)}." if fitting else ""
+        raise CheckpointError(f"{path} ({layout.name}) does not fit this config: {'; '.join(reasons)}.{hint}")

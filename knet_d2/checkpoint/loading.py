@@ -1,6 +1,6 @@
 """Reading weights files without running code from them.
 
-A checkpoint is a mapping with the parameters under "model" and, for our own files, the trainer's state beside them.
+Whatever the file, it becomes a mapping with the parameters under "model", as in Detectron2's own checkpoints.
 """
 
 import os
@@ -15,6 +15,8 @@ import torch
 from ..compat import NUMPY_PICKLE_FUNCTIONS, under_name
 from ..errors import CheckpointError
 
+SAFETENSORS_COMMAND = "install it with: python -m pip install safetensors"
+
 # What a pickle of Detectron2's model zoo consists of besides the built-in containers, by the names in the file.
 _PICKLE_TYPES = {
     ("collections", "OrderedDict"): OrderedDict,
@@ -22,6 +24,10 @@ _PICKLE_TYPES = {
     ("numpy", "dtype"): np.dtype,
     **NUMPY_PICKLE_FUNCTIONS,
 }
+
+
+# How PyTorch's files begin: a zip archive, or (before PyTorch 1.6) a pickle of a magic number.
+_TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -35,20 +41,30 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def load_file(path: str) -> Any:
-    """The object in a weights file (.pkl: Detectron2's model zoo; otherwise PyTorch), read by safe readers only.
+    """The object in a weights file, read by safe readers only; its format is told by its content.
+
+    Formats are PyTorch's (zip and older), pickles of arrays (Detectron2's model zoo) and safetensors, which gives
+    {"model": tensors, "metadata": strings}.
 
     Raises:
         CheckpointError: the file is missing, damaged, no weights file, or needs an unrestricted pickle.
     """
     try:
         with open(path, "rb") as f:
-            return _load_pickle(f) if path.endswith(".pkl") else _load_torch(f)
+            start = f.read(16)
+            f.seek(0)
+            if start.startswith(_TORCH_MAGIC):
+                return _load_torch(f)
+            if start[8:9] == b"{":
+                return _load_safetensors(path)
+            return _load_pickle(f)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such weights file. Check MODEL.WEIGHTS.") from None
-    except MemoryError:
+    except (MemoryError, CheckpointError):
         raise
     except Exception as e:  # readers of damaged files raise nearly anything
-        raise CheckpointError(f"{path} ({os.path.getsize(path)} bytes): {_describe_failure(e)}") from e
+        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        raise CheckpointError(f"{path} ({size} bytes): {_describe_failure(e)}") from e
 
 
 def _describe_failure(error: Exception) -> str:
@@ -58,7 +74,7 @@ def _describe_failure(error: Exception) -> str:
             f"{foreign.group().replace('GLOBAL', 'it holds a').rstrip(',')}, and reading that could run code. "
             "A weights file must hold tensors, numpy arrays, numbers and strings only."
         )
-    return "not a weights file of PyTorch (.pth) or Detectron2 (.pkl), or a damaged one."
+    return "not a weights file of PyTorch (.pth), Detectron2 (.pkl) or safetensors, or a damaged one."
 
 
 def _load_pickle(f: BinaryIO) -> Any:
@@ -74,37 +90,60 @@ def _load_torch(f: BinaryIO) -> Any:
     return torch.load(f, map_location="cpu", weights_only=True)
 
 
+def _load_safetensors(path: str) -> Dict[str, Any]:
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise CheckpointError(f"{path}: reading it needs a package; {SAFETENSORS_COMMAND}.") from None
+    with safe_open(path, framework="pt") as f:
+        return {"model": {name: f.get_tensor(name) for name in f.keys()}, "metadata": f.metadata() or {}}
+
+
 def as_checkpoint(raw: Any, path: str) -> Dict[str, Any]:
     """Bring what a weights file holds into Detectron2's layout.
 
     Args:
-        raw: a Detectron2 checkpoint ({"model": state dict, ...}), a bare state dict, or the arrays of a Caffe2 or
-            Detectron1 model (.pkl).
-        path: the file's name, for messages and for telling a .pkl.
+        raw: a Detectron2 checkpoint or Swin release ({"model": state dict, ...}), an OpenMMLab checkpoint
+            ({"state_dict": ..., "meta": ...}), a bare state dict, or the arrays of a Caffe2 or Detectron1 model.
+        path: the file's name, for messages.
 
     Returns:
-        {"model": {name: tensor or array}, ...}; "matching_heuristics" is set where names have to be guessed.
+        {"model": {name: tensor}, ...}; "matching_heuristics" is set where names have to be guessed.
     """
     if not isinstance(raw, dict) or not raw:
         raise CheckpointError(f"{path}: holds a {type(raw).__name__} instead of a mapping from names to tensors.")
     if "model" in raw:
         checkpoint = dict(raw)
-    elif path.endswith(".pkl"):
-        arrays = raw.get("blobs", raw)
-        arrays = {name: value for name, value in arrays.items() if not name.endswith("_momentum")}
-        checkpoint = {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True}
+    elif "state_dict" in raw:
+        checkpoint = {"model": raw["state_dict"]}  # OpenMMLab's optimiser is of no use here
     else:
-        checkpoint = {"model": raw}
-    _check_state_dict(checkpoint["model"], path)
+        checkpoint = _bare_checkpoint(raw.get("blobs", raw))
+    checkpoint["model"] = _checked_state_dict(checkpoint["model"], path)
     return checkpoint
 
 
-def _check_state_dict(state_dict: Any, path: str) -> None:
+def _bare_checkpoint(entries: Any) -> Dict[str, Any]:
+    if isinstance(entries, dict) and any(re.search(r"_[wb]$", str(name)) for name in entries):
+        arrays = {name: value for name, value in entries.items() if not str(name).endswith("_momentum")}
+        return {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True}
+    return {"model": entries}
+
+
+def _checked_state_dict(state_dict: Any, path: str) -> Dict[str, torch.Tensor]:
+    """Tensors by name, without the prefix that DataParallel and DistributedDataParallel add."""
     if not isinstance(state_dict, dict) or not state_dict:
         raise CheckpointError(f"{path}: no parameters in it.")
+    checked = {}
     for name, value in state_dict.items():
-        if not isinstance(value, (torch.Tensor, np.ndarray)):
+        if not isinstance(value, (torch.Tensor, np.ndarray)) or not isinstance(name, str):
             raise CheckpointError(
                 f"{path}: no checkpoint that K-Net knows; its entry {name!r} is a {type(value).__name__}, "
                 "where a tensor is expected."
             )
+        try:
+            checked[name] = torch.as_tensor(value)
+        except TypeError as e:  # arrays of objects or strings
+            raise CheckpointError(f"{path}: its entry {name!r} is no array of numbers.") from e
+    if all(name.startswith("module.") for name in checked):
+        checked = {name.removeprefix("module."): value for name, value in checked.items()}
+    return checked

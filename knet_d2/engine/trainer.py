@@ -60,7 +60,7 @@ class Trainer(DefaultTrainer):
             model, optimizer, clip_gradients=optim.build_gradient_clipper(cfg), seed=cfg.SEED, dtype=dtype
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, partial=True, trainer=weakref.proxy(self))
         self.max_iter = cfg.SOLVER.MAX_ITER
         self._metrics_file = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
         self._last_written = -1

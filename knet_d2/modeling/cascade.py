@@ -2,11 +2,13 @@
 
 from typing import List
 
+import torch
 from detectron2.config import configurable
 from torch import nn
 
 from ..errors import ConfigError
 from ..structures import KernelState, StageOutput
+from .kernel_update import gather_group_features
 from .precision import full_precision, no_autocast
 from .update_head import KernelUpdateHead
 
@@ -62,3 +64,19 @@ class KernelUpdateCascade(nn.Module):
                 outputs.append(stage(feature, kernels, mask_logits))
                 kernels, mask_logits = outputs[-1].kernels, outputs[-1].mask_logits
         return outputs
+
+
+def static_predictions(state: KernelState) -> StageOutput:
+    """The static kernels as if they were a stage's output, to look at results from before the first update.
+
+    They have no class branch: a kernel's probability of a class is the mean of the dense semantic probabilities over
+    its mask; semantic kernels are their classes, so that there is nothing to score.
+    """
+    kernels, mask_logits = full_precision(state.kernels), full_precision(state.mask_logits)
+    if state.semantic_logits is None:
+        return StageOutput(kernels, mask_logits)
+    with no_autocast(mask_logits):
+        masks = (mask_logits > 0).to(mask_logits.dtype)
+        sums = gather_group_features(masks, full_precision(state.semantic_logits).sigmoid())
+        probs = sums / masks.sum(dim=(2, 3)).clamp(min=1).unsqueeze(-1)
+    return StageOutput(kernels, mask_logits, torch.logit(probs, eps=1e-6))

@@ -82,7 +82,7 @@ class KNetCriterion(nn.Module):
         ignore_value = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
         if bank.fixed_class_ids and 0 <= ignore_value < bank.num_classes:
             raise ConfigError(
-                f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE = {ignore_value} is the label of one of the {bank.num_classes} classes."
+                f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE = {ignore_value} is one of the {bank.num_classes} classes' labels."
             )
         matched = bank.num_matched > 0
         return {

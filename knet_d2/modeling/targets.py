@@ -88,8 +88,7 @@ def _name(x: Dict[str, Any]) -> str:
 def _require(x: Dict[str, Any], key: str) -> Any:
     if key not in x:
         raise DataError(
-            f"{_name(x)} has no {key!r}, which MODEL.KNET.TASK needs: check INPUT.DATASET_MAPPER_NAME and the data "
-            "sets in DATASETS.TRAIN."
+            f"{_name(x)} has no {key!r}, which MODEL.KNET.TASK needs: check the data sets in DATASETS.TRAIN."
         )
     return x[key]
 
