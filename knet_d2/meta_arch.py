@@ -209,14 +209,14 @@ class KNet(nn.Module):
         self, state: KernelState, stages: List[StageOutput], batched_inputs: List[Dict], images: ImageList
     ) -> List[Dict]:
         """The results of every image, from the stage that TEST.STAGE names."""
-        last = stages[-1] if stages else StageOutput(state.kernels, full_precision(state.mask_logits))
+        shown = [static_predictions(state), *stages][self.output_stage]
         results = []
         for i, x in enumerate(batched_inputs):
             image_size = tuple(images.image_sizes[i])
             output_size = (x.get("height", image_size[0]), x.get("width", image_size[1]))
             geometry = ImageGeometry(tuple(images.tensor.shape[-2:]), image_size, output_size)
             class_logits = None if shown.class_logits is None else shown.class_logits[i]
-            mask_logits = last.mask_logits[i]
+            mask_logits = shown.mask_logits[i]
             results.append({key: self._result(key, class_logits, mask_logits, geometry) for key in self.outputs})
         return results
 
