@@ -15,7 +15,7 @@ from .data.categories import resolve_classes
 from .errors import ConfigError, DataError
 from .modeling.cascade import KernelUpdateCascade, static_predictions
 from .modeling.criterion import KNetCriterion
-from .modeling.precision import full_precision, no_autocast
+from .modeling.precision import no_autocast
 from .modeling.resize import upsampled_size
 from .modeling.static_kernels import build_auxiliary_head
 from .modeling.targets import build_targets
@@ -113,7 +113,7 @@ class KNet(nn.Module):
         if knet.TASK != "semantic" and knet.NUM_KERNELS < 1:
             raise ConfigError(f"MODEL.KNET.NUM_KERNELS = {knet.NUM_KERNELS}: use at least 1.")
         if not -1 <= knet.TEST.STAGE <= knet.NUM_STAGES:
-            raise ConfigError(f"MODEL.KNET.TEST.STAGE = {knet.TEST.STAGE}: use -1 or 0 to {knet.NUM_STAGES} (NUM_STAGES).")
+            raise ConfigError(f"MODEL.KNET.TEST.STAGE = {knet.TEST.STAGE}: use -1, or 0 to NUM_STAGES = {knet.NUM_STAGES}.")
         bank = KernelBank.for_task(
             knet.TASK,
             num_kernels=knet.NUM_KERNELS,
@@ -209,7 +209,8 @@ class KNet(nn.Module):
         self, state: KernelState, stages: List[StageOutput], batched_inputs: List[Dict], images: ImageList
     ) -> List[Dict]:
         """The results of every image, from the stage that TEST.STAGE names."""
-        shown = [static_predictions(state), *stages][self.output_stage]
+        stage = self.output_stage % (len(stages) + 1)
+        shown = stages[stage - 1] if stage else static_predictions(state)
         results = []
         for i, x in enumerate(batched_inputs):
             image_size = tuple(images.image_sizes[i])

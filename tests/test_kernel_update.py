@@ -317,7 +317,7 @@ def test_initialisation_of_the_detection_release():
             bound = math.sqrt(6 / (module.in_features + module.out_features))
             assert 0.9 * bound < module.weight.abs().max() <= bound
     torch.testing.assert_close(head.class_branch[-1].bias, torch.full((7,), -math.log(99)))
-    assert head.interaction.in_proj.bias.abs().max() == 0
+    assert head.interaction.in_proj.bias.abs().max() == head.feature_transform.bias.abs().max() == 0
 
 
 def test_initialisation_of_the_segmentation_release():

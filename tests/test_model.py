@@ -18,6 +18,7 @@ from helpers import (
 
 from knet_d2.errors import DataError
 from knet_d2.meta_arch import KNet
+from knet_d2.modeling.cascade import static_predictions
 from knet_d2.modeling.targets import build_targets
 from knet_d2.postprocessing import ImageGeometry, mask_probabilities
 from knet_d2.structures import KernelBank
@@ -151,17 +152,20 @@ def test_results_have_detectron2_s_format_and_the_size_that_is_asked_for(trained
             assert result["sem_seg"].shape == (5, *size)
 
 
-def test_results_come_from_the_last_stage(trained):
-    model, x = trained["instance"], {"image": make_example((64, 64), 0)["image"]}
+@pytest.mark.parametrize("stage", [-1, 0, 1, 3])
+def test_results_come_from_the_stage_that_is_asked_for(stage):
+    model = spread_scores(tiny_model("instance", {"MODEL.KNET.TEST.STAGE": stage})).eval()
+    x = {"image": make_example((64, 64), 0)["image"]}
     seen = []
-    handle = model.cascade.register_forward_hook(lambda m, args, output: seen.append(output[-1]))
+    model.sem_seg_head.register_forward_hook(lambda m, args, output: seen.append(static_predictions(output)))
+    model.cascade.register_forward_hook(lambda m, args, output: seen.extend(output))
     with torch.no_grad():
         instances = model([x])[0]["instances"]
-    handle.remove()
-    scores, pairs = seen[0].class_logits[0].sigmoid().flatten().topk(1)
+    expected = seen[3 if stage == -1 else stage]
+    scores, pairs = expected.class_logits[0].sigmoid().flatten().topk(1)
     assert instances.scores[0] == scores[0] and instances.pred_classes[0] == pairs[0] % 3
     geometry = ImageGeometry((64, 64), (64, 64), (64, 64))
-    mask = mask_probabilities(seen[0].mask_logits[0][pairs // 3], geometry)[0] > 0.5
+    mask = mask_probabilities(expected.mask_logits[0][pairs // 3], geometry)[0] > 0.5
     assert torch.equal(instances.pred_masks[0], mask)
 
 

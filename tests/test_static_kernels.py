@@ -11,9 +11,11 @@ from helpers import tiny_config, tiny_model
 from torch import nn
 
 from knet_d2.errors import ConfigError
+from knet_d2.modeling.cascade import static_predictions
 from knet_d2.modeling.position_encoding import coordinate_channels, sine_position_encoding
 from knet_d2.modeling.static_kernels import FCNKernelHead, SemanticFPN, SemanticFPNKernelHead, build_auxiliary_head
-from knet_d2.structures import Assignment, KernelBank, KernelGroup
+from knet_d2.modeling.static_kernels.layers import adaptive_average_pool
+from knet_d2.structures import Assignment, KernelBank, KernelGroup, KernelState
 
 DIM = 32
 LEVELS = {f"p{i}": ShapeSpec(channels=8, stride=2**i) for i in (2, 3, 4, 5)}
@@ -180,6 +182,27 @@ def test_no_gradient_passes_the_hard_masks_of_the_static_kernels():
     assert torch.autograd.grad(state.kernels[:, :6].sum(), weight)[0].abs().sum() > 0
 
 
+def test_static_predictions_score_kernels_by_the_semantic_probabilities_in_their_masks():
+    with torch.no_grad():
+        state = make_head("panoptic").double()({name: x.double() for name, x in make_features().items()})
+    state.mask_logits[0, 2] = -1  # an empty mask
+    kernels, masks, logits = static_predictions(state)
+    assert torch.equal(kernels, state.kernels) and torch.equal(masks, state.mask_logits)
+    probs = state.semantic_logits.sigmoid()
+    for b in range(2):
+        for n in range(8):
+            inside = state.mask_logits[b, n] > 0
+            expected = probs[b][:, inside].mean(dim=1) if inside.any() else torch.zeros(5).double()
+            torch.testing.assert_close(logits[b, n].sigmoid(), expected, atol=2e-6, rtol=1e-9)
+
+
+def test_static_predictions_of_a_semantic_model_have_no_scores():
+    state = KernelState(*(torch.randn(1, 5, 5, 5).half() for _ in range(3)))
+    _, masks, logits = static_predictions(state)
+    assert torch.equal(masks, state.mask_logits.float())
+    assert logits is None
+
+
 def test_initialisation():
     head = make_head()
     assert head.instance_kernels.weight.std().item() == pytest.approx(1, rel=0.2)
@@ -277,3 +300,12 @@ def test_bad_config_is_an_error_that_names_the_key(task, build, options, message
     shapes = {name: ShapeSpec(channels=8, stride=8) for name in ("p2", "p3", "p4", "p5", "res3", "res4")}
     with pytest.raises(ConfigError, match=message):
         build(cfg, shapes, BANKS[task])
+
+
+# Decode heads
+
+
+@pytest.mark.parametrize("size, bins", [((7, 11), 3), ((2, 3), 6), ((12, 6), 6), ((5, 4), 1)])
+def test_adaptive_pooling_equals_pytorch(size, bins):
+    x = torch.rand(2, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(adaptive_average_pool(x, bins), F.adaptive_avg_pool2d(x, bins))

@@ -1,5 +1,6 @@
 """Detectron2's checkpointer with atomic writing, safe reading and errors instead of warnings where nothing fits."""
 
+import http.client
 import os
 from typing import Any, Callable, Dict, Optional
 
@@ -110,6 +111,13 @@ class Checkpointer(DetectionCheckpointer):
             raise
         except (KeyError, ValueError) as e:
             raise CheckpointError(f"{path}: does not fit this model or its optimiser. {e}") from e
+        except (OSError, http.client.HTTPException) as e:
+            if "://" not in path:
+                raise
+            raise CheckpointError(
+                f"{path}: can't be downloaded ({e or type(e).__name__}). Without network, get the file by other means "
+                "and name it in MODEL.WEIGHTS."
+            ) from e
         finally:
             self._parsed_url_during_load = None  # else Detectron2 refuses to load again after a failure
 

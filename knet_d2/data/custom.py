@@ -112,6 +112,11 @@ def load_panoptic_json(json_file: str, image_root: str, panoptic_root: str, name
         content = json.load(f)
     contiguous, things = _set_panoptic_classes(content["categories"], json_file, name)
     images = {image["id"]: image for image in content["images"]}
+    if "annotations" not in content:  # images to predict only
+        return [
+            {**image, "file_name": os.path.join(image_root, image["file_name"]), "image_id": image["id"]}
+            for image in content["images"]
+        ]
     records = []
     for annotation in content["annotations"]:
         if annotation["image_id"] not in images:

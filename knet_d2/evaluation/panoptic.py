@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ class PanopticEvaluator(COCOPanopticEvaluator):
 
     - it works with any categories: where a data set has no things or no stuff, their quality is NaN;
     - predictions lie on the disk until they are compared, and each process compares its own, in threads;
+    - images without ground truth (a JSON without "annotations") give files to submit, as Detectron2 does for instances;
     - images may have the same file name in different folders.
     """
 
@@ -55,6 +57,8 @@ class PanopticEvaluator(COCOPanopticEvaluator):
     def evaluate(self) -> "OrderedDict[str, dict[str, float]] | None":
         """Returns {"panoptic_seg": {"PQ", "SQ", "RQ", "PQ_th", ..., "RQ_st"}} in percent, on the main process."""
         ground_truth = self._read_ground_truth()
+        if "annotations" not in ground_truth:
+            return self._write_submission(ground_truth)
         annotations = {annotation["image_id"]: annotation for annotation in ground_truth["annotations"]}
         categories = {category["id"]: category for category in ground_truth["categories"]}
         statistics = self._compare(annotations, categories)
@@ -81,10 +85,29 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         path = self._metadata.panoptic_json
         with PathManager.open(path) as f:
             ground_truth = json.load(f)
-        for annotation in ground_truth["annotations"]:
+        for annotation in ground_truth.get("annotations", ()):
             for segment in annotation["segments_info"]:
                 segment.setdefault("iscrowd", 0)
         return ground_truth
+
+    def _write_submission(self, image_info: dict[str, Any]) -> None:
+        """Predictions for images without ground truth in COCO's result format: a JSON and a folder of PNGs."""
+        if not self._output_dir:
+            return
+        folder = os.path.join(self._output_dir, "predictions")
+        os.makedirs(folder, exist_ok=True)
+        names = {x["id"]: os.path.splitext(x["file_name"])[0].replace("/", "_") + ".png" for x in image_info["images"]}
+        for prediction in self._predictions:
+            name = names[prediction["image_id"]]
+            shutil.copyfile(os.path.join(self._folder.name, prediction["file_name"]), os.path.join(folder, name))
+            prediction["file_name"] = name
+        self._folder.cleanup()
+        gathered = comm.gather(self._predictions)
+        if comm.is_main_process():
+            path = os.path.join(self._output_dir, "predictions.json")
+            with PathManager.open(path, "w") as f:
+                json.dump({"annotations": [x for part in gathered for x in part]}, f)
+            logger.info("No annotations in %s: wrote %s and %s", self._metadata.panoptic_json, path, folder)
 
     def _compare(self, annotations: dict[Any, dict], categories: dict[int, dict]) -> PQStat:
         """This process's counts per category."""

@@ -91,9 +91,9 @@ class KernelUpdateHead(nn.Module):
                     nn.init.xavier_uniform_(parameter)
         else:
             nn.init.kaiming_normal_(self.feature_transform.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(self.feature_transform.bias)
             if isinstance(self.interaction, KernelInteraction):
                 nn.init.xavier_uniform_(self.interaction.in_proj.weight)
+        nn.init.zeros_(self.feature_transform.bias)
         if isinstance(self.interaction, KernelInteraction):
             nn.init.zeros_(self.interaction.in_proj.bias)
             nn.init.zeros_(self.interaction.out_proj.bias)

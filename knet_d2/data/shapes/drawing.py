@@ -1,8 +1,8 @@
 """Draws one image of the shapes data set: textured things that overlap, over textured stuff.
 
 Everything is a function of one random generator, so that an image is determined by (seed, index). Lengths are
-given for an image of 128 x 128 pixels and scale with the size. A thing's class is told by its outline, and hinted
-at by its colour: most things of a class have its hue, some have any. A stuff class is told by its texture alone.
+given for an image of 128 x 128 pixels and scale with the size. A thing's class is told by its outline, a stuff
+class by its texture, and both by their colour mostly: a few have any hue, not that of their class.
 """
 
 import colorsys
@@ -20,8 +20,8 @@ _REFERENCE_SIZE = 128
 # A thing stays only where this part of its area and this many pixels (at 128 x 128) remain visible.
 _MIN_VISIBLE_PART, _MIN_VISIBLE_AREA = 0.35, 50
 _UNLABELLED = -1
-# The part of the things whose hue is not that of their class
-_ODD_HUES = 0.15
+# The part of things and stuff regions whose hue is not that of their class
+_ODD_HUES = 0.05
 
 
 class Thing(NamedTuple):
@@ -90,11 +90,12 @@ def _draw_stuff(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.nda
 
 def _stuff_texture(rng: np.random.Generator, size: int, category: int) -> np.ndarray:
     """Two colours of low saturation, mixed by the class's pattern; a plain slope where unlabelled."""
-    hue, saturation = rng.random(), rng.uniform(0.1, 0.45)
+    hue = rng.random() if category == _UNLABELLED else _class_hue(rng, (category + 0.5) / len(STUFF_CLASSES))
+    saturation = rng.uniform(0.15, 0.45)
     bright = rng.uniform(0.65, 0.95)
     dark = bright - rng.uniform(0.3, 0.5)
     first = _color(hue, saturation, bright)
-    second = _color(hue + rng.uniform(-0.15, 0.15), saturation, dark)
+    second = _color(hue + rng.uniform(-0.05, 0.05), saturation, dark)
     plain = category == _UNLABELLED
     weight = 0.3 * _slope(rng, size) if plain else _PATTERNS[STUFF_CLASSES[category]](rng, size)
     return first + (second - first) * weight[..., None]
@@ -218,8 +219,7 @@ def _visible_things(shapes: list, crowd: list | None) -> list[Thing]:
 def _paint_thing(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, category: int) -> None:
     """Fill mask [H, W] with a saturated colour, a weak texture that says nothing of the class, and a dark rim."""
     size = len(mask)
-    typical = category / len(THING_CLASSES) + rng.normal(0, 0.05)
-    hue = rng.random() if rng.random() < _ODD_HUES else typical
+    hue = _class_hue(rng, category / len(THING_CLASSES))
     color = _color(hue, rng.uniform(0.55, 0.95), rng.uniform(0.6, 1.0))
     texture = (_slope, _stripes, _noise)[rng.integers(3)]
     shade = 1 - rng.uniform(0.1, 0.3) * texture(rng, size)
@@ -227,6 +227,10 @@ def _paint_thing(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, 
     padded = np.pad(mask, 1)
     core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     image[mask & ~core] *= rng.uniform(0.45, 0.7)
+
+
+def _class_hue(rng: np.random.Generator, typical: float) -> float:
+    return rng.random() if rng.random() < _ODD_HUES else typical + rng.normal(0, 0.05)
 
 
 def _rotated_axes(size: int, angle: float) -> tuple[np.ndarray, np.ndarray]:

@@ -126,7 +126,14 @@ def build_resnet(
     for block in (block for stage in stages for block in stage):
         _init_last_norm(block)
     stem_module = STEMS[stem](in_channels, stem_channels, norm)
-    return ResNet(stem_module, stages, out_features=out_features, freeze_at=freeze_at)
+    resnet = ResNet(stem_module, stages, out_features=out_features)
+    if norm is EvalBatchNorm2d:
+        # Nothing else can change in it, so that its weights may stay parameters
+        for module in [resnet.stem, *resnet.stages][:freeze_at]:
+            module.requires_grad_(False)
+    else:
+        resnet.freeze(freeze_at)
+    return resnet
 
 
 def _bottleneck_arguments(

@@ -24,7 +24,9 @@ class DecodeKernelHead(nn.Module):
     size_divisibility = 0
 
     @configurable
-    def __init__(self, input_shape: Dict[str, ShapeSpec], *, num_classes: int, conv_dim: int, norm: str, dropout: float):
+    def __init__(
+        self, input_shape: Dict[str, ShapeSpec], *, num_classes: int, conv_dim: int, norm: str, dropout: float
+    ):
         """
         Args:
             input_shape: channels and strides of the backbone features that are used.

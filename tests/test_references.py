@@ -1,0 +1,115 @@
+"""Equality with tensors of the official K-Net: keys, initialisation, inference, training; and what has to fail."""
+
+import functools
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from check_references import check_case, first_failure
+from references.cases import COMMITTED, CONFIGS, filled_model, find_cases, load_manifests, zoo_config
+from references.mutations import MUTATIONS
+
+from knet_d2.checkpoint.key_table import find_rule, translate_key, translate_state_dict
+from knet_d2.checkpoint.openmmlab import openmmlab_rules
+
+MANIFESTS = load_manifests(COMMITTED)
+# How much every file has to have compared, so that nothing is left out unnoticed
+NUM_COMPARED = {
+    "ref_ins_r50_b": 57,
+    "ref_pan_r50_b": 56,
+    "ref_pan_r50_c": 8,
+    "ref_seg_fcn_b": 30,
+    "ref_seg_psp_b": 18,
+    "ref_seg_dlv3_b": 18,
+    "ref_seg_uper_b": 18,
+    "ref_seg_uper_swint_b": 30,
+    "train_ins_r50_noinst": 183,
+    "train_pan_r50_two": 207,
+    "train_seg_fcn_two": 85,
+}
+
+
+@functools.lru_cache(maxsize=2)
+def official_model(architecture):
+    return filled_model(architecture, MANIFESTS[architecture]["state_dict"])
+
+
+@functools.lru_cache(maxsize=None)
+def empty_model(config):
+    with torch.device("meta"):
+        return build_model(zoo_config(config, "meta"))
+
+
+# ---------------------------------------------------------------- keys
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_official_state_dict_fits(architecture):
+    manifest, model = MANIFESTS[architecture], empty_model(CONFIGS[architecture])
+    official = {name: torch.empty(shape, device="meta") for name, shape in manifest["state_dict"].items()}
+    translation = translate_state_dict(official, openmmlab_rules(official), model.state_dict().keys())
+    shapes = {name: tuple(tensor.shape) for name, tensor in translation.state_dict.items()}
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert translation.unknown == []
+    assert all(name.endswith("relative_position_index") for name in translation.ignored)
+    assert sum(p.numel() for p in model.parameters()) == manifest["num_params"]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == manifest["num_trainable"]
+
+
+# ---------------------------------------------------------------- initialisation
+
+
+def statistics(tensor):
+    tensor = tensor.detach().double()
+    std = tensor.std() if tensor.numel() > 1 else tensor.new_zeros(())
+    return [float(value) for value in (tensor.mean(), std, tensor.min(), tensor.max())]
+
+
+@pytest.mark.parametrize("architecture", ["pan_r50", "seg_fcn", "seg_uper_swint"])
+def test_initialisation_has_the_official_distributions(architecture):
+    """Constants are equal; random values agree in mean, spread and kind of distribution (uniform or normal)."""
+    with gzip.open(COMMITTED / "initialisation.json.gz", "rt") as f:
+        official = json.load(f)[architecture]
+    torch.manual_seed(0)
+    model = build_model(zoo_config(CONFIGS[architecture]))
+    parameters = dict(model.named_parameters())
+    rules = openmmlab_rules(dict.fromkeys([*official, *MANIFESTS[architecture]["state_dict"]]))
+    assert len(official) > 100
+    for name, (mean, std, low, high) in official.items():
+        parameter = parameters[translate_key(name, find_rule(name, rules))]
+        our_mean, our_std, our_low, our_high = statistics(parameter)
+        if std < 1e-6:
+            assert (our_low, our_high) == pytest.approx((mean, mean), abs=1e-5), name
+            continue
+        n = parameter.numel()
+        assert abs(our_mean - mean) < 6 * std * (2 / n) ** 0.5 + 1e-6, name
+        assert our_std / std == pytest.approx(1, abs=0.005 + 5 / n**0.5), name
+        # The largest value, in standard deviations: 1.7 if uniform, above 2.5 if normal
+        is_uniform = max(abs(low), abs(high)) < 2 * std
+        assert (max(-our_low, our_high) < 2 * our_std) == is_uniform, name
+
+
+# ---------------------------------------------------------------- inference and training
+
+
+def test_all_committed_cases_are_known():
+    assert set(find_cases(COMMITTED)) == set(NUM_COMPARED)
+
+
+@pytest.mark.parametrize("case", find_cases(COMMITTED))
+def test_equals_the_official_implementation(case):
+    architecture = case.split("_", 1)[1].rsplit("_", 1)[0]
+    results = check_case(COMMITTED, case, official_model(architecture))
+    assert [result for result in results if not result.passed] == []
+    assert len(results) == NUM_COMPARED[case]
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_wrong_versions_are_noticed(name):
+    assert first_failure(COMMITTED, MUTATIONS[name], official_model) is not None

@@ -1,0 +1,136 @@
+"""Compare this implementation with the official K-Net, tensor by tensor.
+
+    python tools/check_references.py                            # the references that come with the tests
+    python tools/check_references.py --references FOLDER        # another set
+    python tools/check_references.py --mutate all               # the check has to fail when something is wrong
+"""
+
+import argparse
+import functools
+import re
+import sys
+from pathlib import Path
+from typing import Callable, Dict, List, Optional
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # from a source tree that is not installed, too
+
+import torch  # noqa: E402
+from references.cases import (  # noqa: E402
+    COMMITTED,
+    Result,
+    architecture_of,
+    filled_model,
+    find_cases,
+    load_case,
+    load_manifests,
+)
+from references.inference import check_inference  # noqa: E402
+from references.mutations import MUTATIONS, Mutation, mutated  # noqa: E402
+from references.training import check_training  # noqa: E402
+
+
+def check_case(folder: Path, case: str, model: torch.nn.Module) -> List[Result]:
+    """All comparisons of one reference file; the model is left in float32."""
+    arrays = load_case(folder, case)
+    if case.startswith("ref_"):
+        return check_inference(model, case, arrays)
+    results = check_training(model, case, arrays, torch.float32) + check_training(model, case, arrays, torch.float64)
+    model.float()
+    return results
+
+
+def print_table(results: List[Result]) -> None:
+    """Architecture by tensor the worst difference of all cases; * marks what is beyond its tolerance."""
+    worst: Dict[str, Dict[str, Result]] = {}
+    for result in results:
+        name = re.sub(r"(_stats|_slice|_every\d+|_sub8)$|/.*", "", result.name)
+        row = worst.setdefault(architecture_of(result.case), {})
+        if name not in row or _excess(result) > _excess(row[name]):
+            row[name] = result
+    for architecture, row in worst.items():
+        print(f"\n{architecture}")
+        for name, result in row.items():
+            mark = " " if result.passed else "*"
+            print(f"  {mark} {name:31s} {result.difference:9.2e}  (allowed {result.tolerance:.1e}, {result.case})")
+
+
+def _excess(result: Result) -> float:
+    return result.difference if result.tolerance == 0 else result.difference / result.tolerance
+
+
+def run_checks(folder: Path, cases: List[str]) -> List[Result]:
+    """Check all cases, with one model per architecture at a time."""
+    manifests, results, model, architecture = load_manifests(folder), [], None, None
+    for case in cases:
+        if architecture_of(case) != architecture:
+            architecture, model = architecture_of(case), None
+            model = filled_model(architecture, manifests[architecture]["state_dict"])
+        new = check_case(folder, case, model)
+        failed = [result.name for result in new if not result.passed]
+        print(f"{case}: {len(new)} compared, {len(failed)} beyond tolerance {failed[:5]}", flush=True)
+        results += new
+    return results
+
+
+def first_failure(folder: Path, mutation: Mutation, model_of: Callable[[str], torch.nn.Module]) -> Optional[Result]:
+    """What notices a mutation first, of the cases that the folder has; None if nothing does.
+
+    Args:
+        model_of: from an architecture to the model with the official weights.
+    """
+    for case in mutation.cases:
+        if not (folder / f"{case}.npz").exists():
+            continue
+        model, arrays = model_of(architecture_of(case)), load_case(folder, case)
+        with mutated(mutation, model):
+            results = (check_inference if case.startswith("ref_") else check_training)(model, case, arrays)
+        model.float()
+        failed = next((result for result in results if not result.passed), None)
+        if failed:
+            return failed
+    return None
+
+
+def run_mutations(folder: Path, names: List[str]) -> int:
+    """Run the check under each mutation; the number of those that nothing notices."""
+    manifests, uncaught = load_manifests(folder), 0
+
+    @functools.lru_cache(maxsize=2)
+    def model_of(architecture: str) -> torch.nn.Module:
+        return filled_model(architecture, manifests[architecture]["state_dict"])
+
+    for name in names:
+        failed = first_failure(folder, MUTATIONS[name], model_of)
+        uncaught += failed is None
+        how = f"caught by {failed.case}, {failed.name}: {failed.difference:.2e}" if failed else "NOT CAUGHT"
+        print(f"{name:44s} {how}", flush=True)
+    print(f"{len(names) - uncaught} of {len(names)} mutations caught")
+    return uncaught
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--references", type=Path, default=COMMITTED, help="folder with the recorded tensors")
+    parser.add_argument("--architecture", action="append", help="only this one, such as ins_r50 (can be repeated)")
+    parser.add_argument("--mutate", metavar="NAME", help=f"all, or one of: {', '.join(MUTATIONS)}")
+    args = parser.parse_args()
+    if args.mutate:
+        if args.mutate not in ("all", *MUTATIONS):
+            parser.error(f"--mutate {args.mutate}: use all, or one of {', '.join(MUTATIONS)}")
+        names = list(MUTATIONS) if args.mutate == "all" else [args.mutate]
+        return int(run_mutations(args.references, names) > 0)
+
+    cases = find_cases(args.references)
+    if args.architecture:
+        cases = [case for case in cases if architecture_of(case) in args.architecture]
+    if not cases:
+        parser.error(f"{args.references}: there are no reference files (ref_*.npz, train_*.npz)")
+    results = run_checks(args.references, cases)
+    print_table(results)
+    failed = [result for result in results if not result.passed]
+    print(f"\n{len(results)} compared, 0 skipped, {len(failed)} beyond tolerance, in {len(cases)} reference files")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

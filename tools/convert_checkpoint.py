@@ -1,0 +1,85 @@
+#!/usr/bin/env python
+"""Write an official K-Net checkpoint (OpenMMLab) as a file of this project, .pth or .safetensors.
+
+MODEL.WEIGHTS takes the official files as they are; converted ones are smaller (they hold no optimiser state), have our
+names, and say which config they are for.
+"""
+
+import argparse
+import os
+import sys
+from typing import Dict, Optional, Tuple
+
+import torch
+
+from knet_d2 import __version__
+from knet_d2.checkpoint import LoadReport, as_checkpoint, load_file
+from knet_d2.checkpoint.fit import find_misfits
+from knet_d2.checkpoint.layouts import recognise
+from knet_d2.checkpoint.report import build_report
+from knet_d2.checkpoint.saving import save_weights
+from knet_d2.checkpoint.zoo import build_on_meta, fitting_entries
+from knet_d2.engine import load_config
+from knet_d2.errors import CheckpointError, KNetError
+from knet_d2.model_zoo import get_config_file, names
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", help="the official checkpoint, a .pth file")
+    parser.add_argument("output", help="the file to write: .pth or .safetensors")
+    parser.add_argument(
+        "--config",
+        metavar="NAME_OR_FILE",
+        help="name in the model zoo, or a config file; default: the model of the zoo that the checkpoint is of",
+    )
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    return parser
+
+
+def find_config(path: str, state_dict: Dict[str, torch.Tensor]) -> str:
+    """The name of the zoo's model that a checkpoint is of; schedules differ by the official names in file names.
+
+    Raises:
+        CheckpointError: no model, or several; names them.
+    """
+    fitting = fitting_entries(recognise(state_dict, state_dict.keys()).translation.state_dict)
+    named = [x for x in fitting if x.official_name and os.path.basename(path).startswith(x.official_name + "_")]
+    candidates = named or fitting
+    if len(candidates) == 1:
+        return candidates[0].name
+    if not candidates:
+        raise CheckpointError(f"{path}: of no model in the zoo. Give its config with --config FILE.")
+    found = " or ".join(x.name for x in candidates)
+    raise CheckpointError(f"{path}: may be of {found}. Give one of them with --config NAME.")
+
+
+def convert(path: str, config: Optional[str], opts: Tuple[str, ...]) -> Tuple[Dict[str, torch.Tensor], str, LoadReport]:
+    """Returns the parameters in our names, the config's name, and what became of each entry of the file."""
+    state_dict = as_checkpoint(load_file(path), path)["model"]
+    config = config or find_config(path, state_dict)
+    cfg = load_config(get_config_file(config) if config.removesuffix(".yaml") in names() else config, opts)
+    model_state = build_on_meta(cfg).state_dict()
+    layout = recognise(state_dict, model_state)
+    report = build_report(layout, state_dict, model_state)
+    reasons = find_misfits(report, layout, partial=False)
+    if reasons:
+        raise CheckpointError(f"{path} ({layout.name}) does not fit {config}: {'; '.join(reasons)}.")
+    loaded = set(report.loaded)
+    converted = {name: value for name, value in layout.translation.state_dict.items() if name in loaded}
+    return converted, config.removesuffix(".yaml"), report
+
+
+def main(args: argparse.Namespace) -> None:
+    converted, config, report = convert(args.input, args.config, tuple(args.opts))
+    metadata = {"config": config, "knet_d2_version": __version__, "source": os.path.basename(args.input)}
+    save_weights(args.output, converted, metadata)
+    print(report.as_text())
+    print(f"Wrote {args.output} for {config}")
+
+
+if __name__ == "__main__":
+    try:
+        main(get_parser().parse_args())
+    except KNetError as error:
+        sys.exit(f"Error: {error}")

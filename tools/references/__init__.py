@@ -1,0 +1,1 @@
+"""Comparison with tensors that the official K-Net computed, from weights that anyone can regenerate."""

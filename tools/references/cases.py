@@ -1,0 +1,145 @@
+"""The recorded cases, and models with the weights that they were computed with.
+
+A reference folder holds ``ref_<architecture>_<case>.npz`` (inference), ``train_<architecture>_<case>.npz`` (training)
+and the official state dicts' names and shapes, in ``manifests.json.gz`` or one ``manifest_*.json`` each.
+"""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+
+from knet_d2.checkpoint.key_table import translate_state_dict
+from knet_d2.checkpoint.openmmlab import openmmlab_rules
+from knet_d2.config import add_knet_config
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = ROOT / "tests" / "data" / "references"
+
+sys.path.append(str(ROOT / "tests"))
+from reference_fill import filled_state_dict  # noqa: E402
+
+# The config of every architecture that has an official state dict
+CONFIGS = {
+    "ins_r50": "coco/instance/knet_r50_fpn_1x.yaml",
+    "ins_r101": "coco/instance/knet_r101_fpn_3x.yaml",
+    "ins_r101dcn": "coco/instance/knet_r101_dcn_fpn_3x.yaml",
+    "pan_r50": "coco/panoptic/knet_r50_fpn_1x.yaml",
+    "pan_r101": "coco/panoptic/knet_r101_fpn_3x.yaml",
+    "pan_r101dcn": "coco/panoptic/knet_r101_dcn_fpn_3x.yaml",
+    "pan_swinl": "coco/panoptic/knet_swin_l_fpn_3x.yaml",
+    "seg_fcn": "ade20k/semantic/knet_fcn_r50_d8_80k.yaml",
+    "seg_psp": "ade20k/semantic/knet_pspnet_r50_d8_80k.yaml",
+    "seg_dlv3": "ade20k/semantic/knet_deeplabv3_r50_d8_80k.yaml",
+    "seg_uper": "ade20k/semantic/knet_upernet_r50_80k.yaml",
+    "seg_uper_swint": "ade20k/semantic/knet_upernet_swin_t_80k.yaml",
+    "seg_uper_swinl": "ade20k/semantic/knet_upernet_swin_l_80k.yaml",
+    "seg_uper_swinl640": "ade20k/semantic/knet_upernet_swin_l_640_80k.yaml",
+}
+
+
+class Result(NamedTuple):
+    """One recorded thing beside ours.
+
+    Attributes:
+        case: name of the reference file.
+        name: what was compared.
+        difference: relative to the largest recorded value, or the share of entries that differ.
+        tolerance: how much is allowed.
+    """
+
+    case: str
+    name: str
+    difference: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.tolerance  # False for NaN
+
+
+def architecture_of(case: str) -> str:
+    """ "ref_seg_uper_swint_b" -> "seg_uper_swint"."""
+    return case.split("_", 1)[1].rsplit("_", 1)[0]
+
+
+def find_cases(folder: Path) -> List[str]:
+    """Names of the reference files in a folder, those of one architecture together."""
+    cases = [path.stem for pattern in ("ref_*.npz", "train_*.npz") for path in folder.glob(pattern)]
+    order = list(CONFIGS)
+    return sorted(cases, key=lambda case: (order.index(architecture_of(case)), case))
+
+
+def load_case(folder: Path, case: str) -> Dict[str, np.ndarray]:
+    """The arrays of a reference file; "info" is its decoded description."""
+    with np.load(folder / f"{case}.npz", allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    arrays["info"] = json.loads(str(arrays.pop("info_json")))
+    return arrays
+
+
+def load_manifests(folder: Path) -> Dict[str, Dict[str, Any]]:
+    """Architecture -> {"num_params", "num_trainable", "state_dict": {official name: shape}}."""
+    packed = folder / "manifests.json.gz"
+    if packed.exists():
+        with gzip.open(packed, "rt") as f:
+            return json.load(f)
+    manifests = {}
+    for path in folder.glob("manifest_*.json"):
+        content = json.loads(path.read_text())
+        manifests[content["name"]] = {
+            "num_params": content["num_params"],
+            "num_trainable": content["num_trainable"],
+            "state_dict": {name: shape for name, shape, _ in content["state_dict"]},
+        }
+    return manifests
+
+
+def zoo_config(path: str, device: str = "cpu") -> CfgNode:
+    """The config of a file below configs/, for models without weights."""
+    cfg = get_cfg()
+    add_knet_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs" / path))
+    cfg.MODEL.WEIGHTS = ""
+    cfg.MODEL.DEVICE = device
+    return cfg
+
+
+def filled_model(architecture: str, shapes: Dict[str, List[int]]) -> torch.nn.Module:
+    """A model with the official weights of the rule, without dropout; every key has to find its place."""
+    cfg = zoo_config(CONFIGS[architecture])
+    cfg.MODEL.KNET.DROPOUT = 0.0
+    model = build_model(cfg)
+    official = filled_state_dict(shapes)
+    translation = translate_state_dict(official, openmmlab_rules(official), model.state_dict().keys())
+    if translation.unknown:
+        raise ValueError(f"{architecture}: no rule for {translation.unknown}")
+    model.load_state_dict(translation.state_dict)
+    return model
+
+
+def relative_difference(ours, recorded, scale: Optional[float] = None) -> float:
+    """Largest difference over the largest recorded value (or ``scale``); infinite where the shapes differ."""
+    ours = ours.detach().double().numpy() if isinstance(ours, torch.Tensor) else np.asarray(ours, np.float64)
+    recorded = np.asarray(recorded, np.float64)
+    if ours.shape != recorded.shape:
+        return float("inf")
+    if recorded.size == 0:
+        return 0.0
+    difference = np.abs(ours - recorded).max()
+    scale = np.abs(recorded).max() if scale is None else scale
+    return float(difference / scale) if scale else float(difference)
+
+
+def share_of_different(ours, recorded) -> float:
+    """How many of the entries differ; 1 where the shapes do."""
+    ours, recorded = np.asarray(ours), np.asarray(recorded)
+    if ours.shape != recorded.shape:
+        return 1.0
+    return float((ours != recorded).mean()) if recorded.size else 0.0

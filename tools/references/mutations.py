@@ -1,0 +1,212 @@
+"""Wrong versions of parts of the model: each of them has to make the comparison fail."""
+
+from contextlib import ExitStack, contextmanager
+from typing import Any, Callable, Iterator, NamedTuple, Sequence, Tuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+from knet_d2 import postprocessing
+from knet_d2.modeling import criterion, kernel_update, position_encoding, update_head
+from knet_d2.modeling.backbone import swin
+from knet_d2.modeling.static_kernels import semantic_fpn
+from knet_d2.structures import Match, Targets
+
+# What to replace: (owner, attribute, replacement)
+Patch = Tuple[Any, str, Any]
+
+INSTANCE, PANOPTIC = "ref_ins_r50_b", "ref_pan_r50_b"
+SWIN = "ref_seg_uper_swint_b"
+TRAINING, INSTANCE_TRAINING, SEMANTIC_TRAINING = "train_pan_r50_two", "train_ins_r50_noinst", "train_seg_fcn_two"
+
+
+class Mutation(NamedTuple):
+    """A wrong version.
+
+    Attributes:
+        patches: from the model to what has to be replaced.
+        cases: reference files that have to notice; one that does is enough.
+    """
+
+    patches: Callable[[torch.nn.Module], Sequence[Patch]]
+    cases: Sequence[str]
+
+
+@contextmanager
+def mutated(mutation: Mutation, model: torch.nn.Module) -> Iterator[None]:
+    """The mutation is in force within this context."""
+    with ExitStack() as stack:
+        for patch in mutation.patches(model):
+            stack.enter_context(mock.patch.object(*patch))
+        yield
+
+
+def _mean_gather(model) -> Sequence[Patch]:
+    def gather(weights: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
+        area = weights.sum(dim=(2, 3)).clamp(min=1)[..., None]
+        return kernel_update.gather_group_features(weights, feature) / area
+
+    return [(module, "gather_group_features", gather) for module in (semantic_fpn, update_head)]
+
+
+def _at_least(model) -> Sequence[Patch]:
+    return [(torch.Tensor, "__gt__", torch.Tensor.__ge__)]
+
+
+def _padding_not_cropped(model) -> Sequence[Patch]:
+    original = postprocessing.mask_probabilities
+
+    def probabilities(mask_logits, geometry):
+        return original(mask_logits, geometry._replace(image=geometry.padded))
+
+    return [(postprocessing, "mask_probabilities", probabilities)]
+
+
+def _sigmoid_first(model) -> Sequence[Patch]:
+    original = postprocessing.mask_probabilities
+
+    def probabilities(mask_logits, geometry):
+        # The logits of up-sampled probabilities, so that the sigmoid that follows changes nothing
+        with mock.patch.object(postprocessing, "upsample_masks", lambda x: _upsample(x.sigmoid()).logit()):
+            return original(mask_logits, geometry)
+
+    return [(postprocessing, "mask_probabilities", probabilities)]
+
+
+_upsample = postprocessing.upsample_masks
+
+
+def _stuff_over_things(model) -> Sequence[Patch]:
+    def labels(targets: Targets, match: Match, background: int) -> torch.Tensor:
+        _, instances = match
+        masks = torch.cat([targets.masks[instances], targets.stuff_masks])
+        classes = torch.cat([targets.classes[instances], targets.stuff_classes])
+        return criterion.last_nonzero(masks, classes, background)
+
+    return [(criterion, "dense_labels", labels)]
+
+
+def _things_over_stuff(model) -> Sequence[Patch]:
+    original, num_matched = criterion.rank_targets, model.bank.num_matched
+
+    def targets(positives):
+        image_then_stuff_first = 2 * positives.images + (positives.kernels < num_matched)
+        order = image_then_stuff_first.argsort(stable=True)
+        return original(positives._replace(kernels=positives.kernels[order], masks=positives.masks[order]))
+
+    return [(criterion, "rank_targets", targets)]
+
+
+def _normalised_by_things(model) -> Sequence[Patch]:
+    original = criterion.KNetCriterion._class_loss
+
+    def loss(self, logits, positives):
+        things = int((positives.kernels < self.bank.num_matched).sum())
+        return original(self, logits, positives) * max(1, len(positives.kernels)) / max(1, things)
+
+    return [(criterion.KNetCriterion, "_class_loss", loss)]
+
+
+def _encoding_x_first(model) -> Sequence[Patch]:
+    def encoding(x):
+        return torch.cat(position_encoding.sine_position_encoding(x).chunk(2, dim=1)[::-1], dim=1)
+
+    return [(semantic_fpn, "sine_position_encoding", encoding)]
+
+
+def _encoding_from_zero(model) -> Sequence[Patch]:
+    original = position_encoding._normalised_positions
+
+    def positions(length, x):
+        values = original(length, x)
+        return values - values[0]
+
+    return [(position_encoding, "_normalised_positions", positions)]
+
+
+def _without_bank(model) -> Sequence[Patch]:
+    original = semantic_fpn.SemanticFPNKernelHead.forward
+
+    def forward(self, features):
+        state = original(self, features)
+        learned = torch.zeros_like(state.kernels)
+        learned[:, : self.bank.num_matched] = self.instance_kernels.weight.flatten(1)
+        return state._replace(kernels=state.kernels - learned)
+
+    return [(semantic_fpn.SemanticFPNKernelHead, "forward", forward)]
+
+
+def _dice_without_squares(model) -> Sequence[Patch]:
+    def dice(logits, targets):
+        probs, targets = logits.sigmoid().flatten(1), targets.flatten(1)
+        value = criterion_dice((probs * targets).sum(1), probs.sum(1), targets.sum(1))
+        return (1 - value).sum() / max(len(value), 1)
+
+    return [(criterion, "dice_loss", dice)]
+
+
+def criterion_dice(intersection, area_a, area_b):
+    """Dice from areas that are not sums of squares."""
+    return 2 * intersection / (area_a + area_b + 2e-3)
+
+
+def _mean_over_owned(model) -> Sequence[Patch]:
+    def loss(logits, targets, ignore_value):
+        logits = F.interpolate(logits, targets.shape[-2:], mode="bilinear", align_corners=False)
+        return F.cross_entropy(logits, targets, ignore_index=ignore_value)
+
+    return [(criterion, "kernel_cross_entropy", loss)]
+
+
+def _own_matches(model) -> Sequence[Patch]:
+    original = criterion.KNetCriterion._match
+
+    def match(self, static_masks, stage_masks, stages, targets):
+        first = stage_masks[0][:, : self.bank.num_matched]
+        return original(self, first, stage_masks, stages, targets)
+
+    return [(criterion.KNetCriterion, "_match", match)]
+
+
+def _only_confident_compete(model) -> Sequence[Patch]:
+    original = postprocessing.assign_pixels
+
+    def assign(scores, mask_logits, geometry):
+        return original(scores.where(scores >= model.thing_score_threshold, 0), mask_logits, geometry)
+
+    return [(postprocessing, "assign_pixels", assign)]
+
+
+def _release_merging(model) -> Sequence[Patch]:
+    def forward(self, x):
+        x = swin.pad_to_multiple(x, 2)
+        neighbours = [x[:, y::2, x_::2] for x_ in (0, 1) for y in (0, 1)]
+        return self.reduction(self.norm(torch.cat(neighbours, dim=-1)))
+
+    return [(swin.PatchMerging, "forward", forward)]
+
+
+def _no_shift_mask(model) -> Sequence[Patch]:
+    original = swin.shifted_window_mask
+    return [(swin, "shifted_window_mask", lambda *args: torch.zeros_like(original(*args)))]
+
+
+MUTATIONS = {
+    "mean for sum in the gather": Mutation(_mean_gather, (INSTANCE, PANOPTIC)),
+    "at least for greater than": Mutation(_at_least, (INSTANCE, TRAINING)),
+    "padding not cropped": Mutation(_padding_not_cropped, (INSTANCE, PANOPTIC)),
+    "up-sampling after the sigmoid": Mutation(_sigmoid_first, (INSTANCE, PANOPTIC)),
+    "position encoding x first": Mutation(_encoding_x_first, (INSTANCE, PANOPTIC)),
+    "position encoding from 0": Mutation(_encoding_from_zero, (INSTANCE, PANOPTIC)),
+    "static kernels without the learned ones": Mutation(_without_bank, (INSTANCE, PANOPTIC)),
+    "low scores do not compete for pixels": Mutation(_only_confident_compete, (PANOPTIC,)),
+    "stuff over things in the dense target": Mutation(_stuff_over_things, (TRAINING,)),
+    "things over stuff in the rank target": Mutation(_things_over_stuff, (TRAINING,)),
+    "class loss normalised by things only": Mutation(_normalised_by_things, (TRAINING,)),
+    "dice without squares": Mutation(_dice_without_squares, (TRAINING, INSTANCE_TRAINING)),
+    "rank loss averaged over owned pixels": Mutation(_mean_over_owned, (TRAINING, SEMANTIC_TRAINING)),
+    "first stage matched on its own masks": Mutation(_own_matches, (TRAINING, INSTANCE_TRAINING)),
+    "patch merging in the Swin release's order": Mutation(_release_merging, (SWIN,)),
+    "shifted windows without a mask": Mutation(_no_shift_mask, (SWIN,)),
+}
