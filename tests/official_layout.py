@@ -23,8 +23,10 @@ def _expand(pattern, *values):
     return [pattern.format(*choice) for choice in product(*values)]
 
 
-def _resnet_names():
-    stem = ["conv1.weight", *_expand("bn1.{}", NORM), *_expand("stem.{}.weight", "036"), *_expand("stem.{}.{}", "147", NORM)]
+def _resnet_names(deep_stem):
+    stem = ["conv1.weight", *_expand("bn1.{}", NORM)]
+    if deep_stem:
+        stem = [*_expand("stem.{}.weight", "036"), *_expand("stem.{}.{}", "147", NORM)]
     block = [
         *_expand("conv{}.weight", "123"),
         *_expand("bn{}.{}", "123", NORM),
@@ -38,10 +40,10 @@ def _stage_names(head):
     return [f"{head}.{stage}.{layer.format(part)}" for stage in range(7) for layer in STAGE_LAYERS for part in WEIGHTS]
 
 
-def _detection_names():
+def _detection_names(deep_stem):
     conv = ("conv.weight", "gn.weight", "gn.bias")
     return [
-        *_resnet_names(),
+        *_resnet_names(deep_stem),
         *_expand("neck.{}_convs.{}.conv.{}", ("lateral", "fpn"), "0123", WEIGHTS),
         *_expand("rpn_head.localization_fpn.convs_all_levels.{}.conv{}.{}", "0123", "012", conv),
         *_expand("rpn_head.{}.{}", ("localization_fpn.conv_pred", "localization_fpn.aux_convs.0"), conv),
@@ -52,11 +54,11 @@ def _detection_names():
     ]
 
 
-def _segmentation_names():
+def _segmentation_names(deep_stem):
     conv = ("conv.weight", *(f"bn.{entry}" for entry in NORM))
     head = "decode_head.kernel_generate_head."
     return [
-        *_resnet_names(),
+        *_resnet_names(deep_stem),
         *_expand(head + "{}.{}", ("convs.0", "convs.1", "conv_cat"), conv),
         *_expand(head + "conv_seg.{}", WEIGHTS),
         *_expand("auxiliary_head.convs.0.{}", conv),
@@ -68,7 +70,8 @@ def _segmentation_names():
 def official_state_dict(model_state):
     """The official names and shapes of a K-Net's parameters (ResNet with FPN, or with an FCN head)."""
     detection = any(name.startswith("backbone.bottom_up.") for name in model_state)
-    names = _detection_names() if detection else _segmentation_names()
+    deep_stem = any("stem.conv2" in name for name in model_state)
+    names = _detection_names(deep_stem) if detection else _segmentation_names(deep_stem)
     rules, found = openmmlab_rules({"neck.": 0} if detection else {}), {}
     for name in names:
         ours = translate_key(name, find_rule(name, rules))
