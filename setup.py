@@ -32,6 +32,8 @@ setup(
     extras_require={
         # Those who have another build of OpenCV (opencv-python, a system package) don't want this one.
         "opencv": ["opencv-python-headless>=4.5"],
+        # Weights files that are no pickles at all
+        "safetensors": ["safetensors"],
         "test": ["pytest"],
     },
 )

@@ -113,7 +113,8 @@ class KNet(nn.Module):
         if knet.TASK != "semantic" and knet.NUM_KERNELS < 1:
             raise ConfigError(f"MODEL.KNET.NUM_KERNELS = {knet.NUM_KERNELS}: use at least 1.")
         if not -1 <= knet.TEST.STAGE <= knet.NUM_STAGES:
-            raise ConfigError(f"MODEL.KNET.TEST.STAGE = {knet.TEST.STAGE}: use -1, or 0 to NUM_STAGES = {knet.NUM_STAGES}.")
+            stages = f"-1, or 0 to {knet.NUM_STAGES} (MODEL.KNET.NUM_STAGES)"
+            raise ConfigError(f"MODEL.KNET.TEST.STAGE = {knet.TEST.STAGE}: use {stages}.")
         bank = KernelBank.for_task(
             knet.TASK,
             num_kernels=knet.NUM_KERNELS,

@@ -11,15 +11,14 @@ from urllib import request
 
 import pytest
 import torch
+from checkpoint_helpers import ROOT, Exploit, assert_same_state, load_tool, randomised, save
 from detectron2.utils.file_io import PathManager
 from helpers import tiny_config, tiny_model
-from test_openmmlab_checkpoint import Exploit, assert_same_state, load_tool, official_checkpoint, randomised, save
+from official_layout import official_checkpoint
 
 from knet_d2 import model_zoo
 from knet_d2.checkpoint import Checkpointer, download, zoo
 from knet_d2.errors import CheckpointError, ConfigError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 # ---------------------------------------------------------------- table

@@ -146,7 +146,8 @@ def test_one_step_and_one_prediction(path):
     torch.manual_seed(0)
     outcome = train_and_predict(zoo_config(path))
     assert all(0 <= loss < float("inf") for loss in outcome["losses"].values())
-    assert outcome["changed"] > 0.9 * outcome["trained"]
+    # Residual branches that start at 0 let no gradient through in the first step
+    assert outcome["changed"] > 0.75 * outcome["trained"]
     result = outcome["result"]
     if "instance" in path:
         assert len(result["instances"]) == 256 and result["instances"].pred_masks.shape[1:] == (48, 72)

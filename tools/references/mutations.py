@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from knet_d2 import postprocessing
 from knet_d2.modeling import criterion, kernel_update, position_encoding, update_head
 from knet_d2.modeling.backbone import swin
+from knet_d2.modeling.losses import dice_coefficient
 from knet_d2.modeling.static_kernels import semantic_fpn
 from knet_d2.structures import Match, Targets
 
@@ -64,17 +65,9 @@ def _padding_not_cropped(model) -> Sequence[Patch]:
 
 
 def _sigmoid_first(model) -> Sequence[Patch]:
-    original = postprocessing.mask_probabilities
-
-    def probabilities(mask_logits, geometry):
-        # The logits of up-sampled probabilities, so that the sigmoid that follows changes nothing
-        with mock.patch.object(postprocessing, "upsample_masks", lambda x: _upsample(x.sigmoid()).logit()):
-            return original(mask_logits, geometry)
-
-    return [(postprocessing, "mask_probabilities", probabilities)]
-
-
-_upsample = postprocessing.upsample_masks
+    original = postprocessing.upsample_masks
+    # The logits of up-sampled probabilities, so that the sigmoid that follows gives these back
+    return [(postprocessing, "upsample_masks", lambda mask_logits: original(mask_logits.sigmoid()).logit())]
 
 
 def _stuff_over_things(model) -> Sequence[Patch]:
@@ -140,15 +133,10 @@ def _without_bank(model) -> Sequence[Patch]:
 def _dice_without_squares(model) -> Sequence[Patch]:
     def dice(logits, targets):
         probs, targets = logits.sigmoid().flatten(1), targets.flatten(1)
-        value = criterion_dice((probs * targets).sum(1), probs.sum(1), targets.sum(1))
-        return (1 - value).sum() / max(len(value), 1)
+        coefficient = dice_coefficient((probs * targets).sum(1), probs.sum(1), targets.sum(1))
+        return (1 - coefficient).sum() / max(len(coefficient), 1)
 
     return [(criterion, "dice_loss", dice)]
-
-
-def criterion_dice(intersection, area_a, area_b):
-    """Dice from areas that are not sums of squares."""
-    return 2 * intersection / (area_a + area_b + 2e-3)
 
 
 def _mean_over_owned(model) -> Sequence[Patch]:
@@ -181,7 +169,7 @@ def _only_confident_compete(model) -> Sequence[Patch]:
 def _release_merging(model) -> Sequence[Patch]:
     def forward(self, x):
         x = swin.pad_to_multiple(x, 2)
-        neighbours = [x[:, y::2, x_::2] for x_ in (0, 1) for y in (0, 1)]
+        neighbours = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
         return self.reduction(self.norm(torch.cat(neighbours, dim=-1)))
 
     return [(swin.PatchMerging, "forward", forward)]
