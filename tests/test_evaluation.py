@@ -27,7 +27,7 @@ from knet_d2.evaluation.semantic import mean_iou
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("data"))
-    write_shapes(folder, num_images=12, seed=30, size=64)
+    write_shapes(folder, num_images=10, seed=58, size=64)
     return folder
 
 
