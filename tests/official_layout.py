@@ -15,7 +15,8 @@ attention.attn.in_proj_{} attention.attn.out_proj.{} attention_norm.{} ffn.layer
 kernel_update_conv.dynamic_layer.{} kernel_update_conv.input_layer.{} kernel_update_conv.input_gate.{}
 kernel_update_conv.update_gate.{} kernel_update_conv.norm_in.{} kernel_update_conv.norm_out.{}
 kernel_update_conv.input_norm_in.{} kernel_update_conv.input_norm_out.{} kernel_update_conv.fc_layer.{}
-kernel_update_conv.fc_norm.{} feat_transform.conv.{} cls_fcs.0.{} cls_fcs.1.{} fc_cls.{} mask_fcs.0.{} mask_fcs.1.{} fc_mask.{}
+kernel_update_conv.fc_norm.{} feat_transform.conv.{} cls_fcs.0.{} cls_fcs.1.{} fc_cls.{}
+mask_fcs.0.{} mask_fcs.1.{} fc_mask.{}
 """.split()
 
 
@@ -97,5 +98,5 @@ def official_checkpoint(model_state):
             "PALETTE": [(220, 20, 60), (119, 11, 32)],
         },
         "state_dict": state_dict,
-        "optimizer": {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
+        "optimizer": {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4}]},
     }

@@ -39,7 +39,7 @@ def refusal(model, path, **kwargs):
 # ---------------------------------------------------------------- whole models
 
 
-@pytest.mark.parametrize("task, name", [("instance", "model.pth"), ("panoptic", "model.pkl"), ("semantic", "no_ending")])
+@pytest.mark.parametrize("task, name", [("instance", "a.pth"), ("panoptic", "a.pkl"), ("semantic", "no_ending")])
 def test_official_checkpoint_loads_as_it_is(tmp_path, task, name):
     source, target = randomised(tiny_model(task)), tiny_model(task, seed=1)
     path = save(tmp_path, official_checkpoint(source.state_dict()), name)
@@ -158,7 +158,7 @@ def as_openmmlab(model):
 
 def as_swin_release(state):
     """The permutation of the merging layers has a test of its own; here they are constant along it."""
-    names = [("attention.", "attn."), ("mlp.0", "mlp.fc1"), ("mlp.2", "mlp.fc2"), ("patch_embed.projection", "patch_embed.proj")]
+    names = [("attention.", "attn."), ("mlp.0", "mlp.fc1"), ("mlp.2", "mlp.fc2"), ("embed.projection", "embed.proj")]
     content = {"head.weight": torch.zeros(3, 4), "head.bias": torch.zeros(3), "norm.weight": torch.zeros(4)}
     for name, value in state.items():
         if name.startswith("out_norms"):

@@ -115,7 +115,8 @@ def run(args: argparse.Namespace, chosen: List[str]) -> Optional[List[Row]]:
         return None
     different = [row.name for row in rows if not abs(row.difference) <= args.tolerance]
     if different:
-        raise KNetError(f"{len(different)} of {len(rows)} differ by more than {args.tolerance}: {', '.join(different)}.")
+        differing = ", ".join(different)
+        raise KNetError(f"{len(different)} of {len(rows)} differ by more than {args.tolerance}: {differing}.")
     return rows
 
 
