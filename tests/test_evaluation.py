@@ -192,11 +192,15 @@ def test_images_without_a_prediction_and_damaged_ground_truth_are_named(tmp_path
     evaluator.process([load_dataset(name)[0]], [_panoptic_output(ids, [{"id": 1, "isthing": False, "category_id": 0}])])
     with pytest.raises(DataError, match="panoptic.json has 1 images without a prediction, as 1"):
         evaluator.evaluate()
-    os.remove(tmp_path / "panoptic" / "0.png")
-    evaluator.reset()
-    evaluator.process([load_dataset(name)[0]], [_panoptic_output(ids, [{"id": 1, "isthing": False, "category_id": 0}])])
-    with pytest.raises(DataError, match="image 0 .*0.png"):
-        evaluator.evaluate()
+    png = tmp_path / "panoptic" / "0.png"
+    Image.open(png).crop((0, 0, 8, 5)).save(png)
+    for damage, message in ((lambda: None, "0.png is 8 x 5 pixels"), (png.unlink, "Panoptic PNG .*0.png does not exist")):
+        damage()
+        evaluator.reset()
+        output = _panoptic_output(ids, [{"id": 1, "isthing": False, "category_id": 0}])
+        evaluator.process([load_dataset(name)[0]], [output])
+        with pytest.raises(DataError, match=message):
+            evaluator.evaluate()
 
 
 def test_two_processes_together_give_the_figures_of_one(panoptic, monkeypatch):

@@ -179,8 +179,10 @@ def load_label_folder(image_root: str, label_root: str, label_map: np.ndarray) -
             f"{len(missing)} of {len(images)} images in {image_root} have no label map in {label_root}: the first is "
             f"{images[missing[0]]}, which needs {os.path.join(label_root, missing[0] + '.png')}."
         )
-    if len(labels) > len(images):
-        logger.warning("%d label maps in %s have no image in %s.", len(labels) - len(images), label_root, image_root)
+    unused = sorted(set(labels) - set(images))
+    if unused:
+        first = labels[unused[0]]
+        logger.warning("%d label maps have no image in %s, the first is %s.", len(unused), image_root, first)
     return [
         {"file_name": images[stem], "sem_seg_file_name": labels[stem], "sem_seg_label_map": label_map}
         for stem in sorted(images)

@@ -19,7 +19,7 @@ from detectron2.utils.file_io import PathManager
 from panopticapi.evaluation import PQStat, pq_compute_single_core
 from tabulate import tabulate
 
-from ..data.files import read_panoptic, segment_index
+from ..data.files import check_same_size, read_panoptic, segment_index
 from ..errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ class PanopticEvaluator(COCOPanopticEvaluator):
                 pair = (_with_areas(annotations[prediction["image_id"]], folder), copy.deepcopy(prediction))
                 return pq_compute_single_core(0, [pair], folder, self._folder.name, categories)
             except (KeyError, OSError, ValueError) as error:
+                _check_png(annotations[prediction["image_id"]], folder, prediction, self._folder.name)
                 raise DataError(
                     f"The panoptic ground truth of image {prediction['image_id']} in {self._metadata.panoptic_json} "
                     f"and {folder} can't be compared with the prediction: {error}."
@@ -130,6 +131,14 @@ class PanopticEvaluator(COCOPanopticEvaluator):
             for part in pool.map(compare, self._predictions):
                 statistics += part
         return statistics
+
+
+def _check_png(annotation: dict[str, Any], folder: str, prediction: dict[str, Any], prediction_folder: str) -> None:
+    """Raise the DataError of a ground-truth PNG that is missing, damaged or not of the prediction's size."""
+    path = os.path.join(folder, annotation["file_name"])
+    size = read_panoptic(path).shape[:2]
+    predicted_size = read_panoptic(os.path.join(prediction_folder, prediction["file_name"])).shape[:2]
+    check_same_size(path, size, f"{prediction['image_id']} (image_id)", predicted_size)
 
 
 def _with_areas(annotation: dict[str, Any], folder: str) -> dict[str, Any]:
