@@ -16,8 +16,9 @@ from knet_d2.modeling.matcher import HungarianMatcher
 from .cases import Result, relative_difference, share_of_different
 
 # Relative tolerances of the losses, and of the gradients' norms, by precision. A gradient norm in float32 has 1e-6
-# (instance), 7e-5 (panoptic) or 2e-3 (semantic) of rounding noise in the recordings already.
-LOSS_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-5}
+# (instance), 7e-5 (panoptic) or 2e-3 (semantic) of rounding noise in the recordings already. Ten times as much is
+# allowed: it differs between processors, as changing the image by half a rounding step changes norms by up to 2e-4.
+LOSS_TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-5}
 NORM_TOLERANCES = {torch.float64: {"instance": 1e-5, "panoptic": 1e-5, "semantic": 1e-5}}
 NORM_TOLERANCES[torch.float32] = {"instance": 1e-5, "panoptic": 7e-4, "semantic": 2e-2}
 # Of our gradients' first entries in float64; they are recorded in float32 only
@@ -94,6 +95,8 @@ def check_training(
         calls["match"] = _record_calls(stack, HungarianMatcher, "match")
         calls["cross_entropy"] = _record_calls(stack, criterion_module, "kernel_cross_entropy")
         calls["criterion"] = _record_calls(stack, criterion_module.KNetCriterion, "forward")
+        # oneDNN's float32 convolutions round by what suits the processor, up to 70 times the recorded noise
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         losses = model(make_batch(arrays, task))
         sum(losses.values()).backward()
     for name, buffer in buffers.items():
