@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
-from detectron2.modeling.meta_arch.semantic_seg import SEM_SEG_HEADS_REGISTRY
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 from detectron2.structures import ImageList
 from torch import nn
@@ -17,7 +16,7 @@ from .modeling.cascade import KernelUpdateCascade, static_predictions
 from .modeling.criterion import KNetCriterion
 from .modeling.precision import no_autocast
 from .modeling.resize import upsampled_size
-from .modeling.static_kernels import build_auxiliary_head
+from .modeling.static_kernels import build_auxiliary_head, build_static_kernels
 from .modeling.targets import build_targets
 from .postprocessing import ImageGeometry, instance_inference, panoptic_inference, semantic_inference
 from .structures import KernelBank, KernelState, StageOutput, Targets
@@ -121,14 +120,13 @@ class KNet(nn.Module):
             num_things=knet.NUM_THING_CLASSES,
             num_stuff=knet.NUM_STUFF_CLASSES,
         )
+        if cfg.TEST.DETECTIONS_PER_IMAGE < 0:
+            raise ConfigError(f"TEST.DETECTIONS_PER_IMAGE = {cfg.TEST.DETECTIONS_PER_IMAGE}: use 0 or more.")
         backbone = build_backbone(cfg)
         shape = backbone.output_shape()
-        missing = [name for name in cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES if name not in shape]
-        if missing:
-            raise ConfigError(f"MODEL.SEM_SEG_HEAD.IN_FEATURES has {missing}: the backbone gives {sorted(shape)}.")
         return {
             "backbone": backbone,
-            "sem_seg_head": SEM_SEG_HEADS_REGISTRY.get(cfg.MODEL.SEM_SEG_HEAD.NAME)(cfg, shape, bank),
+            "sem_seg_head": build_static_kernels(cfg, shape, bank),
             "cascade": KernelUpdateCascade(cfg, bank.num_classes),
             "criterion": KNetCriterion(cfg, bank),
             "bank": bank,

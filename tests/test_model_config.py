@@ -130,7 +130,10 @@ def test_all_arguments_come_from_the_config():
         ("panoptic", {"MODEL.KNET.TASK": "panoramic"}, "MODEL.KNET.TASK = 'panoramic'"),
         ("instance", {"MODEL.KNET.TEST.OUTPUTS": ["instances", "sem_seg"]}, r"TEST.OUTPUTS has \['sem_seg'\]"),
         ("panoptic", {"MODEL.SEM_SEG_HEAD.IN_FEATURES": ["p2", "p9"]}, r"IN_FEATURES has \['p9'\].*p5"),
+        ("panoptic", {"MODEL.SEM_SEG_HEAD.NAME": "SemSegFPNHead"}, "'SemSegFPNHead'.*'SemanticFPNKernelHead'"),
+        ("semantic", {"MODEL.SEM_SEG_HEAD.NAME": "FCNHead"}, "SEM_SEG_HEAD.NAME = 'FCNHead'.*'FCNKernelHead'"),
         ("panoptic", {"MODEL.KNET.NUM_THING_CLASSES": 0}, "NUM_THING_CLASSES"),
+        ("instance", {"TEST.DETECTIONS_PER_IMAGE": -1}, "TEST.DETECTIONS_PER_IMAGE = -1"),
     ],
 )
 def test_bad_configs_are_errors_that_name_the_key(task, options, message):

@@ -17,7 +17,7 @@ from .resize import upsample_masks
 
 
 class LossWeights(NamedTuple):
-    """Weight of every term; a term of weight 0 is not computed."""
+    """Weight of every term; mask, dice and rank are left out, with their keys, where it is 0."""
 
     class_: float
     mask: float

@@ -1,0 +1,31 @@
+"""The producer of static kernels that a config names."""
+
+from typing import Dict
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from torch import nn
+
+from ...errors import ConfigError
+from ...structures import KernelBank
+
+
+def build_static_kernels(cfg, input_shape: Dict[str, ShapeSpec], bank: KernelBank) -> nn.Module:
+    """The producer MODEL.SEM_SEG_HEAD.NAME for the features of a backbone.
+
+    Producers are registered as Detectron2's semantic heads; they take (cfg, input_shape, bank), return a
+    :class:`~knet_d2.structures.KernelState` and have a ``size_divisibility``.
+
+    Raises:
+        ConfigError: there is no producer of this name, or the backbone lacks a feature that it needs.
+    """
+    name, in_features = cfg.MODEL.SEM_SEG_HEAD.NAME, cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES
+    producers = {key: head for key, head in SEM_SEG_HEADS_REGISTRY if hasattr(head, "size_divisibility")}
+    if name not in producers:
+        raise ConfigError(
+            f"MODEL.SEM_SEG_HEAD.NAME = {name!r} gives no static kernels: use one of {sorted(producers)}."
+        )
+    missing = [feature for feature in in_features if feature not in input_shape]
+    if missing:
+        raise ConfigError(f"MODEL.SEM_SEG_HEAD.IN_FEATURES has {missing}: the backbone gives {sorted(input_shape)}.")
+    return producers[name](cfg, input_shape, bank)
