@@ -36,6 +36,9 @@ PARAMETERS = {
     "ade20k/semantic/knet_upernet_swin_l_640_80k.yaml": 214_722_752,
 }
 DETECTION = {
+    "INPUT.MAX_SIZE_TRAIN": 1333,
+    "INPUT.MIN_SIZE_TEST": 800,
+    "INPUT.MAX_SIZE_TEST": 1333,
     "SOLVER.BASE_LR": 1e-4,
     "SOLVER.BACKBONE_MULTIPLIER": 0.25,
     "SOLVER.WEIGHT_DECAY": 0.05,
@@ -61,7 +64,13 @@ SEMANTIC = {
     "SOLVER.WEIGHT_DECAY_NORM": 5e-4,
     "SOLVER.MAX_ITER": 80000,
     "SOLVER.STEPS": (60000, 72000),
+    "INPUT.MIN_SIZE_TRAIN": (256, 1024),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": "range",
+    "INPUT.MAX_SIZE_TRAIN": 4096,
+    "INPUT.MIN_SIZE_TEST": 512,
+    "INPUT.MAX_SIZE_TEST": 2048,
     "INPUT.CROP.SIZE": [512, 512],
+    "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": 0.75,
     "MODEL.BACKBONE.FREEZE_AT": 0,
 }
 SEMANTIC_SWIN = {**SEMANTIC, "SOLVER.BASE_LR": 6e-5, "SOLVER.WEIGHT_DECAY_NORM": 0.0}
@@ -79,8 +88,14 @@ SETTINGS = {
     },
     "ade20k/semantic/knet_fcn_r50_d8_80k.yaml": SEMANTIC,
     "ade20k/semantic/knet_upernet_r50_80k.yaml": SEMANTIC,
-    "ade20k/semantic/knet_upernet_swin_t_80k.yaml": SEMANTIC_SWIN,
-    "ade20k/semantic/knet_upernet_swin_l_640_80k.yaml": {**SEMANTIC_SWIN, "INPUT.CROP.SIZE": [640, 640]},
+    "ade20k/semantic/knet_upernet_swin_t_80k.yaml": {**SEMANTIC_SWIN, "MODEL.SWIN.DROP_PATH_RATE": 0.3},
+    "ade20k/semantic/knet_upernet_swin_l_640_80k.yaml": {
+        **SEMANTIC_SWIN,
+        "INPUT.MIN_SIZE_TRAIN": (320, 1280),
+        "INPUT.MIN_SIZE_TEST": 640,
+        "INPUT.CROP.SIZE": [640, 640],
+        "MODEL.SWIN.DROP_PATH_RATE": 0.4,
+    },
 }
 WEIGHTS = {
     "r50_fpn": "detectron2://ImageNetPretrained/torchvision/R-50.pkl",
