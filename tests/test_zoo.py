@@ -1,14 +1,18 @@
 """The configs of the published models: all there, with their schedules and sizes; they train and predict; ablations."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision  # noqa: F401  registers torch.ops.torchvision
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tools"))
 from check_configs import train_and_predict, zoo_config_files
 from references.cases import zoo_config
 
@@ -123,6 +127,43 @@ def test_number_of_parameters(path):
     assert num_parameters(path) == PARAMETERS[path]
 
 
+def documented(path):
+    """Parameters in millions and GFLOPs of a config in MODEL_ZOO.md."""
+    lines = (ROOT / "MODEL_ZOO.md").read_text().splitlines()
+    row = next(line for line in lines if f"(configs/{path})" in line)
+    return re.search(r"\| (\d+\.\d\d) \| (\d+\.\d) \| [^|]*\|$", row).groups()
+
+
+@pytest.mark.parametrize("path", PARAMETERS)
+def test_documented_number_of_parameters(path):
+    assert documented(path)[0] == f"{PARAMETERS[path] / 1e6:.2f}"
+
+
+def deform_conv_flops(x, weight, *args, out_shape, **kwargs):
+    """Of torchvision's deformable convolution, which PyTorch's counter does not know; two for a multiplication."""
+    return 2 * torch.Size(weight).numel() * torch.Size(out_shape).numel() // out_shape[1]
+
+
+@pytest.mark.parametrize(
+    "path, size",
+    [
+        ("coco/instance/knet_r50_fpn_3x_n256.yaml", (800, 1216)),
+        ("coco/panoptic/knet_r101_dcn_fpn_3x.yaml", (800, 1216)),
+        ("ade20k/semantic/knet_deeplabv3_r50_d8_80k.yaml", (512, 512)),
+        ("ade20k/semantic/knet_upernet_swin_l_640_80k.yaml", (640, 640)),
+    ],
+)
+def test_documented_flops(path, size):
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: deform_conv_flops}
+    )
+    with torch.device("meta"):
+        model = build_model(zoo_config(path, "meta")).eval().requires_grad_(False)
+        with counter:
+            model.cascade(model.sem_seg_head(model.backbone(torch.empty(1, 3, *size))))
+    assert documented(path)[1] == f"{counter.get_total_flops() / 2e9:.1f}"
+
+
 @pytest.mark.parametrize("path", SETTINGS)
 def test_schedule(path):
     cfg = zoo_config(path)
@@ -139,7 +180,7 @@ def test_schedule(path):
 def test_pretrained_backbone(path):
     cfg = get_cfg()
     add_knet_config(cfg)
-    cfg.merge_from_file(str(Path(__file__).parents[1] / "configs" / path))
+    cfg.merge_from_file(str(ROOT / "configs" / path))
     kind = next(kind for kind in WEIGHTS if kind in path)
     assert cfg.MODEL.WEIGHTS.endswith(WEIGHTS[kind])
 
