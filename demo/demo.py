@@ -2,7 +2,6 @@
 """Run K-Net on images, a video or a webcam; the command line is that of Detectron2's demo. See demo/README.md."""
 
 import argparse
-import glob
 import json
 import logging
 import os
@@ -17,13 +16,14 @@ from detectron2.utils.logger import setup_logger
 from detectron2.utils.video_visualizer import VideoVisualizer
 from PIL import Image
 
-from knet_d2.data.files import read_image
-from knet_d2.engine import Predictor, load_config
+from knet_d2.classes import ClassTable, categories
+from knet_d2.data.files import IMAGE_TYPES, find_images, read_image
+from knet_d2.engine import Predictor
 from knet_d2.errors import ConfigError, DataError, KNetError
-from knet_d2.results import categories, instance_results, panoptic_png, semantic_results
-from knet_d2.visualization import class_table, draw_prediction, main_output, output_metadata, to_cpu
+from knet_d2.inference.loading import resolve_model
+from knet_d2.results import instance_results, panoptic_png, semantic_results
+from knet_d2.visualization import draw_prediction, main_output, output_metadata, to_cpu
 
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 ESCAPE = 27
 
 logger = logging.getLogger("knet_d2.demo")
@@ -31,7 +31,7 @@ logger = logging.getLogger("knet_d2.demo")
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Segment images or videos with K-Net.")
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="path to config file")
+    parser.add_argument("--config-file", metavar="FILE", help="path to config file; default: the one in the weights")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", help="image files, folders of images, or quoted patterns as 'a/*.jpg'")
     source.add_argument("--video-input", metavar="FILE", help="video file")
@@ -45,39 +45,21 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def demo_config(args: argparse.Namespace) -> CfgNode:
-    """The config, with the confidence threshold where post-processing reads it."""
-    cfg = load_config(args.config_file, args.opts)
+def demo_model(args: argparse.Namespace) -> Tuple[CfgNode, ClassTable]:
+    """The config, with the confidence threshold where post-processing reads it, and the classes."""
+    cfg, classes = resolve_model(args.config_file, args.opts)
     cfg.MODEL.KNET.TEST.SCORE_THRESHOLD = args.confidence_threshold
     cfg.MODEL.KNET.TEST.THING_SCORE_THRESHOLD = args.confidence_threshold
-    if not cfg.MODEL.WEIGHTS:
-        raise ConfigError("MODEL.WEIGHTS is empty; add --opts MODEL.WEIGHTS path/to/model_final.pth.")
     cfg.freeze()
-    return cfg
-
-
-def find_images(inputs: List[str]) -> List[str]:
-    """The files that the arguments of --input stand for, in order."""
-    files: List[str] = []
-    for path in map(os.path.expanduser, inputs):
-        if os.path.isdir(path):
-            found = [
-                os.path.join(path, name) for name in sorted(os.listdir(path)) if name.lower().endswith(IMAGE_TYPES)
-            ]
-        else:
-            found = [path] if os.path.isfile(path) else sorted(glob.glob(path))
-        if not found:
-            raise DataError(f"--input {path}: no image there.")
-        files += found
-    return files
+    return cfg, classes
 
 
 class Demo:
     """Predicts and draws."""
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode, classes: ClassTable):
         self.predictor = Predictor(cfg)
-        self.classes = class_table(cfg)
+        self.classes = classes
         self._video_visualizer: Optional[VideoVisualizer] = None
 
     def predict(self, image: np.ndarray) -> Dict[str, Any]:
@@ -163,10 +145,10 @@ def show(title: str, picture: np.ndarray, milliseconds: int) -> bool:
         raise ConfigError("No window can be opened (no display, or OpenCV's headless build): use --output.") from e
 
 
-def run_on_images(args: argparse.Namespace, cfg: CfgNode) -> int:
+def run_on_images(args: argparse.Namespace, cfg: CfgNode, classes: ClassTable) -> int:
     """Returns the number of images that could not be read."""
     files = find_images(args.input)
-    demo = Demo(cfg)
+    demo = Demo(cfg, classes)
     results = ResultWriter(args.json, cfg, demo) if args.json else None
     written: List[str] = []
     failed = 0
@@ -198,14 +180,14 @@ def frames_of(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(frame[:, :, ::-1])
 
 
-def run_on_video(args: argparse.Namespace, cfg: CfgNode) -> None:
+def run_on_video(args: argparse.Namespace, cfg: CfgNode, classes: ClassTable) -> None:
     """Draw into every frame of a video file or of the webcam."""
     if args.video_input and not os.path.isfile(args.video_input):
         raise DataError(f"--video-input {args.video_input}: there is no such file.")
     video = cv2.VideoCapture(0 if args.webcam else args.video_input)
     if not video.isOpened():
         raise DataError(f"{'The webcam' if args.webcam else args.video_input} can't be read as a video.")
-    demo = Demo(cfg)
+    demo = Demo(cfg, classes)
     count = None if args.webcam else int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     writer = None
     try:
@@ -237,10 +219,10 @@ def open_video(args: argparse.Namespace, video: cv2.VideoCapture, size: Tuple[in
 
 def main(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    cfg = demo_config(args)
+    cfg, classes = demo_model(args)
     if args.input:
-        return 1 if run_on_images(args, cfg) else 0
-    run_on_video(args, cfg)
+        return 1 if run_on_images(args, cfg, classes) else 0
+    run_on_video(args, cfg, classes)
     return 0
 
 

@@ -12,4 +12,11 @@ if not runs_setup_command():
     from .meta_arch import KNet
     from .modeling import backbone, static_kernels  # noqa: F401  register their builders and heads
 
-    __all__ = ["KNet", "add_knet_config"]
+    __all__ = ["KNet", "add_knet_config", "load"]
+
+    def __getattr__(name: str) -> object:
+        if name == "load":
+            from .inference import load  # brings matplotlib, which training does without
+
+            return load
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,14 +7,6 @@ import pycocotools.mask as mask_util
 import torch
 from detectron2.structures import BoxMode, Instances
 
-from .visualization import ClassTable
-
-
-def categories(classes: ClassTable) -> List[Dict[str, Any]]:
-    """The classes that results refer to, by "id"."""
-    pairs = zip(classes.category_ids, classes.names)
-    return [{"id": i, "name": name, "isthing": n < classes.num_things} for n, (i, name) in enumerate(pairs)]
-
 
 def instance_results(instances: Instances, category_ids: Sequence[int]) -> List[Dict[str, Any]]:
     """Instances as in COCO's result format: category_id, score, bbox (x, y, width, height) and RLE."""

@@ -6,15 +6,14 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import Metadata, MetadataCatalog
-from detectron2.utils.colormap import colormap
+from detectron2.data import Metadata
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw
 from torch import nn
 
-from .data import KNetDatasetMapper, build_mapper, category_table, load_dataset
+from .classes import ClassTable, class_table
+from .data import KNetDatasetMapper, build_mapper, load_dataset
 from .data.files import read_image
-from .errors import KNetError
 
 # Shorter side below which a picture is enlarged, as text has a smallest readable size.
 _READABLE_SIZE = 320
@@ -22,44 +21,6 @@ _MARGIN = 8
 _TITLE_HEIGHT = 20
 # Instances below this score are left out of validation pictures.
 _PICTURE_SCORE = 0.3
-
-
-class ClassTable(NamedTuple):
-    """The K classes of a model, things first: names, contiguous ids in the data set's metadata, and colours."""
-
-    names: List[str]
-    category_ids: List[int]
-    colors: List[Tuple[int, int, int]]
-    num_things: int
-
-
-def class_table(cfg: CfgNode) -> ClassTable:
-    """Classes of a model of ``cfg`` (with its classes resolved); their ids are the names where none are known."""
-    knet = cfg.MODEL.KNET
-    sizes = (knet.NUM_THING_CLASSES, knet.NUM_STUFF_CLASSES)
-    ids = [*knet.THING_CATEGORY_IDS, *knet.STUFF_CATEGORY_IDS]
-    names = [str(i) for i in ids]
-    metadata = _known_metadata(cfg)
-    if metadata is not None:
-        try:
-            table = category_table(metadata, knet.TASK)
-        except KNetError:  # it is of another task, or its classes are known only when its files are read
-            metadata = None
-        else:
-            if (len(table.thing_names), len(table.stuff_names)) == sizes:
-                names = [*table.thing_names, *table.stuff_names]
-    palette = colormap(rgb=True, maximum=255).astype(int).tolist()
-    colors = [tuple(palette[i % len(palette)]) for i in range(len(ids))]
-    for i, category in enumerate(ids):
-        known = () if metadata is None else metadata.get("thing_colors" if i < sizes[0] else "stuff_colors", ())
-        if category < len(known):
-            colors[i] = tuple(known[category])
-    return ClassTable(names, ids, colors, sizes[0])
-
-
-def _known_metadata(cfg: CfgNode) -> Optional[Metadata]:
-    registered = [name for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if name in MetadataCatalog]
-    return MetadataCatalog.get(registered[0]) if registered else None
 
 
 def output_metadata(classes: ClassTable, output: str) -> Metadata:

@@ -19,10 +19,11 @@ from detectron2.engine import default_argument_parser
 from helpers import spread_scores
 from PIL import Image
 
+from knet_d2.classes import class_table
 from knet_d2.data.shapes.writer import write_shapes
 from knet_d2.engine import Predictor, Trainer, load_config
 from knet_d2.errors import ConfigError, DataError
-from knet_d2.visualization import Segment, class_table, draw_segments, ground_truth_segments, picture_sheet
+from knet_d2.visualization import Segment, draw_segments, ground_truth_segments, picture_sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_IMAGES = 4

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Write an official K-Net checkpoint (OpenMMLab) as a file of this project, .pth or .safetensors.
+"""Write an official K-Net checkpoint (OpenMMLab), or one of a training, as a file to share: .pth or .safetensors.
 
 MODEL.WEIGHTS takes the official files as they are; converted ones are smaller (they hold no optimiser state), have our
-names, and say which config they are for.
+names, and bring their config and class names, so that knet_d2.load needs nothing else.
 """
 
 import argparse
@@ -12,8 +12,7 @@ from typing import Dict, Optional, Tuple
 
 import torch
 
-from knet_d2 import __version__
-from knet_d2.checkpoint import LoadReport, as_checkpoint, load_file
+from knet_d2.checkpoint import LoadReport, as_checkpoint, describe_model, has_description, load_file, read_description
 from knet_d2.checkpoint.fit import find_misfits
 from knet_d2.checkpoint.layouts import recognise
 from knet_d2.checkpoint.report import build_report
@@ -26,12 +25,13 @@ from knet_d2.model_zoo import get_config_file, names
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", help="the official checkpoint, a .pth file")
+    parser.add_argument("input", help="the checkpoint, a .pth file")
     parser.add_argument("output", help="the file to write: .pth or .safetensors")
     parser.add_argument(
         "--config",
         metavar="NAME_OR_FILE",
-        help="name in the model zoo, or a config file; default: the model of the zoo that the checkpoint is of",
+        help="name in the model zoo, or a config file; default: the one in the checkpoint, or the model of the zoo that "
+        "it is of",
     )
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
     return parser
@@ -54,11 +54,19 @@ def find_config(path: str, state_dict: Dict[str, torch.Tensor]) -> str:
     raise CheckpointError(f"{path}: may be of {found}. Give one of them with --config NAME.")
 
 
-def convert(path: str, config: Optional[str], opts: Tuple[str, ...]) -> Tuple[Dict[str, torch.Tensor], str, LoadReport]:
-    """Returns the parameters in our names, the config's name, and what became of each entry of the file."""
-    state_dict = as_checkpoint(load_file(path), path)["model"]
-    config = config or find_config(path, state_dict)
-    cfg = load_config(get_config_file(config) if config.removesuffix(".yaml") in names() else config, opts)
+def convert(
+    path: str, config: Optional[str], opts: Tuple[str, ...]
+) -> Tuple[Dict[str, torch.Tensor], Dict[str, str], LoadReport]:
+    """Returns the parameters in our names, their description, and what became of each entry of the file."""
+    checkpoint = as_checkpoint(load_file(path), path)
+    state_dict = checkpoint["model"]
+    if config is None and not opts and has_description(checkpoint):
+        config, metadata = "the config in it", checkpoint["metadata"]
+        cfg = read_description(checkpoint, path).cfg
+    else:
+        config = config or find_config(path, state_dict)
+        cfg = load_config(get_config_file(config) if config.removesuffix(".yaml") in names() else config, opts)
+        metadata = describe_model(cfg)
     model_state = build_on_meta(cfg).state_dict()
     layout = recognise(state_dict, model_state)
     report = build_report(layout, state_dict, model_state)
@@ -67,15 +75,14 @@ def convert(path: str, config: Optional[str], opts: Tuple[str, ...]) -> Tuple[Di
         raise CheckpointError(f"{path} ({layout.name}) does not fit {config}: {'; '.join(reasons)}.")
     loaded = set(report.loaded)
     converted = {name: value for name, value in layout.translation.state_dict.items() if name in loaded}
-    return converted, config.removesuffix(".yaml"), report
+    return converted, {**metadata, "source": os.path.basename(path)}, report
 
 
 def main(args: argparse.Namespace) -> None:
-    converted, config, report = convert(args.input, args.config, tuple(args.opts))
-    metadata = {"config": config, "knet_d2_version": __version__, "source": os.path.basename(args.input)}
+    converted, metadata, report = convert(args.input, args.config, tuple(args.opts))
     save_weights(args.output, converted, metadata)
     print(report.as_text())
-    print(f"Wrote {args.output} for {config}")
+    print(f"Wrote {args.output}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,19 @@
 
 from . import download
 from .checkpointer import Checkpointer, write_atomically
+from .description import ModelDescription, describe_model, has_description, read_description
 from .loading import as_checkpoint, load_file
 from .report import LoadReport
 
-__all__ = ["Checkpointer", "LoadReport", "as_checkpoint", "download", "load_file", "write_atomically"]
+__all__ = [
+    "Checkpointer",
+    "LoadReport",
+    "ModelDescription",
+    "as_checkpoint",
+    "describe_model",
+    "download",
+    "has_description",
+    "load_file",
+    "read_description",
+    "write_atomically",
+]

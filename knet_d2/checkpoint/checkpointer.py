@@ -58,6 +58,7 @@ class Checkpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         partial: bool = False,
+        metadata: Optional[Dict[str, str]] = None,
         save_to_disk: Optional[bool] = None,
         **checkpointables: Any,
     ):
@@ -65,10 +66,12 @@ class Checkpointer(DetectionCheckpointer):
         Args:
             partial: True where a training starts: weights for another number of classes or kernels, or for the
                 backbone alone, will do, and the rest keeps its initialisation. False: each parameter must be there.
+            metadata: written into every file, see :func:`describe_model`.
             save_dir, save_to_disk, checkpointables: see Detectron2's.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.partial = partial
+        self.metadata = metadata or {}
         self.report: Optional[LoadReport] = None
 
     def save(self, name: str, tag: bool = True, **extra: Any) -> None:
@@ -82,6 +85,7 @@ class Checkpointer(DetectionCheckpointer):
             return
         data = {
             "model": self.model.state_dict(),
+            "metadata": self.metadata,
             **{k: v.state_dict() for k, v in self.checkpointables.items()},
             **extra,
         }

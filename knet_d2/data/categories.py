@@ -62,7 +62,9 @@ def resolve_classes(cfg: CfgNode) -> None:
     needed = {"instance": (knet.NUM_THING_CLASSES,), "semantic": (knet.NUM_STUFF_CLASSES,)}.get(
         knet.TASK, (knet.NUM_THING_CLASSES, knet.NUM_STUFF_CLASSES)
     )
-    complete = all(needed)
+    known_ids = (len(knet.THING_CATEGORY_IDS), len(knet.STUFF_CATEGORY_IDS))
+    # Ids for all classes: the config was resolved before, and a number that is 0 (no stuff) is meant
+    complete = all(needed) or (any(needed) and known_ids == (knet.NUM_THING_CLASSES, knet.NUM_STUFF_CLASSES))
     tables = _tables(cfg, required=not complete)
     if not tables and not complete:
         raise ConfigError(

@@ -1,5 +1,9 @@
 """Reading of images, label maps and panoptic PNGs; whatever is wrong with a file is a DataError that names it."""
 
+import glob
+import os
+from collections.abc import Sequence
+
 import numpy as np
 from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
@@ -7,6 +11,27 @@ from panopticapi.utils import rgb2id
 from PIL import Image
 
 from ..errors import DataError
+
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
+
+
+def find_images(inputs: Sequence[str]) -> list[str]:
+    """The image files that names of files and folders and patterns stand for, in order.
+
+    Raises:
+        DataError: one of them stands for none.
+    """
+    files: list[str] = []
+    for path in map(os.path.expanduser, inputs):
+        if os.path.isdir(path):
+            names = sorted(name for name in os.listdir(path) if name.lower().endswith(IMAGE_TYPES))
+            found = [os.path.join(path, name) for name in names]
+        else:
+            found = [path] if os.path.isfile(path) else sorted(glob.glob(path))
+        if not found:
+            raise DataError(f"{path}: no image there (files ending in {', '.join(IMAGE_TYPES)}).")
+        files += found
+    return files
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:

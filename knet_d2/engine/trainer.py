@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 
-from ..checkpoint import Checkpointer
+from ..checkpoint import Checkpointer, describe_model
 from ..data import build_test_loader, build_train_loader
 from ..errors import CheckpointError, ConfigError, KNetError
 from ..evaluation import build_evaluators
@@ -60,7 +60,9 @@ class Trainer(DefaultTrainer):
             model, optimizer, clip_gradients=optim.build_gradient_clipper(cfg), seed=cfg.SEED, dtype=dtype
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, partial=True, trainer=weakref.proxy(self))
+        self.checkpointer = Checkpointer(
+            model, cfg.OUTPUT_DIR, partial=True, metadata=describe_model(cfg), trainer=weakref.proxy(self)
+        )
         self.max_iter = cfg.SOLVER.MAX_ITER
         self._metrics_file = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
         self._last_written = -1

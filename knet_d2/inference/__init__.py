@@ -1,0 +1,7 @@
+"""Segmenting images with a model from one file, without data sets: what ``knet_d2.load`` gives."""
+
+from .loading import load
+from .prediction import Prediction, Segment
+from .predictor import ImagePredictor
+
+__all__ = ["ImagePredictor", "Prediction", "Segment", "load"]

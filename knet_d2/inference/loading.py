@@ -1,0 +1,71 @@
+"""From one file to a predictor."""
+
+import os
+from typing import Optional, Sequence, Tuple
+
+from detectron2.config import CfgNode
+
+from ..checkpoint import load_file, read_description
+from ..checkpoint.download import PREFIX
+from ..checkpoint.zoo import zoo_entry
+from ..classes import ClassTable, class_table
+from ..engine.setup import choose_device, load_config, merge_config
+from ..errors import ConfigError
+from ..paths import get_config_file
+from .predictor import ImagePredictor
+
+
+def load(
+    path: "str | os.PathLike[str]",
+    *,
+    confidence_threshold: float = 0.3,
+    device: Optional[str] = None,
+    config_file: Optional[str] = None,
+    opts: Sequence[str] = (),
+) -> ImagePredictor:
+    """A predictor from a weights file, which brings its config and its class names.
+
+    Args:
+        path: a ``.pth`` of a training, a ``.safetensors`` of tools/convert_checkpoint.py, or ``knet://<name>`` for an
+            official model.
+        confidence_threshold: instances and thing segments with a lower score are left out.
+        device: "cpu", "cuda", ...; None takes a GPU if there is one.
+        config_file: for weights that bring no config, the config file that they were trained with.
+        opts: further config options, KEY VALUE ...
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds weights alone and config_file is not given.
+    """
+    threshold = str(confidence_threshold)
+    opts = [
+        *("MODEL.KNET.TEST.SCORE_THRESHOLD", threshold, "MODEL.KNET.TEST.THING_SCORE_THRESHOLD", threshold),
+        *(("MODEL.DEVICE", device) if device else ()),
+        *opts,
+    ]
+    return ImagePredictor(*resolve_model(config_file, [*opts, "MODEL.WEIGHTS", os.fspath(path)]))
+
+
+def resolve_model(config_file: Optional[str], opts: Sequence[str]) -> Tuple[CfgNode, ClassTable]:
+    """The config and the classes of a model.
+
+    Args:
+        config_file: None takes both from the weights, or from the zoo where these are an official model's.
+        opts: KEY VALUE ...; without a config file, MODEL.WEIGHTS is one of the keys.
+
+    Raises:
+        ConfigError: there are no weights; or see :func:`load_config`.
+        CheckpointError: the weights bring no config.
+    """
+    weights = dict(zip(opts[0::2], opts[1::2])).get("MODEL.WEIGHTS", "")
+    if not config_file and weights.startswith(PREFIX):
+        config_file = get_config_file(zoo_entry(weights.removeprefix(PREFIX)).name + ".yaml")
+    if config_file:
+        cfg = load_config(config_file, opts)
+        classes, weights = class_table(cfg), cfg.MODEL.WEIGHTS
+    elif weights:
+        cfg, classes = read_description(load_file(weights), weights)
+        merge_config(cfg, "", opts)
+        cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, explicit="MODEL.DEVICE" in opts[0::2])
+    if not weights:
+        raise ConfigError("MODEL.WEIGHTS is empty; name the weights, as MODEL.WEIGHTS path/to/model_final.pth.")
+    return cfg, classes

@@ -1,0 +1,147 @@
+"""What is seen in one image: segments with masks as arrays, COCO RLE or polygons."""
+
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import cv2
+import numpy as np
+import torch
+
+from ..classes import ClassTable
+from ..errors import ConfigError
+from ..results import encode_mask
+from ..visualization import draw_segments, prediction_segments
+
+MASK_FORMATS = ("rle", "polygons")
+
+
+class Segment(NamedTuple):
+    """An object, a stuff region or a semantic class of an image; its mask is kept within its bounding box only.
+
+    Attributes:
+        label: index in the model's :class:`ClassTable`.
+        score: None for semantic segmentation.
+        crop: bool [h, w], the mask within its tight bounding box.
+        corner: (top, left) of the crop in the image.
+        size: (height, width) of the image.
+    """
+
+    label: int
+    score: Optional[float]
+    crop: np.ndarray
+    corner: Tuple[int, int]
+    size: Tuple[int, int]
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: np.ndarray,
+        label: int,
+        score: Optional[float] = None,
+        *,
+        corner: Tuple[int, int] = (0, 0),
+        size: Optional[Tuple[int, int]] = None,
+    ) -> "Optional[Segment]":
+        """The segment of a bool mask that lies at ``corner`` of an image of ``size``; None where the mask is empty."""
+        rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+        if not len(rows):
+            return None
+        top, left = rows[0], columns[0]
+        crop = mask[top : rows[-1] + 1, left : columns[-1] + 1].copy()
+        return cls(label, score, crop, (corner[0] + int(top), corner[1] + int(left)), size or mask.shape)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Bool [H, W]."""
+        mask = np.zeros(self.size, bool)
+        mask[self.window] = self.crop
+        return mask
+
+    @property
+    def window(self) -> Tuple[slice, slice]:
+        """Where the bounding box is in the image."""
+        (top, left), (height, width) = self.corner, self.crop.shape
+        return slice(top, top + height), slice(left, left + width)
+
+    @property
+    def box(self) -> Tuple[int, int, int, int]:
+        """Tight bounding box (x, y, width, height)."""
+        return self.corner[1], self.corner[0], self.crop.shape[1], self.crop.shape[0]
+
+    @property
+    def area(self) -> int:
+        """Number of pixels."""
+        return int(self.crop.sum())
+
+    def rle(self) -> Dict[str, Any]:
+        """The mask as COCO's compressed run-length encoding, with text instead of bytes."""
+        return encode_mask(torch.from_numpy(self.mask))
+
+    def polygons(self) -> List[List[float]]:
+        """The mask's outlines as COCO's polygons [x1, y1, x2, y2, ...], one for each connected part.
+
+        pycocotools makes the mask from them again, but for holes: COCO's polygons have none, so they are filled.
+        """
+        # Each pixel as 2 x 2, whose centres the outline then goes through: the pixel's own centre lies inside of it
+        enlarged = self.crop.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
+        contours, _ = cv2.findContours(enlarged, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        left_top = np.array(self.corner[::-1])
+        return [((contour[:, 0] + 0.5) / 2 + left_top).flatten().tolist() for contour in contours]
+
+
+class Prediction(NamedTuple):
+    """The segments of one image.
+
+    Attributes:
+        size: (height, width) of the image.
+        segments: instances by falling score; panoptic segments; or the semantic classes that are in the image.
+        classes: what their labels mean.
+    """
+
+    size: Tuple[int, int]
+    segments: List[Segment]
+    classes: ClassTable
+
+    @classmethod
+    def from_outputs(cls, outputs: Dict[str, Any], size: Tuple[int, int], classes: ClassTable) -> "Prediction":
+        """From a model's outputs for one image: its panoptic map, else its instances, else its semantic scores."""
+        segments = (Segment.from_mask(x.mask, x.label, x.score) for x in prediction_segments(outputs, classes))
+        return cls(size, [segment for segment in segments if segment is not None], classes)
+
+    def masks(self) -> np.ndarray:
+        """Bool [n, H, W]."""
+        masks = np.zeros((len(self.segments), *self.size), bool)
+        for mask, segment in zip(masks, self.segments):
+            mask[segment.window] = segment.crop
+        return masks
+
+    def segment_map(self) -> np.ndarray:
+        """int32 [H, W]: 1 + the index of the segment at each pixel, the best one where instances overlap; 0: none."""
+        found = np.zeros(self.size, np.int32)
+        for number in range(len(self.segments), 0, -1):
+            segment = self.segments[number - 1]
+            found[segment.window][segment.crop] = number
+        return found
+
+    def to_coco(self, masks: str = "rle") -> List[Dict[str, Any]]:
+        """The segments as in COCO's result format, ready for JSON.
+
+        Args:
+            masks: what "segmentation" is: "rle" or "polygons" (see :meth:`Segment.polygons` for what they lose).
+        """
+        if masks not in MASK_FORMATS:
+            raise ConfigError(f"masks = {masks!r}: use one of {MASK_FORMATS}; Prediction.masks() gives arrays.")
+        return [
+            {
+                "category_id": self.classes.category_ids[segment.label],
+                "category_name": self.classes.names[segment.label],
+                "score": segment.score,
+                "bbox": list(segment.box),
+                "area": segment.area,
+                "segmentation": segment.rle() if masks == "rle" else segment.polygons(),
+            }
+            for segment in self.segments
+        ]
+
+    def draw(self, image: np.ndarray) -> np.ndarray:
+        """Paint the segments over their image, uint8 [H, W, 3] RGB; a small one is enlarged."""
+        return draw_segments(image, self.segments, self.classes)

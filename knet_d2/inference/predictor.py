@@ -1,0 +1,114 @@
+"""A model with its classes, ready for image files, folders and arrays."""
+
+import logging
+import os
+from typing import Iterator, Optional, Sequence, Tuple, Union
+
+import numpy as np
+from detectron2.config import CfgNode
+
+from ..classes import ClassTable
+from ..data.files import find_images, read_image
+from ..engine.predictor import Predictor
+from ..errors import DataError
+from .prediction import Prediction
+from .tiles import predict_tiles
+
+logger = logging.getLogger(__name__)
+
+ORDERS = ("RGB", "BGR")
+
+
+class ImagePredictor:
+    """Segments images; made by :func:`knet_d2.load`.
+
+    Attributes:
+        classes: the names and ids of what it finds.
+        model: the network, in evaluation mode.
+        cfg: its config.
+    """
+
+    def __init__(self, cfg: CfgNode, classes: ClassTable):
+        """
+        Args:
+            cfg: with MODEL.WEIGHTS.
+        """
+        self._predictor = Predictor(cfg)
+        self.cfg = cfg
+        self.model = self._predictor.model
+        self.classes = classes
+
+    def __call__(
+        self,
+        image: Union[str, "os.PathLike[str]", np.ndarray],
+        order: Optional[str] = None,
+        *,
+        tile_size: Optional[int] = None,
+        tile_overlap: Optional[int] = None,
+    ) -> Prediction:
+        """
+        Args:
+            image: an image file, of which EXIF's rotation is applied; or an array, uint8 [H, W, 3].
+            order: of an array's channels: "RGB" (as from Pillow, imageio, matplotlib) or "BGR" (as from OpenCV). It
+                can't be told from an array, and the wrong one gives worse results without any sign, so it has no default.
+            tile_size: cut images that are larger into tiles of this many pixels a side, and join what is found in
+                them; so big images take no more memory than small ones, and small objects keep their size.
+            tile_overlap: pixels that neighbouring tiles share, by default a quarter of them; objects are joined by it.
+
+        Raises:
+            DataError: the file can't be read, or the array is no image.
+        """
+        if isinstance(image, np.ndarray):
+            pixels = _checked_array(image, order)
+        else:
+            if order is not None:
+                raise DataError(f"{image}: order = {order!r} is for arrays; the order in a file is known. Leave it out.")
+            pixels = read_image(_checked_file(os.fspath(image)), "BGR")
+        if tile_size is None:
+            return self._predict(pixels)
+        return predict_tiles(self._predict, pixels, tile_size, tile_size // 4 if tile_overlap is None else tile_overlap)
+
+    def images(
+        self, paths: Union[str, Sequence[str]], **options: Optional[int]
+    ) -> Iterator[Tuple[str, Prediction]]:
+        """The predictions of many files, one by one; those that can't be read are logged and left out.
+
+        Args:
+            paths: files, folders (whose images are taken, not those of folders in them), or patterns as "a/*.jpg".
+            options: tile_size and tile_overlap, see :meth:`__call__`.
+
+        Yields:
+            path of the file, and what is in it.
+        """
+        for path in find_images([paths] if isinstance(paths, str) else paths):
+            try:
+                prediction = self(path, **options)
+            except DataError as error:
+                logger.error(f"Skipped: {error}")
+                continue
+            yield path, prediction
+
+    def _predict(self, pixels: np.ndarray) -> Prediction:
+        """pixels: BGR."""
+        return Prediction.from_outputs(self._predictor(pixels), pixels.shape[:2], self.classes)
+
+
+def _checked_file(path: str) -> str:
+    if os.path.isdir(path):
+        raise DataError(f"{path}: is a folder; use predictor.images(folder), which gives its images one by one.")
+    return path
+
+
+def _checked_array(image: np.ndarray, order: Optional[str]) -> np.ndarray:
+    """The array in BGR order."""
+    if order not in ORDERS:
+        raise DataError(
+            f"order = {order!r}: say how an array's channels are ordered, order='RGB' (as from Pillow, imageio) or "
+            "order='BGR' (as from OpenCV)."
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise DataError(
+            f"The image is an array {image.dtype} {list(image.shape)}, expected uint8 [height, width, 3] with values "
+            "0 to 255. Scale floats by 255, repeat the one channel of grey images, leave out alpha."
+        )
+    return image[:, :, ::-1] if order == "RGB" else image

@@ -1,0 +1,144 @@
+"""Large images in tiles.
+
+Each pixel's result comes from the one tile in which it is farthest from the border, so tiles share out the image.
+What neighbouring tiles see in the strip that they share tells which of their objects are the same.
+"""
+
+from itertools import combinations
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from ..errors import ConfigError
+from .prediction import Prediction, Segment
+
+# Objects of two tiles are the same one if their masks agree at least so much where the tiles overlap.
+MIN_IOU = 0.5
+
+
+class Span(NamedTuple):
+    """A tile along one axis: pixels [start, stop), of which it gives the result of [own_start, own_stop)."""
+
+    start: int
+    stop: int
+    own_start: int
+    own_stop: int
+
+
+def tile_spans(length: int, tile_size: int, overlap: int) -> List[Span]:
+    """The fewest equal tiles that cover ``length`` pixels, neighbours sharing at least ``overlap``."""
+    if length <= tile_size:
+        return [Span(0, length, 0, length)]
+    count = -(-(length - overlap) // (tile_size - overlap))
+    starts = np.linspace(0, length - tile_size, count).round().astype(int).tolist()
+    borders = [(following + start + tile_size) // 2 for start, following in zip(starts, starts[1:])]
+    return [Span(s, s + tile_size, a, b) for s, a, b in zip(starts, [0, *borders], [*borders, length])]
+
+
+class _Part(NamedTuple):
+    """What one tile sees of a segment: the whole of it, and the part whose pixels are the tile's own."""
+
+    seen: Segment
+    own: Optional[Segment]
+
+
+def predict_tiles(
+    predict: Callable[[np.ndarray], Prediction], image: np.ndarray, tile_size: int, overlap: int
+) -> Prediction:
+    """The prediction for an image, joined from those for its tiles.
+
+    Args:
+        predict: gives the prediction for an image.
+        image: [H, W, 3].
+        tile_size, overlap: in pixels.
+    """
+    if not 0 < overlap < tile_size:
+        raise ConfigError(f"tile_overlap = {overlap}: use 1 to {tile_size - 1} pixels (tile_size = {tile_size}).")
+    rows, columns = (tile_spans(length, tile_size, overlap) for length in image.shape[:2])
+    if len(rows) == len(columns) == 1:
+        return predict(image)
+    tiles = [(y, x) for y in rows for x in columns]
+    parts: List[List[_Part]] = []
+    for y, x in tiles:
+        prediction = predict(image[y.start : y.stop, x.start : x.stop])
+        parts.append([_place(segment, y, x, image.shape[:2]) for segment in prediction.segments])
+    segments = _join(tiles, parts, prediction.classes.num_things)
+    return Prediction(image.shape[:2], segments, prediction.classes)
+
+
+def _place(segment: Segment, y: Span, x: Span, size: Tuple[int, int]) -> _Part:
+    seen = segment._replace(corner=(segment.corner[0] + y.start, segment.corner[1] + x.start), size=size)
+    return _Part(seen, _clip(seen, (y.own_start, y.own_stop), (x.own_start, x.own_stop)))
+
+
+def _clip(segment: Segment, y: Tuple[int, int], x: Tuple[int, int]) -> Optional[Segment]:
+    """The part of a segment in the rectangle of rows and columns [start, stop); None where it has none there."""
+    (top, left), (height, width) = segment.corner, segment.crop.shape
+    first, last = (max(y[0], top), max(x[0], left)), (min(y[1], top + height), min(x[1], left + width))
+    if first[0] >= last[0] or first[1] >= last[1]:
+        return None
+    crop = segment.crop[first[0] - top : last[0] - top, first[1] - left : last[1] - left]
+    return Segment.from_mask(crop, segment.label, segment.score, corner=first, size=segment.size)
+
+
+def _join(tiles: List[Tuple[Span, Span]], parts: List[List[_Part]], num_things: int) -> List[Segment]:
+    """One segment for all parts of an object, and for all parts of a stuff class; by falling score."""
+    owner = {(t, i): (t, i) for t, found in enumerate(parts) for i in range(len(found))}
+
+    def root(key: Tuple[int, int]) -> Tuple[int, int]:
+        while owner[key] != key:
+            key = owner[key]
+        return key
+
+    first_of_stuff: Dict[int, Tuple[int, int]] = {}
+    for key in owner:
+        label = parts[key[0]][key[1]].seen.label
+        if label >= num_things:
+            owner[key] = first_of_stuff.setdefault(label, key)
+    for a, b in combinations(range(len(tiles)), 2):
+        strip = [(max(p.start, q.start), min(p.stop, q.stop)) for p, q in zip(tiles[a], tiles[b])]
+        if all(start < stop for start, stop in strip):
+            for i, j in _same_objects(parts[a], parts[b], strip, num_things):
+                owner[root((b, j))] = root((a, i))
+
+    groups: Dict[Tuple[int, int], List[_Part]] = {}
+    for key in owner:
+        groups.setdefault(root(key), []).append(parts[key[0]][key[1]])
+    joined = [_union(group) for group in groups.values() if any(part.own is not None for part in group)]
+    return sorted(joined, key=lambda x: (-(x.score or 0), x.label))
+
+
+def _same_objects(
+    a: List[_Part], b: List[_Part], strip: List[Tuple[int, int]], num_things: int
+) -> List[Tuple[int, int]]:
+    """Pairs of things of two tiles with the same class and masks that agree in the strip that both tiles see."""
+    clipped = [[(i, _clip(part.seen, *strip)) for i, part in enumerate(found)] for found in (a, b)]
+    rows, columns = ([(i, s) for i, s in found if s is not None and s.label < num_things] for found in clipped)
+    ious = np.array([[_iou(p, q) if p.label == q.label else 0.0 for _, q in columns] for _, p in rows])
+    if not ious.size:
+        return []
+    pairs = zip(*linear_sum_assignment(ious, maximize=True))
+    return [(rows[i][0], columns[j][0]) for i, j in pairs if ious[i, j] >= MIN_IOU]
+
+
+def _iou(a: Segment, b: Segment) -> float:
+    shared = _clip(a, *((window.start, window.stop) for window in b.window))
+    if shared is None:
+        return 0.0
+    y, x = shared.corner[0] - b.corner[0], shared.corner[1] - b.corner[1]
+    common = int((shared.crop & b.crop[y : y + shared.crop.shape[0], x : x + shared.crop.shape[1]]).sum())
+    return common / (a.area + b.area - common)
+
+
+def _union(group: List[_Part]) -> Segment:
+    """The own parts of a group in one segment, with the best score."""
+    own = [part.own for part in group if part.own is not None]
+    top, left = (min(segment.corner[axis] for segment in own) for axis in (0, 1))
+    bottom, right = (max(segment.window[axis].stop for segment in own) for axis in (0, 1))
+    crop = np.zeros((bottom - top, right - left), bool)
+    for segment in own:
+        y, x = segment.corner[0] - top, segment.corner[1] - left
+        crop[y : y + segment.crop.shape[0], x : x + segment.crop.shape[1]] |= segment.crop
+    scores = [part.seen.score for part in group if part.seen.score is not None]
+    return Segment(own[0].label, max(scores, default=None), crop, (top, left), own[0].size)
