@@ -28,6 +28,7 @@ class Damage(NamedTuple):
         make: takes the content of a JSON, the array of a PNG, or the path of another file; returns the new array, or
             for a JSON the place in it that the fault has to name.
         level: "error" where training or evaluation would fail or be wrong.
+        also: what follows from the damage and may be told, too.
     """
 
     data: str
@@ -35,6 +36,7 @@ class Damage(NamedTuple):
     make: Callable
     level: str
     named: str = ""
+    also: tuple[str, ...] = ()
 
 
 def make_damage(root: str, damage: Damage) -> str:
@@ -330,10 +332,10 @@ DAMAGES = {
     ),
     "unreadable image: cut off": Damage(_LABELS, IMAGE, cut_off, ERROR),
     "unreadable image: a web page": Damage(_PANOPTIC, IMAGE, write_a_web_page, ERROR),
-    "image size": Damage(_INSTANCES, _JSON, _set_image(width=50), ERROR, IMAGE),
+    "image size": Damage(_INSTANCES, _JSON, _set_image(width=50), ERROR, IMAGE, also=("bad RLE",)),
     "image turned by EXIF": Damage(_INSTANCES, IMAGE, turn_by_exif, WARNING),
     "16-bit image": Damage(_LABELS, IMAGE, store_16_bits, ERROR),
-    "same picture": Damage(_PANOPTIC, IMAGE, copy_image, WARNING),
+    "same picture": Damage(_PANOPTIC, IMAGE, copy_image, WARNING, "images/000001.jpg"),
     # COCO instances
     "missing file": Damage(_INSTANCES, _JSON, os.remove, ERROR),
     "broken JSON": Damage(_INSTANCES, _JSON, cut_off, ERROR),
@@ -343,17 +345,15 @@ DAMAGES = {
     "missing key: area": Damage(_INSTANCES, _JSON, _drop("polygon", "area"), ERROR),
     "missing key: bbox": Damage(_INSTANCES, _JSON, _drop("polygon", "bbox"), ERROR),
     "no annotations": Damage(_INSTANCES, _JSON, _drop_annotations, ERROR),
-    "image id twice": Damage(_INSTANCES, _JSON, _same_image_id, ERROR),
+    "image id twice": Damage(_INSTANCES, _JSON, _same_image_id, ERROR, also=("unknown image",)),
     "image file twice": Damage(_INSTANCES, _JSON, _image_twice, ERROR),
     "annotation id twice": Damage(_INSTANCES, _JSON, _same_annotation_id, ERROR),
-    "annotation id 0": Damage(
-        _INSTANCES, _JSON, lambda c: c["annotations"][0].update(id=0) or "annotation 0", ERROR
-    ),
-    "category id twice": Damage(_INSTANCES, _JSON, _same_category_id, ERROR),
+    "annotation id 0": Damage(_INSTANCES, _JSON, lambda c: c["annotations"][0].update(id=0) or "annotation 0", ERROR),
+    "category id twice": Damage(_INSTANCES, _JSON, _same_category_id, ERROR, also=("unknown category",)),
     "category name twice": Damage(_INSTANCES, _JSON, _same_name, WARNING),
     "unused class": Damage(_INSTANCES, _JSON, _unused_category, WARNING),
     "unknown image": Damage(_INSTANCES, _JSON, _set("polygon", image_id=999), ERROR),
-    "unknown image: ids as text": Damage(_INSTANCES, _JSON, _ids_as_text, ERROR),
+    "unknown image: ids as text": Damage(_INSTANCES, _JSON, _ids_as_text, ERROR, also=("unused class",)),
     "unknown category": Damage(_INSTANCES, _JSON, _set("rle", category_id=999), ERROR),
     "ignored annotation": Damage(_INSTANCES, _JSON, _set("polygon", ignore=1), ERROR),
     "missing segmentation": Damage(_INSTANCES, _JSON, _set("polygon", segmentation=[]), ERROR),
@@ -376,11 +376,13 @@ DAMAGES = {
     # COCO panoptic
     "missing file: panoptic PNG": Damage(_PANOPTIC, _PNG, os.remove, ERROR),
     "unreadable PNG": Damage(_PANOPTIC, _PNG, cut_off, ERROR),
-    "PNG size": Damage(_PANOPTIC, _PNG, lambda a: a[:40], ERROR),
+    "PNG size": Damage(_PANOPTIC, _PNG, lambda a: a[:40], ERROR, also=("wrong area",)),
     "PNG without colours": Damage(_PANOPTIC, _PNG, lambda a: a[..., 0], ERROR),
     "PNG with red and blue swapped": Damage(_PANOPTIC, _PNG, lambda a: a[..., ::-1].copy(), ERROR),
     "unknown segment": Damage(_PANOPTIC, _PAN_JSON, _drop_segment, ERROR, _PNG),
-    "unknown segment: lossy file": Damage(_PANOPTIC, _PNG, save_as_jpeg, ERROR),
+    "unknown segment: lossy file": Damage(
+        _PANOPTIC, _PNG, save_as_jpeg, ERROR, also=("unpainted segment", "wrong area")
+    ),
     "unpainted segment": Damage(_PANOPTIC, _PAN_JSON, _new_segment, ERROR, _PNG),
     "segment id twice": Damage(_PANOPTIC, _PAN_JSON, _segment_twice, ERROR),
     "segment id 0": Damage(_PANOPTIC, _PAN_JSON, _void_segment, ERROR),
@@ -389,7 +391,9 @@ DAMAGES = {
     "stuff in pieces": Damage(_PANOPTIC, _PAN_JSON, _stuff_in_two_pieces, WARNING),
     "missing key: isthing": Damage(_PANOPTIC, _PAN_JSON, _no_isthing, ERROR),
     "no stuff": Damage(_PANOPTIC, _PAN_JSON, _all_things, ERROR),
-    "unknown image: of a PNG": Damage(_PANOPTIC, _PAN_JSON, _annotation_of_another_image, ERROR),
+    "unknown image: of a PNG": Damage(
+        _PANOPTIC, _PAN_JSON, _annotation_of_another_image, ERROR, also=("image without annotation",)
+    ),
     "image without annotation": Damage(_PANOPTIC, _PAN_JSON, _image_without_annotation, WARNING),
     # label maps
     "missing label map": Damage(_LABELS, _LABEL, os.remove, ERROR, IMAGE),

@@ -1,17 +1,25 @@
 """What knet_d2.data.check finds in damaged data sets, and that it finds nothing in whole ones."""
 
+import importlib.util
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import custom_entry, data_cfg
+import yaml
+from data_helpers import custom_entry, data_cfg, unique_name
 from dataset_damages import DAMAGES, ERROR, IMAGE, SIZE, make_damage
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from knet_d2.data.check import check_datasets
+from knet_d2.data.check import KINDS, check_datasets
 from knet_d2.data.shapes import write_shapes
+
+spec = importlib.util.spec_from_file_location("check_dataset", Path(__file__).parents[1] / "tools" / "check_dataset.py")
+program = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(program)
 
 TASKS = {"coco_instance": "instance", "coco_panoptic": "panoptic", "sem_seg": "semantic"}
 
@@ -19,7 +27,7 @@ TASKS = {"coco_instance": "instance", "coco_panoptic": "panoptic", "sem_seg": "s
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("data"))
-    write_shapes(folder, num_images=6, seed=33, size=SIZE)
+    write_shapes(folder, num_images=6, seed=30, size=SIZE)
     return folder
 
 
@@ -29,10 +37,10 @@ def root(pristine, tmp_path):
     return shutil.copytree(pristine, str(tmp_path / "copy"))
 
 
-def check(*entries, test=(), task=None, **options):
+def check(*entries, test=(), task=None):
     cfg = data_cfg(task or TASKS[entries[0]["type"]], custom=(*entries, *test), resolve=False)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (tuple(x["name"] for x in part) for part in (entries, test))
-    return check_datasets(cfg, **options)
+    return check_datasets(cfg)
 
 
 def test_there_are_enough_damages():
@@ -48,4 +56,183 @@ def test_damage_is_found_and_named(root, name):
     found = [fault for fault in report.faults if fault.kind == kind]
     assert any(fault.file == file and place in fault.where for fault in found), report.text()
     assert {fault.level for fault in found} == {damage.level}
-    assert report.failed == (damage.level == ERROR), report.text()
+    assert report.failed == (damage.level == ERROR)
+    assert {fault.kind for fault in report.faults} <= {kind, *damage.also}
+
+
+def test_names_of_damages_are_kinds_of_faults():
+    assert {name.split(":")[0] for name in DAMAGES} <= set(KINDS)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_whole_data_has_no_faults(pristine, kind):
+    report = check(custom_entry(kind, pristine))
+    assert report.faults == [] and not report.failed
+
+
+def test_counts(pristine):
+    """Against what the JSON states about each annotation, and the pixels of the label maps."""
+    with open(os.path.join(pristine, "instances.json")) as f:
+        content = json.load(f)
+    instances, panoptic, labels = (check(custom_entry(kind, pristine)).datasets[0] for kind in TASKS)
+    assert instances.num_images == panoptic.num_images == labels.num_images == 6
+    for row, category in zip(instances.table, content["categories"], strict=True):
+        of_class = [x for x in content["annotations"] if x["category_id"] == category["id"]]
+        plain = [x for x in of_class if not x["iscrowd"]]
+        assert row == {
+            "class": category["name"],
+            "images": len({x["image_id"] for x in plain}),
+            "instances": len(plain),
+            "small": sum(x["area"] < 1024 for x in plain),
+            "medium": sum(1024 <= x["area"] < 9216 for x in plain),
+            "large": 0,
+            "crowds": len(of_class) - len(plain),
+        }
+        same = next(x for x in panoptic.table if x["class"] == category["name"])
+        assert {**same, **row, "instances": same["segments"]} == {**same, "instances": len(plain)}
+    assert sum(row["crowds"] for row in instances.table) == 1
+    maps = [np.array(Image.open(os.path.join(pristine, "semantic", f"{i:06d}.png"))) for i in range(6)]
+    for i, row in enumerate(labels.table):
+        assert row["images"] == sum((x == i).any() for x in maps)
+        assert row["% of pixels"] == pytest.approx(
+            100 * sum((x == i).sum() for x in maps) / sum((x < 255).sum() for x in maps)
+        )
+    ignored = 100 * np.mean(np.stack(maps) == 255)
+    assert labels.summary == f"{ignored:.1f} % of the pixels ignored" and ignored > 1
+
+
+def test_masks_of_0_and_255(root):
+    """The usual masks of one object class: 255 is ignored unless the config says otherwise."""
+    for name in os.listdir(os.path.join(root, "semantic")):
+        path = os.path.join(root, "semantic", name)
+        labels = np.array(Image.open(path))
+        Image.fromarray(np.where(labels < 4, 255, 0).astype(np.uint8)).save(path)
+    entry = custom_entry("sem_seg", root, classes=["background", "object"])
+    assert [fault.kind for fault in check(entry).faults] == ["only one class"]
+    assert not check({**entry, "name": "masks_as_they_are", "ignore": [], "label_values": [0, 255]}).faults
+
+
+def test_what_is_wrong_between_training_and_validation(root, tmp_path):
+    other = str(tmp_path / "other")
+    write_shapes(other, num_images=6, seed=34, size=SIZE)
+    train, test = custom_entry("sem_seg", root), custom_entry("sem_seg", other)
+    assert check(train, test=[test]).faults == []
+    names = [*test["classes"][1:], test["classes"][0]]
+    (fault,) = check(train, test=[custom_entry("sem_seg", other, classes=names)]).faults
+    assert fault.kind == "other classes" and "class 0 is 'circle' in one and 'square' in the other" in fault.what
+    shutil.copyfile(os.path.join(root, IMAGE), os.path.join(other, "images", "000003.jpg"))
+    (fault,) = check(train, test=[test]).faults
+    assert fault.kind == "training image in validation"
+    assert fault.file.endswith("other/images/000003.jpg") and IMAGE in fault.what
+    # To try out whether a model can learn its training set is no mistake
+    assert check(train, test=[train]).faults == []
+
+
+def test_test_data_may_lack_classes_and_annotations(root):
+    for kind, key in (("coco_instance", "json"), ("coco_panoptic", "panoptic_json")):
+        train = custom_entry(kind, root)
+        with open(train[key]) as f:
+            content = json.load(f)
+        content["images"] = [{"id": 1, "file_name": "new.jpg", "height": 10, "width": 20}]
+        Image.new("RGB", (20, 10)).save(os.path.join(root, "images", "new.jpg"))
+        test = {**train, "name": unique_name("test"), key: os.path.join(root, "test.json")}
+        for left_out in ("annotations", "categories"):
+            content.pop(left_out)
+            with open(test[key], "w") as f:
+                json.dump(content, f)
+            faults = check(train, test=[test]).faults
+            assert [fault.kind for fault in faults] == ([] if left_out == "annotations" else ["missing key"]), faults
+
+
+@pytest.mark.parametrize("kind, most", [("coco_instance", 7), ("coco_panoptic", 7)])
+def test_more_instances_than_kernels(pristine, kind, most):
+    cfg = data_cfg(TASKS[kind], custom=(custom_entry(kind, pristine),), resolve=False)
+    report = check_datasets(cfg)
+    assert f"at most {most} instances in an image" in report.datasets[0].summary
+    cfg.MODEL.KNET.NUM_KERNELS = most - 1
+    (fault,) = check_datasets(cfg).faults
+    assert fault.kind == "more instances than kernels" and f"{most} instances" in fault.what
+
+
+def test_photos_turned_by_exif(root):
+    """Sizes as after turning are right, sizes as stored are wrong; where both are the same, nobody can tell."""
+    path = os.path.join(root, IMAGE)
+    image = Image.open(path).crop((0, 0, SIZE, SIZE - 8))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(path, exif=exif)
+
+    def kinds(height, width):
+        entry = custom_entry("coco_instance", root)
+        with open(entry["json"]) as f:
+            content = json.load(f)
+        content["images"][0].update(height=height, width=width)
+        content["annotations"] = [x for x in content["annotations"] if x["image_id"] != 1]
+        with open(entry["json"], "w") as f:
+            json.dump(content, f)
+        return [(fault.kind, "before its EXIF tag turns it" in fault.what) for fault in check(entry).faults]
+
+    assert kinds(SIZE, SIZE - 8) == []
+    assert kinds(SIZE - 8, SIZE) == [("image size", True)]
+    assert kinds(SIZE, SIZE) == [("image size", False)]
+
+
+def test_all_faults_are_found_at_once(root):
+    names = ("missing image", "bad polygon: odd", "bad RLE: counts", "empty mask", "unused class", "image file twice")
+    for name in names:
+        make_damage(root, DAMAGES[name])
+    report = check(custom_entry("coco_instance", root))
+    assert {fault.kind for fault in report.faults} == {name.split(":")[0] for name in names}
+
+
+def test_a_data_set_registered_in_python_is_read_as_in_training(root):
+    name = unique_name("stranger")
+    records = [
+        {"file_name": os.path.join(root, "images", f"{i:06d}.jpg"), "height": SIZE, "width": SIZE, "annotations": []}
+        for i in range(2)
+    ]
+    records[1]["annotations"] = [{"category_id": 0, "segmentation": [], "bbox": [0, 0, 9, 9]}]
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).thing_classes = ["thing"]
+    report = check_datasets(data_cfg("instance", name))
+    (fault,) = report.faults
+    assert (fault.kind, fault.file) == ("unusable", records[1]["file_name"]) and "missing, empty" in fault.what
+
+
+def test_text_lists_each_kind_once_and_json_has_everything(root):
+    path = os.path.join(root, "instances.json")
+    with open(path) as f:
+        content = json.load(f)
+    for annotation in content["annotations"]:
+        annotation["area"] = 0
+    content["categories"].append({"id": 9, "name": "unicorn"})
+    with open(path, "w") as f:
+        json.dump(content, f)
+    number = len(content["annotations"])
+    report = check(custom_entry("coco_instance", root))
+    text = report.text(most=3)
+    assert text.count("error: wrong area") == 1 and f"wrong area ({number})" in text
+    assert text.count(": annotation ") == 3 and f"... and {number - 3} more" in text
+    assert text.index("error:") < text.index("warning: unused class (1)") and KINDS["wrong area"].advice in text
+    assert text.endswith(f"{number} errors, 1 warnings.")
+    listed = json.loads(json.dumps(report.as_json()))
+    assert len(listed["faults"]) == number + 1 and listed["faults"][0]["level"] == "error"
+    assert listed["datasets"][0]["classes"] == report.datasets[0].table
+
+
+def test_program(root, tmp_path, capsys):
+    """Sheets of ground truth and the report, then exit code 1 and the fault on the console."""
+    entry = custom_entry("coco_panoptic", root)
+    config = tmp_path / "config.yaml"
+    content = {"MODEL": {"KNET": {"TASK": "panoptic"}}, "DATASETS": {"CUSTOM": [entry], "TRAIN": [entry["name"]]}}
+    config.write_text(yaml.safe_dump({**content, "DATASETS": {**content["DATASETS"], "TEST": []}}))
+    args = program.get_parser().parse_args(["--config-file", str(config), "--output", str(tmp_path / "out")])
+    assert program.main(args) == 0
+    sheet = np.asarray(Image.open(tmp_path / "out" / f"{entry['name']}.jpg"))
+    assert sheet.shape[1] == 4 * (336 + 8) + 8 and sheet.std() > 20
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["faults"] == []
+    assert "0 errors, 0 warnings." in capsys.readouterr().out
+    os.remove(os.path.join(root, IMAGE))
+    assert program.main(args) == 1
+    assert "missing image (1)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["faults"][0]["kind"] == "missing image"

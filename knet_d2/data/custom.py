@@ -17,7 +17,7 @@ from ..errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 IGNORE_LABEL = 255
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _registered: dict[str, dict[str, Any]] = {}
 
 
@@ -73,6 +73,7 @@ def _register_sem_seg(entry: dict[str, Any]) -> None:
         stuff_classes=classes,
         image_root=images,
         sem_seg_root=labels,
+        sem_seg_label_map=label_map,
         evaluator_type="sem_seg",
         ignore_label=IGNORE_LABEL,
     )
@@ -172,7 +173,7 @@ def load_label_folder(image_root: str, label_root: str, label_map: np.ndarray) -
         label_root: folder of PNGs that hold one class id per pixel.
         label_map: value in the PNG -> label, see read_sem_seg.
     """
-    images, labels = _files(image_root, _IMAGE_SUFFIXES), _files(label_root, (".png",))
+    images, labels = _files(image_root, IMAGE_SUFFIXES), _files(label_root, (".png",))
     missing = sorted(set(images) - set(labels))
     if missing:
         raise DataError(

@@ -1,0 +1,107 @@
+"""What COCO's instances and panoptic JSON have in common: images and categories with ids."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from detectron2.utils.file_io import PathManager
+
+from .faults import Fault
+from .images import ImageEntry
+
+
+def read_json(path: str, is_training: bool, faults: list[Fault]) -> dict[str, Any] | None:
+    """The content of a COCO JSON with the lists images, annotations and categories; None where it can't be had.
+
+    A JSON without "annotations" lists images to predict only, which is no fault unless ``is_training``.
+    """
+    if not PathManager.isfile(path):
+        faults.append(Fault("missing file", path, "", "does not exist"))
+        return None
+    try:
+        with PathManager.open(path) as f:
+            content = json.load(f)
+    except ValueError as error:
+        faults.append(Fault("broken JSON", path, "", f"is no valid JSON ({error})"))
+        return None
+    if not isinstance(content, dict):
+        faults.append(Fault("missing key", path, "", f"is a {type(content).__name__}, not COCO's mapping of lists"))
+        return None
+    if "annotations" not in content and not is_training:
+        content = {**content, "annotations": []}
+    missing = [key for key in ("images", "annotations", "categories") if not isinstance(content.get(key), list)]
+    faults += [Fault("missing key", path, "", f"lacks the list {key!r}") for key in missing]
+    if missing:
+        return None
+    if is_training and not content["annotations"]:
+        faults.append(Fault("no annotations", path, "", "has an empty list of annotations"))
+    return content
+
+
+def lacking(items: list[dict], keys: Iterable[str], path: str, what: str, faults: list[Fault]) -> list[dict]:
+    """The items that have all keys; the others are faults, at the place "<what> <id>"."""
+    complete = []
+    for i, item in enumerate(items):
+        missing = [key for key in keys if key not in item]
+        where = f"{what} {item['id']}" if "id" in item else f"{what}s[{i}]"
+        faults += [Fault("missing key", path, where, f"lacks {key!r}") for key in missing]
+        if not missing:
+            complete.append(item)
+    return complete
+
+
+def check_categories(categories: list[dict], path: str, faults: list[Fault]) -> None:
+    ids = Counter(category["id"] for category in categories)
+    faults += [
+        Fault("category id twice", path, f"category {i}", f"{count} categories have this id")
+        for i, count in ids.items()
+        if count > 1
+    ]
+    first: dict[str, Any] = {}
+    for category in categories:
+        other = first.setdefault(category["name"], category["id"])
+        if other != category["id"]:
+            what = f"is called {category['name']!r} as category {other} is"
+            faults.append(Fault("category name twice", path, f"category {category['id']}", what))
+
+
+def check_image_list(images: list[dict], path: str, faults: list[Fault]) -> None:
+    ids = Counter(image["id"] for image in images)
+    faults += [
+        Fault("image id twice", path, f"image {i}", f"{count} images have this id")
+        for i, count in ids.items()
+        if count > 1
+    ]
+    first: dict[str, Any] = {}
+    for image in images:
+        other = first.setdefault(image["file_name"], image["id"])
+        if other != image["id"]:
+            what = f"has the file_name {image['file_name']!r} as image {other} has"
+            faults.append(Fault("image file twice", path, f"image {image['id']}", what))
+
+
+def image_entries(images: list[dict], root: str) -> list[ImageEntry]:
+    entries = []
+    for image in images:
+        size = (image["height"], image["width"]) if "height" in image and "width" in image else None
+        entries.append(ImageEntry(os.path.join(root, image["file_name"]), f"image {image['id']}", size))
+    return entries
+
+
+def check_image_ids(annotations: list[dict], images: dict[Any, dict], path: str, faults: list[Fault]) -> list[dict]:
+    """The annotations of known images; the others are faults."""
+    known = []
+    as_text = {str(i) for i in images}
+    for annotation in annotations:
+        image_id = annotation["image_id"]
+        if image_id in images:
+            known.append(annotation)
+            continue
+        what = f"is for image_id {image_id!r}, which is not in images"
+        if str(image_id) in as_text:
+            what += f"; an image has this id as {'text' if isinstance(image_id, int) else 'a number'}"
+        where = f"annotation {annotation['id']}" if "id" in annotation else f"image {image_id}"
+        faults.append(Fault("unknown image", path, where, what))
+    return known

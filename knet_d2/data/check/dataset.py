@@ -1,0 +1,98 @@
+"""The data sets of a config: which check each has, and what is wrong between them."""
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.data.transforms import AugmentationList
+from tqdm import tqdm
+
+from ...errors import KNetError
+from ..build import load_dataset
+from ..categories import resolve_classes
+from ..mapper import build_mapper
+from .faults import ERROR, Fault
+from .instances import check_instances
+from .labels import check_labels
+from .panoptic import check_panoptic
+from .report import DatasetReport, Report, Use
+
+
+def check_datasets(cfg: CfgNode) -> Report:
+    """Check all of DATASETS.TRAIN and DATASETS.TEST for MODEL.KNET.TASK.
+
+    Args:
+        cfg: a config whose DATASETS.CUSTOM are registered; its classes are resolved where that is possible.
+    """
+    training, validation = list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)
+    reports = {name: _check_dataset(cfg, name) for name in dict.fromkeys([*training, *validation])}
+    all_reports = [report for of_name in reports.values() for report in of_name]
+    faults = list(dict.fromkeys(fault for report in all_reports for fault in report.faults))
+    faults += _find_shared_images(
+        [report for name in training for report in reports[name]],
+        [report for name in validation if name not in training for report in reports[name]],
+    )
+    if not faults:
+        try:
+            resolve_classes(cfg)
+        except KNetError as error:
+            faults.append(Fault("other classes", "", "", str(error)))
+    return Report(all_reports, faults)
+
+
+def _check_dataset(cfg: CfgNode, name: str) -> list[DatasetReport]:
+    problems: list[Fault] = []
+    records: list[dict] = []
+    try:
+        records = load_dataset(name)  # makes generated files; classes of some data sets are known only afterwards
+    except KNetError as error:
+        problems.append(Fault("unusable", name, "", str(error)))
+    reports = _check_files(cfg, name, MetadataCatalog.get(name)) or [_check_by_mapper(cfg, name, records)]
+    if not any(fault.level == ERROR for report in reports for fault in report.faults):
+        reports[0].faults += problems
+    return reports
+
+
+def _check_files(cfg: CfgNode, name: str, metadata: Metadata) -> list[DatasetReport]:
+    """The checks of known formats; none where a data set has another."""
+    kind = metadata.get("evaluator_type")
+    use = Use(name in cfg.DATASETS.TRAIN, cfg.MODEL.KNET.TASK, cfg.MODEL.KNET.NUM_KERNELS)
+    reports = []
+    if metadata.get("panoptic_json"):
+        paths = (metadata.panoptic_json, metadata.image_root, metadata.panoptic_root)
+        reports.append(check_panoptic(name, *paths, use))
+    if metadata.get("json_file") and kind in ("coco", "coco_panoptic_seg"):
+        reports.append(check_instances(name, metadata.json_file, metadata.image_root, use))
+    if kind == "sem_seg" and metadata.get("sem_seg_root"):
+        label_map = metadata.get("sem_seg_label_map")
+        paths = (metadata.image_root, metadata.sem_seg_root)
+        reports.append(check_labels(name, *paths, metadata.stuff_classes, label_map, use))
+    return reports
+
+
+def _check_by_mapper(cfg: CfgNode, name: str, records: list[dict]) -> DatasetReport:
+    """What reading each image with its ground truth for training says, of data sets in any other format."""
+    faults: list[Fault] = []
+    try:
+        cfg = cfg.clone()
+        resolve_classes(cfg)
+        mapper = build_mapper(cfg, is_train=True)
+        mapper.augmentations = AugmentationList([])
+    except KNetError as error:
+        return DatasetReport(name, [Fault("unusable", name, "", str(error))], len(records))
+    for record in tqdm(records, f"Reading {name}", unit="image", mininterval=1):
+        try:
+            mapper(record)
+        except KNetError as error:
+            faults.append(Fault("unusable", record["file_name"], "", str(error)))
+    return DatasetReport(name, faults, len(records))
+
+
+def _find_shared_images(training: list[DatasetReport], validation: list[DatasetReport]) -> list[Fault]:
+    """Images of the training sets, by content, that are in the validation sets, too."""
+    trained = {facts.digest: path for report in training for path, facts in report.images.items()}
+    return [
+        Fault("training image in validation", path, "", f"is {trained[facts.digest]} of the training set")
+        for report in validation
+        for path, facts in report.images.items()
+        if facts.digest in trained
+    ]

@@ -1,0 +1,97 @@
+"""The image files of a data set."""
+
+import difflib
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+from tqdm import tqdm
+
+from ...errors import DataError
+from ..files import read_image
+from .faults import Fault
+
+_EXIF_ORIENTATION = 0x0112
+MAX_THREADS = 8
+
+
+class ImageEntry(NamedTuple):
+    """An image as a data set lists it: path, the place that lists it, and (height, width) if stated there."""
+
+    path: str
+    where: str
+    size: tuple[int, int] | None = None
+
+
+class ImageFacts(NamedTuple):
+    """size: (height, width) as Detectron2 reads it; digest: equal for files with the same content."""
+
+    size: tuple[int, int]
+    digest: str
+
+
+def check_images(entries: list[ImageEntry]) -> tuple[dict[str, ImageFacts], list[Fault]]:
+    """Read all images.
+
+    Returns:
+        Facts by path of those that can be read, and what is wrong.
+    """
+    facts: dict[str, ImageFacts] = {}
+    faults: list[Fault] = []
+    first: dict[str, str] = {}
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        results = tqdm(pool.map(_check_image, entries), "Reading images", len(entries), unit="image", mininterval=1)
+        for entry, (found, problems) in zip(entries, results, strict=True):
+            faults += problems
+            if found is None or entry.path in facts:
+                continue
+            facts[entry.path] = found
+            same = first.setdefault(found.digest, entry.path)
+            if same != entry.path:
+                faults.append(Fault("same picture", entry.path, entry.where, f"has the same content as {same}"))
+    return facts, faults
+
+
+def _check_image(entry: ImageEntry) -> tuple[ImageFacts | None, list[Fault]]:
+    path, where, stated = entry
+    if not PathManager.isfile(path):
+        return None, [Fault("missing image", path, where, "does not exist" + _similar_file(path))]
+    try:
+        size = read_image(path, "RGB").shape[:2]
+        with PathManager.open(path, "rb") as f:
+            digest = hashlib.sha256(f.read()).hexdigest()
+            f.seek(0)
+            image = Image.open(f)
+            stored = (image.height, image.width)
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1)
+            deep = image.mode.startswith(("I", "F")) and np.asarray(image).max() > 255
+    except (DataError, OSError) as error:
+        return None, [Fault("unreadable image", path, where, str(error.__cause__ or error))]
+    faults = []
+    if deep:
+        faults.append(Fault("16-bit image", path, where, "has values above 255"))
+    if stated is not None and tuple(stated) != size:
+        what = f"is {size[1]} x {size[0]} pixels (width x height), but {stated[1]} x {stated[0]} are stated"
+        if turned and tuple(stated) == stored:
+            what += ", as it is stored, before its EXIF tag turns it"
+        faults.append(Fault("image size", path, where, what))
+    elif turned and (stated is None or stored == size):
+        faults.append(Fault("image turned by EXIF", path, where, "has an EXIF tag that turns or mirrors it"))
+    return ImageFacts(size, digest), faults
+
+
+def _similar_file(path: str) -> str:
+    """A hint where a file of nearly this name is there: other capitals, back slashes, another ending."""
+    folder, name = os.path.split(path.replace("\\", "/"))
+    if os.path.isfile(os.path.join(folder, name)):
+        return f"; {os.path.join(folder, name)} does: use / in file_name"
+    if not os.path.isdir(folder):
+        return f"; nor does its folder {folder}"
+    there = os.listdir(folder)
+    other_case = [x for x in there if x.lower() == name.lower()]
+    close = other_case or difflib.get_close_matches(name, there, 1, cutoff=0.9)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,136 @@
+"""Folders of images and label maps."""
+
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from ...errors import DataError
+from ..custom import IMAGE_SUFFIXES
+from ..files import read_labels
+from .faults import Fault
+from .images import MAX_THREADS, ImageEntry, check_images
+from .report import DatasetReport, Use
+
+_IGNORED = 255
+
+
+def check_labels(
+    name: str, image_root: str, label_root: str, classes: list[str], label_map: np.ndarray | None, use: Use
+) -> DatasetReport:
+    """Check all label maps of a folder, and the images that they belong to.
+
+    Args:
+        name: of the data set.
+        image_root, label_root: its folders; files in them belong together by their names.
+        classes: their names.
+        label_map: value in a label map -> class, 255 where ignored, -1 where it must not occur; None: 0, 1, ... are
+            the classes and 255 is ignored.
+        use: what the data set is for.
+    """
+    faults: list[Fault] = []
+    images = _files(image_root, IMAGE_SUFFIXES, faults)
+    labels = _files(label_root, (".png",), faults)
+    for stem in sorted(set(images) - set(labels)) if os.path.isdir(label_root) else ():
+        what = f"has no label map {os.path.join(label_root, stem + '.png')}"
+        faults.append(Fault("missing label map", images[stem], "", what))
+    for stem in sorted(set(labels) - set(images)):
+        faults.append(Fault("label map without image", labels[stem], "", f"has no image in {image_root}"))
+    facts, image_faults = check_images([ImageEntry(images[stem], "") for stem in sorted(images)])
+    if label_map is None:
+        label_map = np.full(256, -1, np.int16)
+        label_map[: len(classes)], label_map[_IGNORED] = np.arange(len(classes)), _IGNORED
+    counts = _Counts(classes, label_map)
+    stems = sorted(set(labels) & set(images))
+    paths = [labels[stem] for stem in stems]
+    sizes = [facts[images[stem]].size if images[stem] in facts else None for stem in stems]
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        values = tqdm(pool.map(_read_values, paths), "Reading label maps", len(paths), unit="image", mininterval=1)
+        for path, size, found in zip(paths, sizes, values, strict=True):
+            faults += [found] if isinstance(found, Fault) else counts.add(path, size, *found)
+    if use.is_training:
+        faults += counts.find_unused_classes(label_root)
+    return DatasetReport(name, image_faults + faults, len(images), counts.table(), counts.summary(), facts)
+
+
+def _files(root: str, suffixes: tuple[str, ...], faults: list[Fault]) -> dict[str, str]:
+    """Path below root without suffix -> path, of the files with one of the suffixes."""
+    if not os.path.isdir(root):
+        faults.append(Fault("missing folder", root, "", "does not exist"))
+    found = {}
+    for folder, _, names in os.walk(root, followlinks=True):
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            stem, suffix = os.path.splitext(os.path.relpath(path, root))
+            if suffix.lower() in suffixes:
+                found[stem] = path
+    return found
+
+
+def _read_values(path: str) -> tuple[tuple[int, int], dict[int, int]] | Fault:
+    """(height, width), and pixels by value; or why not."""
+    try:
+        labels = read_labels(path)
+    except DataError as error:
+        if error.__cause__ is None:
+            return Fault("label map in colour", path, "", "is a colour image")
+        return Fault("unreadable label map", path, "", str(error.__cause__))
+    values, counts = np.unique(labels, return_counts=True)
+    return labels.shape, dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+class _Counts:
+    """Looks at the values of one label map after the other, and counts."""
+
+    def __init__(self, classes: list[str], label_map: np.ndarray) -> None:
+        self._classes = classes
+        self._label_map = label_map
+        self._images: Counter = Counter()
+        self._pixels: Counter = Counter()
+
+    def add(
+        self, path: str, size: tuple[int, int] | None, shape: tuple[int, int], values: dict[int, int]
+    ) -> list[Fault]:
+        """size: of the image, where that could be read; shape, values: as _read_values gives them."""
+        faults = []
+        if size is not None and shape != size:
+            what = f"is {shape[1]} x {shape[0]} pixels (width x height), its image {size[1]} x {size[0]}"
+            faults.append(Fault("label map size", path, "", what))
+        found: Counter = Counter()
+        for value, count in values.items():
+            label = int(self._label_map[value]) if value < len(self._label_map) else -1
+            if label < 0:
+                what = f"{count} pixels have a value that is neither a class nor ignored"
+                faults.append(Fault("value of no class", path, f"value {value}", what))
+            else:
+                found[label] += count
+        if set(found) == {_IGNORED}:
+            faults.append(Fault("nothing labelled", path, "", "all pixels are ignored"))
+        self._images.update(found.keys())
+        self._pixels.update(found)
+        return faults
+
+    def find_unused_classes(self, label_root: str) -> list[Fault]:
+        if not self._pixels:
+            return []  # nothing was read at all
+        used = [i for i in range(len(self._classes)) if self._pixels[i]]
+        if len(used) == 1 and len(self._classes) > 1:
+            what = f"all labelled pixels are {self._classes[used[0]]!r}, of {len(self._classes)} classes"
+            return [Fault("only one class", label_root, "", what)]
+        return [
+            Fault("unused class", label_root, f"class {i}", f"{name!r} has no pixel")
+            for i, name in enumerate(self._classes)
+            if i not in used
+        ]
+
+    def table(self) -> list[dict]:
+        total = sum(self._pixels[i] for i in range(len(self._classes))) or 1
+        return [
+            {"class": name, "images": self._images[i], "% of pixels": 100 * self._pixels[i] / total}
+            for i, name in enumerate(self._classes)
+        ]
+
+    def summary(self) -> str:
+        return f"{100 * self._pixels[_IGNORED] / max(sum(self._pixels.values()), 1):.1f} % of the pixels ignored"

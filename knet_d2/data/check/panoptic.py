@@ -1,0 +1,220 @@
+"""COCO panoptic JSON with its PNGs and images."""
+
+import os
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from detectron2.utils.file_io import PathManager
+from panopticapi.utils import rgb2id
+from tqdm import tqdm
+
+from ...errors import DataError
+from ..files import read_panoptic
+from .coco import check_categories, check_image_ids, check_image_list, image_entries, lacking, read_json
+from .faults import Fault
+from .images import MAX_THREADS, check_images
+from .report import DatasetReport, Use, size_name
+
+# Unknown ids of a PNG that are named one by one; more are the work of a lossy file.
+_MOST_IDS = 5
+# Differences of an area from the number of pixels, as a part of it and in pixels, that are no matter.
+_AREA_PART, _AREA_PIXELS = 0.01, 4
+
+
+class _Png(NamedTuple):
+    """A PNG to look at: its annotation, and (height, width) of its image where that could be read."""
+
+    annotation: dict
+    path: str
+    size: tuple[int, int] | None
+
+
+def check_panoptic(name: str, json_file: str, image_root: str, panoptic_root: str, use: Use) -> DatasetReport:
+    """Check a COCO panoptic JSON, every segment in it, its PNGs and images.
+
+    Args:
+        name: of the data set.
+        json_file, image_root, panoptic_root: its paths.
+        use: what the data set is for; the task "panoptic" needs things and stuff.
+    """
+    faults: list[Fault] = []
+    content = read_json(json_file, use.is_training, faults)
+    if content is None:
+        return DatasetReport(name, faults)
+    images = lacking(content["images"], ("id", "file_name"), json_file, "image", faults)
+    categories = lacking(content["categories"], ("id", "name", "isthing"), json_file, "category", faults)
+    check_categories(categories, json_file, faults)
+    if len(categories) == len(content["categories"]):
+        faults += _check_kinds(categories, json_file, use.task)
+    check_image_list(images, json_file, faults)
+    facts, image_faults = check_images(image_entries(images, image_root))
+    by_id = {image["id"]: image for image in images}
+    keys = ("image_id", "file_name", "segments_info")
+    annotations = lacking(content["annotations"], keys, json_file, "annotation", faults)
+    annotations = check_image_ids(annotations, by_id, json_file, faults)
+    unannotated = set(by_id) - {x["image_id"] for x in annotations} if content["annotations"] else ()
+    for i in sorted(unannotated, key=str):
+        what = f"{by_id[i]['file_name']} has no annotation"
+        faults.append(Fault("image without annotation", json_file, f"image {i}", what))
+    pngs = []
+    for annotation in annotations:
+        image = os.path.join(image_root, by_id[annotation["image_id"]]["file_name"])
+        size = facts[image].size if image in facts else None
+        pngs.append(_Png(annotation, os.path.join(panoptic_root, annotation["file_name"]), size))
+    counts = _Counts({category["id"]: category for category in content["categories"] if "id" in category}, json_file)
+    for png, (found, areas) in zip(pngs, _check_pngs(pngs, json_file), strict=True):
+        faults += found
+        faults += counts.add(png.annotation, areas, use.num_kernels)
+    if use.is_training:
+        faults += counts.find_unused_classes()
+    return DatasetReport(name, image_faults + faults, len(images), counts.table(), counts.summary(), facts)
+
+
+def _check_kinds(categories: list[dict], path: str, task: str) -> list[Fault]:
+    if task == "semantic":
+        return []
+    faults = []
+    if not any(category["isthing"] for category in categories):
+        faults.append(Fault("no things", path, "", "none of its categories is a thing"))
+    if task == "panoptic" and all(category["isthing"] for category in categories):
+        faults.append(Fault("no stuff", path, "", "all its categories are things"))
+    return faults
+
+
+def _check_pngs(pngs: list[_Png], json_file: str) -> list[tuple[list[Fault], dict[int, int]]]:
+    """Faults, and pixels by segment id, of each."""
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        results = pool.map(lambda png: _check_png(png, json_file), pngs)
+        return list(tqdm(results, "Reading panoptic PNGs", len(pngs), unit="image", mininterval=1))
+
+
+def _check_png(png: _Png, json_file: str) -> tuple[list[Fault], dict[int, int]]:
+    annotation, path, size = png
+    faults = []
+    segments = [segment for segment in annotation["segments_info"] if "id" in segment]
+    where = f"image {annotation['image_id']}"
+    for i, count in Counter(segment["id"] for segment in segments).items():
+        if count > 1:
+            faults.append(Fault("segment id twice", json_file, f"{where}, segment {i}", f"occurs {count} times"))
+        if i == 0:
+            faults.append(Fault("segment id 0", json_file, f"{where}, segment 0", "has the id 0"))
+    if not PathManager.isfile(path):
+        return [*faults, Fault("missing file", path, where, "does not exist")], {}
+    try:
+        pixels = read_panoptic(path)
+    except DataError as error:
+        return [*faults, Fault("unreadable PNG", path, where, str(error.__cause__))], {}
+    if size is not None and pixels.shape[:2] != size:
+        shape = pixels.shape
+        what = f"is {shape[1]} x {shape[0]} pixels (width x height), its image {size[1]} x {size[0]}"
+        faults.append(Fault("PNG size", path, where, what))
+    areas = _areas(pixels)
+    expected = {segment["id"] for segment in segments} - {0}
+    return faults + _compare_ids(pixels, areas, expected, path, where), areas
+
+
+def _areas(pixels: np.ndarray) -> dict[int, int]:
+    """Pixels by segment id, without void."""
+    ids, counts = np.unique(rgb2id(pixels), return_counts=True)
+    return {i: count for i, count in zip(ids.tolist(), counts.tolist(), strict=True) if i}
+
+
+def _compare_ids(pixels: np.ndarray, areas: dict[int, int], expected: set[int], path: str, where: str) -> list[Fault]:
+    unknown, unpainted = sorted(set(areas) - expected), sorted(expected - set(areas))
+    if unknown and (pixels == pixels[..., :1]).all():
+        return [Fault("PNG without colours", path, where, "has the same red, green and blue everywhere")]
+    if unknown and not set(_areas(pixels[..., ::-1])) - expected:
+        return [Fault("PNG with red and blue swapped", path, where, "has its segments' ids with red and blue swapped")]
+    if len(unknown) > _MOST_IDS:
+        faults = [Fault("unknown segment", path, where, f"has {len(unknown)} ids that segments_info lacks")]
+    else:
+        faults = [
+            Fault("unknown segment", path, f"{where}, segment {i}", f"{areas[i]} pixels; segments_info lacks the id")
+            for i in unknown
+        ]
+    return faults + [
+        Fault("unpainted segment", path, f"{where}, segment {i}", "is in segments_info, but has no pixel")
+        for i in unpainted
+    ]
+
+
+class _Counts:
+    """Looks at segments of one image after the other, and counts."""
+
+    def __init__(self, categories: dict[Any, dict], path: str) -> None:
+        self._categories = categories
+        self._path = path
+        self._counts: dict[Any, Counter] = defaultdict(Counter)
+        self._images = 0
+        self._most = 0
+
+    def add(self, annotation: dict, areas: dict[int, int], num_kernels: int) -> list[Fault]:
+        """areas: pixels by segment id; empty where the PNG can't be read."""
+        faults: list[Fault] = []
+        image = f"image {annotation['image_id']}"
+        of_class: Counter = Counter()
+        for segment in annotation["segments_info"]:
+            missing = [key for key in ("id", "category_id") if key not in segment]
+            faults += [Fault("missing key", self._path, image, f"a segment lacks {key!r}") for key in missing]
+            if not missing:
+                where = f"{image}, segment {segment['id']}"
+                faults += self._add_segment(segment, areas.get(segment["id"], 0), where, of_class)
+        for category, count in of_class.items():
+            self._counts[category]["images"] += 1
+            if count > 1 and not self._is_thing(category):
+                what = f"has {count} segments of the stuff class {self._categories[category].get('name')!r}"
+                faults.append(Fault("stuff in pieces", self._path, image, what))
+        instances = sum(count for category, count in of_class.items() if self._is_thing(category))
+        if instances > num_kernels:
+            what = f"has {instances} instances, the model {num_kernels} kernels for them"
+            faults.append(Fault("more instances than kernels", self._path, image, what))
+        self._most, self._images = max(self._most, instances), self._images + 1
+        return faults
+
+    def _add_segment(self, segment: dict, area: int, where: str, of_class: Counter) -> list[Fault]:
+        category = segment["category_id"]
+        if category not in self._categories:
+            what = f"has category_id {category!r}, which is not in categories"
+            return [Fault("unknown category", self._path, where, what)]
+        counts = self._counts[category]
+        if segment.get("iscrowd"):
+            counts["crowds"] += 1
+        else:
+            of_class[category] += 1
+            counts["segments"] += 1
+        counts["pixels"] += area
+        if not area:
+            return []
+        if self._is_thing(category) and not segment.get("iscrowd"):
+            counts[size_name(area)] += 1
+        stated = segment.get("area", area)
+        if abs(stated - area) > max(_AREA_PIXELS, _AREA_PART * area):
+            return [Fault("wrong area", self._path, where, f"area is {stated}, but it has {area} pixels")]
+        return []
+
+    def _is_thing(self, category: Any) -> bool:
+        return bool(self._categories[category].get("isthing"))
+
+    def find_unused_classes(self) -> list[Fault]:
+        return [
+            Fault("unused class", self._path, f"category {i}", f"{category.get('name')!r} has no segment")
+            for i, category in self._categories.items()
+            if not self._counts[i]["segments"]
+        ]
+
+    def table(self) -> list[dict[str, Any]]:
+        total = sum(counts["pixels"] for counts in self._counts.values()) or 1
+        rows = []
+        ordered = sorted(self._categories.items(), key=lambda item: (not item[1].get("isthing"), str(item[0])))
+        for i, category in ordered:
+            counts = self._counts[i]
+            columns = ("images", "segments", "small", "medium", "large", "crowds")
+            row = {"class": category.get("name"), "thing": "yes" if category.get("isthing") else ""}
+            row.update({column: counts[column] for column in columns})
+            rows.append({**row, "% of pixels": 100 * counts["pixels"] / total})
+        return rows
+
+    def summary(self) -> str:
+        return f"at most {self._most} instances in an image"

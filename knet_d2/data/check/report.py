@@ -1,0 +1,93 @@
+"""What a check found, as text and as JSON."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
+
+from .faults import ERROR, KINDS, Fault
+from .images import ImageFacts
+
+# COCO's: areas in pixels of the original image.
+_SMALL, _MEDIUM = 32**2, 96**2
+
+
+def size_name(area: int) -> str:
+    return "small" if area < _SMALL else "medium" if area < _MEDIUM else "large"
+
+
+class Use(NamedTuple):
+    """What a data set is for: whether it is trained on, for which MODEL.KNET.TASK, by how many instance kernels."""
+
+    is_training: bool
+    task: str
+    num_kernels: int
+
+
+@dataclass
+class DatasetReport:
+    """Of one data set.
+
+    Attributes:
+        name: as registered.
+        faults: all that were found.
+        num_images: images that it lists.
+        table: a row per class.
+        summary: what else there is to count.
+        images: facts about its images by path.
+    """
+
+    name: str
+    faults: list[Fault]
+    num_images: int = 0
+    table: list[dict[str, Any]] = field(default_factory=list)
+    summary: str = ""
+    images: dict[str, ImageFacts] = field(default_factory=dict)
+
+    def text(self) -> str:
+        title = f"{self.name}: {self.num_images} images" + (f", {self.summary}" if self.summary else "")
+        return f"{title}\n{tabulate(self.table, headers='keys', tablefmt='simple', floatfmt='.2f')}"
+
+
+@dataclass
+class Report:
+    """Of all data sets of a config; faults has each of the data sets' faults once, and those between data sets."""
+
+    datasets: list[DatasetReport]
+    faults: list[Fault]
+
+    @property
+    def failed(self) -> bool:
+        """Whether training or evaluation would fail or be wrong."""
+        return any(fault.level == ERROR for fault in self.faults)
+
+    def text(self, most: int = 10) -> str:
+        """Counts, then faults by kind, errors first.
+
+        Args:
+            most: faults of one kind that are listed; the number of the others is told.
+        """
+        parts = [dataset.text() for dataset in self.datasets]
+        by_kind: dict[str, list[Fault]] = defaultdict(list)
+        for fault in self.faults:
+            by_kind[fault.kind].append(fault)
+        for kind, faults in sorted(by_kind.items(), key=lambda item: KINDS[item[0]].level):
+            lines = [f"{faults[0].level}: {kind} ({len(faults)}). {KINDS[kind].advice}"]
+            lines += [f"  {fault}" for fault in faults[:most]]
+            if len(faults) > most:
+                lines.append(f"  ... and {len(faults) - most} more")
+            parts.append("\n".join(lines))
+        errors = sum(fault.level == ERROR for fault in self.faults)
+        parts.append(f"{errors} errors, {len(self.faults) - errors} warnings.")
+        return "\n\n".join(parts)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for other programs."""
+        return {
+            "datasets": [
+                {"name": x.name, "images": x.num_images, "summary": x.summary, "classes": x.table}
+                for x in self.datasets
+            ],
+            "faults": [{"level": x.level, **x._asdict(), "advice": KINDS[x.kind].advice} for x in self.faults],
+        }
