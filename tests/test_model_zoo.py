@@ -12,12 +12,17 @@ from urllib import request
 import pytest
 import torch
 from checkpoint_helpers import ROOT, Exploit, assert_same_state, load_tool, randomised, save
+from data_helpers import custom_entry
+from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from helpers import tiny_config, tiny_model
 from official_layout import official_checkpoint
 
 from knet_d2 import model_zoo
 from knet_d2.checkpoint import Checkpointer, download, zoo
+from knet_d2.data import resolve_classes
+from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
+from knet_d2.engine import Trainer
 from knet_d2.errors import CheckpointError, ConfigError
 
 
@@ -65,19 +70,24 @@ def test_documented_table():
 # ---------------------------------------------------------------- downloads
 
 
-@pytest.fixture
-def published(tmp_path, monkeypatch):
+def publish(tmp_path, monkeypatch, cfg, metric):
     """A zoo of one tiny model, whose checkpoint is "published" in a folder; returns its entry and its model."""
-    model = randomised(tiny_model("panoptic"))
+    torch.manual_seed(0)
+    model = randomised(build_model(cfg))
     source = Path(save(tmp_path, official_checkpoint(model.state_dict()), "model.pth"))
     digits = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
     source = source.rename(tmp_path / f"tiny_2026-{digits}.pth")
     config = tmp_path / "tiny.yaml"
-    config.write_text(tiny_config("panoptic").dump())
-    entry = zoo.ZooEntry(str(config)[: -len(".yaml")], "tiny", {"PQ": 50.0}, "", source.as_uri())
+    config.write_text(cfg.dump())
+    entry = zoo.ZooEntry(str(config)[: -len(".yaml")], "tiny", {metric: 50.0}, "", source.as_uri())
     monkeypatch.setattr(zoo, "zoo_entries", lambda: {entry.name: entry})
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     return entry, model
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    return publish(tmp_path, monkeypatch, tiny_config("panoptic"), "PQ")
 
 
 def cached_files():
@@ -204,3 +214,17 @@ def test_verify_zoo(monkeypatch, capsys):
     assert math.isnan(row.ours) and "knet_r101_fpn_3x: it is broken" in tool.table([row])
     with pytest.raises(ValueError, match="1 of 1 differ"):
         tool.run(arguments, ["coco/panoptic/knet_r101_fpn_3x"])
+
+
+def test_verify_zoo_evaluates_what_it_downloads(tmp_path, monkeypatch):
+    write_shapes(str(tmp_path / "shapes"), 4, seed=1, size=64)
+    data = custom_entry("sem_seg", str(tmp_path / "shapes"))
+    options = {"MODEL.KNET.NUM_STUFF_CLASSES": len(THING_CLASSES) + len(STUFF_CLASSES), "DATALOADER.NUM_WORKERS": 0}
+    cfg = tiny_config("semantic", options)
+    cfg.DATASETS.CUSTOM, cfg.DATASETS.TEST, cfg.INPUT.MIN_SIZE_TEST = [data], (data["name"],), 64
+    entry, model = publish(tmp_path, monkeypatch, cfg, "mIoU")
+    row = load_tool("verify_zoo").verify(entry.name, str(tmp_path / "output"), ["MODEL.DEVICE", "cpu"])
+    resolve_classes(cfg)
+    expected = Trainer.test(cfg, model)["sem_seg"]["mIoU"]
+    assert row.error == "" and row.ours == pytest.approx(expected) and expected > 0.1
+    assert row.official == 50 and row.metric == "mIoU"

@@ -134,6 +134,11 @@ def test_weights_of_another_zoo_model_are_refused_by_its_name(tmp_path):
     semantic = save(tmp_path, {"state_dict": states["ade20k/semantic/knet_fcn_r50_d8_80k"]}, "semantic.pth")
     message = refusal(model, semantic, partial=True)
     assert message.endswith("It is a checkpoint for configs/ade20k/semantic/knet_fcn_r50_d8_80k.yaml.")
+    message = refusal(torch.nn.Linear(2, 2), semantic)
+    assert "none of the" in message
+    assert message.endswith("It is a checkpoint for configs/ade20k/semantic/knet_fcn_r50_d8_80k.yaml.")
+    with pytest.raises(CheckpointError, match="does not fit coco/instance/knet_r50_fpn_1x.*knet_r50_fpn_3x.yaml.$"):
+        load_tool("convert_checkpoint").convert(panoptic, "coco/instance/knet_r50_fpn_1x", ())
 
 
 # ---------------------------------------------------------------- pretrained backbones
@@ -305,6 +310,9 @@ def test_convert_tool(tmp_path, capsys):
     assert_same_state(model.state_dict(), target.state_dict())
     with pytest.raises(CheckpointError, match="does not fit coco/panoptic/knet_r50_fpn_1x"):
         tool.convert(source, "coco/panoptic/knet_r50_fpn_1x", ())
+    absent = str(tmp_path / "absent" / "x.pth")
+    with pytest.raises(CheckpointError, match=f"{absent}: can't be written"):
+        tool.main(tool.get_parser().parse_args([source, absent, "--config", str(config)]))
     with pytest.raises(CheckpointError, match="must end in"):
         tool.main(tool.get_parser().parse_args([source, str(tmp_path / "x.bin"), "--config", str(config)]))
 

@@ -17,7 +17,7 @@ from knet_d2.checkpoint.fit import find_misfits
 from knet_d2.checkpoint.layouts import recognise
 from knet_d2.checkpoint.report import build_report
 from knet_d2.checkpoint.saving import save_weights
-from knet_d2.checkpoint.zoo import build_on_meta, fitting_entries
+from knet_d2.checkpoint.zoo import build_on_meta, fitting_entries, fitting_hint
 from knet_d2.engine import load_config
 from knet_d2.errors import CheckpointError, KNetError
 from knet_d2.model_zoo import get_config_file, names
@@ -72,7 +72,8 @@ def convert(
     report = build_report(layout, state_dict, model_state)
     reasons = find_misfits(report, layout, partial=False)
     if reasons:
-        raise CheckpointError(f"{path} ({layout.name}) does not fit {config}: {'; '.join(reasons)}.")
+        hint = fitting_hint(layout.translation.state_dict) if layout.scope == "model" else ""
+        raise CheckpointError(f"{path} ({layout.name}) does not fit {config}: {'; '.join(reasons)}.{hint}")
     loaded = set(report.loaded)
     converted = {name: value for name, value in layout.translation.state_dict.items() if name in loaded}
     return converted, {**metadata, "source": os.path.basename(path)}, report

@@ -14,7 +14,7 @@ from .fit import find_misfits
 from .layouts import Layout, recognise
 from .loading import as_checkpoint, load_file
 from .report import LoadReport, build_report
-from .zoo import config_paths, fitting_entries
+from .zoo import fitting_hint
 
 _HEURISTICS = "?matching_heuristics=True"
 
@@ -160,15 +160,14 @@ class Checkpointer(DetectionCheckpointer):
         log(f"{path}\n{self.report.as_text()}")
 
     def _check_fit(self, path: str, layout: Layout) -> None:
-        if not self.report.loaded:
-            number = len(layout.translation.state_dict) + len(self.report.ignored) + len(layout.translation.unknown)
-            raise CheckpointError(
-                f"{path}: none of the {number} parameters in the weights file fits this model; "
-                "check MODEL.WEIGHTS against the config (it is a checkpoint of another model)."
-            )
         reasons = find_misfits(self.report, layout, self.partial)
-        if not reasons:
+        if self.report.loaded and not reasons:
             return
-        fitting = fitting_entries(layout.translation.state_dict) if layout.scope == "model" else []
-        hint = f" It is a checkpoint for {config_paths(fitting)}." if fitting else ""
-        raise CheckpointError(f"{path} ({layout.name}) does not fit this config: {'; '.join(reasons)}.{hint}")
+        hint = fitting_hint(layout.translation.state_dict) if layout.scope == "model" else ""
+        if self.report.loaded:
+            raise CheckpointError(f"{path} ({layout.name}) does not fit this config: {'; '.join(reasons)}.{hint}")
+        number = len(layout.translation.state_dict) + len(self.report.ignored) + len(layout.translation.unknown)
+        raise CheckpointError(
+            f"{path}: none of the {number} parameters in the weights file fits this model; "
+            f"check MODEL.WEIGHTS against the config (it is a checkpoint of another model).{hint}"
+        )

@@ -1,6 +1,6 @@
 """Writing parameters alone, to share them."""
 
-from typing import Dict, Mapping
+from typing import Any, Callable, Dict, Mapping
 
 import torch
 
@@ -16,6 +16,9 @@ def save_weights(path: str, state_dict: Mapping[str, torch.Tensor], metadata: Di
         path: ends in ".pth" ({"model": ..., "metadata": ...}) or ".safetensors".
         state_dict: in our names.
         metadata: about the parameters.
+
+    Raises:
+        CheckpointError: another ending, a missing package, or a file that can't be written.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     if path.endswith(".safetensors"):
@@ -23,8 +26,15 @@ def save_weights(path: str, state_dict: Mapping[str, torch.Tensor], metadata: Di
             from safetensors.torch import save
         except ImportError:
             raise CheckpointError(f"{path}: writing it needs a package; {SAFETENSORS_COMMAND}.") from None
-        write_atomically(path, lambda f: f.write(save(tensors, {"format": "pt", **metadata})))
+        _write(path, lambda f: f.write(save(tensors, {"format": "pt", **metadata})))
     elif path.endswith(".pth"):
-        write_atomically(path, lambda f: torch.save({"model": tensors, "metadata": metadata}, f))
+        _write(path, lambda f: torch.save({"model": tensors, "metadata": metadata}, f))
     else:
         raise CheckpointError(f"{path}: the name of a weights file must end in .pth or .safetensors.")
+
+
+def _write(path: str, write: Callable[[Any], None]) -> None:
+    try:
+        write_atomically(path, write)
+    except (OSError, RuntimeError) as e:  # PyTorch's writer turns a full disk into a RuntimeError
+        raise CheckpointError(f"{path}: can't be written ({e}).") from e

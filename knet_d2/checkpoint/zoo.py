@@ -71,14 +71,24 @@ def fitting_entries(state_dict: Mapping[str, torch.Tensor]) -> List[ZooEntry]:
     """
     shapes = _shapes(state_dict)
     is_semantic = not any(".class_branch." in name for name in shapes)
-    fitting = []
-    for entry in zoo_entries().values():
-        cfg = get_cfg()
-        add_knet_config(cfg)
-        cfg.merge_from_file(get_config_file(entry.name + ".yaml"))
-        if (cfg.MODEL.KNET.TASK == "semantic") == is_semantic and _shapes(build_on_meta(cfg).state_dict()) == shapes:
-            fitting.append(entry)
-    return fitting
+    return [
+        entry
+        for entry in zoo_entries().values()
+        if (_entry_config(entry.name).MODEL.KNET.TASK == "semantic") == is_semantic
+        and _entry_shapes(entry.name) == shapes
+    ]
+
+
+def _entry_config(name: str) -> CfgNode:
+    cfg = get_cfg()
+    add_knet_config(cfg)
+    cfg.merge_from_file(get_config_file(name + ".yaml"))
+    return cfg
+
+
+@functools.lru_cache(maxsize=None)
+def _entry_shapes(name: str) -> Dict[str, Tuple[int, ...]]:
+    return _shapes(build_on_meta(_entry_config(name)).state_dict())
 
 
 def build_on_meta(cfg: CfgNode) -> nn.Module:
@@ -94,6 +104,7 @@ def _shapes(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, Tuple[int, ...]
     return {name: tuple(value.shape) for name, value in state_dict.items() if not is_counter(name)}
 
 
-def config_paths(entries: List[ZooEntry]) -> str:
-    """The config files of entries, for messages."""
-    return " or ".join(os.path.join("configs", f"{entry.name}.yaml") for entry in entries)
+def fitting_hint(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """For messages: the config files that :func:`fitting_entries` finds, as a sentence; "" where there is none."""
+    paths = [os.path.join("configs", f"{entry.name}.yaml") for entry in fitting_entries(state_dict)]
+    return f" It is a checkpoint for {' or '.join(paths)}." if paths else ""
