@@ -1,7 +1,9 @@
 """Small data sets for tests: shapes written to a temporary folder, as a stranger's copy."""
 
 import itertools
+import json
 import os
+from collections.abc import Callable
 
 from detectron2.config import CfgNode, get_cfg
 
@@ -34,6 +36,15 @@ def custom_entry(kind: str, root: str, **changes) -> dict:
         },
     }[kind]
     return {"name": unique_name(kind), "type": kind, **entry, **changes}
+
+
+def edit_json(path: str, edit: Callable[[dict], object]) -> None:
+    """Change the content of a JSON in place."""
+    with open(path) as f:
+        content = json.load(f)
+    edit(content)
+    with open(path, "w") as f:
+        json.dump(content, f)
 
 
 def data_cfg(task: str, *names: str, custom: tuple = (), resolve: bool = True) -> CfgNode:

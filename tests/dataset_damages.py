@@ -220,6 +220,12 @@ def _drop_annotations(content: dict) -> str:
     return ""
 
 
+def _all_crowds(content: dict) -> str:
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+    return ""
+
+
 def _set_image(**values) -> Callable[[dict], str]:
     def make(content: dict) -> str:
         image = content["images"][0]
@@ -372,6 +378,7 @@ DAMAGES = {
     "empty mask": Damage(_INSTANCES, _JSON, _change("rle", _empty_mask), WARNING),
     "wrong bbox": Damage(_INSTANCES, _JSON, _far_corner_polygon, ERROR),
     "wrong area": Damage(_INSTANCES, _JSON, _set("polygon", area=0), ERROR),
+    "mostly crowds": Damage(_INSTANCES, _JSON, _all_crowds, ERROR, also=("unused class",)),
     "annotation twice": Damage(_INSTANCES, _JSON, _instance_twice, WARNING),
     # COCO panoptic
     "missing file: panoptic PNG": Damage(_PANOPTIC, _PNG, os.remove, ERROR),

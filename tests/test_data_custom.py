@@ -1,6 +1,5 @@
 """Data sets from the config, and what is said about bad data: one error that names file and key."""
 
-import json
 import os
 import re
 import shutil
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from data_helpers import custom_entry, data_cfg, unique_name
+from data_helpers import custom_entry, data_cfg, edit_json, unique_name
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
@@ -43,14 +42,6 @@ def pristine(tmp_path_factory):
 def root(pristine, tmp_path):
     """A copy that a test may damage."""
     return shutil.copytree(pristine, str(tmp_path / "copy"))
-
-
-def _edit_json(path, edit):
-    with open(path) as f:
-        content = json.load(f)
-    edit(content)
-    with open(path, "w") as f:
-        json.dump(content, f)
 
 
 def _read(task, entry, index=0):
@@ -99,7 +90,7 @@ def test_panoptic_categories_in_any_order_and_images_of_any_type(root):
             os.remove(path)
 
     before = _read("panoptic", custom_entry("coco_panoptic", root))
-    _edit_json(os.path.join(root, "panoptic.json"), edit)
+    edit_json(os.path.join(root, "panoptic.json"), edit)
     entry = custom_entry("coco_panoptic", root)
     after = _read("panoptic", entry)
     table = category_table(MetadataCatalog.get(entry["name"]), "panoptic")
@@ -208,15 +199,15 @@ def test_a_wrong_number_of_classes_is_found_in_custom_data(root):
 def test_what_the_docs_say_about_entries_is_true():
     with open(DOCS) as f:
         text = f.read()
-    first, second = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
-    entries = first["DATASETS"]["CUSTOM"] + second
-    assert {entry["type"] for entry in entries} == {"coco_panoptic", "sem_seg"}
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    entries = [x for block in blocks for x in (block["DATASETS"]["CUSTOM"] if isinstance(block, dict) else block)]
+    assert {entry["type"] for entry in entries} == {"coco_instance", "coco_panoptic", "sem_seg"}
     for entry in entries:
         custom.checked_entry(entry, "docs")
     rows = [line.split("|")[2:4] for line in text.splitlines() if re.match(r"\|[^|]*\| `\w+` \| (req|opt)", line)]
     documented = {key.strip(" `"): necessity.strip() == "required" for key, necessity in rows}
-    keys = {"name": True, "type": True}
-    for of_type in custom.KEYS.values():
+    keys = {}
+    for of_type in (custom.COMMON_KEYS, *custom.KEYS.values()):
         keys.update({key: required for key, (required, _) in of_type.items()})
     assert documented == keys
 
@@ -299,7 +290,7 @@ def test_damage_is_one_data_error_that_names_the_file(root, damage):
     if change in (os.remove, shutil.rmtree, _truncate, _overwrite):
         change(path)
     elif name.endswith(".json"):
-        _edit_json(path, change)
+        edit_json(path, change)
     else:
         _damage_png(path, change)
     with pytest.raises(DataError, match=message):

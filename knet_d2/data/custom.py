@@ -1,5 +1,6 @@
 """Data sets that are given in the config, DATASETS.CUSTOM, without a line of Python (see docs/DATASETS.md)."""
 
+import functools
 import json
 import logging
 import os
@@ -13,16 +14,21 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError
+from .split import Part, load_part
 
 logger = logging.getLogger(__name__)
 
+Loader = Callable[[], list[dict]]
+
 IGNORE_LABEL = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-_registered: dict[str, dict[str, Any]] = {}
+_registered: dict[str, tuple] = {}
 
 
 def register_custom_datasets(cfg: CfgNode) -> None:
     """Register the data sets of DATASETS.CUSTOM; those that are registered already stay.
+
+    An entry with "validation" gives two, NAME_train and NAME_val.
 
     Raises:
         ConfigError: an entry that lacks a key, has an unknown one or a value of a wrong type, or has a name that
@@ -33,26 +39,39 @@ def register_custom_datasets(cfg: CfgNode) -> None:
         raise ConfigError(f"DATASETS.CUSTOM must be a list of mappings, but is {entries!r}.")
     for i, entry in enumerate(entries):
         entry = checked_entry(entry, f"DATASETS.CUSTOM[{i}]")
-        name = entry["name"]
-        if _registered.get(name) == entry:
-            continue
-        if name in DatasetCatalog:
-            raise ConfigError(
-                f"DATASETS.CUSTOM[{i}].name: a data set {name!r} with other content exists. Choose another name."
-            )
-        _REGISTER[entry["type"]](entry)
-        _registered[name] = entry
+        for name, part in _parts(entry):
+            if _registered.get(name) == (entry, part):
+                continue
+            if name in DatasetCatalog:
+                raise ConfigError(
+                    f"DATASETS.CUSTOM[{i}].name: a data set {name!r} with other content exists. Choose another name."
+                )
+            load = _REGISTER[entry["type"]](name, entry)
+            if part is not None:
+                MetadataCatalog.get(name).part = part
+                load = functools.partial(load_part, load, name)
+            DatasetCatalog.register(name, load)
+            _registered[name] = (entry, part)
 
 
-def _register_instance(entry: dict[str, Any]) -> None:
-    name, json_file, images = entry["name"], entry["json"], entry["images"]
-    DatasetCatalog.register(name, lambda: load_coco_json(json_file, images, name))
+def _parts(entry: dict[str, Any]) -> list[tuple[str, Part | None]]:
+    """Names of the data sets that an entry gives, and which part of its images each has (None: all)."""
+    name, fraction = entry["name"], entry.get("validation")
+    if fraction is None:
+        return [(name, None)]
+    return [(f"{name}_train", Part(fraction, False)), (f"{name}_val", Part(fraction, True))]
+
+
+# Each sets the metadata of a name, and returns what loads the records.
+
+
+def _register_instance(name: str, entry: dict[str, Any]) -> Loader:
+    json_file, images = entry["json"], entry["images"]
     MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
+    return lambda: load_coco_json(json_file, images, name)
 
 
-def _register_panoptic(entry: dict[str, Any]) -> None:
-    name, paths = entry["name"], (entry["panoptic_json"], entry["images"], entry["panoptic_root"])
-    DatasetCatalog.register(name, lambda: load_panoptic_json(*paths, name))
+def _register_panoptic(name: str, entry: dict[str, Any]) -> Loader:
     MetadataCatalog.get(name).set(
         panoptic_json=entry["panoptic_json"],
         panoptic_root=entry["panoptic_root"],
@@ -62,13 +81,14 @@ def _register_panoptic(entry: dict[str, Any]) -> None:
         ignore_label=IGNORE_LABEL,
         label_divisor=1000,
     )
+    paths = entry["panoptic_json"], entry["images"], entry["panoptic_root"]
+    return lambda: load_panoptic_json(*paths, name)
 
 
-def _register_sem_seg(entry: dict[str, Any]) -> None:
-    name, images, labels = entry["name"], entry["images"], entry["labels"]
+def _register_sem_seg(name: str, entry: dict[str, Any]) -> Loader:
+    images, labels = entry["images"], entry["labels"]
     classes = _class_list(entry)
     label_map = _label_map(entry, len(classes))
-    DatasetCatalog.register(name, lambda: load_label_folder(images, labels, label_map))
     MetadataCatalog.get(name).set(
         stuff_classes=classes,
         image_root=images,
@@ -77,10 +97,17 @@ def _register_sem_seg(entry: dict[str, Any]) -> None:
         evaluator_type="sem_seg",
         ignore_label=IGNORE_LABEL,
     )
+    return lambda: load_label_folder(images, labels, label_map)
 
 
+# Keys of all types, then those of each:
 # type -> {key: (required, types)}; paths may start with ~.
 _PATH = (str,)
+COMMON_KEYS: dict[str, tuple[bool, tuple]] = {
+    "name": (True, (str,)),
+    "type": (True, (str,)),
+    "validation": (False, (float,)),
+}
 KEYS: dict[str, dict[str, tuple[bool, tuple]]] = {
     "coco_instance": {"json": (True, _PATH), "images": (True, _PATH)},
     "coco_panoptic": {
@@ -97,7 +124,7 @@ KEYS: dict[str, dict[str, tuple[bool, tuple]]] = {
         "label_values": (False, (int, list, tuple)),
     },
 }
-_REGISTER: dict[str, Callable[[dict[str, Any]], None]] = {
+_REGISTER: dict[str, Callable[[str, dict[str, Any]], Loader]] = {
     "coco_instance": _register_instance,
     "coco_panoptic": _register_panoptic,
     "sem_seg": _register_sem_seg,
@@ -253,7 +280,7 @@ def checked_entry(entry: Any, where: str) -> dict[str, Any]:
     kind = entry.get("type")
     if kind not in KEYS:
         raise ConfigError(f"{where}.type is {kind!r}; it must be one of {', '.join(KEYS)}.")
-    keys = {"name": (True, (str,)), "type": (True, (str,)), **KEYS[kind]}
+    keys = {**COMMON_KEYS, **KEYS[kind]}
     unknown = sorted(set(entry) - set(keys))
     if unknown:
         raise ConfigError(f"{where} has the unknown key {unknown[0]!r}; type {kind} has {', '.join(keys)}.")
@@ -270,4 +297,6 @@ def checked_entry(entry: Any, where: str) -> dict[str, Any]:
             )
         is_path = isinstance(value, str) and key not in ("name", "type")
         checked[key] = os.path.expanduser(value) if is_path else value
+    if not 0 < checked.get("validation", 0.5) < 1:
+        raise ConfigError(f"{where}.validation is {checked['validation']}; it must be between 0 and 1, as 0.2.")
     return checked

@@ -8,7 +8,14 @@ from ..data import category_table
 
 
 class InstanceEvaluator(COCOEvaluator):
-    """Detectron2's evaluator, for panoptic data sets too, whose list of "thing_classes" has the stuff as well."""
+    """Detectron2's evaluator, for panoptic data sets too, whose list of "thing_classes" has the stuff as well.
+
+    A data set that is a part of a JSON's images is evaluated on these alone.
+    """
+
+    def evaluate(self, img_ids: list[int] | None = None) -> dict[str, dict[str, float]] | None:
+        """Returns {"segm": {"AP", "AP50", ...}, "bbox": ...} in percent, on the main process."""
+        return super().evaluate(self._metadata.get("image_ids") if img_ids is None else img_ids)
 
     def _derive_coco_results(
         self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None

@@ -85,6 +85,10 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         path = self._metadata.panoptic_json
         with PathManager.open(path) as f:
             ground_truth = json.load(f)
+        images = self._metadata.get("image_ids")  # of a data set that is a part of the JSON's images
+        if images is not None and "annotations" in ground_truth:
+            of_part = set(images)
+            ground_truth["annotations"] = [x for x in ground_truth["annotations"] if x["image_id"] in of_part]
         for annotation in ground_truth.get("annotations", ()):
             for segment in annotation["segments_info"]:
                 segment.setdefault("iscrowd", 0)

@@ -8,14 +8,17 @@ from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
+from ..split import Part
 from .faults import Fault
 from .images import ImageEntry
+from .report import Use
 
 
-def read_json(path: str, is_training: bool, faults: list[Fault]) -> dict[str, Any] | None:
+def read_json(path: str, use: Use, faults: list[Fault]) -> dict[str, Any] | None:
     """The content of a COCO JSON with the lists images, annotations and categories; None where it can't be had.
 
-    A JSON without "annotations" lists images to predict only, which is no fault unless ``is_training``.
+    A JSON without "annotations" lists images to predict only, which is no fault unless it is trained on. Of a data set
+    that is a part of the JSON's images, the others are left out with their annotations.
     """
     if not PathManager.isfile(path):
         faults.append(Fault("missing file", path, "", "does not exist"))
@@ -29,15 +32,23 @@ def read_json(path: str, is_training: bool, faults: list[Fault]) -> dict[str, An
     if not isinstance(content, dict):
         faults.append(Fault("missing key", path, "", f"is a {type(content).__name__}, not COCO's mapping of lists"))
         return None
-    if "annotations" not in content and not is_training:
+    if "annotations" not in content and not use.is_training:
         content = {**content, "annotations": []}
     missing = [key for key in ("images", "annotations", "categories") if not isinstance(content.get(key), list)]
     faults += [Fault("missing key", path, "", f"lacks the list {key!r}") for key in missing]
     if missing:
         return None
-    if is_training and not content["annotations"]:
+    if use.is_training and not content["annotations"]:
         faults.append(Fault("no annotations", path, "", "has an empty list of annotations"))
-    return content
+    return content if use.part is None else _of_part(content, use.part)
+
+
+def _of_part(content: dict[str, Any], part: Part) -> dict[str, Any]:
+    selected = part.select(image["file_name"] for image in content["images"] if "file_name" in image)
+    others = {image.get("id") for image in content["images"] if image.get("file_name", "") not in selected}
+    images = [image for image in content["images"] if image.get("id") not in others]
+    annotations = [x for x in content["annotations"] if x.get("image_id") not in others]
+    return {**content, "images": images, "annotations": annotations}
 
 
 def lacking(items: list[dict], keys: Iterable[str], path: str, what: str, faults: list[Fault]) -> list[dict]:

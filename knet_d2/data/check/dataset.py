@@ -55,7 +55,8 @@ def _check_dataset(cfg: CfgNode, name: str) -> list[DatasetReport]:
 def _check_files(cfg: CfgNode, name: str, metadata: Metadata) -> list[DatasetReport]:
     """The checks of known formats; none where a data set has another."""
     kind = metadata.get("evaluator_type")
-    use = Use(name in cfg.DATASETS.TRAIN, cfg.MODEL.KNET.TASK, cfg.MODEL.KNET.NUM_KERNELS)
+    knet = cfg.MODEL.KNET
+    use = Use(name in cfg.DATASETS.TRAIN, knet.TASK, knet.NUM_KERNELS, metadata.get("part"))
     reports = []
     if metadata.get("panoptic_json"):
         paths = (metadata.panoptic_json, metadata.image_root, metadata.panoptic_root)

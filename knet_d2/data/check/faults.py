@@ -59,6 +59,11 @@ KINDS: dict[str, Kind] = {
     "unknown image": Kind(ERROR, "Ids of images must be the same (and of the same type) in both lists of the JSON."),
     "unknown category": Kind(ERROR, "Add the category to the JSON's categories, or correct the annotation."),
     "ignored annotation": Kind(ERROR, "Detectron2 refuses 'ignore': remove the key, or make it a crowd (iscrowd 1)."),
+    "mostly crowds": Kind(
+        ERROR,
+        "A crowd (iscrowd 1) is a region of many objects and not learned from. Set iscrowd to 0 where an annotation is "
+        "one object; some tools write 1 with every mask that is not a polygon.",
+    ),
     "missing segmentation": Kind(ERROR, "A box is not enough: annotate the mask, or remove the annotation."),
     "bad polygon": Kind(
         ERROR,

@@ -26,7 +26,7 @@ def check_instances(name: str, json_file: str, image_root: str, use: Use) -> Dat
         use: what the data set is for.
     """
     faults: list[Fault] = []
-    content = read_json(json_file, use.is_training, faults)
+    content = read_json(json_file, use, faults)
     if content is None:
         return DatasetReport(name, faults)
     images = lacking(content["images"], ("id", "file_name", "height", "width"), json_file, "image", faults)
@@ -41,6 +41,7 @@ def check_instances(name: str, json_file: str, image_root: str, use: Use) -> Dat
         masks.add(annotation)
     faults += masks.faults
     faults += masks.find_crowded_images(use.num_kernels)
+    faults += masks.find_crowds()
     if use.is_training:
         faults += masks.find_unused_classes()
     return DatasetReport(name, image_faults + faults, len(images), masks.table(), masks.summary(), facts)
@@ -140,6 +141,12 @@ class _Masks:
             for i, count in self._per_image.items()
             if count > num_kernels
         ]
+
+    def find_crowds(self) -> list[Fault]:
+        crowds, instances = (sum(x[key] for x in self._counts.values()) for key in ("crowds", "instances"))
+        if crowds <= instances:
+            return []
+        return [Fault("mostly crowds", self._path, "", f"has {crowds} crowds and {instances} instances")]
 
     def find_unused_classes(self) -> list[Fault]:
         if not self._counts:

@@ -33,6 +33,10 @@ def check_labels(
     faults: list[Fault] = []
     images = _files(image_root, IMAGE_SUFFIXES, faults)
     labels = _files(label_root, (".png",), faults)
+    if use.part is not None:
+        names = {os.path.relpath(path, image_root).replace(os.sep, "/"): stem for stem, path in images.items()}
+        others = set(images) - {names[name] for name in use.part.select(names)}
+        images, labels = ({k: v for k, v in files.items() if k not in others} for files in (images, labels))
     for stem in sorted(set(images) - set(labels)) if os.path.isdir(label_root) else ():
         what = f"has no label map {os.path.join(label_root, stem + '.png')}"
         faults.append(Fault("missing label map", images[stem], "", what))

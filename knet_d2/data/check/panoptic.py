@@ -40,7 +40,7 @@ def check_panoptic(name: str, json_file: str, image_root: str, panoptic_root: st
         use: what the data set is for; the task "panoptic" needs things and stuff.
     """
     faults: list[Fault] = []
-    content = read_json(json_file, use.is_training, faults)
+    content = read_json(json_file, use, faults)
     if content is None:
         return DatasetReport(name, faults)
     images = lacking(content["images"], ("id", "file_name"), json_file, "image", faults)

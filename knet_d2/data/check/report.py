@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from ..split import Part
 from .faults import ERROR, KINDS, Fault
 from .images import ImageFacts
 
@@ -18,11 +19,19 @@ def size_name(area: int) -> str:
 
 
 class Use(NamedTuple):
-    """What a data set is for: whether it is trained on, for which MODEL.KNET.TASK, by how many instance kernels."""
+    """What a data set is for.
+
+    Attributes:
+        is_training: whether it is trained on.
+        task: MODEL.KNET.TASK.
+        num_kernels: instance kernels of the model.
+        part: which of its images are used, if not all.
+    """
 
     is_training: bool
     task: str
     num_kernels: int
+    part: Part | None = None
 
 
 @dataclass
