@@ -2,6 +2,8 @@
 """Train or evaluate K-Net; the command line is Detectron2's.
 
 python train_net.py --config-file configs/... [--num-gpus N] [--resume | --eval-only] [KEY VALUE ...]
+
+torchrun and srun start it as well, see docs/CLUSTERS.md.
 """
 
 import argparse
@@ -9,13 +11,13 @@ import sys
 from typing import Any, Dict, Optional
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from knet_d2.checkpoint import Checkpointer
 from knet_d2.engine import Trainer, setup
-from knet_d2.errors import KNetError
+from knet_d2.engine.launch import add_launch_arguments, run
 
 
 def evaluate(cfg: CfgNode, resume: bool) -> Dict[str, Any]:
@@ -38,15 +40,4 @@ def main(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    arguments = default_argument_parser().parse_args()
-    try:
-        launch(
-            main,
-            arguments.num_gpus,
-            num_machines=arguments.num_machines,
-            machine_rank=arguments.machine_rank,
-            dist_url=arguments.dist_url,
-            args=(arguments,),
-        )
-    except KNetError as error:
-        sys.exit(f"Error: {error}")
+    sys.exit(run(main, add_launch_arguments(default_argument_parser()).parse_args()))

@@ -8,7 +8,7 @@ import functools
 import warnings
 from typing import Any, Callable, Dict, Iterator, Tuple
 
-__all__ = ["NUMPY_PICKLE_FUNCTIONS", "quiet_torchscript", "under_name"]
+__all__ = ["NUMPY_PICKLE_FUNCTIONS", "create_local_process_group", "quiet_torchscript", "under_name"]
 
 # Reason: numpy 2 renamed its private package.
 # Goes with: numpy 1.26.
@@ -41,6 +41,25 @@ def under_name(function: Callable, module: str, name: str) -> Callable:
 
     alias.__module__, alias.__name__ = module, name
     return alias
+
+
+def create_local_process_group(size: int) -> None:
+    """Detectron2's, for ``size`` processes on every machine.
+
+    Reason: Detectron2 0.6 has it inside its launch() only.
+    Goes with: Detectron2 0.6.
+    """
+    from detectron2.utils import comm
+    from torch import distributed
+
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(size)
+        return
+    for first in range(0, comm.get_world_size(), size):
+        ranks = list(range(first, first + size))
+        group = distributed.new_group(ranks)
+        if comm.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group
 
 
 @contextlib.contextmanager

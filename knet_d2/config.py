@@ -69,6 +69,8 @@ def _add_model_config(cfg: CN) -> None:
     # Focal loss parameters, for the losses and for the matching cost.
     knet.LOSS.FOCAL_ALPHA = 0.25
     knet.LOSS.FOCAL_GAMMA = 2.0
+    # Normalise every term over all processes, so that P processes with B / P images compute what one with B computes.
+    knet.LOSS.GLOBAL_NORMALIZERS = False
 
     knet.MATCHER = CN()
     # Weights of the matching cost's terms.

@@ -3,9 +3,6 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,23 +15,12 @@ import yaml
 from detectron2.engine import default_argument_parser
 from helpers import spread_scores
 from PIL import Image
+from program_helpers import NUM_IMAGES, ROOT, SIZE, Program, shapes, write_config  # noqa: F401
 
 from knet_d2.classes import class_table
-from knet_d2.data.shapes.writer import write_shapes
 from knet_d2.engine import Predictor, Trainer, load_config
 from knet_d2.errors import ConfigError, DataError
 from knet_d2.visualization import Segment, draw_segments, ground_truth_segments, picture_sheet
-
-ROOT = Path(__file__).resolve().parent.parent
-NUM_IMAGES = 4
-SIZE = 64
-
-TINY_MODEL = {
-    "DEVICE": "cpu",
-    "RESNETS": {"STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 16, "WIDTH_PER_GROUP": 4},
-    "SEM_SEG_HEAD": {"CONVS_DIM": 32},
-    "KNET": {"NUM_KERNELS": 8, "NUM_STAGES": 2, "UPDATE_HEAD": {"FEATURE_DIM": 32, "FFN_DIM": 32}},
-}
 
 
 def load_program(path):
@@ -47,47 +33,6 @@ def load_program(path):
 train_net = load_program(ROOT / "train_net.py")
 demo = load_program(ROOT / "demo" / "demo.py")
 compare = load_program(ROOT / "demo" / "compare.py")
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shapes")
-    write_shapes(str(folder), NUM_IMAGES, seed=5, size=SIZE)
-    return folder
-
-
-def write_config(folder, shapes, task, **solver):
-    """A config file for ``task``; returns its path."""
-    categories = json.loads((shapes / "panoptic.json").read_text())["categories"]
-    entry = {
-        "instance": {"type": "coco_instance", "json": str(shapes / "instances.json")},
-        "panoptic": {
-            "type": "coco_panoptic",
-            "panoptic_json": str(shapes / "panoptic.json"),
-            "panoptic_root": str(shapes / "panoptic"),
-        },
-        "semantic": {"type": "sem_seg", "labels": str(shapes / "semantic"), "classes": [c["name"] for c in categories]},
-    }[task]
-    name = f"programs_{task}_{shapes.name}"
-    model = dict(TINY_MODEL)
-    if task != "semantic":
-        model["FPN"] = {"OUT_CHANNELS": 32}
-    content = {
-        "_BASE_": str(ROOT / "configs" / "shapes" / f"{task}.yaml"),
-        "MODEL": model,
-        "DATASETS": {
-            "CUSTOM": [{"name": name, "images": str(shapes / "images"), **entry}],
-            "TRAIN": [name],
-            "TEST": [name],
-        },
-        "DATALOADER": {"NUM_WORKERS": 0},
-        "INPUT": {"MIN_SIZE_TRAIN": [SIZE], "MIN_SIZE_TEST": SIZE},
-        "SOLVER": {"IMS_PER_BATCH": 2, "STEPS": [], **solver},
-        "TEST": {"EVAL_PERIOD": 0, "NUM_PICTURES": 0},
-    }
-    path = Path(folder) / f"{task}.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -110,33 +55,6 @@ def run_demo(models, task, *arguments, opts=()):
     config, weights = models[task]
     opts = ["--opts", "MODEL.WEIGHTS", weights, *opts]
     return demo.main(demo.get_parser().parse_args(["--config-file", config, *map(str, arguments), *opts]))
-
-
-class Program:
-    """A program of the repository in a process of its own, ended with the block."""
-
-    def __init__(self, folder, program, *arguments):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-        self._log = tempfile.NamedTemporaryFile("w+", dir=folder)
-        command = [sys.executable, str(ROOT / program), *map(str, arguments)]
-        self.process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=subprocess.STDOUT)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.kill()
-        self._log.close()
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
-
-    def finish(self):
-        """Returns exit code and output."""
-        code = self.process.wait(timeout=300)
-        self._log.seek(0)
-        return code, self._log.read()
 
 
 # ---- train_net.py ----------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import logging
 import math
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from toys import (
 )
 
 from knet_d2.engine import trainer as trainer_module
+from knet_d2.engine.preemption import Preempted
 from knet_d2.engine.trainer import best_metric
 from knet_d2.engine.writers import ConsoleWriter, TensorBoardWriter, cut_metrics, scalar_tag
 from knet_d2.errors import CheckpointError, ConfigError, NonFiniteError
@@ -76,6 +79,39 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, whole_run, moment):
     state = states[0]["trainer"]
     assert state["_trainer"]["optimizer"]["state"][0]["exp_avg"].abs().sum() > 0
     assert state["hooks"]["LRScheduler"]["last_epoch"] > 0
+    assert (tmp_path / "metrics.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("moment, iteration", [("image9.png", 9), ("image13.png", 13), ("evaluation", 13)])
+def test_signal_saves_the_iteration_and_stops(tmp_path, whole_run, monkeypatch, number, moment, iteration):
+    """In an iteration, in one that has a checkpoint and an evaluation anyway, and while its evaluation runs."""
+    evaluated = []
+
+    def send_signal(net, samples):
+        if moment == "evaluation":
+            hit = not net.training
+        else:
+            hit = samples[0]["file_name"] == moment
+        evaluated.append(not net.training)
+        if hit:
+            os.kill(os.getpid(), number)
+        return forward(net, samples)
+
+    forward = ToyNet.forward
+    monkeypatch.setattr(ToyNet, "forward", send_signal)
+    monkeypatch.setattr(ToyTrainer, "build_test_loader", lambda cfg, name: [[{"image": torch.ones(3, 8, 8)}]] * 3)
+    handler = signal.getsignal(number)
+    with pytest.raises(Preempted) as stop:
+        run(tmp_path, SOLVER__CHECKPOINTS_TO_KEEP=1)
+    assert stop.value.code == 75 and signal.getsignal(number) is handler
+    assert (tmp_path / "last_checkpoint").read_text() == f"model_{iteration:07d}.pth"
+    assert len(list(tmp_path.glob("model_0*.pth"))) == 1
+    assert sum(evaluated) == (moment == "evaluation")  # one image of three
+    monkeypatch.undo()
+    assert run(tmp_path, resume=True).start_iter == iteration + 1
+    states = [torch.load(folder / "model_final.pth", weights_only=True) for folder in (whole_run, tmp_path)]
+    assert_identical(*states)
     assert (tmp_path / "metrics.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
 
 

@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError, KNetError
+from ..stop_signals import ignore_stop_signals
 from .mapper import build_mapper
 from .sampler import SampleKey, TrainingBatchSampler
 
@@ -254,6 +255,7 @@ def _loader_options(cfg: CfgNode) -> dict[str, Any]:
     return {
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
         "collate_fn": _as_list,
+        "worker_init_fn": ignore_stop_signals,
         # A generator of its own, because starting to iterate draws a number.
         "generator": torch.Generator(),
     }

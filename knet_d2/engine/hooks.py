@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from ..checkpoint import Checkpointer
+from .preemption import EXIT_PREEMPTED, Preempted, StopSignals
 from .writers import TIMINGS, WINDOW, read_metrics
 
 logger = logging.getLogger(__name__)
@@ -78,13 +79,62 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
             os.path.join(folder, m.group()) for m in found if m and int(m.group(1)) < self.trainer.start_iter
         ]
 
+    def save_now(self) -> None:
+        """Write the checkpoint of this iteration, if that has not just been done."""
+        if not is_due(self.trainer.iter + 1, self.period, self.trainer.max_iter):
+            period, self.period = self.period, 1
+            self.step(self.trainer.iter)
+            self.period = period
 
-class EvalHook(hooks.EvalHook):
-    """Detectron2's; the final evaluation belongs to the last iteration and doesn't run after a failure."""
+
+class StopHook(HookBase):
+    """Ends the training after a stop signal to any of its processes, with a checkpoint of the iteration."""
+
+    def __init__(self, signals: StopSignals, checkpoints: Optional[PeriodicCheckpointer]):
+        """
+        Args:
+            checkpoints: writes the checkpoint; None on all but the main process.
+        """
+        self._signals = signals
+        self._checkpoints = checkpoints
 
     def after_step(self) -> None:
-        if is_due(self.trainer.iter + 1, self._period, self.trainer.max_iter):
+        received = [name for name in comm.all_gather(self._signals.received) if name]
+        if received:
+            self._stop(received[0])
+
+    def stop_if_received(self) -> None:
+        """Stop, where no other process waits for this one; all of them get the signal."""
+        if self._signals.received:
+            self._stop(self._signals.received)
+
+    def _stop(self, name: str) -> None:
+        logger.info(f"Received {name} in iteration {self.trainer.iter}.")
+        if self._checkpoints is not None:
+            self._checkpoints.save_now()
+        comm.synchronize()  # whoever started the processes may end them all as soon as one has ended
+        logger.info(f"Stopped with a checkpoint, exit code {EXIT_PREEMPTED}: continue with --resume.")
+        raise Preempted
+
+
+class EvalHook(hooks.EvalHook):
+    """Detectron2's; the final evaluation belongs to the last iteration and doesn't run after a failure.
+
+    A stop signal ends it at the next image; a resumed run begins with it once more.
+    """
+
+    def __init__(self, period: int, evaluate: Callable[[], Dict[str, Any]], stop: "StopHook"):
+        super().__init__(period, evaluate)
+        self._stop = stop
+
+    def after_step(self) -> None:
+        if not is_due(self.trainer.iter + 1, self._period, self.trainer.max_iter):
+            return
+        handle = self.trainer.model.register_forward_pre_hook(lambda *_: self._stop.stop_if_received())
+        try:
             self._do_eval()
+        finally:
+            handle.remove()
 
     def after_train(self) -> None:
         del self._func  # a closure that refers to the trainer

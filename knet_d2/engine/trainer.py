@@ -17,7 +17,7 @@ from torch import nn
 
 from ..checkpoint import Checkpointer, describe_model
 from ..data import build_test_loader, build_train_loader
-from ..errors import CheckpointError, ConfigError, KNetError
+from ..errors import CheckpointError, ConfigError
 from ..evaluation import build_evaluators
 from ..visualization import draw_validation_pictures
 from . import optimizer as optim
@@ -30,7 +30,9 @@ from .hooks import (
     PeriodicCheckpointer,
     PeriodicWriter,
     PictureHook,
+    StopHook,
 )
+from .preemption import StopSignals
 from .setup import resolve_seed
 from .train_step import TrainStep, amp_dtype
 from .writers import ConsoleWriter, MetricsWriter, TensorBoardWriter, cut_metrics
@@ -54,8 +56,8 @@ class Trainer(DefaultTrainer):
         device = next(model.parameters()).device
         dtype = amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
         optimizer = self.build_optimizer(cfg, model)
-        on_gpu = device.type == "cuda"
-        model = create_ddp_model(model, broadcast_buffers=False, **({} if on_gpu else {"device_ids": None}))
+        device_ids = [torch.cuda.current_device()] if device.type == "cuda" else None
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         self._trainer = TrainStep(
             model, optimizer, clip_gradients=optim.build_gradient_clipper(cfg), seed=cfg.SEED, dtype=dtype
         )
@@ -66,6 +68,7 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self._metrics_file = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
         self._last_written = -1
+        self._signals = StopSignals()
         self._last_eval_results: Optional[Dict[str, Any]] = None
         self.register_hooks(self.build_hooks())
 
@@ -98,10 +101,15 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.PRECISE_BN.ENABLED:
             raise ConfigError("TEST.PRECISE_BN.ENABLED is not supported; set it to False.")
         before: List[HookBase] = [hooks.IterationTimer(), LRScheduler(), MetricsHistory()]
-        after: List[HookBase] = [EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate)]
+        checkpoints = None
         if comm.is_main_process():
             keep = cfg.SOLVER.CHECKPOINTS_TO_KEEP or None
-            before.append(PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=keep))
+            checkpoints = PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=keep)
+            before.append(checkpoints)
+        stop = StopHook(self._signals, checkpoints)
+        before.append(stop)
+        after: List[HookBase] = [EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate, stop)]
+        if comm.is_main_process():
             after.append(BestCheckpointer(self.checkpointer, best_metric(cfg), self._metrics_file))
             if cfg.TEST.NUM_PICTURES and cfg.DATASETS.TEST:
                 after.append(PictureHook(cfg.TEST.EVAL_PERIOD, self._draw))
@@ -147,11 +155,14 @@ class Trainer(DefaultTrainer):
 
         Returns:
             The results of the last evaluation, on the main process.
+
+        Raises:
+            Preempted: SIGTERM or SIGUSR1 came; the run can be resumed where it was.
         """
         self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
         logger.info(f"Training from iteration {self.start_iter} to {self.max_iter}")
         self.iter = self.start_iter
-        with EventStorage(self.start_iter) as self.storage:
+        with EventStorage(self.start_iter) as self.storage, self._signals:
             try:
                 self.before_train()
                 for self.iter in range(self.start_iter, self.max_iter):
@@ -159,11 +170,6 @@ class Trainer(DefaultTrainer):
                     self.run_step()
                     self.after_step()
                 self.iter = self.max_iter
-            except KNetError:
-                raise  # says all by itself
-            except Exception:
-                logger.exception(f"Training failed in iteration {self.iter}:")
-                raise
             finally:
                 self.after_train()
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():

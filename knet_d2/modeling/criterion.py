@@ -64,13 +64,21 @@ class KNetCriterion(nn.Module):
         focal_alpha: float,
         focal_gamma: float,
         ignore_value: int,
+        global_normalizers: bool = False,
     ):
+        """
+        Args:
+            global_normalizers: whether every term is normalised by a count over all processes, such that their mean
+                loss is what one process computes for their batches together. False, as in the official release:
+                only the class losses are, by the mean over the processes; the other terms by each process's own.
+        """
         super().__init__()
         self.bank = bank
         self.matcher = matcher
         self.weights = weights
         self.focal = {"alpha": focal_alpha, "gamma": focal_gamma}
         self.ignore_value = ignore_value
+        self.global_normalizers = global_normalizers
         self.register_buffer("class_mask", bank.class_mask(), persistent=False)
         kernel_of_class = torch.full((bank.num_classes,), -1)
         kernel_of_class[bank.fixed_class_ids] = torch.arange(bank.num_matched, bank.num_kernels)
@@ -105,6 +113,7 @@ class KNetCriterion(nn.Module):
             "focal_alpha": loss.FOCAL_ALPHA,
             "focal_gamma": loss.FOCAL_GAMMA,
             "ignore_value": ignore_value,
+            "global_normalizers": loss.GLOBAL_NORMALIZERS,
         }
 
     def forward(
@@ -130,17 +139,27 @@ class KNetCriterion(nn.Module):
             else:
                 losses = self._semantic_losses(state, stages, targets)
             if auxiliary_logits is not None:
-                loss = kernel_cross_entropy(full_precision(auxiliary_logits), _labels(targets), self.ignore_value)
-                losses["loss_auxiliary"] = self.weights.auxiliary * loss
+                labels = _labels(targets)
+                loss = kernel_cross_entropy(full_precision(auxiliary_logits), labels, self.ignore_value)
+                losses["loss_auxiliary"] = self.weights.auxiliary * loss * self._share(labels.numel(), loss)
         return losses
+
+    def _share(self, count: "int | torch.Tensor", like: torch.Tensor) -> "float | torch.Tensor":
+        """What a mean over ``count`` things of this process has to be multiplied with, see ``global_normalizers``."""
+        if not self.global_normalizers:
+            return 1.0
+        # At least 1 thing in all processes together, as one process alone has it
+        total = average_over_ranks(count, like).clamp(min=1 / comm.get_world_size())
+        return torch.as_tensor(count, dtype=like.dtype, device=like.device).clamp(min=1) / total
 
     # Semantic: every kernel is its class, so that the label map is the target of the cross entropy over kernels
 
     def _semantic_losses(self, state, stages, targets) -> Dict[str, torch.Tensor]:
         labels = _labels(targets)
         all_logits = [full_precision(state.mask_logits), *(stage.mask_logits for stage in stages)]
+        weight = self.weights.rank * self._share(labels.numel(), all_logits[0])
         return {
-            f"loss_rank_s{i}": self.weights.rank * kernel_cross_entropy(logits, labels, self.ignore_value)
+            f"loss_rank_s{i}": weight * kernel_cross_entropy(logits, labels, self.ignore_value)
             for i, logits in enumerate(all_logits)
         }
 
@@ -190,18 +209,24 @@ class KNetCriterion(nn.Module):
         one_hot = torch.zeros_like(logits)
         one_hot[positives.images, positives.kernels, positives.classes] = 1
         total = focal_loss(logits, one_hot, self.class_mask.to(logits.dtype), **self.focal)
-        return self.weights.class_ * total / average_over_ranks(len(positives.kernels), logits).clamp(min=1)
+        count = len(positives.kernels)
+        if self.global_normalizers:
+            return self.weights.class_ * total / max(count, 1) * self._share(count, logits)
+        return self.weights.class_ * total / average_over_ranks(count, logits).clamp(min=1)
 
     def _mask_losses(self, mask_logits: torch.Tensor, positives: Positives, stage: int) -> Dict[str, torch.Tensor]:
         losses = {}
         logits = mask_logits[positives.images, positives.kernels]
         if self.weights.mask:
-            losses[f"loss_mask_s{stage}"] = self.weights.mask * mask_loss(logits, positives.masks)
+            loss = mask_loss(logits, positives.masks)
+            losses[f"loss_mask_s{stage}"] = self.weights.mask * loss * self._share(logits.numel(), logits)
         if self.weights.dice:
-            losses[f"loss_dice_s{stage}"] = self.weights.dice * dice_loss(logits, positives.masks)
+            loss = dice_loss(logits, positives.masks)
+            losses[f"loss_dice_s{stage}"] = self.weights.dice * loss * self._share(len(logits), logits)
         if self.weights.rank:
-            loss = kernel_cross_entropy(mask_logits, rank_targets(positives), UNOWNED)
-            losses[f"loss_rank_s{stage}"] = self.weights.rank * loss
+            labels = rank_targets(positives)
+            loss = kernel_cross_entropy(mask_logits, labels, UNOWNED)
+            losses[f"loss_rank_s{stage}"] = self.weights.rank * loss * self._share(labels.numel(), logits)
         return losses
 
     def _dense_loss(self, logits: torch.Tensor, matches: Sequence[Match], targets: Sequence[Targets]) -> torch.Tensor:
@@ -209,7 +234,8 @@ class KNetCriterion(nn.Module):
         labels = torch.stack([dense_labels(*item, background) for item in zip(targets, matches)])
         one_hot = F.one_hot(labels, background + 1)[..., :background].permute(0, 3, 1, 2).to(logits.dtype)
         total = focal_loss(logits, one_hot, logits.new_ones(()), **self.focal)
-        return self.weights.dense * total / (labels != background).sum().clamp(min=1)
+        count = (labels != background).sum()
+        return self.weights.dense * total / count.clamp(min=1) * self._share(count, logits)
 
 
 def average_over_ranks(value: float, like: torch.Tensor) -> torch.Tensor:

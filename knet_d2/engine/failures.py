@@ -1,0 +1,50 @@
+"""What failures of the machinery around a run mean, in words that help."""
+
+import errno
+import re
+from typing import Optional
+
+from torch import distributed
+
+from ..errors import KNetError
+
+EXIT_FAILED = 1
+
+_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_CONTINUE = "The last checkpoint is intact: continue with --resume."
+
+
+def explain(error: BaseException) -> Optional[str]:
+    """One message that says what to do; None for a failure that only its traceback explains."""
+    if isinstance(error, KNetError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _NO_WRITING:
+        return (
+            f"{error.filename or 'A file of the run'}: {error.strerror}. Free some space, or choose another OUTPUT_DIR. "
+            + _CONTINUE
+        )
+    if not isinstance(error, RuntimeError):
+        return None
+    worker = re.search(r"DataLoader worker \(pid.*?\) (is killed by signal: \w+|exited unexpectedly)", str(error))
+    if worker:
+        return (
+            f"A process that loads data {worker.group(1)} (out of memory, perhaps: try a smaller "
+            f"DATALOADER.NUM_WORKERS). {_CONTINUE}"
+        )
+    if is_lost_connection(error):
+        return f"Another process of this run has ended, or has not answered in time. {_CONTINUE} ({_first_line(error)})"
+    return None
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective operation failed because of another process."""
+    if isinstance(error, distributed.DistError):
+        return True
+    # PyTorch has no type for what gloo reports
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r"gloo|connection (closed|reset)|timed out waiting", str(error), re.IGNORECASE)
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

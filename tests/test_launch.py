@@ -1,0 +1,177 @@
+"""Runs of several processes: who starts them, and how they end when one fails or a signal stops them."""
+
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from program_helpers import Program, errors_in, shapes, write_config  # noqa: F401
+from toys import assert_identical
+
+from knet_d2.engine.failures import explain
+from knet_d2.engine.launch import Placement, find_placement, first_host
+from knet_d2.errors import ConfigError, DataError
+from knet_d2.engine.preemption import EXIT_PREEMPTED
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "7", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SRUN = {
+    "SLURM_JOB_ID": "70123",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+}
+
+# ---- the environment -------------------------------------------------------------------------------------------
+
+
+def test_places():
+    assert find_placement(TORCHRUN) == Placement(5, 8, 1, 4, "env://")
+    place = find_placement(SRUN)
+    assert place[:4] == (5, 8, 1, 4)
+    host, port = place.url.removeprefix("tcp://").split(":")
+    assert host == "gpu07" and 1024 < int(port) < 32768
+    assert find_placement({**SRUN, "SLURM_STEP_ID": "3"}).url != place.url
+    assert find_placement({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99"}).url == "tcp://10.0.0.1:99"
+    assert find_placement({**SRUN, **TORCHRUN}).url == "env://"  # srun starts torchrun, which starts this process
+
+
+def test_processes_that_start_the_others():
+    assert find_placement({}, num_gpus=8, num_machines=2) is None
+    assert find_placement({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, num_gpus=8) is None
+    assert find_placement({"SLURM_JOB_ID": "3", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) is None  # a batch script
+    assert find_placement({**SRUN, "SLURM_STEP_NUM_TASKS": "2"}, num_gpus=8, num_machines=2) is None
+
+
+@pytest.mark.parametrize(
+    "environment, arguments, message",
+    [
+        (TORCHRUN, {"num_gpus": 4}, "torchrun has started 8 processes.*--num-gpus"),
+        (SRUN, {"num_gpus": 4}, "srun has started 8 processes.*--num-gpus"),
+        ({**TORCHRUN, "RANK": "five"}, {}, "RANK is 'five'"),
+        ({**SRUN, "SLURM_PROCID": ""}, {}, "SLURM_PROCID is ''"),
+        ({**SRUN, "SLURM_STEP_NODELIST": ""}, {}, "SLURM_STEP_NODELIST is ''.*MASTER_ADDR"),
+        ({**SRUN, "SLURM_LOCALID": "2"}, {}, "machine by machine.*--distribution=block"),
+    ],
+)
+def test_environments_that_cannot_be_used(environment, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        find_placement(environment, **arguments)
+
+
+@pytest.mark.parametrize(
+    "hosts, first",
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[07-09,12],cpu1", "gpu07"),
+        ("gpu[12],cpu1", "gpu12"),
+        ("r[1-2]n[03-04]-ib,x", "r1n03-ib"),
+        ("a.b.c", "a.b.c"),
+    ],
+)
+def test_first_host(hosts, first):
+    assert first_host(hosts) == first
+
+
+def test_failures_are_explained():
+    assert explain(DataError("x.png: broken")) == "x.png: broken"
+    assert explain(KeyError("bug")) is None and explain(RuntimeError("shape mismatch")) is None
+    assert "log.txt: No space left" in explain(OSError(28, "No space left on device", "log.txt"))
+    assert "DATALOADER.NUM_WORKERS" in explain(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
+    lost = RuntimeError("[/x/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4567")
+    assert "Another process" in explain(lost) and "--resume" in explain(lost)
+
+
+# ---- runs of two processes -------------------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return str(s.getsockname()[1])
+
+
+def test_every_starter_trains_the_same(tmp_path, shapes):  # noqa: F811
+    """Detectron2's launch (stopped by SIGTERM and resumed), torchrun and srun: weights, state and metrics file."""
+    config = write_config(tmp_path, shapes, "panoptic", MAX_ITER=6, CHECKPOINT_PERIOD=2, LOG_PERIOD=1)
+    arguments = ["train_net.py", "--config-file", config, "DATALOADER.NUM_WORKERS", "1"]
+
+    def output(name):
+        return ["OUTPUT_DIR", tmp_path / name]
+
+    launched = [arguments[0], "--num-gpus", "2", "--resume", *arguments[1:], *output("launch")]
+    with Program(tmp_path, *launched) as program:
+        program.wait_for(tmp_path / "launch" / "last_checkpoint")
+        program.process.send_signal(signal.SIGTERM)
+        code, text = program.finish()
+    assert code == EXIT_PREEMPTED == 75 and "Traceback" not in text and not errors_in(text), text[-3000:]
+    assert "Received SIGTERM" in text and "continue with --resume" in text
+    stopped_at = int((tmp_path / "launch" / "last_checkpoint").read_text()[6:13])
+    assert stopped_at < 5
+
+    variables = {**SRUN, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "localhost"}
+    variables["MASTER_PORT"] = free_port()
+    places = [{**variables, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    runs = [
+        [Program(tmp_path, *launched)],
+        [Program(tmp_path, *arguments, *output("torchrun"), starter=torchrun)],
+        [Program(tmp_path, *arguments, *output("srun"), environment=place) for place in places],
+    ]
+    for programs in runs:
+        for program in programs:
+            with program:
+                code, text = program.finish()
+                assert code == 0, text[-3000:]
+
+    metrics = {name: (tmp_path / name / "metrics.json").read_bytes() for name in ("launch", "torchrun", "srun")}
+    assert len([json.loads(line) for line in metrics["launch"].splitlines()]) == 6
+    assert metrics["launch"] == metrics["torchrun"] == metrics["srun"]
+    states = [torch.load(tmp_path / name / "model_final.pth", weights_only=True) for name in metrics]
+    assert_identical(states[0], states[1])
+    assert_identical(states[0], states[2])
+    assert (tmp_path / "torchrun" / "log.txt.rank1").exists()
+
+
+def test_failure_of_one_process_ends_all_with_one_message(tmp_path, shapes):  # noqa: F811
+    config = write_config(tmp_path, shapes, "semantic", MAX_ITER=50)
+    image = sorted((shapes / "images").iterdir())[1]
+    good = image.read_bytes()
+    image.write_bytes(good[:100])
+    try:
+        with Program(tmp_path, "train_net.py", "--num-gpus", "2", "--config-file", config) as program:
+            code, text = program.finish()
+    finally:
+        image.write_bytes(good)
+    (message,) = errors_in(text)
+    assert code == 1 and image.name in message and "Traceback" not in text, text[-3000:]
+
+
+def test_error_in_all_processes_is_told_once(tmp_path, shapes):  # noqa: F811
+    config = write_config(tmp_path, shapes, "semantic", MAX_ITER=2)
+    arguments = ["--num-gpus", "2", "--config-file", config, "SOLVER.IMS_PER_BATCH", "3", "OUTPUT_DIR", tmp_path]
+    with Program(tmp_path, "train_net.py", *arguments) as program:
+        code, text = program.finish()
+    (message,) = errors_in(text)
+    assert code == 1 and "SOLVER.IMS_PER_BATCH is 3" in message and "Traceback" not in text, text[-3000:]
+
+
+def test_killed_process_ends_all_with_one_message(tmp_path, shapes):  # noqa: F811
+    config = write_config(tmp_path, shapes, "semantic", MAX_ITER=10_000, CHECKPOINT_PERIOD=1)
+    arguments = ["--num-gpus", "2", "--config-file", config, "OUTPUT_DIR", tmp_path]
+    with Program(tmp_path, "train_net.py", *arguments) as program:
+        program.wait_for(tmp_path / "last_checkpoint")
+        children = Path(f"/proc/{program.process.pid}/task/{program.process.pid}/children").read_text().split()
+        # the other one is multiprocessing's resource tracker
+        workers = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(workers[1], signal.SIGKILL)
+        code, text = program.finish()
+    (message,) = errors_in(text)
+    assert code == 1 and "killed by SIGKILL" in message and "--resume" in message and "Traceback" not in text
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)

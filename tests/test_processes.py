@@ -1,0 +1,64 @@
+"""P processes with B / P images each compute what one process with B images does.
+
+KNET_TEST_PROCESSES names other numbers of processes than 2: KNET_TEST_PROCESSES=1,2,4 pytest -s tests/test_processes.py
+"""
+
+import os
+
+import pytest
+import torch
+from detectron2.engine import launch
+from process_helpers import COUNTS, OPTIONS, make_model, numbers, share_of_batch, train, train_and_save
+
+WORLD_SIZES = [int(x) for x in os.getenv("KNET_TEST_PROCESSES", "2").split(",")]
+
+
+@pytest.fixture(scope="module")
+def single():
+    return {task: train(task) for task in OPTIONS}
+
+
+@pytest.fixture(scope="module", params=WORLD_SIZES)
+def shared(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("processes") / "results.pth"
+    launch(train_and_save, request.param, dist_url="auto", args=(str(path),))
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("task", OPTIONS)
+def test_global_normalizers(single, shared, task):
+    """Losses and gradients of every step, of which each depends on those before."""
+    loss_error = gradient_error = 0.0
+    assert len(shared[task]) == len(single[task]) == len(COUNTS)
+    for expected, found in zip(single[task], shared[task]):
+        assert list(found["losses"]) == list(expected["losses"])
+        assert set(found["gradients"]) == set(expected["gradients"]) and len(expected["gradients"]) > 50
+        for name, loss in expected["losses"].items():
+            loss_error = max(loss_error, abs(loss - found["losses"][name]) / max(abs(loss), 1e-9))
+        # some are 0 but for rounding, as those of a bias before a norm
+        largest = max(float(gradient.abs().max()) for gradient in expected["gradients"].values())
+        for name, gradient in expected["gradients"].items():
+            error = (gradient - found["gradients"][name]).abs().max() / gradient.abs().max().clamp(min=1e-4 * largest)
+            gradient_error = max(gradient_error, float(error))
+    print(f"{task}: largest relative differences: losses {loss_error:.1e}, gradients {gradient_error:.1e}")
+    assert loss_error < 1e-9 and gradient_error < 1e-9
+    assert expected["losses"] != single[task][0]["losses"]
+
+
+def test_local_normalizers(shared):
+    """As in the official release: each process's own, but class losses by the mean number of positive kernels."""
+    world_size = len(shared["local"])
+    share = len(COUNTS[0]) // world_size
+    positives = [sum(COUNTS[0][rank * share : (rank + 1) * share]) for rank in range(world_size)]
+    mean = sum(positives) / world_size
+    assert world_size == 1 or 0 in positives
+    for rank, found in enumerate(shared["local"]):
+        model, _ = make_model("instance", is_global=False)
+        expected = numbers(model(share_of_batch(0, rank, world_size)))
+        for name in expected:
+            if name.startswith("loss_class"):
+                expected[name] *= max(positives[rank], 1) / max(mean, 1)
+        assert found == pytest.approx(expected, rel=1e-12)
+    if world_size > 1:
+        mean_loss = sum(found["loss_mask_s1"] for found in shared["local"]) / world_size
+        assert mean_loss != pytest.approx(shared["instance"][0]["losses"]["loss_mask_s1"], rel=1e-3)
