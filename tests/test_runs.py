@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import resource
 import shutil
 import signal
 
@@ -123,11 +124,88 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path, whole_run):
     assert_identical(*states)
 
 
-def test_new_run_in_a_used_folder_sets_old_metrics_aside(tmp_path, whole_run):
+def test_new_run_in_a_used_folder_sets_the_earlier_one_aside(tmp_path, whole_run):
     shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
-    run(tmp_path)
+    ToyNet.fail_at = ("image3.png", Interrupted())
+    with pytest.raises(Interrupted):
+        run(tmp_path)
     assert (tmp_path / "metrics_1.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
+    assert (tmp_path / "last_checkpoint_1").read_text() == "model_final.pth"
+    assert sorted(p.name for p in tmp_path.glob("model_0*")) == [f"model_{i:07d}_1.pth" for i in (6, 13, 20)]
+    ToyNet.fail_at = (None, None)
+    assert run(tmp_path, resume=True).start_iter == 0  # not where the earlier one was
     assert (tmp_path / "metrics.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit_of_a_weight(path):
+    content, weight = path.read_bytes(), torch.load(path, weights_only=True)["model"]["backbone.weight"]
+    position = content.index(weight.numpy().tobytes())
+    path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit_of_a_weight, os.remove, lambda path: path.write_bytes(b"")])
+def test_damaged_last_checkpoint(tmp_path, whole_run, caplog, damage):
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "last_checkpoint").write_text("model_0000020.pth")
+    damage(tmp_path / "model_0000020.pth")
+    with caplog.at_level(logging.WARNING, logger="knet_d2"):
+        trainer = run(tmp_path, resume=True)
+    assert trainer.start_iter == 14
+    assert "Damaged: " in caplog.text and "model_0000020.pth" in caplog.text and "model_0000013.pth" in caplog.text
+    for name in ("model_0000020.pth", "model_final.pth", "model_best.pth"):
+        assert_identical(*(torch.load(folder / name, weights_only=True) for folder in (whole_run, tmp_path)))
+    assert (tmp_path / "metrics.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
+
+
+@pytest.mark.parametrize("content", [None, "", "\0" * 17, "model_9999999.pth"])
+def test_damaged_name_of_the_last_checkpoint(tmp_path, whole_run, content):
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "last_checkpoint").unlink()
+    if content is not None:
+        (tmp_path / "last_checkpoint").write_text(content)
+    assert run(tmp_path, resume=True).start_iter == 21
+
+
+def test_no_whole_checkpoint_is_an_error(tmp_path, whole_run):
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    for path in [*tmp_path.glob("model_0*.pth"), tmp_path / "model_final.pth"]:
+        truncate(path)
+    with pytest.raises(CheckpointError, match="model_final.pth.*model_0000006.pth.*without --resume"):
+        run(tmp_path, resume=True)
+
+
+def test_what_a_killed_run_had_begun_to_write_is_removed(tmp_path, whole_run):
+    (tmp_path / ".model_0000006.pth.4711.tmp").write_bytes(b"half")
+    run(tmp_path, resume=True, SOLVER__MAX_ITER=1)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_full_disk_leaves_the_last_checkpoint(tmp_path, whole_run):
+    """A limit on the size of files stands for it: writing fails half-way."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (whole_run / "model_0000006.pth").stat().st_size
+
+    def fill_disk(net, samples):
+        if samples[0].get("file_name") == "image8.png":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+        return forward(net, samples)
+
+    forward = ToyNet.forward
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match="model_0000013.pth.*intact"):
+        patch.setattr(ToyNet, "forward", fill_disk)
+        try:
+            run(tmp_path, SOLVER__CHECKPOINTS_TO_KEEP=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000006.pth"
+    assert sorted(p.name for p in tmp_path.iterdir() if "model" in p.name) == ["model_0000006.pth"]
+    run(tmp_path, resume=True)
+    states = [torch.load(folder / "model_final.pth", weights_only=True) for folder in (whole_run, tmp_path)]
+    assert_identical(*states)
 
 
 def test_failed_run_keeps_its_last_checkpoint(tmp_path):

@@ -5,6 +5,7 @@ from .checkpointer import Checkpointer, write_atomically
 from .description import ModelDescription, describe_model, has_description, read_description
 from .loading import as_checkpoint, load_file
 from .report import LoadReport
+from .resume import periodic_checkpoints, remove_unfinished
 
 __all__ = [
     "Checkpointer",
@@ -15,6 +16,8 @@ __all__ = [
     "download",
     "has_description",
     "load_file",
+    "periodic_checkpoints",
     "read_description",
+    "remove_unfinished",
     "write_atomically",
 ]

@@ -14,6 +14,7 @@ from .fit import find_misfits
 from .layouts import Layout, recognise
 from .loading import as_checkpoint, load_file
 from .report import LoadReport, build_report
+from .resume import newest_whole_checkpoint, resumable_checkpoints
 from .zoo import fitting_hint
 
 _HEURISTICS = "?matching_heuristics=True"
@@ -125,10 +126,14 @@ class Checkpointer(DetectionCheckpointer):
         finally:
             self._parsed_url_during_load = None  # else Detectron2 refuses to load again after a failure
 
+    def has_checkpoint(self) -> bool:
+        return bool(resumable_checkpoints(self.save_dir))
+
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
-        if not (resume and self.has_checkpoint()):
+        """See Detectron2's; a damaged last checkpoint is passed over, with a warning, for the one before."""
+        last = newest_whole_checkpoint(self.save_dir) if resume else None
+        if last is None:
             return self.load(path, checkpointables=[])
-        last = self.get_checkpoint_file()
         self.partial = False
         rest = self.load(last)
         unread = [key for key in self.checkpointables if key in rest]

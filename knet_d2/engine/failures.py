@@ -10,7 +10,7 @@ from ..errors import KNetError
 
 EXIT_FAILED = 1
 
-_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _CONTINUE = "The last checkpoint is intact: continue with --resume."
 
 
@@ -20,8 +20,8 @@ def explain(error: BaseException) -> Optional[str]:
         return str(error)
     if isinstance(error, OSError) and error.errno in _NO_WRITING:
         return (
-            f"{error.filename or 'A file of the run'}: {error.strerror}. Free some space, or choose another OUTPUT_DIR. "
-            + _CONTINUE
+            f"{error.filename or 'A file of the run'}: {error.strerror}. Make room there, or choose another OUTPUT_DIR. "
+            f"{_CONTINUE}"
         )
     if not isinstance(error, RuntimeError):
         return None

@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 
-from ..checkpoint import Checkpointer, describe_model
+from ..checkpoint import Checkpointer, describe_model, periodic_checkpoints, remove_unfinished
 from ..data import build_test_loader, build_train_loader
 from ..errors import CheckpointError, ConfigError
 from ..evaluation import build_evaluators
@@ -136,19 +136,30 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last checkpoint in OUTPUT_DIR (with ``resume``, if there is one), or load MODEL.WEIGHTS."""
         super().resume_or_load(resume=resume)
+        comm.synchronize()  # nobody reads any more what is renamed or cut
         if not comm.is_main_process():
             return
+        remove_unfinished(self.cfg.OUTPUT_DIR)
         if resume:
             self._last_written = cut_metrics(self._metrics_file, self.start_iter - 1)
-        elif os.path.isfile(self._metrics_file):
-            self._set_metrics_aside()
+        else:
+            self._set_earlier_run_aside()
 
-    def _set_metrics_aside(self) -> None:
+    def _set_earlier_run_aside(self) -> None:
+        """Rename what a later --resume would take for this run's: metrics.json -> metrics_1.json, and so on."""
+        folder = self.cfg.OUTPUT_DIR
+        names = ["metrics.json", "last_checkpoint", *periodic_checkpoints(folder)]
+        pairs = [(name, os.path.splitext(name)) for name in names if os.path.exists(os.path.join(folder, name))]
+        if not pairs:
+            return
         number = 1
-        while os.path.exists(earlier := f"{self._metrics_file[:-5]}_{number}.json"):
+        while any(os.path.exists(os.path.join(folder, f"{stem}_{number}{suffix}")) for _, (stem, suffix) in pairs):
             number += 1
-        os.replace(self._metrics_file, earlier)
-        logger.warning(f"{self.cfg.OUTPUT_DIR} holds an earlier run; its metrics are now {earlier}")
+        for name, (stem, suffix) in pairs:
+            os.replace(os.path.join(folder, name), os.path.join(folder, f"{stem}_{number}{suffix}"))
+        logger.warning(
+            f"{folder} holds an earlier run; its metrics and periodic checkpoints are renamed: they end in _{number} now"
+        )
 
     def train(self) -> Optional["OrderedDict[str, Any]"]:
         """Train from ``start_iter`` to SOLVER.MAX_ITER.
