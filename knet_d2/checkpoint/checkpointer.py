@@ -111,7 +111,9 @@ class Checkpointer(DetectionCheckpointer):
         if path and "://" not in path and not self.path_manager.isfile(path):
             raise CheckpointError(f"{path}: there is no such weights file. Check MODEL.WEIGHTS.")
         try:
-            return super().load(path, *args, **kwargs)
+            # Detectron2's main branch would take the address apart and lose the slashes of an absolute path in it
+            local = self.path_manager.get_local_path(path) if path else path
+            return super().load(local, *args, **kwargs)
         except KNetError:
             raise
         except (KeyError, ValueError) as e:
