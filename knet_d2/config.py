@@ -140,6 +140,8 @@ def _add_solver_config(cfg: CN) -> None:
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     # The backbone's learning rate is multiplied with this.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    # Steps in a row with a loss that is not finite after which training stops; those before are skipped.
+    cfg.SOLVER.NON_FINITE_STEPS = 1
     # Type of mixed precision when SOLVER.AMP.ENABLED: "float16" (CUDA only) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
 

@@ -1,9 +1,17 @@
 """Training steps that P processes share, for tests/test_processes.py; importable by the processes that it starts."""
 
+import io
+import logging
+import math
+
 import torch
 from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
-from helpers import make_example, tiny_model
+from detectron2.utils.events import EventStorage
+from helpers import make_example, tiny_config, tiny_model
+
+from knet_d2.engine.optimizer import build_gradient_clipper
+from knet_d2.engine.train_step import TrainStep
 
 # Instances of the images of every step's batch: none on the second half of the processes, none at all, all over
 COUNTS = ([2, 3, 0, 0], [0, 0, 0, 0], [1, 0, 2, 4], [0, 0, 1, 0], [3, 1, 1, 2])
@@ -54,11 +62,36 @@ def train(task):
     return steps
 
 
+def step_over_costs_that_are_not_finite():
+    """Three steps, of which the second fails in the last process, while it matches its images.
+
+    Returns:
+        the log of this process, whether its weights changed in each step, and a weight after them.
+    """
+    model, ddp = make_model("panoptic", is_global=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    clip = build_gradient_clipper(tiny_config("panoptic"))
+    step = TrainStep(ddp, optimizer, clip_gradients=clip, seed=0, non_finite_limit=2)
+    step.data_loader = [share_of_batch(i, comm.get_rank(), comm.get_world_size()) for i in (0, 4, 2)]
+    if comm.get_rank() == comm.get_world_size() - 1:
+        for example in step.data_loader[1]:
+            example.update(image=torch.full((3, *SIZE), math.nan), file_name="bad.jpg")
+    log, changed, weight = io.StringIO(), [], model.cascade.stages[0].mask_branch[0].weight
+    logging.getLogger("knet_d2").addHandler(logging.StreamHandler(log))
+    for step.iter in range(3):
+        before = weight.detach().clone()
+        with EventStorage(step.iter):
+            step.run_step()
+        changed.append(not torch.equal(before, weight))
+    return log.getvalue(), changed, float(weight.detach().norm())
+
+
 def train_and_save(path):
     """All tasks, and the losses of every process with local normalisers; the main process saves them."""
     results = {task: train(task) for task in OPTIONS}
     _, ddp = make_model("instance", is_global=False)
     losses = ddp(share_of_batch(0, comm.get_rank(), comm.get_world_size()))
     results["local"] = comm.all_gather(numbers(losses))
+    results["skipped"] = comm.all_gather(step_over_costs_that_are_not_finite())
     if comm.is_main_process():
         torch.save(results, path)

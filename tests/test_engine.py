@@ -1,12 +1,13 @@
 """Optimiser, training step and config reading."""
 
+import copy
 import math
 
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
-from toys import Parts, ToyData, ToyNet, knet_cfg, reset_toys, run
+from toys import Parts, ToyData, ToyNet, assert_identical, knet_cfg, reset_toys, run
 
 from knet_d2.engine import choose_device, merge_config
 from knet_d2.engine.optimizer import build_gradient_clipper, build_lr_scheduler, build_optimizer, parameter_groups
@@ -235,6 +236,53 @@ def test_non_finite_loss(factor):
         assert part in str(error.value)
     assert "loss_mask_s1" not in str(error.value)
     assert all(torch.equal(p, q) for p, q in zip(before, step.model.parameters()))
+
+
+def with_batch_norm(limit, scale=None):
+    """A step that skips, of a model whose forward pass changes running statistics."""
+    torch.manual_seed(0)
+    model = ToyNet(None)
+    model.norm = nn.BatchNorm2d(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    clip = build_gradient_clipper(knet_cfg())
+    step = TrainStep(model, optimizer, clip_gradients=clip, seed=0, non_finite_limit=limit)
+    step.data_loader = ToyData(0, 0)
+    if scale:
+        step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return step
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@pytest.mark.parametrize("failure", [math.nan, NonFiniteError("Cost class of stage 1 is not finite.")])
+def test_non_finite_steps_are_skipped(failure, scale, caplog):
+    """A skipped step changes nothing, the next ones are taken; only those in a row count."""
+    step = with_batch_norm(limit=2, scale=scale)
+    take_steps(step, 1)
+    for bad in (1, 3):
+        before = copy.deepcopy(step.model.state_dict()), copy.deepcopy(step.optimizer.state_dict())
+        ToyNet.fail_at = (f"image{bad}.png", failure)
+        storage = take_steps(step, 1, start=bad)
+        assert_identical(step.model.state_dict(), before[0])
+        assert_identical(step.optimizer.state_dict(), before[1])
+        assert "total_loss" not in storage.latest()
+        assert f"image{bad}.png" in caplog.text and "skipped (1 in a row)" in caplog.text
+        take_steps(step, 1, start=bad + 1)
+        assert all(value.isfinite().all() for value in step.model.state_dict().values())
+        assert not torch.equal(step.model.head.weight, before[0]["head.weight"])
+
+
+def test_too_many_non_finite_steps_in_a_row():
+    step = with_batch_norm(limit=3)
+    for i in range(3):
+        ToyNet.fail_at = (f"image{i}.png", math.nan)
+        if i == 1:  # the number is in the checkpoint
+            state, step = step.state_dict(), with_batch_norm(limit=3)
+            step.load_state_dict(state)
+            step.data_loader = ToyData(0, 1)
+        if i < 2:
+            take_steps(step, 1, start=i)
+    with pytest.raises(NonFiniteError, match="image2.png"):
+        take_steps(step, 1, start=2)
 
 
 def test_non_finite_gradient_of_a_finite_loss():

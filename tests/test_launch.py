@@ -11,6 +11,8 @@ import torch
 from program_helpers import Program, errors_in, shapes, write_config  # noqa: F401
 from toys import assert_identical
 
+from knet_d2.checkpoint import Checkpointer
+from knet_d2.engine import Trainer, load_config
 from knet_d2.engine.failures import explain
 from knet_d2.engine.launch import Placement, find_placement, first_host
 from knet_d2.errors import ConfigError, DataError
@@ -137,6 +139,14 @@ def test_every_starter_trains_the_same(tmp_path, shapes):  # noqa: F811
     assert_identical(states[0], states[1])
     assert_identical(states[0], states[2])
     assert (tmp_path / "torchrun" / "log.txt.rank1").exists()
+
+    cfg = load_config(config, ["MODEL.WEIGHTS", str(tmp_path / "launch" / "model_final.pth")])
+    model = Trainer.build_model(cfg)
+    Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+    of_one_process = Trainer.test(cfg, model)["panoptic_seg"]
+    of_two = json.loads(metrics["launch"].splitlines()[-1])
+    for name, value in of_one_process.items():
+        assert of_two[f"panoptic_seg/{name}"] == pytest.approx(value, rel=1e-12, nan_ok=True), name
 
 
 def test_failure_of_one_process_ends_all_with_one_message(tmp_path, shapes):  # noqa: F811

@@ -3,6 +3,7 @@
 KNET_TEST_PROCESSES names other numbers of processes than 2: KNET_TEST_PROCESSES=1,2,4 pytest -s tests/test_processes.py
 """
 
+import math
 import os
 
 import pytest
@@ -62,3 +63,12 @@ def test_local_normalizers(shared):
     if world_size > 1:
         mean_loss = sum(found["loss_mask_s1"] for found in shared["local"]) / world_size
         assert mean_loss != pytest.approx(shared["instance"][0]["losses"]["loss_mask_s1"], rel=1e-3)
+
+
+def test_costs_that_are_not_finite_in_one_process(shared):
+    """All processes skip the step, and go on together."""
+    logs, changed, weights = zip(*shared["skipped"])
+    for log in logs:
+        assert "cost of stage 0 is not finite" in log and "bad.jpg" in log and "skipped (1 in a row)" in log
+    assert set(map(tuple, changed)) == {(True, False, True)}
+    assert len(set(weights)) == 1 and math.isfinite(weights[0])

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from PIL import Image
 from program_helpers import NUM_IMAGES, ROOT, SIZE, Program, shapes, write_config  # noqa: F401
 
 from knet_d2.classes import class_table
-from knet_d2.engine import Predictor, Trainer, load_config
-from knet_d2.errors import ConfigError, DataError
+from knet_d2.engine import Predictor, Trainer, load_config, replay
+from knet_d2.errors import CheckpointError, ConfigError, DataError, KNetError, NonFiniteError
 from knet_d2.visualization import Segment, draw_segments, ground_truth_segments, picture_sheet
 
 
@@ -117,6 +118,29 @@ def test_training_of_the_other_tasks(tmp_path, shapes, task, metric):
     # what was resolved from the data is what is saved
     knet = saved["MODEL"]["KNET"]
     assert (knet["NUM_THING_CLASSES"], knet["NUM_STUFF_CLASSES"]) == ((4, 0) if task == "instance" else (0, 7))
+
+
+def test_step_that_is_not_finite_can_be_repeated(tmp_path, shapes, capsys):
+    config = write_config(tmp_path, shapes, "panoptic", MAX_ITER=20, BASE_LR=1e6, WARMUP_ITERS=0, NON_FINITE_STEPS=2)
+    arguments = ["--config-file", config, "OUTPUT_DIR", str(tmp_path / "run")]
+    with pytest.raises(NonFiniteError) as error:
+        train_net.main(default_argument_parser().parse_args(arguments))
+    what, command = str(error.value).split("To repeat it: python -m knet_d2.engine.replay ")
+    assert re.search(r"not finite.*Iteration \d+, learning rate .*, images: .*\.jpg", what, re.IGNORECASE)
+
+    replay.main(replay.get_parser().parse_args([command]))
+    assert what.strip() in capsys.readouterr().out
+
+    # without what makes it fail, it says so
+    path = Path(command) / "model.pth"
+    state = torch.load(path, weights_only=True)
+    state["model"] = Trainer.build_model(load_config(config)).state_dict()
+    torch.save(state, path)
+    with pytest.raises(KNetError, match="all losses are finite this time"):
+        replay.main(replay.get_parser().parse_args([command, "SEED", "3"]))
+    assert "Process 0: finite, total_loss" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="batch_rank0.pth is missing"):
+        replay.main(replay.get_parser().parse_args([str(tmp_path)]))
 
 
 def test_bad_input_is_one_line(tmp_path, shapes):

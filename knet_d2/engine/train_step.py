@@ -1,5 +1,6 @@
 """One training step: forward, backward, clipping, update; in mixed precision where the config says so."""
 
+import logging
 import math
 import re
 import time
@@ -10,10 +11,12 @@ import numpy as np
 import torch
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from ..errors import ConfigError, NonFiniteError
+
+logger = logging.getLogger(__name__)
 
 _STAGE_SUFFIX = re.compile(r"_s(\d+)$")
 
@@ -34,8 +37,8 @@ class TrainStep(TrainerBase):
     """What Detectron2's SimpleTrainer and AMPTrainer do, in one class that is the same for all its versions.
 
     The randomness of a step (dropout) is a function of seed, iteration and rank, so that a resumed run repeats it.
-    When a loss or the gradient isn't finite, the update is not applied and :class:`NonFiniteError` is raised on
-    every rank.
+    When a loss or the gradient isn't finite, the update is not applied. After some such steps in a row
+    :class:`NonFiniteError` is raised on every rank; until then they are skipped.
     """
 
     def __init__(
@@ -46,10 +49,12 @@ class TrainStep(TrainerBase):
         clip_gradients: Callable[[Sequence[torch.Tensor]], torch.Tensor],
         seed: int,
         dtype: Optional[torch.dtype] = None,
+        non_finite_limit: int = 1,
     ):
         """
         Args:
             clip_gradients: clips in place and returns the gradients' total norm.
+            non_finite_limit: steps in a row that aren't finite after which the error is raised.
             dtype: type of mixed precision; None = full precision.
         """
         super().__init__()
@@ -62,6 +67,16 @@ class TrainStep(TrainerBase):
         self._seed = seed
         self._dtype = dtype
         self._device = next(model.parameters()).device
+        self._rank = comm.get_rank()
+        self._non_finite_limit = non_finite_limit
+        self._non_finite_steps = 0
+        self._statistics = [
+            buffer
+            for module in model.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats
+            for buffer in module.buffers(recurse=False)
+        ]
+        self.last_batch: List[Dict[str, Any]] = []
         self.grad_scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
 
     def run_step(self) -> None:
@@ -71,7 +86,25 @@ class TrainStep(TrainerBase):
         data = next(self._data_iterator)
         data_time = time.perf_counter() - start
 
-        torch.manual_seed(step_seed(self._seed, self.iter, comm.get_rank()))
+        self.last_batch = data
+        statistics = [buffer.clone() for buffer in self._statistics]
+        try:
+            metrics = self._update(data)
+        except NonFiniteError as error:
+            self.optimizer.zero_grad()
+            for buffer, before in zip(self._statistics, statistics):
+                buffer.copy_(before)
+            self._non_finite_steps += 1
+            if self._non_finite_steps >= self._non_finite_limit:
+                raise
+            logger.warning(f"{error} This step is skipped ({self._non_finite_steps} in a row).")
+        else:
+            self._non_finite_steps = 0
+            self._put_metrics(metrics, data_time)
+
+    def _update(self, data: List[Dict[str, Any]]) -> Dict[str, float]:
+        """Returns all losses and the norm of the gradient by name."""
+        torch.manual_seed(step_seed(self._seed, self.iter, self._rank))
         with self._autocast():
             losses = self._forward(data)
         self.optimizer.zero_grad()
@@ -85,7 +118,7 @@ class TrainStep(TrainerBase):
         self._check_finite(metrics, data)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
-        self._put_metrics(metrics, data_time)
+        return metrics
 
     def _autocast(self) -> ContextManager:
         if self._dtype is None:
@@ -95,8 +128,8 @@ class TrainStep(TrainerBase):
     def _forward(self, data: List[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
         try:
             losses = self.model(data)
-        except NonFiniteError as e:
-            raise NonFiniteError(f"{e} {self._where(_file_names(data))}") from e
+        except NonFiniteError as e:  # in all processes
+            raise NonFiniteError(f"{e} {self._where(comm.all_gather(_file_names(data))[e.rank])}") from e
         return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
 
     def _check_finite(self, metrics: Dict[str, float], data: List[Dict[str, Any]]) -> None:
@@ -109,14 +142,14 @@ class TrainStep(TrainerBase):
         if not found:
             return
         terms = ", ".join(_describe_term(name, value) for name, value in found[0][0].items())
-        self.optimizer.zero_grad()
+        self.grad_scaler.update()  # it refuses to unscale twice without
         raise NonFiniteError(f"Not finite: {terms}. The step was not applied. {self._where(found[0][1])}")
 
     def _where(self, files: Sequence[str]) -> str:
         rates = sorted({group["lr"] for group in self.optimizer.param_groups}, reverse=True)
         return (
             f"Iteration {self.iter}, learning rate {', '.join(f'{r:g}' for r in rates)}, images: {', '.join(files)}. "
-            "The last checkpoint is intact; try a lower learning rate, gradient clipping or full precision."
+            "Try a lower learning rate, gradient clipping or full precision."
         )
 
     def _put_metrics(self, metrics: Dict[str, float], data_time: float) -> None:
@@ -134,14 +167,24 @@ class TrainStep(TrainerBase):
             storage.put_scalar("total_loss", sum(mean.values()))
         storage.put_scalars(**mean)
 
+    def repeat(self, batch: List[Dict[str, Any]], iteration: int, rank: int) -> Dict[str, float]:
+        """Take the step that a process took in an iteration; returns the losses by name."""
+        self.data_loader, self._data_iterator = [batch], None
+        self.iter, self._rank = iteration, rank
+        with EventStorage(iteration) as storage:
+            self.run_step()
+        return {name: value for name, (value, _) in storage.latest().items() if "loss" in name}
+
     def state_dict(self) -> Dict[str, Any]:
         state = super().state_dict()
+        state["non_finite_steps"] = self._non_finite_steps
         state["optimizer"] = self.optimizer.state_dict()
         state["grad_scaler"] = self.grad_scaler.state_dict()
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self._non_finite_steps = state_dict.get("non_finite_steps", 0)
         self.optimizer.load_state_dict(state_dict["optimizer"])
         if state_dict.get("grad_scaler") and self.grad_scaler.is_enabled():
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

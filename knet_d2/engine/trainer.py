@@ -15,12 +15,13 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 
-from ..checkpoint import Checkpointer, describe_model, periodic_checkpoints, remove_unfinished
+from ..checkpoint import Checkpointer, describe_model, periodic_checkpoints, remove_unfinished, write_atomically
 from ..data import build_test_loader, build_train_loader
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import build_evaluators
 from ..visualization import draw_validation_pictures
 from . import optimizer as optim
+from .dump import batch_file, save_batch
 from .hooks import (
     BestCheckpointer,
     EvalHook,
@@ -59,7 +60,12 @@ class Trainer(DefaultTrainer):
         device_ids = [torch.cuda.current_device()] if device.type == "cuda" else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         self._trainer = TrainStep(
-            model, optimizer, clip_gradients=optim.build_gradient_clipper(cfg), seed=cfg.SEED, dtype=dtype
+            model,
+            optimizer,
+            clip_gradients=optim.build_gradient_clipper(cfg),
+            seed=cfg.SEED,
+            dtype=dtype,
+            non_finite_limit=cfg.SOLVER.NON_FINITE_STEPS,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(
@@ -181,11 +187,32 @@ class Trainer(DefaultTrainer):
                     self.run_step()
                     self.after_step()
                 self.iter = self.max_iter
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error} {self._dump_step()}") from error
             finally:
                 self.after_train()
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, self._last_eval_results)
         return self._last_eval_results
+
+    def repeat_step(self, batch: List[Dict[str, Any]], rank: int) -> Dict[str, float]:
+        """Take the present iteration's step as process ``rank`` took it; returns the losses by name."""
+        return self._trainer.repeat(batch, self.iter, rank)
+
+    def _dump_step(self) -> str:
+        """Keep what the failed step was made of; returns what to tell about it."""
+        name = f"non_finite_{self.iter:07d}"
+        folder = os.path.join(self.cfg.OUTPUT_DIR, name)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            save_batch(batch_file(folder, comm.get_rank()), self._trainer.last_batch)
+            if comm.is_main_process():
+                write_atomically(os.path.join(folder, "config.yaml"), lambda f: f.write(self.cfg.dump()), mode="w")
+                self.checkpointer.save(f"{name}/model", tag=False)
+        except (OSError, RuntimeError, CheckpointError) as error:
+            return f"What it was made of can't be kept: {error}"
+        comm.synchronize()  # the first process that ends may end the others
+        return f"To repeat it: python -m knet_d2.engine.replay {folder}"
 
     def state_dict(self) -> Dict[str, Any]:
         state = TrainerBase.state_dict(self)

@@ -8,7 +8,7 @@ from detectron2.config import configurable
 from detectron2.utils import comm
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NonFiniteError
 from ..structures import KernelBank, KernelState, Match, StageOutput, Targets
 from .losses import dice_loss, focal_loss, kernel_cross_entropy, mask_loss
 from .matcher import HungarianMatcher, Prediction
@@ -188,7 +188,13 @@ class KNetCriterion(nn.Module):
         for stage, masks in list(zip(stages, stage_masks))[:-1]:
             class_logits = stage.class_logits[:, :num_matched, :num_things]
             predictions.append([Prediction(*item) for item in zip(masks[:, :num_matched], class_logits)])
-        return self.matcher.match(predictions, [t.classes for t in targets], [t.masks for t in targets])
+        matches, failure = [], None
+        try:
+            matches = self.matcher.match(predictions, [t.classes for t in targets], [t.masks for t in targets])
+        except NonFiniteError as error:
+            failure = error
+        _raise_in_all_processes(failure, like=static_masks)
+        return matches
 
     def _positives(self, matches: Sequence[Match], targets: Sequence[Targets], *, with_stuff: bool) -> Positives:
         counts, images, kernels, classes, masks = [], [], [], [], []
@@ -236,6 +242,17 @@ class KNetCriterion(nn.Module):
         total = focal_loss(logits, one_hot, logits.new_ones(()), **self.focal)
         count = (labels != background).sum()
         return self.weights.dense * total / count.clamp(min=1) * self._share(count, logits)
+
+
+def _raise_in_all_processes(failure: Optional[NonFiniteError], like: torch.Tensor) -> None:
+    """Raise the failure of any process in every one: the others would wait for its losses and gradients."""
+    if average_over_ranks(float(failure is not None), like) == 0:
+        return
+    messages = comm.all_gather(failure and str(failure))
+    rank = next(rank for rank, message in enumerate(messages) if message is not None)
+    error = NonFiniteError(messages[rank])
+    error.rank = rank
+    raise error from failure
 
 
 def average_over_ranks(value: float, like: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,57 @@
+"""Repeat a training step whose losses were not finite, from the folder that the training has named.
+
+python -m knet_d2.engine.replay OUTPUT_DIR/non_finite_0001234 [KEY VALUE ...]
+
+One process repeats the steps of all that there were, each with its own batch and dropout.
+"""
+
+import argparse
+import os
+import sys
+from typing import List
+
+from ..errors import CheckpointError, KNetError, NonFiniteError
+from .dump import batch_file, load_batch
+from .launch import add_launch_arguments, run
+from .setup import load_config
+from .trainer import Trainer
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Repeat a training step whose losses were not finite.")
+    parser.add_argument("folder", help="the one that the training has named")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that change the config")
+    parser.set_defaults(num_gpus=1, num_machines=1)
+    return add_launch_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Repeat the step of every process, and print what comes out."""
+    if all([_repeat(args.folder, rank, args.opts) for rank in range(_count_batches(args.folder))]):
+        raise KNetError(f"{args.folder}: all losses are finite this time.")
+
+
+def _count_batches(folder: str) -> int:
+    number = 0
+    while os.path.isfile(batch_file(folder, number)):
+        number += 1
+    if number == 0:
+        raise CheckpointError(f"{folder}: holds no training step, the file {batch_file(folder, 0)} is missing.")
+    return number
+
+
+def _repeat(folder: str, rank: int, opts: List[str]) -> bool:
+    """Whether the losses of a process are finite."""
+    trainer = Trainer(load_config(os.path.join(folder, "config.yaml"), opts))
+    trainer.checkpointer.load(os.path.join(folder, "model.pth"))
+    try:
+        losses = trainer.repeat_step(load_batch(batch_file(folder, rank)), rank)
+    except NonFiniteError as error:
+        print(f"Process {rank}: {error}")
+        return False
+    print(f"Process {rank}: finite, " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()))
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, get_parser().parse_args()))
