@@ -193,7 +193,7 @@ class KNetCriterion(nn.Module):
             matches = self.matcher.match(predictions, [t.classes for t in targets], [t.masks for t in targets])
         except NonFiniteError as error:
             failure = error
-        _raise_in_all_processes(failure, like=static_masks)
+        _raise_in_all_processes(failure)
         return matches
 
     def _positives(self, matches: Sequence[Match], targets: Sequence[Targets], *, with_stuff: bool) -> Positives:
@@ -244,12 +244,17 @@ class KNetCriterion(nn.Module):
         return self.weights.dense * total / count.clamp(min=1) * self._share(count, logits)
 
 
-def _raise_in_all_processes(failure: Optional[NonFiniteError], like: torch.Tensor) -> None:
+def _raise_in_all_processes(failure: Optional[NonFiniteError]) -> None:
     """Raise the failure of any process in every one: the others would wait for its losses and gradients."""
-    if average_over_ranks(float(failure is not None), like) == 0:
+    if comm.get_world_size() == 1:
+        if failure is not None:
+            raise failure
         return
+    # Through the CPU: the device need not be waited for
     messages = comm.all_gather(failure and str(failure))
-    rank = next(rank for rank, message in enumerate(messages) if message is not None)
+    rank = next((rank for rank, message in enumerate(messages) if message is not None), None)
+    if rank is None:
+        return
     error = NonFiniteError(messages[rank])
     error.rank = rank
     raise error from failure
