@@ -12,7 +12,16 @@ from detectron2.modeling import build_model
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 from check_references import check_case, first_failure
-from references.cases import COMMITTED, CONFIGS, filled_model, find_cases, load_manifests, zoo_config
+from references.cases import (
+    COMMITTED,
+    CONFIGS,
+    Result,
+    filled_model,
+    find_cases,
+    load_manifests,
+    not_compared,
+    zoo_config,
+)
 from references.mutations import MUTATIONS
 
 from knet_d2.checkpoint.key_table import find_rule, translate_key, translate_state_dict
@@ -105,11 +114,18 @@ def test_all_committed_cases_are_known():
 @pytest.mark.parametrize("case", find_cases(COMMITTED))
 def test_equals_the_official_implementation(case):
     architecture = case.split("_", 1)[1].rsplit("_", 1)[0]
-    results = check_case(COMMITTED, case, official_model(architecture))
+    results, skipped = check_case(COMMITTED, case, official_model(architecture))
     assert [result for result in results if not result.passed] == []
     assert len(results) == NUM_COMPARED[case]
+    assert skipped == []
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_wrong_versions_are_noticed(name):
     assert first_failure(COMMITTED, MUTATIONS[name], official_model) is not None
+
+
+def test_a_recorded_tensor_that_nothing_is_compared_with_is_reported():
+    results = [Result("case", name, 0.0, 0.0) for name in ("p2_slice", "masks: shape", "float64 loss64/mask")]
+    recorded = ["image0", "gt_masks1", "info", "p2_slice", "p2_stats", "masks", "loss64/mask", "loss64/dice"]
+    assert not_compared(recorded, results) == ["p2_stats", "loss64/dice"]

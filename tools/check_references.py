@@ -10,33 +10,39 @@ import functools
 import re
 import sys
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Tuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # from a source tree that is not installed, too
 
 import torch  # noqa: E402
 from references.cases import (  # noqa: E402
     COMMITTED,
+    CONFIGS,
     Result,
     architecture_of,
     filled_model,
     find_cases,
     load_case,
     load_manifests,
+    not_compared,
 )
 from references.inference import check_inference  # noqa: E402
 from references.mutations import MUTATIONS, Mutation, mutated  # noqa: E402
 from references.training import check_training  # noqa: E402
 
 
-def check_case(folder: Path, case: str, model: torch.nn.Module) -> List[Result]:
-    """All comparisons of one reference file; the model is left in float32."""
+def check_case(folder: Path, case: str, model: torch.nn.Module) -> Tuple[List[Result], List[str]]:
+    """All comparisons of one reference file, and what it records that none of them is about.
+
+    The model is left in float32.
+    """
     arrays = load_case(folder, case)
     if case.startswith("ref_"):
-        return check_inference(model, case, arrays)
-    results = check_training(model, case, arrays, torch.float32) + check_training(model, case, arrays, torch.float64)
-    model.float()
-    return results
+        results = check_inference(model, case, arrays)
+    else:
+        results = [r for dtype in (torch.float32, torch.float64) for r in check_training(model, case, arrays, dtype)]
+        model.float()
+    return results, not_compared(arrays, results)
 
 
 def print_table(results: List[Result]) -> None:
@@ -48,7 +54,8 @@ def print_table(results: List[Result]) -> None:
         if name not in row or _excess(result) > _excess(row[name]):
             row[name] = result
     for architecture, row in worst.items():
-        print(f"\n{architecture}")
+        count = sum(architecture_of(result.case) == architecture for result in results)
+        print(f"\n{architecture}: {count} compared")
         for name, result in row.items():
             mark = " " if result.passed else "*"
             print(f"  {mark} {name:31s} {result.difference:9.2e}  (allowed {result.tolerance:.1e}, {result.case})")
@@ -58,18 +65,22 @@ def _excess(result: Result) -> float:
     return result.difference if result.tolerance == 0 else result.difference / result.tolerance
 
 
-def run_checks(folder: Path, cases: List[str]) -> List[Result]:
-    """Check all cases, with one model per architecture at a time."""
-    manifests, results, model, architecture = load_manifests(folder), [], None, None
+def run_checks(folder: Path, cases: List[str]) -> Tuple[List[Result], List[str]]:
+    """:func:`check_case` of all cases, with one model per architecture at a time."""
+    manifests, model, architecture = load_manifests(folder), None, None
+    results: List[Result] = []
+    skipped: List[str] = []
     for case in cases:
         if architecture_of(case) != architecture:
             architecture, model = architecture_of(case), None
             model = filled_model(architecture, manifests[architecture]["state_dict"])
-        new = check_case(folder, case, model)
+        new, left_out = check_case(folder, case, model)
         failed = [result.name for result in new if not result.passed]
-        print(f"{case}: {len(new)} compared, {len(failed)} beyond tolerance {failed[:5]}", flush=True)
+        counts = f"{len(new)} compared, {len(left_out)} skipped, {len(failed)} beyond tolerance"
+        print(f"{case}: {counts} {[*left_out, *failed][:5] or ''}", flush=True)
         results += new
-    return results
+        skipped += left_out
+    return results, skipped
 
 
 def first_failure(folder: Path, mutation: Mutation, model_of: Callable[[str], torch.nn.Module]) -> Optional[Result]:
@@ -111,7 +122,7 @@ def run_mutations(folder: Path, names: List[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--references", type=Path, default=COMMITTED, help="folder with the recorded tensors")
-    parser.add_argument("--architecture", action="append", help="only this one, such as ins_r50 (can be repeated)")
+    parser.add_argument("--architecture", action="append", choices=CONFIGS, help="only this one (can be repeated)")
     parser.add_argument("--mutate", metavar="NAME", help=f"all, or one of: {', '.join(MUTATIONS)}")
     args = parser.parse_args()
     if args.mutate:
@@ -124,12 +135,14 @@ def main() -> int:
     if args.architecture:
         cases = [case for case in cases if architecture_of(case) in args.architecture]
     if not cases:
-        parser.error(f"{args.references}: there are no reference files (ref_*.npz, train_*.npz)")
-    results = run_checks(args.references, cases)
+        of = f" of {', '.join(args.architecture)}" if args.architecture else ""
+        parser.error(f"{args.references}: there are no reference files (ref_*.npz, train_*.npz){of}")
+    results, skipped = run_checks(args.references, cases)
     print_table(results)
     failed = [result for result in results if not result.passed]
-    print(f"\n{len(results)} compared, 0 skipped, {len(failed)} beyond tolerance, in {len(cases)} reference files")
-    return int(bool(failed))
+    counts = f"{len(results)} compared, {len(skipped)} skipped, {len(failed)} beyond tolerance"
+    print(f"\n{counts}, in {len(cases)} reference files")
+    return int(bool(failed or skipped))
 
 
 if __name__ == "__main__":

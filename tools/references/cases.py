@@ -6,9 +6,10 @@ and the official state dicts' names and shapes, in ``manifests.json.gz`` or one 
 
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -42,6 +43,10 @@ CONFIGS = {
     "seg_uper_swinl": "ade20k/semantic/knet_upernet_swin_l_80k.yaml",
     "seg_uper_swinl640": "ade20k/semantic/knet_upernet_swin_l_640_80k.yaml",
 }
+
+
+# Entries of a reference file that are inputs, or describe others
+_DESCRIPTIONS = re.compile(r"info|image\d*|gt_\w+|spatial_step|masks_shape|masks_near_thr")
 
 
 class Result(NamedTuple):
@@ -82,6 +87,12 @@ def load_case(folder: Path, case: str) -> Dict[str, np.ndarray]:
         arrays = {name: file[name] for name in file.files}
     arrays["info"] = json.loads(str(arrays.pop("info_json")))
     return arrays
+
+
+def not_compared(arrays: Iterable[str], results: Iterable[Result]) -> List[str]:
+    """Names of the recorded entries that no result is about."""
+    compared = {re.sub(r"^float\d+ |:.*", "", result.name) for result in results}
+    return [name for name in arrays if name not in compared and not _DESCRIPTIONS.fullmatch(name)]
 
 
 def load_manifests(folder: Path) -> Dict[str, Dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 
 from knet_d2 import postprocessing
 
-from .cases import Result, relative_difference, share_of_different
+from .cases import Result, not_compared, relative_difference, share_of_different
 
 TOLERANCE = 1e-4  # of the largest recorded value
 NOISE_FACTOR = 10  # times the recorded rounding noise of float32, where that is more
@@ -18,9 +18,6 @@ SAME_SCORE = 1e-5  # results whose scores differ by less can swap places
 NEAR_THRESHOLD = 1e-4  # mask pixels whose probability is this close to the threshold may differ
 VOID = 133  # of the official panoptic maps
 INDEX_STEP = 1000  # official panoptic maps: class + 1000 * running index
-
-# Entries that describe others
-_DESCRIPTIONS = {"image", "info", "spatial_step", "masks_shape", "masks_near_thr"}
 
 
 def _outputs_of(model: torch.nn.Module, names: Dict[str, str], stack: ExitStack) -> Dict[str, Any]:
@@ -108,11 +105,7 @@ def check_inference(model: torch.nn.Module, case: str, arrays: Dict[str, Any]) -
         boundary.append(Result(case, f"boundary: {name}", difference, 0.0))
     task = "instance" if "masks_packed" in arrays else "panoptic" if "pan_results" in arrays else "semantic"
     checked = boundary + finals[task](case, arrays, tensors)
-    names = {result.name.split(":")[0] for result in checked}
-    for name in arrays:
-        if name not in names | _DESCRIPTIONS:
-            checked.append(_check_tensor(case, name, arrays, tensors))
-    return checked
+    return checked + [_check_tensor(case, name, arrays, tensors) for name in not_compared(arrays, checked)]
 
 
 def _check_tensor(case: str, name: str, arrays, tensors) -> Result:
