@@ -23,8 +23,9 @@ from references.cases import (
     zoo_config,
 )
 from references.mutations import MUTATIONS
+from references.state_dicts import check_state_dict
 
-from knet_d2.checkpoint.key_table import find_rule, translate_key, translate_state_dict
+from knet_d2.checkpoint.key_table import find_rule, translate_key
 from knet_d2.checkpoint.openmmlab import openmmlab_rules
 
 MANIFESTS = load_manifests(COMMITTED)
@@ -49,26 +50,28 @@ def official_model(architecture):
     return filled_model(architecture, MANIFESTS[architecture]["state_dict"])
 
 
-@functools.lru_cache(maxsize=None)
-def empty_model(config):
-    with torch.device("meta"):
-        return build_model(zoo_config(config, "meta"))
-
-
 # ---------------------------------------------------------------- keys
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_official_state_dict_fits(architecture):
-    manifest, model = MANIFESTS[architecture], empty_model(CONFIGS[architecture])
-    official = {name: torch.empty(shape, device="meta") for name, shape in manifest["state_dict"].items()}
-    translation = translate_state_dict(official, openmmlab_rules(official), model.state_dict().keys())
-    shapes = {name: tuple(tensor.shape) for name, tensor in translation.state_dict.items()}
-    assert shapes == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert translation.unknown == []
-    assert all(name.endswith("relative_position_index") for name in translation.ignored)
-    assert sum(p.numel() for p in model.parameters()) == manifest["num_params"]
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == manifest["num_trainable"]
+    results = check_state_dict(architecture, MANIFESTS[architecture])
+    assert [(result.name, result.difference) for result in results if not result.passed] == []
+
+
+def test_another_state_dict_does_not_fit():
+    """Every kind of difference is counted: names, shapes, numbers of parameters."""
+    manifest = {**MANIFESTS["ins_r50"], "state_dict": MANIFESTS["pan_r101"]["state_dict"]}
+    results = {result.name: result.difference for result in check_state_dict("ins_r50", manifest)}
+    assert results["state dict: missing"] == 0
+    assert results["state dict: unexpected"] == 17 * 3 * (1 + 5)
+    assert results["state dict: of another shape"] == 2 + 3 * 2
+    assert results["state dict: parameters"] == results["state dict: trained parameters"] == 0
+    manifest = {**MANIFESTS["ins_r50"], "num_params": 1, "num_trainable": 2}
+    results = {result.name: result.difference for result in check_state_dict("ins_r101", manifest)}
+    assert results["state dict: missing"] == 17 * 3 * (1 + 5)
+    assert results["state dict: parameters"] == 56474496 - 1
+    assert results["state dict: trained parameters"] == 56249152 - 2
 
 
 # ---------------------------------------------------------------- initialisation

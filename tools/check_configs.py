@@ -6,6 +6,7 @@
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -75,12 +76,14 @@ def main() -> int:
     failures = 0
     for path in args.configs or zoo_config_files():
         torch.manual_seed(0)
+        start = time.perf_counter()
         outcome = train_and_predict(zoo_config(path, args.device))
         total = sum(outcome["losses"].values())
         failures += not total < float("inf")
         print(
             f"{path:50s} {outcome['parameters'] / 1e6:7.2f} M parameters, loss {total:8.3f}, "
-            f"{outcome['changed']} of {outcome['trained']} tensors changed, gives {list(outcome['result'])}",
+            f"{outcome['changed']} of {outcome['trained']} tensors changed, gives {list(outcome['result'])}, "
+            f"{time.perf_counter() - start:.0f} s",
             flush=True,
         )
     return int(failures > 0)

@@ -28,6 +28,7 @@ from references.cases import (  # noqa: E402
 )
 from references.inference import check_inference  # noqa: E402
 from references.mutations import MUTATIONS, Mutation, mutated  # noqa: E402
+from references.state_dicts import check_state_dict  # noqa: E402
 from references.training import check_training  # noqa: E402
 
 
@@ -65,12 +66,14 @@ def _excess(result: Result) -> float:
     return result.difference if result.tolerance == 0 else result.difference / result.tolerance
 
 
-def run_checks(folder: Path, cases: List[str]) -> Tuple[List[Result], List[str]]:
-    """:func:`check_case` of all cases, with one model per architecture at a time."""
+def run_checks(folder: Path, architectures: List[str]) -> Tuple[List[Result], List[str]]:
+    """The state dicts of the architectures, then :func:`check_case` of their cases, with one model at a time."""
     manifests, model, architecture = load_manifests(folder), None, None
     results: List[Result] = []
     skipped: List[str] = []
-    for case in cases:
+    for name in (name for name in architectures if name in manifests):
+        results += check_state_dict(name, manifests[name])
+    for case in (case for case in find_cases(folder) if architecture_of(case) in architectures):
         if architecture_of(case) != architecture:
             architecture, model = architecture_of(case), None
             model = filled_model(architecture, manifests[architecture]["state_dict"])
@@ -131,17 +134,12 @@ def main() -> int:
         names = list(MUTATIONS) if args.mutate == "all" else [args.mutate]
         return int(run_mutations(args.references, names) > 0)
 
-    cases = find_cases(args.references)
-    if args.architecture:
-        cases = [case for case in cases if architecture_of(case) in args.architecture]
-    if not cases:
-        of = f" of {', '.join(args.architecture)}" if args.architecture else ""
-        parser.error(f"{args.references}: there are no reference files (ref_*.npz, train_*.npz){of}")
-    results, skipped = run_checks(args.references, cases)
+    results, skipped = run_checks(args.references, args.architecture or list(CONFIGS))
+    if not results:
+        parser.error(f"{args.references}: there are no references (manifest*.json*, ref_*.npz, train_*.npz)")
     print_table(results)
     failed = [result for result in results if not result.passed]
-    counts = f"{len(results)} compared, {len(skipped)} skipped, {len(failed)} beyond tolerance"
-    print(f"\n{counts}, in {len(cases)} reference files")
+    print(f"\n{len(results)} compared, {len(skipped)} skipped, {len(failed)} beyond tolerance")
     return int(bool(failed or skipped))
 
 
