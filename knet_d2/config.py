@@ -142,6 +142,10 @@ def _add_solver_config(cfg: CN) -> None:
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     # Steps in a row with a loss that is not finite after which training stops; those before are skipped.
     cfg.SOLVER.NON_FINITE_STEPS = 1
+    # Parts of a batch that are computed one after the other to save memory; their gradients add up for one update.
+    cfg.SOLVER.ACCUMULATE_GRADIENTS = 1
+    # Decay of an exponential moving average of the weights, which is evaluated and saved as the model; 0 = none.
+    cfg.SOLVER.EMA_DECAY = 0.0
     # Type of mixed precision when SOLVER.AMP.ENABLED: "float16" (CUDA only) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
 
@@ -153,5 +157,7 @@ def _add_engine_config(cfg: CN) -> None:
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 3
     # Power of the schedule "WarmupPolyLR" (SOLVER.LR_SCHEDULER_NAME).
     cfg.SOLVER.POLY_LR_POWER = 0.9
+    # Whether the training loss is computed on the first of DATASETS.TEST at every evaluation: validation/total_loss.
+    cfg.TEST.VALIDATION_LOSS = False
     # Validation images that are drawn into TensorBoard at every evaluation, ground truth beside prediction.
     cfg.TEST.NUM_PICTURES = 4

@@ -1,5 +1,6 @@
 """Running the repository's programs with tiny models on a few generated images."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -23,6 +24,14 @@ TINY_MODEL = {
     "SEM_SEG_HEAD": {"CONVS_DIM": 32},
     "KNET": {"NUM_KERNELS": 8, "NUM_STAGES": 2, "UPDATE_HEAD": {"FEATURE_DIM": 32, "FFN_DIM": 32}},
 }
+
+
+def load_program(path):
+    """A program of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,8 @@
 """What knet_d2.data.check finds in damaged data sets, and that it finds nothing in whole ones."""
 
-import importlib.util
 import json
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +11,12 @@ from data_helpers import custom_entry, data_cfg, unique_name
 from dataset_damages import DAMAGES, ERROR, IMAGE, SIZE, make_damage
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from program_helpers import ROOT, load_program
 
 from knet_d2.data.check import KINDS, check_datasets
 from knet_d2.data.shapes import write_shapes
 
-spec = importlib.util.spec_from_file_location("check_dataset", Path(__file__).parents[1] / "tools" / "check_dataset.py")
-program = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(program)
+program = load_program(ROOT / "tools" / "check_dataset.py")
 
 TASKS = {"coco_instance": "instance", "coco_panoptic": "panoptic", "sem_seg": "semantic"}
 

@@ -1,5 +1,6 @@
 """Optimiser, training step and config reading."""
 
+import contextlib
 import copy
 import math
 
@@ -123,11 +124,12 @@ def test_unknown_schedule_is_named():
 # ---- training step ---------------------------------------------------------------------------------------------
 
 
-def make_step(dtype=None, seed=0, lr=0.1):
+def make_step(dtype=None, seed=0, lr=0.1, num_parts=1):
     torch.manual_seed(0)
     model = ToyNet(None)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    step = TrainStep(model, optimizer, clip_gradients=build_gradient_clipper(knet_cfg()), seed=seed, dtype=dtype)
+    clipper = build_gradient_clipper(knet_cfg())
+    step = TrainStep(model, optimizer, clip_gradients=clipper, seed=seed, dtype=dtype, num_parts=num_parts)
     step.data_loader = ToyData(0, 0)
     return step
 
@@ -147,6 +149,44 @@ def test_step_equals_a_plain_one():
     sum(reference.model(next(iter(ToyData(0, 0)))).values()).backward()
     for p, q in zip(step.model.parameters(), reference.model.parameters()):
         torch.testing.assert_close(p, q - 0.1 * q.grad)
+
+
+class ImageMeanNet(nn.Module):
+    """Losses that are means over images; counts what goes through it, as what wraps it would."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 1)
+        self.sizes, self.unsynchronised = [], []
+
+    def forward(self, samples):
+        self.sizes.append(len(samples))
+        y = self.head(torch.stack([s["image"].mean((1, 2)) for s in samples]))
+        return {"loss_mask_s0": (y - 1).pow(2).mean(), "loss_mask_s1": y.abs().mean()}
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        self.unsynchronised.append(len(self.sizes))
+        yield
+
+
+@pytest.mark.parametrize("num_parts, sizes", [(1, [5]), (2, [2, 3]), (3, [1, 2, 2]), (5, [1] * 5)])
+def test_parts_of_a_batch_add_up_to_its_gradient(num_parts, sizes):
+    """Processes exchange gradients in the last part alone."""
+    batch = [next(iter(ToyData(0, i)))[0] for i in range(5)]
+    results = []
+    for parts in (1, num_parts):
+        torch.manual_seed(0)
+        model = ImageMeanNet()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        clipper = build_gradient_clipper(knet_cfg())
+        step = TrainStep(model, optimizer, clip_gradients=clipper, seed=0, num_parts=parts)
+        step.data_loader = [batch]
+        latest = take_steps(step, 1).latest()
+        results.append((model.head.weight, [latest[x][0] for x in ("loss_mask_s0", "loss_mask_s1", "grad_norm")]))
+    assert model.sizes == sizes and model.unsynchronised == list(range(num_parts - 1))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert results[0][1] == pytest.approx(results[1][1]) and results[0][1][2] > 0
 
 
 def test_numbers_of_a_step():

@@ -1,6 +1,5 @@
 """train_net.py and the demo programs end to end, with tiny models on a few generated images."""
 
-import importlib.util
 import json
 import os
 import re
@@ -16,20 +15,12 @@ import yaml
 from detectron2.engine import default_argument_parser
 from helpers import spread_scores
 from PIL import Image
-from program_helpers import NUM_IMAGES, ROOT, SIZE, Program, shapes, write_config  # noqa: F401
+from program_helpers import NUM_IMAGES, ROOT, SIZE, Program, load_program, shapes, write_config  # noqa: F401
 
 from knet_d2.classes import class_table
 from knet_d2.engine import Predictor, Trainer, load_config, replay
 from knet_d2.errors import CheckpointError, ConfigError, DataError, KNetError, NonFiniteError
 from knet_d2.visualization import Segment, draw_segments, ground_truth_segments, picture_sheet
-
-
-def load_program(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 train_net = load_program(ROOT / "train_net.py")
 demo = load_program(ROOT / "demo" / "demo.py")

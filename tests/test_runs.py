@@ -10,6 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import (
@@ -114,6 +115,94 @@ def test_signal_saves_the_iteration_and_stops(tmp_path, whole_run, monkeypatch, 
     states = [torch.load(folder / "model_final.pth", weights_only=True) for folder in (whole_run, tmp_path)]
     assert_identical(*states)
     assert (tmp_path / "metrics.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
+
+
+# ---- average of the weights ------------------------------------------------------------------------------------
+
+
+class Recorder(HookBase):
+    """Copies of the weights that are trained, after every step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def after_step(self):
+        self.weights.append({name: p.detach().clone() for name, p in self.trainer.model.named_parameters()})
+
+
+def test_average_is_evaluated_and_saved(tmp_path):
+    """Against the formula; the learning rate is large enough for the weights to move."""
+    decay, recorder = 0.8, Recorder()
+    trainer = ToyTrainer(toy_cfg(tmp_path, SOLVER__EMA_DECAY=decay, SOLVER__BASE_LR=0.1, TEST__EVAL_PERIOD=0))
+    trainer.register_hooks([recorder])
+    trainer.resume_or_load(resume=False)
+    results = trainer.train()
+    expected = recorder.weights[0]
+    for weights in recorder.weights[1:]:
+        expected = {name: decay * expected[name] + (1 - decay) * value for name, value in weights.items()}
+    state = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    for name, value in expected.items():
+        torch.testing.assert_close(state["model"][name], value)
+        assert not torch.allclose(value, recorder.weights[-1][name])
+        assert torch.equal(state["trainer"]["hooks"]["WeightAverage"]["model"][name], recorder.weights[-1][name])
+    model = ToyNet(None).eval()
+    model.load_state_dict(state["model"])
+    value = model([{"image": torch.ones(3, 8, 8)}])[0]["value"]
+    assert results["panoptic_seg"]["PQ"] == pytest.approx(value, abs=1e-7)
+    trained = ToyNet(None).eval()
+    trained.load_state_dict(recorder.weights[-1])
+    assert abs(trained([{"image": torch.ones(3, 8, 8)}])[0]["value"] - value) > 1e-4
+
+
+@pytest.mark.parametrize("moment", ["image3.png", "image9.png", "evaluation", "image22.png"])
+def test_resumed_run_with_an_average_is_the_uninterrupted_one(tmp_path, moment):
+    options = {"SOLVER__EMA_DECAY": 0.9}
+    run(tmp_path / "whole", **options)
+    ToyEvaluator.interrupt, ToyNet.fail_at = moment == "evaluation", (moment, Interrupted())
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", **options)
+    ToyEvaluator.interrupt, ToyNet.fail_at = False, (None, None)
+    run(tmp_path / "parts", resume=True, **options)
+    for name in ("model_final.pth", "model_best.pth"):
+        states = [torch.load(tmp_path / x / name, weights_only=True) for x in ("whole", "parts")]
+        for state in states:
+            state.pop("metadata")  # has the folder
+        assert_identical(*states)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
+
+
+def test_average_begins_at_the_weights_that_are_loaded(tmp_path):
+    """Those of another run, or of a run that is resumed and had no average."""
+    run(tmp_path / "first", SOLVER__MAX_ITER=7, SOLVER__STEPS=())
+    weights = torch.load(tmp_path / "first" / "model_final.pth", weights_only=True)["model"]
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    (tmp_path / "fine-tuned").mkdir()
+    for folder, resume in (("fine-tuned", False), ("second", True)):
+        options = {"SOLVER__EMA_DECAY": 0.5, "MODEL__WEIGHTS": str(tmp_path / "first" / "model_final.pth")}
+        trainer = ToyTrainer(toy_cfg(tmp_path / folder, **options))
+        trainer.resume_or_load(resume=resume)
+        for model in (trainer.model, trainer.evaluated_model):
+            assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 2])
+def test_wrong_decay_is_refused(tmp_path, decay):
+    with pytest.raises(ConfigError, match="SOLVER.EMA_DECAY is"):
+        ToyTrainer(toy_cfg(tmp_path, SOLVER__EMA_DECAY=float(decay)))
+
+
+@pytest.mark.parametrize("parts", [0, 5])
+def test_wrong_number_of_parts_is_refused(tmp_path, parts):
+    with pytest.raises(ConfigError, match=f"SOLVER.ACCUMULATE_GRADIENTS is {parts}; it must be from 1 to 4"):
+        ToyTrainer(toy_cfg(tmp_path, SOLVER__ACCUMULATE_GRADIENTS=parts, SOLVER__IMS_PER_BATCH=4))
+
+
+def test_reference_world_size_scales_the_schedule(tmp_path):
+    """A config for 4 GPUs on one process: a quarter of batch and learning rate, four times the iterations."""
+    options = {"SOLVER__REFERENCE_WORLD_SIZE": 4, "SOLVER__IMS_PER_BATCH": 16}
+    cfg = ToyTrainer(toy_cfg(tmp_path, **options)).cfg
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER) == (4, 0.0025, 92)
+    assert (cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS, cfg.TEST.EVAL_PERIOD) == ((60, 80), 40, 56)
 
 
 def test_resume_of_a_finished_run_changes_nothing(tmp_path, whole_run):

@@ -2,7 +2,7 @@
 
 import os
 
-from .build import build_test_loader, build_train_loader, load_dataset, loaded_metadata
+from .build import build_loss_loader, build_test_loader, build_train_loader, load_dataset, loaded_metadata
 from .categories import CategoryTable, category_table, resolve_classes
 from .custom import register_custom_datasets
 from .mapper import KNetDatasetMapper, build_mapper
@@ -11,6 +11,7 @@ from .shapes import register_shapes
 __all__ = [
     "CategoryTable",
     "KNetDatasetMapper",
+    "build_loss_loader",
     "build_mapper",
     "build_test_loader",
     "build_train_loader",

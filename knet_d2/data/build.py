@@ -20,7 +20,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError, KNetError
 from ..stop_signals import ignore_stop_signals
-from .mapper import build_mapper
+from .mapper import build_loss_mapper, build_mapper
 from .sampler import SampleKey, TrainingBatchSampler
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,27 @@ def build_test_loader(cfg: CfgNode, name: str, mapper: Mapper | None = None) -> 
     dataset = load_datasets([name], "DATASETS.TEST")
     mapped = MappedDataset(dataset, mapper or build_mapper(cfg, is_train=False), seed=0)
     return RaisingDataLoader(mapped, sampler=InferenceSampler(len(dataset)), batch_size=1, **_loader_options(cfg))
+
+
+def build_loss_loader(cfg: CfgNode, name: str) -> tuple[torch.utils.data.DataLoader, int]:
+    """A loader of one image a batch with ground truth as in training, and without random augmentation.
+
+    It is equally long for all processes, as computing losses needs all of them: with S images and P processes, batch i
+    of process r is image i P + r, from the first again where that is S or more.
+
+    Args:
+        cfg: the config, with its classes resolved.
+        name: of the data set.
+
+    Returns:
+        The loader, and S.
+    """
+    dataset = load_datasets([name], "DATASETS.TEST")
+    world_size, rank = comm.get_world_size(), comm.get_rank()
+    steps = -(-len(dataset) // world_size)
+    order = [(i * world_size + rank) % len(dataset) for i in range(steps)]
+    mapped = MappedDataset(dataset, build_loss_mapper(cfg), seed=0)
+    return RaisingDataLoader(mapped, sampler=order, batch_size=1, **_loader_options(cfg)), len(dataset)
 
 
 class MappedDataset(torch.utils.data.Dataset):

@@ -204,6 +204,13 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> KNetDatasetMapper:
     return KNetDatasetMapper(cfg, is_train)
 
 
+def build_loss_mapper(cfg: CfgNode) -> KNetDatasetMapper:
+    """Ground truth as in training, images as in testing."""
+    arguments = KNetDatasetMapper.from_config(cfg, is_train=True)
+    arguments.update(augmentations=build_augmentations(cfg, is_train=False), pad_size=None)
+    return KNetDatasetMapper(**arguments)
+
+
 def read_sem_seg(record: dict[str, Any], size: tuple[int, int], num_classes: int, ignore_value: int) -> np.ndarray:
     """Read "sem_seg_file_name" as labels 0..num_classes-1 and ignore_value: int64 [H, W].
 

@@ -130,7 +130,7 @@ class EvalHook(hooks.EvalHook):
     def after_step(self) -> None:
         if not is_due(self.trainer.iter + 1, self._period, self.trainer.max_iter):
             return
-        handle = self.trainer.model.register_forward_pre_hook(lambda *_: self._stop.stop_if_received())
+        handle = self.trainer.evaluated_model.register_forward_pre_hook(lambda *_: self._stop.stop_if_received())
         try:
             self._do_eval()
         finally:

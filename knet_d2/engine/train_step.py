@@ -50,12 +50,15 @@ class TrainStep(TrainerBase):
         seed: int,
         dtype: Optional[torch.dtype] = None,
         non_finite_limit: int = 1,
+        num_parts: int = 1,
     ):
         """
         Args:
             clip_gradients: clips in place and returns the gradients' total norm.
             non_finite_limit: steps in a row that aren't finite after which the error is raised.
             dtype: type of mixed precision; None = full precision.
+            num_parts: of a batch, computed one after the other; the loss is the mean over the images' losses, each
+                normalised within its part. At most the number of images that a process has.
         """
         super().__init__()
         model.train()
@@ -66,6 +69,7 @@ class TrainStep(TrainerBase):
         self._clip_gradients = clip_gradients
         self._seed = seed
         self._dtype = dtype
+        self._num_parts = num_parts
         self._device = next(model.parameters()).device
         self._rank = comm.get_rank()
         self._non_finite_limit = non_finite_limit
@@ -105,10 +109,8 @@ class TrainStep(TrainerBase):
     def _update(self, data: List[Dict[str, Any]]) -> Dict[str, float]:
         """Returns all losses and the norm of the gradient by name."""
         torch.manual_seed(step_seed(self._seed, self.iter, self._rank))
-        with self._autocast():
-            losses = self._forward(data)
         self.optimizer.zero_grad()
-        self.grad_scaler.scale(sum(losses.values())).backward()
+        losses = self._backward(data)
         self.grad_scaler.unscale_(self.optimizer)
         norm = self._clip_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
 
@@ -119,6 +121,24 @@ class TrainStep(TrainerBase):
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         return metrics
+
+    def _backward(self, data: List[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
+        """Add up the gradients of all parts of a batch; returns the losses of the whole."""
+        sums: Dict[str, torch.Tensor] = {}
+        bounds = [i * len(data) // self._num_parts for i in range(self._num_parts + 1)]
+        for start, end in zip(bounds, bounds[1:]):
+            with self._local_gradients() if end < len(data) else nullcontext():
+                with self._autocast():
+                    losses = self._forward(data[start:end])
+                losses = {name: value * ((end - start) / len(data)) for name, value in losses.items()}
+                self.grad_scaler.scale(sum(losses.values())).backward()
+            for name, value in losses.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        return sums
+
+    def _local_gradients(self) -> ContextManager:
+        """Processes exchange gradients after the last part only."""
+        return self.model.no_sync() if hasattr(self.model, "no_sync") else nullcontext()
 
     def _autocast(self) -> ContextManager:
         if self._dtype is None:

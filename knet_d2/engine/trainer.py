@@ -16,11 +16,12 @@ from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 
 from ..checkpoint import Checkpointer, describe_model, periodic_checkpoints, remove_unfinished, write_atomically
-from ..data import build_test_loader, build_train_loader
+from ..data import build_loss_loader, build_test_loader, build_train_loader
 from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import build_evaluators
 from ..visualization import draw_validation_pictures
 from . import optimizer as optim
+from .averaging import build_weight_average
 from .dump import batch_file, save_batch
 from .hooks import (
     BestCheckpointer,
@@ -36,6 +37,7 @@ from .hooks import (
 from .preemption import StopSignals
 from .setup import resolve_seed
 from .train_step import TrainStep, amp_dtype
+from .validation import mean_loss
 from .writers import ConsoleWriter, MetricsWriter, TensorBoardWriter, cut_metrics
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class Trainer(DefaultTrainer):
         device = next(model.parameters()).device
         dtype = amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
         optimizer = self.build_optimizer(cfg, model)
+        self._average = build_weight_average(cfg, model)
         device_ids = [torch.cuda.current_device()] if device.type == "cuda" else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         self._trainer = TrainStep(
@@ -66,10 +69,15 @@ class Trainer(DefaultTrainer):
             seed=cfg.SEED,
             dtype=dtype,
             non_finite_limit=cfg.SOLVER.NON_FINITE_STEPS,
+            num_parts=_number_of_parts(cfg),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(
-            model, cfg.OUTPUT_DIR, partial=True, metadata=describe_model(cfg), trainer=weakref.proxy(self)
+            self.evaluated_model,
+            cfg.OUTPUT_DIR,
+            partial=True,
+            metadata=describe_model(cfg),
+            trainer=weakref.proxy(self),
         )
         self.max_iter = cfg.SOLVER.MAX_ITER
         self._metrics_file = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
@@ -77,6 +85,11 @@ class Trainer(DefaultTrainer):
         self._signals = StopSignals()
         self._last_eval_results: Optional[Dict[str, Any]] = None
         self.register_hooks(self.build_hooks())
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model that is evaluated and saved: the one that is trained, or the average of its weights."""
+        return self.model if self._average is None else self._average.averaged_model
 
     # What is built from the config.
 
@@ -107,6 +120,8 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.PRECISE_BN.ENABLED:
             raise ConfigError("TEST.PRECISE_BN.ENABLED is not supported; set it to False.")
         before: List[HookBase] = [hooks.IterationTimer(), LRScheduler(), MetricsHistory()]
+        if self._average is not None:
+            before.append(self._average)
         checkpoints = None
         if comm.is_main_process():
             keep = cfg.SOLVER.CHECKPOINTS_TO_KEEP or None
@@ -130,11 +145,16 @@ class Trainer(DefaultTrainer):
         ]
 
     def _evaluate(self) -> Dict[str, Any]:
-        self._last_eval_results = self.test(self.cfg, self.model)
+        self._last_eval_results = self.test(self.cfg, self.evaluated_model)
+        if self.cfg.TEST.VALIDATION_LOSS:
+            model = getattr(self.evaluated_model, "module", self.evaluated_model)
+            loader, num_samples = build_loss_loader(self.cfg, self.cfg.DATASETS.TEST[0])
+            loss = mean_loss(model, loader, num_samples)
+            self._last_eval_results = {**self._last_eval_results, "validation": {"total_loss": loss}}
         return self._last_eval_results
 
     def _draw(self) -> Dict[str, Any]:
-        model = getattr(self.model, "module", self.model)
+        model = getattr(self.evaluated_model, "module", self.evaluated_model)
         return draw_validation_pictures(self.cfg, model, self.cfg.TEST.NUM_PICTURES)
 
     # The run.
@@ -142,6 +162,8 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last checkpoint in OUTPUT_DIR (with ``resume``, if there is one), or load MODEL.WEIGHTS."""
         super().resume_or_load(resume=resume)
+        if self._average is not None:
+            self._average.start()
         comm.synchronize()  # nobody reads any more what is renamed or cut
         if not comm.is_main_process():
             return
@@ -232,6 +254,17 @@ class Trainer(DefaultTrainer):
             logger.warning(
                 f"SEED was {state_dict['seed']} and is now {self.cfg.SEED}: the run is not continued exactly."
             )
+
+
+def _number_of_parts(cfg: CfgNode) -> int:
+    """SOLVER.ACCUMULATE_GRADIENTS, checked."""
+    parts, images = cfg.SOLVER.ACCUMULATE_GRADIENTS, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    if not 1 <= parts <= images:
+        raise ConfigError(
+            f"SOLVER.ACCUMULATE_GRADIENTS is {parts}; it must be from 1 to {images}, the images of a batch that each "
+            "process has (SOLVER.IMS_PER_BATCH)."
+        )
+    return parts
 
 
 def best_metric(cfg: CfgNode) -> str:
