@@ -15,6 +15,7 @@ from knet_d2.engine.train_step import TrainStep
 
 # Instances of the images of every step's batch: none on the second half of the processes, none at all, all over
 COUNTS = ([2, 3, 0, 0], [0, 0, 0, 0], [1, 0, 2, 4], [0, 0, 1, 0], [3, 1, 1, 2])
+PARTS_STEP = 2
 SIZE = (64, 64)
 OPTIONS = {
     "instance": {"MODEL.RESNETS.NORM": "EvalBN"},
@@ -28,6 +29,11 @@ def make_model(task, is_global):
     options = {**OPTIONS[task], "MODEL.KNET.LOSS.GLOBAL_NORMALIZERS": is_global}
     model = tiny_model(task, options).double().train()
     return model, create_ddp_model(model, broadcast_buffers=False, device_ids=None)
+
+
+def num_parts_of(world_size):
+    """In how many parts a process computes its share of a batch."""
+    return min(2, len(COUNTS[PARTS_STEP]) // world_size)
 
 
 def share_of_batch(step, rank, world_size):
@@ -86,12 +92,30 @@ def step_over_costs_that_are_not_finite():
     return log.getvalue(), changed, float(weight.detach().norm())
 
 
+def step_in_parts(num_parts):
+    """A step with global normalisers, whose batch each process computes in parts.
+
+    Returns:
+        the losses' means over the processes (on the main one), and the gradients.
+    """
+    model, ddp = make_model("panoptic", is_global=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    step = TrainStep(ddp, optimizer, clip_gradients=lambda _: torch.zeros(()), seed=0, num_parts=num_parts)
+    step.data_loader = [share_of_batch(PARTS_STEP, comm.get_rank(), comm.get_world_size())]
+    step.iter = 0
+    with EventStorage(0) as storage:
+        step.run_step()
+    losses = {name: value for name, (value, _) in storage.latest().items() if name.startswith("loss")}
+    return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def train_and_save(path):
     """All tasks, and the losses of every process with local normalisers; the main process saves them."""
     results = {task: train(task) for task in OPTIONS}
     _, ddp = make_model("instance", is_global=False)
     losses = ddp(share_of_batch(0, comm.get_rank(), comm.get_world_size()))
     results["local"] = comm.all_gather(numbers(losses))
+    results["parts"] = step_in_parts(num_parts_of(comm.get_world_size()))
     results["skipped"] = comm.all_gather(step_over_costs_that_are_not_finite())
     if comm.is_main_process():
         torch.save(results, path)

@@ -278,14 +278,14 @@ def test_non_finite_loss(factor):
     assert all(torch.equal(p, q) for p, q in zip(before, step.model.parameters()))
 
 
-def with_batch_norm(limit, scale=None):
+def with_batch_norm(limit, scale=None, num_parts=1):
     """A step that skips, of a model whose forward pass changes running statistics."""
     torch.manual_seed(0)
     model = ToyNet(None)
     model.norm = nn.BatchNorm2d(4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     clip = build_gradient_clipper(knet_cfg())
-    step = TrainStep(model, optimizer, clip_gradients=clip, seed=0, non_finite_limit=limit)
+    step = TrainStep(model, optimizer, clip_gradients=clip, seed=0, non_finite_limit=limit, num_parts=num_parts)
     step.data_loader = ToyData(0, 0)
     if scale:
         step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -309,6 +309,24 @@ def test_non_finite_steps_are_skipped(failure, scale, caplog):
         take_steps(step, 1, start=bad + 1)
         assert all(value.isfinite().all() for value in step.model.state_dict().values())
         assert not torch.equal(step.model.head.weight, before[0]["head.weight"])
+
+
+@pytest.mark.parametrize("failure", [math.nan, NonFiniteError("Cost class of stage 1 is not finite.")])
+def test_part_that_is_not_finite_skips_its_batch(failure):
+    """What the parts before it have left, gradients and running statistics, is gone; the next step starts clean."""
+    images = [sample for batch in zip(range(6), ToyData(0, 0)) for sample in batch[1]]
+    batches = [images[0:2], images[2:4], images[4:6]]
+    step, expected = (with_batch_norm(limit=2, num_parts=2) for _ in range(2))
+    step.data_loader, expected.data_loader = batches, [batches[0], batches[2]]
+    take_steps(step, 1)
+    take_steps(expected, 1)
+    ToyNet.fail_at = ("image3.png", failure)
+    take_steps(step, 1, start=1)
+    assert_identical(step.model.state_dict(), expected.model.state_dict())
+    take_steps(step, 1, start=2)
+    take_steps(expected, 1, start=2)
+    assert_identical(step.model.state_dict(), expected.model.state_dict())
+    assert step.model.norm.num_batches_tracked == 4
 
 
 def test_too_many_non_finite_steps_in_a_row():

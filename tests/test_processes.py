@@ -9,7 +9,17 @@ import os
 import pytest
 import torch
 from detectron2.engine import launch
-from process_helpers import COUNTS, OPTIONS, make_model, numbers, share_of_batch, train, train_and_save
+from process_helpers import (
+    COUNTS,
+    OPTIONS,
+    PARTS_STEP,
+    make_model,
+    num_parts_of,
+    numbers,
+    share_of_batch,
+    train,
+    train_and_save,
+)
 
 WORLD_SIZES = [int(x) for x in os.getenv("KNET_TEST_PROCESSES", "2").split(",")]
 
@@ -63,6 +73,23 @@ def test_local_normalizers(shared):
     if world_size > 1:
         mean_loss = sum(found["loss_mask_s1"] for found in shared["local"]) / world_size
         assert mean_loss != pytest.approx(shared["instance"][0]["losses"]["loss_mask_s1"], rel=1e-3)
+
+
+def test_parts_of_a_batch(request, shared):
+    """Part k of all processes together is what one process computes: the mean over the parts is taken."""
+    world_size = request.node.callspec.params["shared"]
+    num_parts, batch = num_parts_of(world_size), share_of_batch(PARTS_STEP, 0, 1)
+    model, _ = make_model("panoptic", is_global=True)
+    means = {}
+    for images in torch.arange(len(batch)).view(world_size, num_parts, -1).unbind(dim=1):
+        losses = {name: x / num_parts for name, x in model([batch[i] for i in images.flatten()]).items()}
+        sum(losses.values()).backward()
+        means = {name: means.get(name, 0) + x.item() for name, x in losses.items()}
+    found_losses, found_gradients = shared["parts"]
+    assert found_losses == pytest.approx(means, rel=1e-6)  # float32 in the log
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(expected) > 50
+    torch.testing.assert_close(found_gradients, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_costs_that_are_not_finite_in_one_process(shared):

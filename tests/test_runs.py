@@ -185,6 +185,22 @@ def test_average_begins_at_the_weights_that_are_loaded(tmp_path):
             assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+def test_step_that_is_not_finite_is_kept_with_the_weights_that_took_it(tmp_path):
+    """Not with their average: repeated, it has to fail in the same way."""
+    options = {"SOLVER__EMA_DECAY": 0.9, "SOLVER__BASE_LR": 0.1}
+    ToyNet.fail_at = ("image9.png", math.nan)
+    failed = ToyTrainer(toy_cfg(tmp_path, **options))
+    failed.resume_or_load(resume=False)
+    with pytest.raises(NonFiniteError):
+        failed.train()
+    again = ToyTrainer(toy_cfg(tmp_path / "again", **options))
+    again.checkpointer.load(str(tmp_path / "non_finite_0000009" / "model.pth"))
+    assert_identical(again.model.state_dict(), failed.model.state_dict())
+    assert_identical(again.evaluated_model.state_dict(), failed.evaluated_model.state_dict())
+    assert not torch.equal(again.model.head.weight, again.evaluated_model.head.weight)
+    assert again.iter == 9
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2])
 def test_wrong_decay_is_refused(tmp_path, decay):
     with pytest.raises(ConfigError, match="SOLVER.EMA_DECAY is"):
