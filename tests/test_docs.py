@@ -117,7 +117,8 @@ def test_yaml(text, tmp_path):
         content = {"DATASETS": {"CUSTOM": content}}
     base = content.pop("_BASE_", None)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
-    cfg = load_config(str(ROOT / base)) if base else load_config(str(ROOT / "configs" / "shapes" / "panoptic.yaml"))
+    cfg = default_config()
+    merge_config(cfg, str(ROOT / (base or "configs/shapes/panoptic.yaml")))
     merge_config(cfg, str(tmp_path / "config.yaml"))
     for entry in cfg.DATASETS.CUSTOM:
         checked_entry(entry, "the document")
