@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import sigmoid, slow_bilinear
 
-from knet_d2 import postprocessing
+from knet_d2 import sampling
 from knet_d2.postprocessing import (
     ImageGeometry,
     assign_pixels,
@@ -303,30 +304,85 @@ def test_semantic_scores_are_sums_over_kernels():
         np.testing.assert_allclose(result[c], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("elements", [1, 1 << 20])
-def test_a_tie_goes_to_the_first_kernel(monkeypatch, elements):
-    monkeypatch.setattr(postprocessing, "MAX_MASK_ELEMENTS", elements)
+@pytest.mark.parametrize("side", [1, 7, 20])
+def test_a_tie_goes_to_the_first_kernel(monkeypatch, side):
+    monkeypatch.setattr(sampling, "MIN_TILE_SIDE", side)
     owners = assign_pixels(torch.tensor([0.5, 0.8, 0.8, 0.8]), torch.zeros(4, *HEAD), PLAIN).owners
     assert (owners == 1).all()
 
 
-@pytest.mark.parametrize("elements", [1, 2 * 16 * 24])
-def test_memory_bound_does_not_change_results(monkeypatch, elements):
-    class_logits, mask_logits = random(7, THINGS + STUFF, scale=1.5), random(7, *HEAD, seed=10)
+# Tiles
 
-    def results():
-        instances = instance_inference(class_logits, mask_logits, GEOMETRY, max_instances=20)
-        panoptic, segments = run_panoptic(class_logits, mask_logits, GEOMETRY, overlap_threshold=0.2)
-        semantic = semantic_inference(class_logits, mask_logits, class_mask(5), GEOMETRY)
-        return instances.pred_masks, instances.scores, panoptic, semantic, segments
+LARGE_HEAD = (30, 40)
+LARGE = ImageGeometry(padded=(240, 320), image=(229, 311), output=(150, 203))
 
-    expected = results()
-    calls = []
-    original = postprocessing.mask_probabilities
-    monkeypatch.setattr(postprocessing, "MAX_MASK_ELEMENTS", elements)
-    monkeypatch.setattr(postprocessing, "mask_probabilities", lambda m, g: calls.append(len(m)) or original(m, g))
-    pieces = results()
-    assert max(calls) == max(1, elements // (16 * 24))
-    for x, y in zip(expected[:-1], pieces[:-1]):
-        torch.testing.assert_close(x, y)
-    assert pieces[-1] == expected[-1] != []
+
+def blobs(count, *, offset, seed=0):
+    """Smooth logits [count, *LARGE_HEAD] around an offset."""
+    return 3 * F.interpolate(random(1, count, 6, 8, seed=seed, scale=1), LARGE_HEAD, mode="bicubic")[0] + offset
+
+
+def record_computed(monkeypatch):
+    """Collects the shapes of all probabilities that are computed."""
+    shapes, original = [], sampling.Tile.probabilities
+
+    def recording(tile, logits):
+        probs = original(tile, logits)
+        shapes.append(tuple(probs.shape))
+        return probs
+
+    monkeypatch.setattr(sampling.Tile, "probabilities", recording)
+    return shapes
+
+
+@pytest.mark.parametrize("side, elements", [(1, 1 << 24), (37, 1 << 24), (16, 7 * 5 * 5)])
+def test_tiles_do_not_change_results(monkeypatch, side, elements):
+    class_logits, mask_logits = random(7, THINGS + STUFF, scale=1.5), blobs(7, offset=-2)
+    probs = mask_probabilities(mask_logits, LARGE)
+    monkeypatch.setattr(sampling, "MIN_TILE_SIDE", side)
+    monkeypatch.setattr(sampling, "MAX_TILE_ELEMENTS", elements)
+    shapes = record_computed(monkeypatch)
+
+    instances = instance_inference(class_logits[:, :2], mask_logits, LARGE, max_instances=20)
+    kernels = class_logits[:, :2].flatten().argsort(descending=True) // 2
+    assert torch.equal(instances.pred_masks, (probs > 0.5)[kernels])
+
+    scores = class_logits.sigmoid().amax(dim=1)
+    owners, areas = assign_pixels(scores, mask_logits, LARGE)
+    assert torch.equal(owners.long(), (scores[:, None, None] * probs).argmax(dim=0))
+    assert torch.equal(areas, (probs >= 0.5).sum(dim=(1, 2)))
+    if elements == 7 * 5 * 5:
+        assert max(shapes) == (7, 5, 5)  # the bound is kept, and reached
+
+
+def test_only_the_borders_of_instances_are_computed(monkeypatch):
+    mask_logits = torch.full((3, *LARGE_HEAD), -5.0)
+    mask_logits[0, 8:20, 10:25] = 5  # an object; kernel 1 has none, kernel 2 has everything
+    mask_logits[2] = 5
+    shapes = record_computed(monkeypatch)
+    masks = instance_inference(torch.ones(3, 1), mask_logits, LARGE, max_instances=3).pred_masks
+    assert torch.equal(masks, mask_probabilities(mask_logits, LARGE) > 0.5)
+    assert 0 < sum(count * p * q for count, p, q in shapes) < masks[0].numel() / 2
+    assert {count for count, _, _ in shapes} == {0, 1}
+
+
+def test_kernels_that_cannot_win_a_tile_are_not_computed_there(monkeypatch):
+    """One kernel is everywhere with a high score; the others are weak, and below one half."""
+    mask_logits = blobs(20, offset=-9)
+    mask_logits[4] = 6
+    scores = torch.full((20,), 0.3, dtype=torch.float64)
+    scores[4] = 0.9
+    shapes = record_computed(monkeypatch)
+    owners, areas = assign_pixels(scores, mask_logits, LARGE)
+    assert (owners == 4).all() and areas[4] == owners.numel()
+    assert torch.equal(areas, (mask_probabilities(mask_logits, LARGE) >= 0.5).sum(dim=(1, 2)))
+    computed = sum(count * p * q for count, p, q in shapes)
+    assert owners.numel() <= computed < 2 * owners.numel()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_predictions_that_are_not_finite_do_not_stop_the_merging(value):
+    mask_logits = blobs(4, offset=-2)
+    mask_logits[1, 5, 5] = value
+    panoptic, _ = run_panoptic(torch.full((4, THINGS + STUFF), value), mask_logits, LARGE)
+    assert panoptic.shape == LARGE.output

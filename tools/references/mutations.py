@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from knet_d2 import postprocessing
+from knet_d2 import postprocessing, sampling
 from knet_d2.modeling import criterion, kernel_update, position_encoding, update_head
 from knet_d2.modeling.backbone import swin
 from knet_d2.modeling.losses import dice_coefficient
@@ -56,18 +56,22 @@ def _at_least(model) -> Sequence[Patch]:
 
 
 def _padding_not_cropped(model) -> Sequence[Patch]:
-    original = postprocessing.mask_probabilities
+    def tiles(mask_logits, geometry):
+        return sampling.Tiles(mask_logits, geometry._replace(image=geometry.padded))
 
-    def probabilities(mask_logits, geometry):
-        return original(mask_logits, geometry._replace(image=geometry.padded))
-
-    return [(postprocessing, "mask_probabilities", probabilities)]
+    return [(postprocessing, "Tiles", tiles)]
 
 
 def _sigmoid_first(model) -> Sequence[Patch]:
-    original = postprocessing.upsample_masks
+    original = sampling.Tile.probabilities
+
     # The logits of up-sampled probabilities, so that the sigmoid that follows gives these back
-    return [(postprocessing, "upsample_masks", lambda mask_logits: original(mask_logits.sigmoid()).logit())]
+    def probabilities(tile, logits):
+        up_rows, up_columns = tile.rows.upsampling, tile.columns.upsampling
+        rows, columns = (span._replace(upsampling=torch.eye(len(span.upsampling))) for span in tile)
+        return original(sampling.Tile(rows, columns), (up_rows @ (logits.sigmoid() @ up_columns.T)).logit())
+
+    return [(sampling.Tile, "probabilities", probabilities)]
 
 
 def _stuff_over_things(model) -> Sequence[Patch]:
