@@ -60,4 +60,5 @@ def categories(classes: ClassTable) -> List[Dict[str, Any]]:
 def from_categories(records: Sequence[Dict[str, Any]]) -> ClassTable:
     """The table that :func:`categories` was made from."""
     colors = [tuple(x["color"]) for x in records]
-    return ClassTable([x["name"] for x in records], [x["id"] for x in records], colors, sum(x["isthing"] for x in records))
+    num_things = sum(x["isthing"] for x in records)
+    return ClassTable([x["name"] for x in records], [x["id"] for x in records], colors, num_things)

@@ -194,7 +194,8 @@ def test_images_without_a_prediction_and_damaged_ground_truth_are_named(tmp_path
         evaluator.evaluate()
     png = tmp_path / "panoptic" / "0.png"
     Image.open(png).crop((0, 0, 8, 5)).save(png)
-    for damage, message in ((lambda: None, "0.png is 8 x 5 pixels"), (png.unlink, "Panoptic PNG .*0.png does not exist")):
+    damages = ((lambda: None, "0.png is 8 x 5 pixels"), (png.unlink, "Panoptic PNG .*0.png does not exist"))
+    for damage, message in damages:
         damage()
         evaluator.reset()
         output = _panoptic_output(ids, [{"id": 1, "isthing": False, "category_id": 0}])

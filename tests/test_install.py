@@ -220,10 +220,10 @@ sys.meta_path.insert(0, Blocker)
 """
 
 
-def run_python(folder: Path, *arguments: str, blocked: str = "", modules: dict = {}):
+def run_python(folder: Path, *arguments: str, blocked: str = "", modules: dict | None = None):
     """Run Python without the modules ``blocked``, with ``modules`` {name: source} in place of the installed ones."""
     (folder / "sitecustomize.py").write_text(SITE_CUSTOMIZE)
-    for name, source in modules.items():
+    for name, source in (modules or {}).items():
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "__init__.py").write_text(source)
     environment = {**os.environ, "BLOCKED": blocked, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}

@@ -15,8 +15,8 @@ from knet_d2.checkpoint import Checkpointer
 from knet_d2.engine import Trainer, load_config
 from knet_d2.engine.failures import explain
 from knet_d2.engine.launch import Placement, find_placement, first_host
-from knet_d2.errors import ConfigError, DataError
 from knet_d2.engine.preemption import EXIT_PREEMPTED
+from knet_d2.errors import ConfigError, DataError
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "7", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {

@@ -25,7 +25,6 @@ from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
 from knet_d2.engine import Trainer
 from knet_d2.errors import CheckpointError, ConfigError
 
-
 # ---------------------------------------------------------------- table
 
 

@@ -30,7 +30,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         metavar="NAME_OR_FILE",
-        help="name in the model zoo, or a config file; default: the one in the checkpoint, or the model of the zoo that "
+        help="name in the model zoo, or a config file; default: that of the checkpoint, or the model of the zoo that "
         "it is of",
     )
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")

@@ -20,7 +20,7 @@ def explain(error: BaseException) -> Optional[str]:
         return str(error)
     if isinstance(error, OSError) and error.errno in _NO_WRITING:
         return (
-            f"{error.filename or 'A file of the run'}: {error.strerror}. Make room there, or choose another OUTPUT_DIR. "
+            f"{error.filename or 'A file of the run'}: {error.strerror}. Make room there or choose another OUTPUT_DIR. "
             f"{_CONTINUE}"
         )
     if not isinstance(error, RuntimeError):

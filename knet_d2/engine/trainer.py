@@ -186,7 +186,7 @@ class Trainer(DefaultTrainer):
         for name, (stem, suffix) in pairs:
             os.replace(os.path.join(folder, name), os.path.join(folder, f"{stem}_{number}{suffix}"))
         logger.warning(
-            f"{folder} holds an earlier run; its metrics and periodic checkpoints are renamed: they end in _{number} now"
+            f"{folder} has an earlier run; its metrics and periodic checkpoints are renamed: they end in _{number} now"
         )
 
     def train(self) -> Optional["OrderedDict[str, Any]"]:
@@ -204,7 +204,8 @@ class Trainer(DefaultTrainer):
         with EventStorage(self.start_iter) as self.storage, self._signals:
             try:
                 self.before_train()
-                for self.iter in range(self.start_iter, self.max_iter):
+                for iteration in range(self.start_iter, self.max_iter):
+                    self.iter = iteration
                     self.before_step()
                     self.run_step()
                     self.after_step()

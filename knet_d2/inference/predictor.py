@@ -50,7 +50,7 @@ class ImagePredictor:
         Args:
             image: an image file, of which EXIF's rotation is applied; or an array, uint8 [H, W, 3].
             order: of an array's channels: "RGB" (as from Pillow, imageio, matplotlib) or "BGR" (as from OpenCV). It
-                can't be told from an array, and the wrong one gives worse results without any sign, so it has no default.
+                can't be told from an array, and the wrong one gives worse results without a sign, so it has no default.
             tile_size: cut images that are larger into tiles of this many pixels a side, and join what is found in
                 them; so big images take no more memory than small ones, and small objects keep their size.
             tile_overlap: pixels that neighbouring tiles share, by default a quarter of them; objects are joined by it.
@@ -62,7 +62,7 @@ class ImagePredictor:
             pixels = _checked_array(image, order)
         else:
             if order is not None:
-                raise DataError(f"{image}: order = {order!r} is for arrays; the order in a file is known. Leave it out.")
+                raise DataError(f"{image}: order = {order!r} is for arrays; that of a file is known. Leave it out.")
             pixels = read_image(_checked_file(os.fspath(image)), "BGR")
         if tile_size is None:
             return self._predict(pixels)
