@@ -27,4 +27,6 @@ demo: $(INSTALLED)
 		--opts MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth
 
 test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest tests

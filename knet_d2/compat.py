@@ -15,7 +15,7 @@ __all__ = ["NUMPY_PICKLE_FUNCTIONS", "create_local_process_group", "quiet_torchs
 try:
     from numpy._core import multiarray as _multiarray
 except ImportError:
-    from numpy.core import multiarray as _multiarray
+    from numpy.core import multiarray as _multiarray  # type: ignore[no-redef]
 
 # The functions that pickled numpy arrays name, by (module, name) in the file.
 # Reason: a file written with numpy 1 or 2 is read with the other.

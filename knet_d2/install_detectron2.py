@@ -81,7 +81,7 @@ class Substitution(NamedTuple):
     file: str
     old: str
     new: str
-    count: int
+    count: int  # type: ignore[assignment]  # NamedTuple has a method of this name
 
 
 _IMPORT_C = "from detectron2 import _C\n"

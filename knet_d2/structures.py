@@ -27,7 +27,7 @@ class KernelGroup(NamedTuple):
         class_ids: the classes that its kernels can take; with identity assignment, one per kernel.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # NamedTuple has a method of this name
     assignment: Assignment
     class_ids: Sequence[int]
 

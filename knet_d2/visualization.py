@@ -1,7 +1,7 @@
 """Pictures of ground truth and predictions, drawn by Detectron2's Visualizer. All images are uint8 RGB [H, W, 3]."""
 
 import os
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -43,6 +43,19 @@ def output_metadata(classes: ClassTable, output: str) -> Metadata:
 def main_output(outputs: Dict[str, Any]) -> str:
     """Which of a model's outputs is drawn."""
     return next(key for key in ("panoptic_seg", "instances", "sem_seg") if key in outputs)
+
+
+class Drawable(Protocol):
+    """What can be drawn: see :class:`Segment`."""
+
+    @property
+    def mask(self) -> np.ndarray: ...
+
+    @property
+    def label(self) -> int: ...
+
+    @property
+    def score(self) -> Optional[float]: ...
 
 
 class Segment(NamedTuple):
@@ -92,7 +105,7 @@ def _label_segments(labels: np.ndarray, end: int) -> List[Segment]:
     return [Segment(labels == label, int(label)) for label in np.unique(labels) if label < end]
 
 
-def draw_segments(image: np.ndarray, segments: Sequence[Segment], classes: ClassTable) -> np.ndarray:
+def draw_segments(image: np.ndarray, segments: Sequence[Drawable], classes: ClassTable) -> np.ndarray:
     """Paint segments over an image, small ones over large ones, with class names and scores; small images enlarged."""
     factor = max(1, -(-_READABLE_SIZE // min(image.shape[:2])))
     visualizer = Visualizer(_enlarge(image, factor))

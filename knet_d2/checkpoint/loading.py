@@ -82,7 +82,7 @@ def _load_pickle(f: BinaryIO) -> Any:
 
 
 def _load_torch(f: BinaryIO) -> Any:
-    arrays = [np.ndarray, np.dtype]
+    arrays: list[Any] = [np.ndarray, np.dtype]
     arrays += [under_name(function, *name) for name, function in NUMPY_PICKLE_FUNCTIONS.items()]
     # dtypes are classes of their own since numpy 1.25
     arrays += [type(np.dtype(kind)) for kind in (bool, *np.typecodes["AllInteger"], *np.typecodes["Float"])]

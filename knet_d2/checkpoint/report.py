@@ -102,9 +102,9 @@ def _alternatives(parts: Sequence[str]) -> str:
     if len(different) == 1:
         return different[0]
     stem = re.match(r"\D*", different[0])[0]
-    numbers = [part.removeprefix(stem) for part in different]
-    if all(number.isdigit() for number in numbers):
-        numbers = sorted(map(int, numbers))
+    endings = [part.removeprefix(stem) for part in different]
+    if all(ending.isdigit() for ending in endings):
+        numbers = sorted(map(int, endings))
         if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
             return f"{stem}{{{numbers[0]}-{numbers[-1]}}}"
         return f"{stem}{{{','.join(map(str, numbers))}}}"

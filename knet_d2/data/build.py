@@ -131,7 +131,7 @@ class MappedDataset(torch.utils.data.Dataset):
 class RaisingDataLoader(torch.utils.data.DataLoader):
     """Raises errors of the data in the main process: through a worker they would come with its whole traceback."""
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:  # type: ignore[override]
         for batch in super().__iter__():
             for example in batch:
                 if isinstance(example, KNetError):

@@ -158,8 +158,8 @@ class KNetDatasetMapper:
         size = aug_input.image.shape[:2]
         annotations = [x for x in record["annotations"] if not x.get("iscrowd", 0)]
         classes = [self._class_of(x["category_id"], True, record) for x in annotations]
-        masks = [annotation_mask(x, transforms, image.shape[:2], size, record) for x in annotations]
-        masks = np.stack(masks) if masks else np.zeros((0, *size), bool)
+        found = [annotation_mask(x, transforms, image.shape[:2], size, record) for x in annotations]
+        masks = np.stack(found) if found else np.zeros((0, *size), bool)
         example = {"image": _to_tensor(aug_input.image), "instances": make_instances(masks, classes, size)}
         if self.task == "panoptic":
             labels = self._stuff_labels(record, image.shape[:2])

@@ -14,7 +14,7 @@ import torch.utils.data
 class SampleKey(NamedTuple):
     """index: place in the data set; position: place in the endless stream of training samples."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # NamedTuple has a method of this name
     position: int
 
 

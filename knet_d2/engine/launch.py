@@ -222,7 +222,8 @@ def find_placement(environment: Mapping[str, str], num_gpus: int = 1, num_machin
 
 def _torchrun_placement(environment: Mapping[str, str]) -> Placement:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return Placement(*(_number(environment, name) for name in names), url="env://")
+    rank, world_size, local_rank, local_size = (_number(environment, name) for name in names)
+    return Placement(rank, world_size, local_rank, local_size, url="env://")
 
 
 def _slurm_placement(environment: Mapping[str, str]) -> Placement:

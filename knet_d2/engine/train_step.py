@@ -5,7 +5,7 @@ import math
 import re
 import time
 from contextlib import nullcontext
-from typing import Any, Callable, ContextManager, Dict, Iterable, List, Optional, Sequence
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ class TrainStep(TrainerBase):
         self.model = model
         self.optimizer = optimizer
         self.data_loader: Iterable[List[Dict[str, Any]]] = ()
-        self._data_iterator = None
+        self._data_iterator: Optional[Iterator] = None
         self._clip_gradients = clip_gradients
         self._seed = seed
         self._dtype = dtype
@@ -131,14 +131,14 @@ class TrainStep(TrainerBase):
                 with self._autocast():
                     losses = self._forward(data[start:end])
                 losses = {name: value * ((end - start) / len(data)) for name, value in losses.items()}
-                self.grad_scaler.scale(sum(losses.values())).backward()
+                self.grad_scaler.scale(sum(losses.values())).backward()  # type: ignore[arg-type]
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         return sums
 
     def _local_gradients(self) -> ContextManager:
         """Processes exchange gradients after the last part only."""
-        return self.model.no_sync() if hasattr(self.model, "no_sync") else nullcontext()
+        return self.model.no_sync() if hasattr(self.model, "no_sync") else nullcontext()  # type: ignore[operator]
 
     def _autocast(self) -> ContextManager:
         if self._dtype is None:

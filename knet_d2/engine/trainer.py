@@ -3,7 +3,6 @@
 import logging
 import os
 import weakref
-from collections import OrderedDict
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -189,7 +188,7 @@ class Trainer(DefaultTrainer):
             f"{folder} has an earlier run; its metrics and periodic checkpoints are renamed: they end in _{number} now"
         )
 
-    def train(self) -> Optional["OrderedDict[str, Any]"]:
+    def train(self) -> Optional[Dict[str, Any]]:
         """Train from ``start_iter`` to SOLVER.MAX_ITER.
 
         Returns:

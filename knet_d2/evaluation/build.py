@@ -54,7 +54,7 @@ def _build_cityscapes_semantic(cfg: CfgNode, name: str, output_folder: str | Non
 
 
 # evaluator_type -> output of the model -> (metadata key that must be there, builder).
-_PANOPTIC_BUILDERS = {
+_PANOPTIC_BUILDERS: dict[str, tuple[str, Builder]] = {
     "panoptic_seg": ("panoptic_json", _build_panoptic),
     "instances": ("json_file", _build_instance),
     "sem_seg": ("sem_seg_root", _build_semantic),

@@ -58,7 +58,8 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         """Returns {"panoptic_seg": {"PQ", "SQ", "RQ", "PQ_th", ..., "RQ_st"}} in percent, on the main process."""
         ground_truth = self._read_ground_truth()
         if "annotations" not in ground_truth:
-            return self._write_submission(ground_truth)
+            self._write_submission(ground_truth)
+            return None
         annotations = {annotation["image_id"]: annotation for annotation in ground_truth["annotations"]}
         categories = {category["id"]: category for category in ground_truth["categories"]}
         statistics = self._compare(annotations, categories)

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import Iterator, Optional, Sequence, Tuple, Union
+from typing import Any, Iterator, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -69,7 +69,7 @@ class ImagePredictor:
         return predict_tiles(self._predict, pixels, tile_size, tile_size // 4 if tile_overlap is None else tile_overlap)
 
     def images(
-        self, paths: Union[str, Sequence[str]], **options: Optional[int]
+        self, paths: Union[str, Sequence[str]], **options: Any
     ) -> Iterator[Tuple[str, Prediction]]:
         """The predictions of many files, one by one; those that can't be read are logged and left out.
 

@@ -260,13 +260,13 @@ def _raise_in_all_processes(failure: Optional[NonFiniteError]) -> None:
     raise error from failure
 
 
-def average_over_ranks(value: float, like: torch.Tensor) -> torch.Tensor:
+def average_over_ranks(value: "float | torch.Tensor", like: torch.Tensor) -> torch.Tensor:
     """Mean of a number over all processes, as a scalar of the given tensor's type and device."""
-    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    mean = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     if comm.get_world_size() > 1:
-        torch.distributed.all_reduce(value)
-        value = value / comm.get_world_size()
-    return value
+        torch.distributed.all_reduce(mean)
+        mean = mean / comm.get_world_size()
+    return mean
 
 
 def last_nonzero(masks: torch.Tensor, values: torch.Tensor, background: int) -> torch.Tensor:

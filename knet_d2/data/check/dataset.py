@@ -65,8 +65,8 @@ def _check_files(cfg: CfgNode, name: str, metadata: Metadata) -> list[DatasetRep
         reports.append(check_instances(name, metadata.json_file, metadata.image_root, use))
     if kind == "sem_seg" and metadata.get("sem_seg_root"):
         label_map = metadata.get("sem_seg_label_map")
-        paths = (metadata.image_root, metadata.sem_seg_root)
-        reports.append(check_labels(name, *paths, metadata.stuff_classes, label_map, use))
+        folders = (metadata.image_root, metadata.sem_seg_root)
+        reports.append(check_labels(name, *folders, metadata.stuff_classes, label_map, use))
     return reports
 
 

@@ -243,7 +243,7 @@ def _smooth_noise(rng: np.random.Generator, size: int, grain: float) -> np.ndarr
     """Random values in [0, 1] that change over about grain pixels (at 128 x 128): float32 [H, W]."""
     cells = max(2, round(_REFERENCE_SIZE / grain))
     coarse = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
-    return np.asarray(coarse.resize((size, size), Image.BICUBIC))
+    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _color(hue: float, saturation: float, value: float) -> np.ndarray:

@@ -77,6 +77,7 @@ def _annotation(thing: Thing) -> dict:
     """A COCO annotation: a polygon where it is exact, compressed RLE where hidden, uncompressed RLE for crowds."""
     rle = mask_util.encode(np.asfortranarray(thing.mask.astype(np.uint8)))
     box, area = mask_util.toBbox(rle).tolist(), int(mask_util.area(rle))
+    segmentation: dict | list
     if thing.iscrowd:
         segmentation = _uncompressed_rle(thing.mask)
     elif thing.polygon is not None:

@@ -197,7 +197,7 @@ def _check_basic_blocks(resnets: CfgNode) -> None:
             f"MODEL.RESNETS.RES2_OUT_CHANNELS = {resnets.RES2_OUT_CHANNELS} does not go with DEPTH = {resnets.DEPTH}: "
             "set 64, or less for a narrower network."
         )
-    required = {"NUM_GROUPS": 1, "RES4_DILATION": 1, "RES5_DILATION": 1}
+    required: dict[str, Any] = {"NUM_GROUPS": 1, "RES4_DILATION": 1, "RES5_DILATION": 1}
     required["DEFORM_ON_PER_STAGE"] = [False] * 4
     for key, value in required.items():
         given = list(resnets[key]) if isinstance(value, list) else resnets[key]
