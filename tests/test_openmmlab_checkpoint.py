@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,23 @@ def test_code_in_a_file_never_runs(tmp_path, form):
         assert not os.path.exists(Exploit.target)
 
 
+def test_a_tar_archive_is_not_given_to_pytorch(tmp_path, monkeypatch):
+    """Not even one whose first member's name begins as PyTorch's old files do."""
+    legacy, stream = io.BytesIO(), io.BytesIO()
+    torch.save({}, legacy, _use_new_zipfile_serialization=False)
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    header = bytearray(stream.getvalue()[:512])
+    header[:16] = legacy.getvalue()[:16]
+    header[148:156] = b" " * 8  # what its checksum stands for in the sum
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = tmp_path / "archive.pth"
+    path.write_bytes(header + stream.getvalue()[512:])
+    assert tarfile.is_tarfile(path)
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("PyTorch reads it"))
+    assert "not a weights file" in refusal(tiny_model("instance"), str(path))
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_truncated_files(tmp_path, legacy):
     model = tiny_model("instance")
@@ -315,6 +333,21 @@ def test_convert_tool(tmp_path, capsys):
         tool.main(tool.get_parser().parse_args([source, absent, "--config", str(config)]))
     with pytest.raises(CheckpointError, match="must end in"):
         tool.main(tool.get_parser().parse_args([source, str(tmp_path / "x.bin"), "--config", str(config)]))
+
+
+def test_convert_tool_reads_what_it_wrote(tmp_path):
+    pytest.importorskip("safetensors")
+    tool, model = load_tool("convert_checkpoint"), randomised(tiny_model("instance"))
+    config = tmp_path / "tiny.yaml"
+    config.write_text(tiny_config("instance").dump())
+    path = save(tmp_path, official_checkpoint(model.state_dict()), "official.pth")
+    for name, options in (("a.pth", ["--config", str(config)]), ("b.safetensors", []), ("c.pth", [])):
+        output = str(tmp_path / name)
+        tool.main(tool.get_parser().parse_args([path, output, *options]))
+        path = output
+    state = load_file(path)["model"]
+    assert_same_state(model.state_dict(), state)
+    assert len(state) == len(model.state_dict())
 
 
 def test_convert_tool_finds_the_config(tmp_path):

@@ -6,6 +6,7 @@ Whatever the file, it becomes a mapping with the parameters under "model", as in
 import os
 import pickle
 import re
+import tarfile
 from collections import OrderedDict
 from typing import Any, BinaryIO, Dict
 
@@ -54,6 +55,7 @@ def load_file(path: str) -> Any:
             start = f.read(16)
             f.seek(0)
             if start.startswith(_TORCH_MAGIC):
+                _refuse_tar(f)
                 return _load_torch(f)
             if start[8:9] == b"{":
                 return _load_safetensors(path)
@@ -79,6 +81,16 @@ def _describe_failure(error: Exception) -> str:
 
 def _load_pickle(f: BinaryIO) -> Any:
     return _ArrayUnpickler(f, encoding="latin1").load()
+
+
+def _refuse_tar(f: BinaryIO) -> None:
+    """PyTorch tries its oldest format first, tar archives, which it read unsafely until 2.6 (CVE-2025-32434)."""
+    try:
+        tarfile.open(fileobj=f, mode="r:").close()
+    except tarfile.TarError:
+        f.seek(0)
+    else:
+        raise pickle.UnpicklingError("a tar archive")
 
 
 def _load_torch(f: BinaryIO) -> Any:
