@@ -25,6 +25,8 @@ def evaluate(cfg: CfgNode, resume: bool) -> Dict[str, Any]:
     model = Trainer.build_model(cfg)
     Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

@@ -1,6 +1,6 @@
 """K-Net as a Detectron2 meta architecture."""
 
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,20 @@ TASK_OUTPUTS = {
     "panoptic": ("panoptic_seg", "instances", "sem_seg"),
     "semantic": ("sem_seg",),
 }
+
+
+class ImagePrediction(NamedTuple):
+    """What the network says of one image, before post-processing.
+
+    Attributes:
+        class_logits: [N, K], or None without a class branch.
+        mask_logits: [N, h, w], at the head's resolution.
+        geometry: sizes of the image.
+    """
+
+    class_logits: Optional[torch.Tensor]
+    mask_logits: torch.Tensor
+    geometry: ImageGeometry
 
 
 def model_outputs(cfg) -> Tuple[str, ...]:
@@ -153,12 +167,15 @@ class KNet(nn.Module):
         """Images are padded to a multiple of this; 0 or 1: to the largest of the batch only."""
         return max(self.backbone.size_divisibility, self.sem_seg_head.size_divisibility)
 
-    def forward(self, batched_inputs: List[Dict]) -> "Dict[str, torch.Tensor] | List[Dict]":
+    def forward(
+        self, batched_inputs: List[Dict], do_postprocess: bool = True
+    ) -> "Dict[str, torch.Tensor] | List[Dict] | List[ImagePrediction]":
         """
         Args:
             batched_inputs: per image a dict with "image" (C, H, W in the order of INPUT.FORMAT, 0 .. 255); for
                 training "instances" (gt_classes, gt_masks) and / or "sem_seg" ([H, W], classes over things, then
                 stuff); for inference optionally "height" and "width" of the result.
+            do_postprocess: False gives an :class:`ImagePrediction` per image in evaluation, for :meth:`results`.
 
         Returns:
             In training a dict of weighted losses. In evaluation per image a dict with some of
@@ -169,7 +186,7 @@ class KNet(nn.Module):
         """
         if not self.training and self.bank.num_matched == 0 and len({x["image"].shape for x in batched_inputs}) > 1:
             # The semantic models see no padding: an image's result must not depend on its neighbours
-            return [result for x in batched_inputs for result in self([x])]
+            return [result for x in batched_inputs for result in self([x], do_postprocess)]
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         state = self.sem_seg_head(features)
@@ -178,6 +195,8 @@ class KNet(nn.Module):
             auxiliary_logits = None if self.auxiliary_head is None else self.auxiliary_head(features)
             targets = self.prepare_targets(batched_inputs, images, state)
             return self.criterion(state, stages, targets, auxiliary_logits)
+        if not do_postprocess:
+            return self.image_predictions(state, stages, batched_inputs, images)
         with no_autocast(images.tensor):
             return self.postprocess(state, stages, batched_inputs, images)
 
@@ -208,17 +227,26 @@ class KNet(nn.Module):
         self, state: KernelState, stages: List[StageOutput], batched_inputs: List[Dict], images: ImageList
     ) -> List[Dict]:
         """The results of every image, from the stage that TEST.STAGE names."""
+        return [self.results(x) for x in self.image_predictions(state, stages, batched_inputs, images)]
+
+    def image_predictions(
+        self, state: KernelState, stages: List[StageOutput], batched_inputs: List[Dict], images: ImageList
+    ) -> List[ImagePrediction]:
+        """What the stage that TEST.STAGE names says of every image."""
         stage = self.output_stage % (len(stages) + 1)
         shown = stages[stage - 1] if stage else static_predictions(state)
-        results = []
+        predictions = []
         for i, x in enumerate(batched_inputs):
             image_size = tuple(images.image_sizes[i])
             output_size = (x.get("height", image_size[0]), x.get("width", image_size[1]))
             geometry = ImageGeometry(tuple(images.tensor.shape[-2:]), image_size, output_size)
             class_logits = None if shown.class_logits is None else shown.class_logits[i]
-            mask_logits = shown.mask_logits[i]
-            results.append({key: self._result(key, class_logits, mask_logits, geometry) for key in self.outputs})
-        return results
+            predictions.append(ImagePrediction(class_logits, shown.mask_logits[i], geometry))
+        return predictions
+
+    def results(self, prediction: ImagePrediction) -> Dict:
+        """What :meth:`forward` returns for an image in evaluation."""
+        return {key: self._result(key, *prediction) for key in self.outputs}
 
     def _result(self, key: str, class_logits: Optional[torch.Tensor], mask_logits: torch.Tensor, geometry):
         if key == "instances":

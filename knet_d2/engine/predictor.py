@@ -6,6 +6,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from ..checkpoint import Checkpointer
+from ..tta import KNetWithTTA
 
 
 class Predictor(DefaultPredictor):
@@ -19,5 +20,7 @@ class Predictor(DefaultPredictor):
         self.model = build_model(self.cfg).eval()
         Checkpointer(self.model).load(cfg.MODEL.WEIGHTS)
         shorter = cfg.INPUT.MIN_SIZE_TEST
+        if cfg.TEST.AUG.ENABLED:
+            self.model, shorter = KNetWithTTA(cfg, self.model).eval(), 0  # it resizes images itself
         self.aug = T.ResizeShortestEdge([shorter, shorter], cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT

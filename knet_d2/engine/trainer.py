@@ -18,6 +18,7 @@ from ..checkpoint import Checkpointer, describe_model, periodic_checkpoints, rem
 from ..data import build_loss_loader, build_test_loader, build_train_loader
 from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import build_evaluators
+from ..tta import KNetWithTTA
 from ..visualization import draw_validation_pictures
 from . import optimizer as optim
 from .averaging import build_weight_average
@@ -113,6 +114,18 @@ class Trainer(DefaultTrainer):
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         return DatasetEvaluators(build_evaluators(cfg, dataset_name, output_folder))
 
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> "OrderedDict[str, Any]":
+        """Evaluate with test-time augmentation (TEST.AUG); the keys of the results end in "_TTA"."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, os.path.join(folder, name)) for name in cfg.DATASETS.TEST]
+        augmented = KNetWithTTA(cfg, model)
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.INPUT.MIN_SIZE_TEST = 0  # images as they are: every view is resized from them
+        results = cls.test(cfg, augmented, evaluators)
+        return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
+
     def build_hooks(self) -> List[HookBase]:
         """See knet_d2.engine.hooks for what their order guarantees."""
         cfg = self.cfg
@@ -150,6 +163,9 @@ class Trainer(DefaultTrainer):
             loader, num_samples = build_loss_loader(self.cfg, self.cfg.DATASETS.TEST[0])
             loss = mean_loss(model, loader, num_samples)
             self._last_eval_results = {**self._last_eval_results, "validation": {"total_loss": loss}}
+        if self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter:
+            augmented = self.test_with_TTA(self.cfg, self.evaluated_model)
+            self._last_eval_results = {**self._last_eval_results, **augmented}
         return self._last_eval_results
 
     def _draw(self) -> Dict[str, Any]:

@@ -1,0 +1,258 @@
+"""Test-time augmentation (TEST.AUG): one result from several sizes of an image and their mirror images.
+
+Semantic models: the mean of the class probabilities of all views at every pixel, as in the official multi-scale test.
+Instance and panoptic models: a kernel stands for another object in another view, because kernels own places. So each
+view's instance kernels are matched one-to-one to those of the plain view, the one that a test without augmentation
+sees, and the mean is taken over what is matched. Kernels that stand for a class are matched to themselves.
+
+Views are computed one after the other. Only the plain one, another one and the sums are in memory, at the head's
+resolution (semantic models: the sum, at the result's).
+"""
+
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+
+from .errors import ConfigError
+from .meta_arch import ImagePrediction
+from .modeling.precision import no_autocast
+from .postprocessing import ImageGeometry
+from .structures import KernelBank
+
+# Kernels of two views are the same object only if their masks agree at least so much.
+MIN_IOU = 0.5
+
+
+class View(NamedTuple):
+    """One way to show an image to the model.
+
+    Attributes:
+        size: (height, width) that the image is resized to.
+        flipped: whether it is mirrored, left to right.
+    """
+
+    size: Tuple[int, int]
+    flipped: bool
+
+
+class KNetWithTTA(nn.Module):
+    """A K-Net with test-time augmentation; it is called as the model is, and returns what the model returns.
+
+    Semantic models give probabilities instead of logits.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module):
+        """
+        Args:
+            cfg: TEST.AUG.MIN_SIZES, MAX_SIZE and FLIP say which views there are beside the plain one, which is of
+                INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST.
+            model: a KNet, or one wrapped for distributed training.
+        """
+        super().__init__()
+        augmentation = cfg.TEST.AUG
+        sizes = tuple(augmentation.MIN_SIZES)
+        if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ConfigError(
+                f"TEST.AUG.MIN_SIZES is {sizes}; name the lengths of the shorter side in pixels, as (400, 800)."
+            )
+        self.model = getattr(model, "module", model)
+        self._plain = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        self._others = [(size, augmentation.MAX_SIZE) for size in sizes]
+        self._flip = augmentation.FLIP
+
+    def forward(self, batched_inputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """
+        Args:
+            batched_inputs: as for the model; an "image" is best given in its original size, since it is resized to
+                every view's. Without "height" and "width" the result has its size.
+        """
+        return [self._predict(x) for x in batched_inputs]
+
+    def views(self, height: int, width: int) -> List[View]:
+        """The views of an image of this size: the plain one first, then the others, from large to small."""
+        plain = View(_resized(height, width, *self._plain), False)
+        sizes = [_resized(height, width, *limits) for limits in self._others]
+        others = {View(size, flipped) for size in sizes for flipped in (False, True)[: 1 + self._flip]} - {plain}
+        return [plain, *sorted(others, key=lambda view: (-view.size[0] * view.size[1], view))]
+
+    def _predict(self, x: Dict[str, Any]) -> Dict[str, Any]:
+        # As it was read: what Detectron2's predictor gives is float
+        pixels = x["image"].permute(1, 2, 0).cpu().numpy().round().astype(np.uint8)
+        height, width = pixels.shape[:2]
+        output_size = {"height": x.get("height", height), "width": x.get("width", width)}
+        views = self.views(height, width)
+        shown = ({**x, **output_size, "image": _show(pixels, view)} for view in views)
+        predictions = (self.model([sample], do_postprocess=False)[0] for sample in shown)
+        flips = [view.flipped for view in views]
+        with no_autocast(self.model.pixel_mean):
+            if self.model.bank.num_matched == 0:
+                return {"sem_seg": self._mean_probabilities(predictions, flips)}
+            return self.model.results(merge_views(predictions, flips, self.model.bank))
+
+    def _mean_probabilities(self, predictions: Iterator[ImagePrediction], flips: List[bool]) -> torch.Tensor:
+        """[K, H, W]."""
+        total: Any = 0.0
+        for prediction, flipped in zip(predictions, flips):
+            probs = self.model.results(prediction)["sem_seg"].softmax(dim=0)
+            total += probs.flip(-1) if flipped else probs
+        return total / len(flips)
+
+
+def _resized(height: int, width: int, shorter: int, longest: int) -> Tuple[int, int]:
+    """Size of a resized image; 0 for the shorter side leaves it as it is, as in Detectron2."""
+    return T.ResizeShortestEdge.get_output_shape(height, width, shorter, longest) if shorter else (height, width)
+
+
+def _show(pixels: np.ndarray, view: View) -> torch.Tensor:
+    """uint8 [H, W, C] -> [C, h, w]."""
+    resized = T.ResizeTransform(*pixels.shape[:2], *view.size).apply_image(pixels)
+    if view.flipped:
+        resized = resized[:, ::-1]
+    return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+
+
+# ---- instance and panoptic models ------------------------------------------------------------------------------
+
+
+def merge_views(predictions: Iterator[ImagePrediction], flips: List[bool], bank: KernelBank) -> ImagePrediction:
+    """The mean of an image's views.
+
+    Args:
+        predictions: the plain one first, which is not flipped; of the others, the largest first.
+        flips: which of them are of a mirrored image.
+
+    Returns:
+        The plain view's kernels, with masks as fine as the finest view's. Kernels without a match in any other view
+        stay as they are.
+    """
+    plain = next(predictions)
+    merged = None
+    for prediction, flipped in zip(predictions, flips[1:]):
+        if merged is None:
+            finest = max(plain, prediction, key=lambda x: x.mask_logits[0].numel())
+            merged = _MergedViews(plain, finest, bank)
+        merged.add(prediction, flipped)
+    return plain if merged is None else merged.prediction()
+
+
+class _MergedViews:
+    """Sums over the views of what the plain view's kernels were matched to."""
+
+    def __init__(self, plain: ImagePrediction, finest: ImagePrediction, bank: KernelBank):
+        self._bank = bank
+        self._size, self._geometry = tuple(finest.mask_logits.shape[-2:]), finest.geometry
+        self._plain_scores = self._thing_scores(plain)
+        mask_logits = self._on_grid(plain, flipped=False)
+        self._plain_masks = self._inside(mask_logits > 0)
+        self._classes, self._masks = _LogitMean(plain.class_logits), _LogitMean(mask_logits)
+
+    def add(self, view: ImagePrediction, flipped: bool) -> None:
+        matched = self._bank.num_matched
+        mask_logits = self._on_grid(view, flipped)
+        masks = self._inside(mask_logits > 0)
+        rows, columns = match_kernels(
+            self._plain_masks[:matched], self._plain_scores, masks[:matched], self._thing_scores(view)
+        )
+        fixed = torch.arange(matched, self._bank.num_kernels, device=rows.device)
+        rows, columns = torch.cat([rows, fixed]), torch.cat([columns, fixed])
+        self._classes.add(view.class_logits[columns], rows)
+        self._masks.add(mask_logits[columns], rows)
+
+    def prediction(self) -> ImagePrediction:
+        return ImagePrediction(self._classes.logits(), self._masks.logits(), self._geometry)
+
+    def _thing_scores(self, view: ImagePrediction) -> torch.Tensor:
+        return view.class_logits[: self._bank.num_matched, : self._bank.num_things].sigmoid()
+
+    def _on_grid(self, view: ImagePrediction, flipped: bool) -> torch.Tensor:
+        """[N, *size], also of where the image is not: there it is not meaningful."""
+        return resample_masks(view.mask_logits, view.geometry, self._size, self._geometry, flipped)
+
+    def _inside(self, masks: torch.Tensor) -> torch.Tensor:
+        """[N, P], of the pixels of the grid in which the image is."""
+        height, width = (
+            -(-count * image // padded)
+            for count, image, padded in zip(self._size, self._geometry.image, self._geometry.padded)
+        )
+        return masks[:, :height, :width].flatten(1)
+
+
+class _LogitMean:
+    """Mean of probabilities, given and returned as logits: without the rounding of probabilities near 0 and 1.
+
+    Sums are of log p and log (1 - p); their difference is the mean's logit, whatever the number of summands is.
+    """
+
+    def __init__(self, logits: torch.Tensor):
+        self._yes, self._no = F.logsigmoid(logits), F.logsigmoid(-logits)
+
+    def add(self, logits: torch.Tensor, rows: torch.Tensor) -> None:
+        self._yes[rows] = torch.logaddexp(self._yes[rows], F.logsigmoid(logits))
+        self._no[rows] = torch.logaddexp(self._no[rows], F.logsigmoid(-logits))
+
+    def logits(self) -> torch.Tensor:
+        return self._yes - self._no
+
+
+def match_kernels(
+    masks: torch.Tensor, scores: torch.Tensor, other_masks: torch.Tensor, other_scores: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """One-to-one matches of the kernels of two views, by the IoU of their masks times the agreement of their classes.
+
+    The agreement is the product of the class probabilities, summed over the classes. So where several kernels share an
+    object, which one-to-one matching would otherwise confuse, the best one is matched to the best one.
+
+    Args:
+        masks, other_masks: bool [N, P] of the same P pixels.
+        scores, other_scores: [N, T], probabilities of the thing classes.
+
+    Returns:
+        indices of matched kernels, int64 [M] each.
+    """
+    a, b = masks.to(scores.dtype), other_masks.to(scores.dtype)
+    common = a @ b.T
+    iou = common / (a.sum(dim=1)[:, None] + b.sum(dim=1) - common).clamp(min=1)
+    affinity = torch.where(iou >= MIN_IOU, iou * (scores @ other_scores.T), 0.0).cpu()
+    rows, columns = (torch.from_numpy(x) for x in linear_sum_assignment(affinity.numpy(), maximize=True))
+    kept = affinity[rows, columns] > 0
+    return rows[kept].to(masks.device), columns[kept].to(masks.device)
+
+
+def resample_masks(
+    mask_logits: torch.Tensor,
+    source: ImageGeometry,
+    size: Tuple[int, int],
+    target: ImageGeometry,
+    flipped: bool,
+) -> torch.Tensor:
+    """Masks of one view on the grid of another one.
+
+    Args:
+        mask_logits: [N, h, w].
+        source: what they are of.
+        size: (height, width) of the grid.
+        target: what the grid is of.
+        flipped: whether the source is mirrored.
+
+    Returns:
+        [N, *size], bilinear.
+    """
+    if not flipped and tuple(mask_logits.shape[-2:]) == size and source[:2] == target[:2]:
+        return mask_logits
+    axes = []
+    for axis, mirrored in enumerate((False, flipped)):
+        # Where the grid's points are in the image, which goes from 0 to 1, ...
+        points = (torch.arange(size[axis], dtype=torch.float64) + 0.5) / size[axis]
+        points = points * target.padded[axis] / target.image[axis]
+        points = 1 - points if mirrored else points
+        # ... and in the source's grid, which goes from -1 to 1
+        axes.append(2 * points * source.image[axis] / source.padded[axis] - 1)
+    y, x = torch.meshgrid(*axes, indexing="ij")
+    grid = torch.stack([x, y], dim=-1).to(mask_logits)
+    return F.grid_sample(mask_logits[None], grid[None], padding_mode="border", align_corners=False)[0]
