@@ -14,6 +14,7 @@ from .data.categories import resolve_classes
 from .errors import ConfigError, DataError
 from .modeling.cascade import KernelUpdateCascade, static_predictions
 from .modeling.criterion import KNetCriterion
+from .modeling.fast_convolution import channels_last, fold_norms
 from .modeling.precision import no_autocast
 from .modeling.resize import upsampled_size
 from .modeling.static_kernels import build_auxiliary_head, build_static_kernels
@@ -113,6 +114,7 @@ class KNet(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).float().view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).float().view(-1, 1, 1), persistent=False)
         self.register_buffer("class_mask", bank.class_mask(), persistent=False)
+        fold_norms(self)
 
     @classmethod
     def from_config(cls, cfg):
@@ -188,7 +190,7 @@ class KNet(nn.Module):
             # The semantic models see no padding: an image's result must not depend on its neighbours
             return [result for x in batched_inputs for result in self([x], do_postprocess)]
         images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
+        features = self.backbone(channels_last(images.tensor))
         state = self.sem_seg_head(features)
         stages = self.cascade(state)
         if self.training:
