@@ -61,7 +61,7 @@ class KNetWithTTA(nn.Module):
             raise ConfigError(
                 f"TEST.AUG.MIN_SIZES is {sizes}; name the lengths of the shorter side in pixels, as (400, 800)."
             )
-        self.model = getattr(model, "module", model)
+        self.model: Any = getattr(model, "module", model)
         self._plain = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         self._others = [(size, augmentation.MAX_SIZE) for size in sizes]
         self._flip = augmentation.FLIP
@@ -227,7 +227,7 @@ def match_kernels(
 def resample_masks(
     mask_logits: torch.Tensor,
     source: ImageGeometry,
-    size: Tuple[int, int],
+    size: Tuple[int, ...],
     target: ImageGeometry,
     flipped: bool,
 ) -> torch.Tensor:

@@ -115,7 +115,7 @@ class Trainer(DefaultTrainer):
         return DatasetEvaluators(build_evaluators(cfg, dataset_name, output_folder))
 
     @classmethod
-    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> "OrderedDict[str, Any]":
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
         """Evaluate with test-time augmentation (TEST.AUG); the keys of the results end in "_TTA"."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, os.path.join(folder, name)) for name in cfg.DATASETS.TEST]
@@ -124,7 +124,7 @@ class Trainer(DefaultTrainer):
         cfg.defrost()
         cfg.INPUT.MIN_SIZE_TEST = 0  # images as they are: every view is resized from them
         results = cls.test(cfg, augmented, evaluators)
-        return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
+        return {f"{name}_TTA": value for name, value in results.items()}
 
     def build_hooks(self) -> List[HookBase]:
         """See knet_d2.engine.hooks for what their order guarantees."""
