@@ -6,11 +6,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import IGNORE, sigmoid, slow_bilinear, tiny_config
 
 from knet_d2.errors import ConfigError
 from knet_d2.modeling.criterion import KNetCriterion, LossWeights
-from knet_d2.modeling.losses import dice_loss, focal_loss, kernel_cross_entropy, mask_loss
+from knet_d2.modeling.losses import dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
 from knet_d2.modeling.matcher import HungarianMatcher
 from knet_d2.structures import KernelBank, KernelState, StageOutput, Targets
 
@@ -214,6 +215,18 @@ def test_focal_loss_is_a_weighted_sum():
     triples = zip(*(x.flatten().tolist() for x in (logits, targets, weights)))
     expected = sum(w * slow_focal(x, t, 0.3, 1.5) for x, t, w in triples)
     assert focal_loss(logits, targets, weights, alpha=0.3, gamma=1.5).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_dense_focal_loss_is_that_of_one_hot_targets():
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(2, 3, 5, 7, generator=generator, dtype=torch.float64)).requires_grad_()
+    labels = torch.randint(0, 4, (2, 5, 7), generator=generator)
+    one_hot = F.one_hot(labels, 4)[..., :3].permute(0, 3, 1, 2).double()
+    expected = focal_loss(logits, one_hot, logits.new_ones(()), alpha=0.25, gamma=2.0)
+    loss = dense_focal_loss(logits, labels, alpha=0.25, gamma=2.0)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(x, logits)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
 
 
 def test_mask_and_dice_loss():

@@ -1,13 +1,19 @@
 """Precision and devices of the whole model: float64, mixed precision, and no mix of CPU and GPU tensors."""
 
+import contextlib
+
+import numpy as np
 import pytest
 import torch
 from detectron2.structures import BitMasks, ImageList, Instances
 from helpers import IGNORE, TASKS, expected_losses, make_batch, make_example, spread_scores, tiny_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from knet_d2.modeling.cascade import KernelUpdateCascade
+from knet_d2.modeling.matcher import HungarianMatcher
 from knet_d2.modeling.precision import full_precision
 from knet_d2.modeling.targets import build_targets
 from knet_d2.postprocessing import ImageGeometry, mask_probabilities
@@ -50,7 +56,6 @@ def test_mixed_precision_has_float32_where_sums_are_taken(task):
     model.criterion.matcher.cost_terms = lambda *args: costs.append(compute(*args)) or costs[-1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = model(make_batch([2, 0]))
-    sum(losses.values()).backward()
     assert set(losses) == expected_losses(task)
     assert all(value.isfinite() and value.dtype == torch.float32 for value in losses.values())
     assert seen["static"].mask_logits.dtype == torch.bfloat16  # convolutions do use the half type
@@ -157,34 +162,69 @@ def test_fake_tensors_of_two_devices_do_not_mix():
         torch.zeros(2, device="cuda") + torch.zeros(2)
 
 
-class GivenMatches:
-    """Computes the costs on the device, and matches the first two kernels and instances of every image."""
+class Transfers(TorchDispatchMode):
+    """Collects copies between devices, as (from, to, non_blocking), and calls for which the CPU waits for a device."""
 
-    def __init__(self, matcher):
-        self.matcher = matcher
+    # What returns a number, or a tensor whose shape depends on values
+    WAITING = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique_dim", "_unique2"}
 
-    def match(self, stages, classes, masks):
-        for images in stages:
-            for arguments in zip(images, classes, masks):
-                assert {c.device.type for c in self.matcher.cost_terms(*arguments).values()} == {"cuda"}
-        index = torch.arange(2, device="cuda")
-        return [[(index, index)] * len(images) for images in stages]
+    def __init__(self):
+        super().__init__()
+        self.copies, self.waits = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        by_mask = name.startswith("index") and any(x.dtype == torch.bool for x in tensors[1:])
+        if any(x.device == CUDA for x in tensors) and (name in self.WAITING or by_mask):
+            self.waits.append(name)
+        result = func(*args, **kwargs)
+        if name == "copy_" and args[0].device != args[1].device:
+            self.copies.append((args[1].device.type, args[0].device.type, any(args[2:])))
+        elif isinstance(result, torch.Tensor) and len(tensors) == 1 and tensors[0].device != result.device:
+            self.copies.append((tensors[0].device.type, result.device.type, kwargs.get("non_blocking", False)))
+        return result
+
+
+@needs_fake_cuda
+def test_transfers_and_waits_are_noticed():
+    with FakeTensorMode(), Transfers() as transfers:
+        x = torch.zeros(3, device="cuda")
+        torch.ones(3).to("cuda", non_blocking=True)
+        x.cpu()
+        x.copy_(torch.ones(3))
+        for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: x.nonzero(), lambda: x.unique()):
+            with contextlib.suppress(Exception):  # no fake tensor has values
+                wait()
+    assert transfers.copies == [("cpu", "cuda", True), ("cuda", "cpu", False), ("cpu", "cuda", False)]
+    assert transfers.waits == ["_local_scalar_dense", "index", "nonzero", "_unique2"]
 
 
 @needs_fake_cuda
 @pytest.mark.parametrize("task", TASKS)
-def test_everything_runs_on_the_model_s_device(task, monkeypatch):
+def test_everything_runs_on_the_model_s_device_with_one_transfer_back(task, monkeypatch):
     # Detectron2's padding looks at values
     stack = staticmethod(lambda images, *args: ImageList(torch.stack(images), [x.shape[-2:] for x in images]))
     monkeypatch.setattr(ImageList, "from_tensors", stack)
+    # The assignment is solved on the CPU, with values
+    first_two = staticmethod(lambda costs, shapes: [np.tile(np.arange(2), (2, 1))] * len(shapes))
+    monkeypatch.setattr(HungarianMatcher, "_assign", first_two)
     model = tiny_model(task)
-    with FakeTensorMode():
-        run_on_fake_cuda(model, task)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        move_to_fake_cuda(model)
+        with Transfers() as transfers:
+            state, stages = train_on_fake_cuda(model, task)
+        predict_on_fake_cuda(model, task, state, stages)
+    to_device = ("cpu", "cuda", True)
+    expected = [to_device] * 2  # the images
+    if task != "semantic":
+        expected += [("cuda", "cpu", False), to_device]  # costs of all stages and images, and their matches
+    assert transfers.copies == expected
+    assert transfers.waits == []
 
 
-def run_on_fake_cuda(model, task):
-    move_to_fake_cuda(model)
-    model.criterion.matcher = GivenMatches(model.criterion.matcher)
+def train_on_fake_cuda(model, task):
     images = model.preprocess_image([{"image": torch.zeros(3, 64, 96, dtype=torch.uint8)}] * 2)
     features = model.backbone(images.tensor)
     state = model.sem_seg_head(features)
@@ -198,12 +238,16 @@ def run_on_fake_cuda(model, task):
     losses = model.criterion(state, stages, [target, target], auxiliary)
     assert set(losses) == expected_losses(task)
     assert {x.device for x in losses.values()} == {CUDA}
+    return state, stages
 
+
+def predict_on_fake_cuda(model, task, state, stages):
     geometry = ImageGeometry((64, 96), (60, 90), (30, 45))
     assert mask_probabilities(stages[-1].mask_logits[0], geometry).device == CUDA
     if task == "panoptic":
         model.outputs = ("sem_seg",)
     if task != "instance":
+        images = ImageList(torch.zeros(2, 3, 64, 96), [(60, 90)] * 2)
         result = model.postprocess(state, stages, [{"height": 30, "width": 45}] * 2, images)
         assert result[1]["sem_seg"].device == CUDA
 

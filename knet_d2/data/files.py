@@ -68,13 +68,19 @@ def segment_index(ids_rgb: np.ndarray, segment_ids: list[int]) -> np.ndarray:
         segment_ids: ids of M segments, each > 0.
 
     Returns:
-        int64 [H, W]: position in segment_ids, M where a pixel's id is 0 (void), M + 1 where it is an unknown id.
+        [H, W] of the smallest unsigned type that holds M + 1: position in segment_ids, M where a pixel's id is 0
+        (void), M + 1 where it is an unknown id.
     """
     ids = rgb2id(ids_rgb)
     known = np.array([*segment_ids, 0], dtype=np.int64)
     order = np.argsort(known)
-    position = order[np.searchsorted(known[order], ids).clip(max=len(known) - 1)]
-    return np.where(known[position] == ids, position, len(known))
+    # Only the first pixel of a run is looked up, as neighbours mostly belong to the same segment
+    flat = ids.reshape(-1)
+    starts = np.flatnonzero(np.diff(flat, prepend=-1))
+    values, lengths = flat[starts], np.diff(starts, append=flat.size)
+    position = order[np.searchsorted(known[order], values).clip(max=len(known) - 1)]
+    index = np.where(known[position] == values, position, len(known)).astype(np.min_scalar_type(len(known)))
+    return np.repeat(index, lengths).reshape(ids.shape)
 
 
 def check_same_size(path: str, size: tuple[int, int], image_path: str, image_size: tuple[int, int]) -> None:

@@ -139,7 +139,7 @@ class KNetDatasetMapper:
         index = segment_index(transforms.apply_segmentation(ids_rgb), [x["id"] for x in segments])
         crowd = [bool(x.get("iscrowd", 0)) for x in segments]
         things = [i for i, x in enumerate(segments) if x.get("isthing", True) and not crowd[i]]
-        masks = index == np.array(things, dtype=np.int64)[:, None, None]
+        masks = index == np.array(things, dtype=index.dtype)[:, None, None]
         example = {
             "image": _to_tensor(aug_input.image),
             "instances": make_instances(masks, [classes[i] for i in things], aug_input.image.shape[:2]),

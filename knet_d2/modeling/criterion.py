@@ -3,14 +3,13 @@
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.utils import comm
 from torch import nn
 
 from ..errors import ConfigError, NonFiniteError
 from ..structures import KernelBank, KernelState, Match, StageOutput, Targets
-from .losses import dice_loss, focal_loss, kernel_cross_entropy, mask_loss
+from .losses import dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
 from .matcher import HungarianMatcher, Prediction
 from .precision import full_precision, no_autocast
 from .resize import upsample_masks
@@ -150,7 +149,7 @@ class KNetCriterion(nn.Module):
             return 1.0
         # At least 1 thing in all processes together, as one process alone has it
         total = average_over_ranks(count, like).clamp(min=1 / comm.get_world_size())
-        return torch.as_tensor(count, dtype=like.dtype, device=like.device).clamp(min=1) / total
+        return scalar_like(count, like).clamp(min=1) / total
 
     # Semantic: every kernel is its class, so that the label map is the target of the cross entropy over kernels
 
@@ -213,7 +212,8 @@ class KNetCriterion(nn.Module):
 
     def _class_loss(self, logits: torch.Tensor, positives: Positives) -> torch.Tensor:
         one_hot = torch.zeros_like(logits)
-        one_hot[positives.images, positives.kernels, positives.classes] = 1
+        index = (positives.images, positives.kernels, positives.classes)
+        one_hot.index_put_(index, logits.new_ones(()))  # made on the device; a number would be copied there
         total = focal_loss(logits, one_hot, self.class_mask.to(logits.dtype), **self.focal)
         count = len(positives.kernels)
         if self.global_normalizers:
@@ -238,8 +238,7 @@ class KNetCriterion(nn.Module):
     def _dense_loss(self, logits: torch.Tensor, matches: Sequence[Match], targets: Sequence[Targets]) -> torch.Tensor:
         background = self.bank.num_classes
         labels = torch.stack([dense_labels(*item, background) for item in zip(targets, matches)])
-        one_hot = F.one_hot(labels, background + 1)[..., :background].permute(0, 3, 1, 2).to(logits.dtype)
-        total = focal_loss(logits, one_hot, logits.new_ones(()), **self.focal)
+        total = dense_focal_loss(logits, labels, **self.focal)
         count = (labels != background).sum()
         return self.weights.dense * total / count.clamp(min=1) * self._share(count, logits)
 
@@ -260,9 +259,14 @@ def _raise_in_all_processes(failure: Optional[NonFiniteError]) -> None:
     raise error from failure
 
 
+def scalar_like(value: "float | torch.Tensor", like: torch.Tensor) -> torch.Tensor:
+    """A number as a scalar of the given tensor's type and device, where it is made, not copied to."""
+    return value.to(like) if isinstance(value, torch.Tensor) else like.new_full((), value)
+
+
 def average_over_ranks(value: "float | torch.Tensor", like: torch.Tensor) -> torch.Tensor:
     """Mean of a number over all processes, as a scalar of the given tensor's type and device."""
-    mean = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    mean = scalar_like(value, like)
     if comm.get_world_size() > 1:
         torch.distributed.all_reduce(mean)
         mean = mean / comm.get_world_size()
@@ -280,7 +284,7 @@ def last_nonzero(masks: torch.Tensor, values: torch.Tensor, background: int) -> 
     Returns:
         int64 [h, w].
     """
-    order = torch.arange(1, len(masks) + 1, device=masks.device)
+    order = torch.arange(1, len(masks) + 1, dtype=torch.int32, device=masks.device)
     last = torch.where(masks > 0, order[:, None, None], 0)
     last = torch.cat([last.new_zeros(1, *masks.shape[1:]), last]).amax(dim=0)
     return torch.cat([values.new_full((1,), background), values])[last]

@@ -18,6 +18,25 @@ def focal_loss(
     return (sigmoid_focal_loss(logits, targets, alpha=alpha, gamma=gamma) * weights).sum()
 
 
+def dense_focal_loss(logits: torch.Tensor, labels: torch.Tensor, *, alpha: float, gamma: float) -> torch.Tensor:
+    """Sum of the sigmoid focal loss against one class, or none, per pixel; no one-hot map is made.
+
+    Args:
+        logits: [B, K, h, w].
+        labels: int64 [B, h, w], class of every pixel; K where all classes are negatives.
+    """
+    num_classes = logits.shape[1]
+    own = logits.gather(1, labels.clamp(max=num_classes - 1).unsqueeze(1)).squeeze(1)
+    # All entries as negatives; then the labelled ones as positives instead
+    difference = alpha * _focal_term(-own, gamma) - (1 - alpha) * _focal_term(own, gamma)
+    return (1 - alpha) * _focal_term(logits, gamma).sum() + (difference * (labels < num_classes)).sum()
+
+
+def _focal_term(logits: torch.Tensor, gamma: float) -> torch.Tensor:
+    """-log(1 - p), weighted by p^gamma: the loss of a negative, and with -logits that of a positive."""
+    return logits.sigmoid() ** gamma * F.softplus(logits)
+
+
 def mask_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Binary cross entropy, mean over all pixels of all masks: both [P, h, w], soft targets allowed."""
     total = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")

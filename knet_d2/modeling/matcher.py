@@ -1,7 +1,8 @@
 """One-to-one matching of kernels and instances (paper, Sec. 3.4)."""
 
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
@@ -91,11 +92,24 @@ class HungarianMatcher:
             for images in stages
         ]
         flat = torch.cat([cost.flatten() for images in costs for cost in images]).cpu()
-        if not flat.isfinite().all():
+        pairs = self._assign(flat, [tuple(cost.shape) for images in costs for cost in images])
+        if pairs is None:
             self._raise_non_finite(stages, classes, masks)
-        sizes = [cost.numel() for images in costs for cost in images]
-        pieces = iter(flat.split(sizes))
-        return [[_assign(next(pieces).reshape(cost.shape), cost.device) for cost in images] for images in costs]
+        # Back to the device in one piece as well
+        moved = torch.from_numpy(np.concatenate(pairs, axis=1)).to(costs[0][0].device, non_blocking=True)
+        matches = iter(moved.split([pair.shape[1] for pair in pairs], dim=1))
+        return [[tuple(next(matches)) for _ in images] for images in costs]
+
+    @staticmethod
+    def _assign(costs: torch.Tensor, shapes: Sequence[Tuple[int, int]]) -> Optional[List[np.ndarray]]:
+        """Solve for each of the cost matrices [N, G] in a flat tensor on the CPU: int64 [2, min(N, G)] each.
+
+        None where a cost is not finite.
+        """
+        if not costs.isfinite().all():
+            return None
+        pieces = costs.split([rows * columns for rows, columns in shapes])
+        return [np.stack(linear_sum_assignment(x.numpy().reshape(shape))) for x, shape in zip(pieces, shapes)]
 
     def _raise_non_finite(self, stages, classes, masks) -> None:
         for s, images in enumerate(stages):
@@ -106,8 +120,3 @@ class HungarianMatcher:
                             f"The {name} cost of stage {s} is not finite for image {b} of the batch: the network's "
                             "predictions are NaN or infinite. Lower SOLVER.BASE_LR, or check that image."
                         )
-
-
-def _assign(cost: torch.Tensor, device: torch.device) -> Match:
-    kernels, instances = linear_sum_assignment(cost.numpy())
-    return torch.as_tensor(kernels, device=device), torch.as_tensor(instances, device=device)

@@ -116,12 +116,13 @@ class SemanticFPNKernelHead(nn.Module):
             semantic_fpn_arguments: further arguments of :class:`SemanticFPN`.
         """
         super().__init__()
-        self.bank = bank
         self.semantic_fpn = SemanticFPN(input_shape, conv_dim=conv_dim, norm=norm, **semantic_fpn_arguments)
         self.localization_branch = self._branch(conv_dim, norm)
         self.semantic_branch = self._branch(conv_dim, norm)
         self.instance_kernels = nn.Conv2d(conv_dim, bank.num_matched, 1, bias=False)
         self.classifier = nn.Conv2d(conv_dim, bank.num_classes, 1)
+        # A list as index would be copied to the device every time
+        self.register_buffer("fixed_class_ids", torch.tensor(bank.fixed_class_ids, dtype=torch.int64), persistent=False)
         self._init_weights()
 
     @staticmethod
@@ -171,8 +172,8 @@ class SemanticFPNKernelHead(nn.Module):
             hard_masks = (masks > 0).to(full_precision(feature).dtype)
             kernels = gather_group_features(hard_masks, full_precision(feature))
             kernels = self.instance_kernels.weight.flatten(1) + kernels
-            fixed = self.bank.fixed_class_ids
-            if fixed:
+            fixed = self.fixed_class_ids
+            if len(fixed):
                 stuff_kernels = self.classifier.weight[fixed].flatten(1).expand(len(kernels), -1, -1)
                 kernels = torch.cat([kernels, stuff_kernels], dim=1)
                 masks = torch.cat([masks, semantic_logits[:, fixed]], dim=1)
