@@ -76,8 +76,9 @@ class Tiles:
             mask_logits: [N, h, w].
         """
         self._mask_logits = mask_logits
-        axes = zip(mask_logits.shape[1:], zip(*geometry), _tile_size(mask_logits, geometry.output))
-        self._rows, self._columns = (_spans(length, *sizes, side, mask_logits) for length, sizes, side in axes)
+        axes = zip(mask_logits.shape[1:], *geometry, _tile_size(mask_logits, geometry.output))
+        # While a model is traced the sizes are tensors
+        self._rows, self._columns = (_spans(mask_logits, *map(int, sizes)) for sizes in axes)
 
     def __iter__(self) -> Iterator[Tile]:
         return (Tile(rows, columns) for rows, columns in itertools.product(self._rows, self._columns))
@@ -99,7 +100,7 @@ def _tile_size(mask_logits: torch.Tensor, output_size: Tuple[int, int]) -> List[
     return [min(largest, max(MIN_TILE_SIDE, -(-length // CPU_TILES_PER_AXIS))) for length in output_size]
 
 
-def _spans(length: int, padded: int, image: int, output: int, side: int, like: torch.Tensor) -> List[Span]:
+def _spans(like: torch.Tensor, length: int, padded: int, image: int, output: int, side: int) -> List[Span]:
     """Pieces of one axis, of ``side`` pixels; matrices of the type and device of ``like``."""
     # The extents are found with NumPy, so that nothing waits for a device
     upsampling = _bilinear(length, SCALE * length)
