@@ -199,8 +199,7 @@ class KNet(nn.Module):
             return self.criterion(state, stages, targets, auxiliary_logits)
         if not do_postprocess:
             return self.image_predictions(state, stages, batched_inputs, images)
-        with no_autocast(images.tensor):
-            return self.postprocess(state, stages, batched_inputs, images)
+        return self.postprocess(state, stages, batched_inputs, images)
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """Normalise, then pad with 0 at the right and bottom."""
@@ -248,7 +247,8 @@ class KNet(nn.Module):
 
     def results(self, prediction: ImagePrediction) -> Dict:
         """What :meth:`forward` returns for an image in evaluation."""
-        return {key: self._result(key, *prediction) for key in self.outputs}
+        with no_autocast(prediction.mask_logits):
+            return {key: self._result(key, *prediction) for key in self.outputs}
 
     def _result(self, key: str, class_logits: Optional[torch.Tensor], mask_logits: torch.Tensor, geometry):
         if key == "instances":

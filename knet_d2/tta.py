@@ -90,10 +90,9 @@ class KNetWithTTA(nn.Module):
         shown = ({**x, **output_size, "image": _show(pixels, view)} for view in views)
         predictions = (self.model([sample], do_postprocess=False)[0] for sample in shown)
         flips = [view.flipped for view in views]
-        with no_autocast(self.model.pixel_mean):
-            if self.model.bank.num_matched == 0:
-                return {"sem_seg": self._mean_probabilities(predictions, flips)}
-            return self.model.results(merge_views(predictions, flips, self.model.bank))
+        if self.model.bank.num_matched == 0:
+            return {"sem_seg": self._mean_probabilities(predictions, flips)}
+        return self.model.results(merge_views(predictions, flips, self.model.bank))
 
     def _mean_probabilities(self, predictions: Iterator[ImagePrediction], flips: List[bool]) -> torch.Tensor:
         """[K, H, W]."""
@@ -134,10 +133,11 @@ def merge_views(predictions: Iterator[ImagePrediction], flips: List[bool], bank:
     plain = next(predictions)
     merged = None
     for prediction, flipped in zip(predictions, flips[1:]):
-        if merged is None:
-            finest = max(plain, prediction, key=lambda x: x.mask_logits[0].numel())
-            merged = _MergedViews(plain, finest, bank)
-        merged.add(prediction, flipped)
+        with no_autocast(plain.mask_logits):
+            if merged is None:
+                finest = max(plain, prediction, key=lambda x: x.mask_logits[0].numel())
+                merged = _MergedViews(plain, finest, bank)
+            merged.add(prediction, flipped)
     return plain if merged is None else merged.prediction()
 
 
@@ -146,7 +146,8 @@ class _MergedViews:
 
     def __init__(self, plain: ImagePrediction, finest: ImagePrediction, bank: KernelBank):
         self._bank = bank
-        self._size, self._geometry = tuple(finest.mask_logits.shape[-2:]), finest.geometry
+        height, width = finest.mask_logits.shape[-2:]
+        self._size, self._geometry = (height, width), finest.geometry
         self._plain_scores = self._thing_scores(plain)
         mask_logits = self._on_grid(plain, flipped=False)
         self._plain_masks = self._inside(mask_logits > 0)

@@ -17,7 +17,7 @@ from knet_d2.data import resolve_classes
 from knet_d2.data.shapes import write_shapes
 from knet_d2.engine import Predictor, Trainer
 from knet_d2.errors import ConfigError
-from knet_d2.meta_arch import ImagePrediction
+from knet_d2.meta_arch import ImagePrediction, KNet
 from knet_d2.postprocessing import ImageGeometry
 from knet_d2.structures import KernelBank
 from knet_d2.tta import KNetWithTTA, View, match_kernels, merge_views, resample_masks
@@ -109,7 +109,7 @@ def test_predictor_and_evaluation_see_the_same_plain_view(tmp_path):
     for enabled in (False, True):
         predictor = Predictor(tiny_config("instance", {**options, "TEST.AUG.ENABLED": enabled}))
         results.append(predictor(image)["instances"])
-    assert isinstance(predictor.model, KNetWithTTA)
+    assert isinstance(predictor.model, KNetWithTTA) and isinstance(predictor.network, KNet)
     assert results[0].image_size == results[1].image_size == (80, 120)
     assert torch.equal(results[0].scores, results[1].scores)
     assert torch.equal(results[0].pred_masks, results[1].pred_masks) and results[0].pred_masks.any()

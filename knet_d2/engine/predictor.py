@@ -13,14 +13,17 @@ class Predictor(DefaultPredictor):
     """Detectron2's DefaultPredictor, with weights read by K-Net's checkpointer.
 
     Call it with an image in BGR order, uint8 [H, W, 3], whatever INPUT.FORMAT is; it returns the model's outputs.
+
+    Attributes:
+        network: the model without test-time augmentation, which is in ``model`` where TEST.AUG.ENABLED asks for it.
     """
 
     def __init__(self, cfg: CfgNode):
         self.cfg = cfg.clone()
-        self.model = build_model(self.cfg).eval()
-        Checkpointer(self.model).load(cfg.MODEL.WEIGHTS)
+        self.network = self.model = build_model(self.cfg).eval()
+        Checkpointer(self.network).load(cfg.MODEL.WEIGHTS)
         shorter = cfg.INPUT.MIN_SIZE_TEST
         if cfg.TEST.AUG.ENABLED:
-            self.model, shorter = KNetWithTTA(cfg, self.model).eval(), 0  # it resizes images itself
+            self.model, shorter = KNetWithTTA(cfg, self.network).eval(), 0  # it resizes images itself
         self.aug = T.ResizeShortestEdge([shorter, shorter], cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT

@@ -35,7 +35,7 @@ class ImagePredictor:
         """
         self._predictor = Predictor(cfg)
         self.cfg = cfg
-        self.model = self._predictor.model
+        self.model = self._predictor.network
         self.classes = classes
 
     def __call__(
