@@ -1,15 +1,21 @@
-"""Training steps that P processes share, for tests/test_processes.py; importable by the processes that it starts."""
+"""Training steps and evaluations that P processes share, for tests/test_processes.py, whose processes import this."""
 
 import io
 import logging
 import math
+import os
+from pathlib import Path
 
 import torch
 from detectron2.engine import create_ddp_model
+from detectron2.structures import BitMasks, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from helpers import make_example, tiny_config, tiny_model
+from torch.nn.functional import one_hot
 
+from knet_d2.data import build_mapper, load_dataset
+from knet_d2.engine import Trainer, load_config
 from knet_d2.engine.optimizer import build_gradient_clipper
 from knet_d2.engine.train_step import TrainStep
 
@@ -109,9 +115,52 @@ def step_in_parts(num_parts):
     return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def train_and_save(path):
-    """All tasks, and the losses of every process with local normalisers; the main process saves them."""
+def shifted_truth(cfg):
+    """A stand-in for a model: the ground truth, moved by some pixels and with scores that follow from the image."""
+    mapper, knet = build_mapper(cfg, is_train=True), cfg.MODEL.KNET
+    records = {record["file_name"]: record for record in load_dataset(cfg.DATASETS.TEST[0])}
+
+    def predict(inputs):
+        (image,) = inputs
+        number = int(Path(image["file_name"]).stem)
+        example = mapper(records[image["file_name"]])
+        labels = torch.roll(example.get("sem_seg", torch.zeros(SIZE, dtype=torch.int64)), number, dims=1)
+        if knet.TASK == "semantic":
+            return [{"sem_seg": one_hot(labels, 256)[:, :, : knet.NUM_STUFF_CLASSES].permute(2, 0, 1)}]
+        truth = example["instances"]
+        masks = torch.roll(truth.gt_masks.tensor, number, dims=2)
+        if knet.TASK == "panoptic":
+            infos = [
+                {"id": i + 1, "isthing": True, "category_id": knet.THING_CATEGORY_IDS[label]}
+                for i, label in enumerate(truth.gt_classes.tolist())
+            ]
+            segments = torch.zeros(SIZE, dtype=torch.int32)
+            for info, mask in zip(infos, masks):
+                segments[mask] = info["id"]
+            return [{"panoptic_seg": (segments, infos)}]
+        scores = torch.rand(len(masks), generator=torch.Generator().manual_seed(number))
+        found = Instances(SIZE, scores=scores, pred_classes=truth.gt_classes, pred_masks=masks)
+        found.pred_boxes = BitMasks(masks).get_bounding_boxes()
+        return [{"instances": found}]
+
+    return predict
+
+
+def evaluate(config):
+    """What :func:`shifted_truth` gets on all images: results by kind and name, on the main process."""
+    opts = ["INPUT.RANDOM_FLIP", "none", "INPUT.CROP.ENABLED", "False", "OUTPUT_DIR", os.path.dirname(config)]
+    cfg = load_config(config, opts)
+    return Trainer.test(cfg, shifted_truth(cfg))
+
+
+def train_and_save(path, configs):
+    """All tasks, and the losses of every process with local normalisers; the main process saves them.
+
+    Args:
+        configs: config file by task, for the evaluation.
+    """
     results = {task: train(task) for task in OPTIONS}
+    results["evaluation"] = {task: evaluate(config) for task, config in configs.items()}
     _, ddp = make_model("instance", is_global=False)
     losses = ddp(share_of_batch(0, comm.get_rank(), comm.get_world_size()))
     results["local"] = comm.all_gather(numbers(losses))

@@ -13,6 +13,7 @@ from process_helpers import (
     COUNTS,
     OPTIONS,
     PARTS_STEP,
+    evaluate,
     make_model,
     num_parts_of,
     numbers,
@@ -20,6 +21,9 @@ from process_helpers import (
     train,
     train_and_save,
 )
+from program_helpers import write_config
+
+from knet_d2.data.shapes.writer import write_shapes
 
 WORLD_SIZES = [int(x) for x in os.getenv("KNET_TEST_PROCESSES", "2").split(",")]
 
@@ -29,10 +33,18 @@ def single():
     return {task: train(task) for task in OPTIONS}
 
 
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """Config file by task; of seven images, so that processes get different numbers of them."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_shapes(str(folder / "of_processes"), 7, seed=5, size=64)
+    return {task: write_config(folder, folder / "of_processes", task) for task in OPTIONS}
+
+
 @pytest.fixture(scope="module", params=WORLD_SIZES)
-def shared(request, tmp_path_factory):
+def shared(request, tmp_path_factory, configs):
     path = tmp_path_factory.mktemp("processes") / "results.pth"
-    launch(train_and_save, request.param, dist_url="auto", args=(str(path),))
+    launch(train_and_save, request.param, dist_url="auto", args=(str(path), configs))
     return torch.load(path, weights_only=True)
 
 
@@ -54,6 +66,16 @@ def test_global_normalizers(single, shared, task):
     print(f"{task}: largest relative differences: losses {loss_error:.1e}, gradients {gradient_error:.1e}")
     assert loss_error < 1e-9 and gradient_error < 1e-9
     assert expected["losses"] != single[task][0]["losses"]
+
+
+@pytest.mark.parametrize("task, group", [("instance", "segm"), ("panoptic", "panoptic_seg"), ("semantic", "sem_seg")])
+def test_evaluation(shared, configs, task, group):
+    """Every result, to the last bit."""
+    expected, found = evaluate(configs[task])[group], shared["evaluation"][task][group]
+    assert list(found) == list(expected) and any(value > 0 for value in expected.values())
+    print(f"{task}: {expected}")
+    for name, value in expected.items():
+        assert found[name] == value or math.isnan(found[name]) and math.isnan(value), name
 
 
 def test_local_normalizers(shared):

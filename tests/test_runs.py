@@ -29,7 +29,7 @@ from toys import (
 from knet_d2.engine import trainer as trainer_module
 from knet_d2.engine.preemption import Preempted
 from knet_d2.engine.trainer import best_metric
-from knet_d2.engine.writers import ConsoleWriter, TensorBoardWriter, cut_metrics, scalar_tag
+from knet_d2.engine.writers import ConsoleWriter, TensorBoardWriter, bounded_storage, cut_metrics, scalar_tag
 from knet_d2.errors import CheckpointError, ConfigError, NonFiniteError
 
 
@@ -390,6 +390,14 @@ def test_cut_metrics(tmp_path):
     assert cut_metrics(str(path), 9) == 9 and path.read_text() == '{"iteration": 4}\n{"iteration": 9}\n'
     assert cut_metrics(str(path), 3) == -1 and path.read_text() == ""
     assert cut_metrics(str(tmp_path / "none.json"), 3) == -1
+
+
+def test_numbers_of_a_long_run_take_bounded_memory():
+    with bounded_storage(7) as storage:
+        for storage.iter in range(7, 3007):
+            storage.put_scalars(total_loss=storage.iter, time=2.0)
+    assert [len(history.values()) for history in storage.histories().values()] == [1000, 1000]
+    assert storage.latest_with_smoothing_hint(20)["total_loss"] == (2996.5, 3006)
 
 
 # ---- writers ---------------------------------------------------------------------------------------------------

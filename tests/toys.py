@@ -7,6 +7,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
+from program_helpers import first_difference
 from torch import nn
 
 from knet_d2.config import add_knet_config
@@ -142,20 +143,9 @@ def metrics_of(folder):
         return [json.loads(line) for line in f]
 
 
-def assert_identical(a, b, where=""):
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            assert_identical(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b)):
-            assert_identical(*pair, f"{where}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
+def assert_identical(a, b):
+    difference = first_difference(a, b)
+    assert difference is None, difference
 
 
 def reset_toys():

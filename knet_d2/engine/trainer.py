@@ -11,7 +11,7 @@ from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluators, verify_results
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, EventWriter
+from detectron2.utils.events import EventWriter
 from torch import nn
 
 from ..checkpoint import Checkpointer, describe_model, periodic_checkpoints, remove_unfinished, write_atomically
@@ -38,7 +38,7 @@ from .preemption import StopSignals
 from .setup import resolve_seed
 from .train_step import TrainStep, amp_dtype
 from .validation import mean_loss
-from .writers import ConsoleWriter, MetricsWriter, TensorBoardWriter, cut_metrics
+from .writers import ConsoleWriter, MetricsWriter, TensorBoardWriter, bounded_storage, cut_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ class Trainer(DefaultTrainer):
         self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
         logger.info(f"Training from iteration {self.start_iter} to {self.max_iter}")
         self.iter = self.start_iter
-        with EventStorage(self.start_iter) as self.storage, self._signals:
+        with bounded_storage(self.start_iter) as self.storage, self._signals:
             try:
                 self.before_train()
                 for iteration in range(self.start_iter, self.max_iter):

@@ -1,6 +1,7 @@
 """Where the numbers of a run go: metrics.json, TensorBoard, and one line on the console."""
 
 import datetime
+import functools
 import json
 import logging
 import os
@@ -9,14 +10,23 @@ from typing import Any, Dict, List
 
 import torch
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
+from fvcore.common.history_buffer import HistoryBuffer
 
 from ..checkpoint import write_atomically
 
 WINDOW = 20  # iterations over which noisy numbers are smoothed (median), as Detectron2 does
+TIME_WINDOW = 1000  # iterations from which the time that is left is estimated
 # Measured by the clock, so they differ from run to run: not in metrics.json.
 TIMINGS = ("time", "data_time", "rank_data_time", "eta_seconds")
 
 _LOSS_OF_STAGE = re.compile(r"^(loss_\w+?)_s(\d+)$")
+
+
+def bounded_storage(start_iter: int) -> EventStorage:
+    """Detectron2's storage with the values that somebody looks back at; its own keeps a million of every number."""
+    storage = EventStorage(start_iter)
+    storage.histories().default_factory = functools.partial(HistoryBuffer, max_length=TIME_WINDOW)
+    return storage
 
 
 def cut_metrics(path: str, last_iteration: int) -> int:
@@ -141,7 +151,7 @@ class ConsoleWriter(EventWriter):
     def _time_left(self, storage: EventStorage) -> str:
         if "time" not in storage.histories():
             return "?"
-        seconds = storage.history("time").median(1000) * (self._max_iter - storage.iter - 1)
+        seconds = storage.history("time").median(TIME_WINDOW) * (self._max_iter - storage.iter - 1)
         return str(datetime.timedelta(seconds=int(seconds)))
 
     def _losses(self, storage: EventStorage) -> Dict[str, float]:

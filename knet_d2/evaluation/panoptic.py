@@ -70,7 +70,8 @@ class PanopticEvaluator(COCOPanopticEvaluator):
             return None
         statistics, predictions = PQStat(), []
         for part, part_predictions in gathered:
-            statistics += part
+            for of_image in part:  # one by one, so that the sums are the same for any number of processes
+                statistics += of_image
             predictions += part_predictions
         missing = sorted(set(annotations) - {x["image_id"] for x in predictions}, key=str)
         if missing:
@@ -114,8 +115,8 @@ class PanopticEvaluator(COCOPanopticEvaluator):
                 json.dump({"annotations": [x for part in gathered for x in part]}, f)
             logger.info("No annotations in %s: wrote %s and %s", self._metadata.panoptic_json, path, folder)
 
-    def _compare(self, annotations: dict[Any, dict], categories: dict[int, dict]) -> PQStat:
-        """This process's counts per category."""
+    def _compare(self, annotations: dict[Any, dict], categories: dict[int, dict]) -> list[PQStat]:
+        """Counts per category of each of this process's images."""
         folder = PathManager.get_local_path(self._metadata.panoptic_root)
 
         def compare(prediction: dict[str, Any]) -> PQStat:
@@ -130,12 +131,9 @@ class PanopticEvaluator(COCOPanopticEvaluator):
                     f"and {folder} can't be compared with the prediction: {error}."
                 ) from error
 
-        statistics = PQStat()
         silence = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
         with silence[0], silence[1], ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for part in pool.map(compare, self._predictions):
-                statistics += part
-        return statistics
+            return list(pool.map(compare, self._predictions))
 
 
 def _check_png(annotation: dict[str, Any], folder: str, prediction: dict[str, Any], prediction_folder: str) -> None:

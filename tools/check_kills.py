@@ -1,0 +1,83 @@
+#!/usr/bin/env python
+"""Kill trainings by SIGKILL at random moments, resume them, and compare each with a run that was not interrupted.
+
+python tools/check_kills.py --runs 25
+
+Every second one is killed while it writes a checkpoint. All train a tiny panoptic model on the CPU with 2 processes
+that load data. Exit code 1 where a run does not end with the same weights, optimiser and metrics file, bit for bit.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from endurance.runs import Training, compare_runs, write_config
+
+from knet_d2.data.shapes.writer import write_shapes
+
+ITERATIONS, PERIOD, EVALUATIONS = 48, 6, 16
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    return parser
+
+
+def count_lines(path: Path) -> int:
+    """Iterations in a metrics file; a line that was not written whole does not count."""
+    return sum(line.endswith("\n") for line in open(path)) if path.exists() else 0
+
+
+def kill(training: Training, folder: Path, iterations: int, seconds: float, while_writing: bool) -> None:
+    """Kill a training some seconds after an iteration, or when it writes the next checkpoint then."""
+    training.wait_until(lambda: count_lines(folder / "metrics.json") >= iterations)
+    time.sleep(seconds)
+    if while_writing:
+        training.wait_until(lambda: bool(list(folder.glob(".model_*.tmp"))))
+    assert training.process.is_alive(), training.output()
+    training.process.kill()
+    training.process.join()
+
+
+def main(args: argparse.Namespace) -> None:
+    draw = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_shapes(str(folder / "shapes"), 4, seed=5, size=64)
+        solver = {"MAX_ITER": ITERATIONS, "CHECKPOINT_PERIOD": PERIOD, "LOG_PERIOD": 1, "WARMUP_ITERS": 0}
+        config = write_config(folder, folder / "shapes", "panoptic", **solver)
+        opts = ["DATALOADER.NUM_WORKERS", "2", "TEST.EVAL_PERIOD", str(EVALUATIONS)]
+
+        def train(output: Path) -> Training:
+            return Training(config, [*opts, "OUTPUT_DIR", str(output)], output)
+
+        whole = folder / "whole"
+        train(whole).finish()
+        writing = different = 0
+        for number in range(args.runs):
+            run, while_writing = folder / f"run{number}", number % 2 == 1
+            kill(train(run), run, draw.randint(PERIOD, ITERATIONS - PERIOD - 1), draw.uniform(0, 0.5), while_writing)
+            unfinished = bool(list(run.glob(".*.tmp")))
+            writing += unfinished
+            done = count_lines(run / "metrics.json")
+            resumed = int(re.findall(r"Training from iteration (\d+)", train(run).finish())[-1])
+            difference = compare_runs(whole, run)
+            if difference is None and not (resumed > 0 and 0 <= done - resumed <= PERIOD):
+                difference = f"{done - resumed} iterations were lost"
+            different += difference is not None
+            moment = f"{done}, while it wrote a file" if unfinished else done
+            result = difference or "identical"
+            print(f"run {number}: killed after iteration {moment}, resumed at {resumed}: {result}", flush=True)
+    print(json.dumps({"runs": args.runs, "killed_while_writing": writing, "different": different}))
+    sys.exit(different > 0)
+
+
+if __name__ == "__main__":
+    main(get_parser().parse_args())

@@ -1,0 +1,1 @@
+"""What the check_*.py of long and interrupted runs have in common."""
