@@ -229,6 +229,20 @@ def test_dense_focal_loss_is_that_of_one_hot_targets():
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("size", [4, 30])
+def test_dense_focal_loss_of_confident_predictions_is_exact(size):
+    """Nearly nothing is wrong: large terms that cancel would leave little but rounding."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 9, (1, 40, 40), generator=generator)
+    one_hot = F.one_hot(labels, 9)[..., :8].permute(0, 3, 1, 2).double()
+    logits = size * (2 * one_hot - 1) + torch.randn(1, 8, 40, 40, generator=generator)
+    expected = focal_loss(logits, one_hot, logits.new_ones(()), alpha=0.25, gamma=2.0).item()
+    assert dense_focal_loss(logits, labels, alpha=0.25, gamma=2.0).item() == pytest.approx(expected, rel=1e-13)
+    rounded = logits.float()
+    expected = focal_loss(rounded.double(), one_hot, logits.new_ones(()), alpha=0.25, gamma=2.0).item()
+    assert dense_focal_loss(rounded, labels, alpha=0.25, gamma=2.0).item() == pytest.approx(expected, rel=5e-7)
+
+
 def test_mask_and_dice_loss():
     logits, targets = random(3, 4, 5), random(3, 4, 5, seed=1).clamp(0, 1)
     assert mask_loss(logits, targets).item() == pytest.approx(slow_bce(logits.numpy(), targets.numpy()), rel=1e-9)

@@ -26,15 +26,17 @@ def dense_focal_loss(logits: torch.Tensor, labels: torch.Tensor, *, alpha: float
         labels: int64 [B, h, w], class of every pixel; K where all classes are negatives.
     """
     num_classes = logits.shape[1]
-    own = logits.gather(1, labels.clamp(max=num_classes - 1).unsqueeze(1)).squeeze(1)
-    # All entries as negatives; then the labelled ones as positives instead
-    difference = alpha * _focal_term(-own, gamma) - (1 - alpha) * _focal_term(own, gamma)
-    return (1 - alpha) * _focal_term(logits, gamma).sum() + (difference * (labels < num_classes)).sum()
+    index, labelled = labels.clamp(max=num_classes - 1).unsqueeze(1), (labels < num_classes).unsqueeze(1)
+    own = logits.gather(1, index)
+    own = torch.where(labelled, -own, own)
+    # A positive is a negative of the other sign and another weight; nothing large is added and taken away again
+    negatives = _focal_term(logits.scatter(1, index, own), gamma).sum()
+    return (1 - alpha) * negatives + (2 * alpha - 1) * (_focal_term(own, gamma) * labelled).sum()
 
 
 def _focal_term(logits: torch.Tensor, gamma: float) -> torch.Tensor:
     """-log(1 - p), weighted by p^gamma: the loss of a negative, and with -logits that of a positive."""
-    return logits.sigmoid() ** gamma * F.softplus(logits)
+    return logits.sigmoid() ** gamma * -F.logsigmoid(-logits)
 
 
 def mask_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
