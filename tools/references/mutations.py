@@ -128,7 +128,7 @@ def _without_bank(model) -> Sequence[Patch]:
     def forward(self, features):
         state = original(self, features)
         learned = torch.zeros_like(state.kernels)
-        learned[:, : self.bank.num_matched] = self.instance_kernels.weight.flatten(1)
+        learned[:, : len(self.instance_kernels.weight)] = self.instance_kernels.weight.flatten(1)
         return state._replace(kernels=state.kernels - learned)
 
     return [(semantic_fpn.SemanticFPNKernelHead, "forward", forward)]
