@@ -20,6 +20,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError, KNetError
 from ..stop_signals import ignore_stop_signals
+from .coco_json import read_coco_json
 from .mapper import build_loss_mapper, build_mapper
 from .sampler import SampleKey, TrainingBatchSampler
 
@@ -225,10 +226,9 @@ def _reason(name: str) -> str | None:
         if not PathManager.isfile(path):
             return f"annotation file {path} does not exist. {hint}"
         try:
-            with PathManager.open(path) as f:
-                content = json.load(f)
-        except ValueError as error:
-            return f"{path} is no valid JSON ({error}). It may be cut off: fetch it again."
+            content = read_coco_json(path)
+        except DataError as error:
+            return str(error)
         reason = _category_reason(path, content)
         if reason:
             return reason
@@ -239,10 +239,10 @@ def _reason(name: str) -> str | None:
     return None
 
 
-def _category_reason(path: str, content: Any) -> str | None:
-    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
+def _category_reason(path: str, content: dict[str, Any]) -> str | None:
+    if not {"images", "annotations", "categories"} <= set(content):
         return f"{path} lacks one of the keys images, annotations, categories of the COCO format."
-    known = {category["id"] for category in content["categories"]}
+    known = {category.get("id") for category in content["categories"]}
     for annotation in content["annotations"]:
         for part in annotation.get("segments_info", [annotation]):
             if part.get("category_id") not in known:

@@ -1,7 +1,6 @@
 """Data sets that are given in the config, DATASETS.CUSTOM, without a line of Python (see docs/DATASETS.md)."""
 
 import functools
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError
+from .coco_json import read_coco_json
 from .split import Part, load_part
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def _parts(entry: dict[str, Any]) -> list[tuple[str, Part | None]]:
 def _register_instance(name: str, entry: dict[str, Any]) -> Loader:
     json_file, images = entry["json"], entry["images"]
     MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
-    return lambda: load_coco_json(json_file, images, name)
+    return lambda: load_instances_json(json_file, images, name)
 
 
 def _register_panoptic(name: str, entry: dict[str, Any]) -> Loader:
@@ -131,13 +131,18 @@ _REGISTER: dict[str, Callable[[str, dict[str, Any]], Loader]] = {
 }
 
 
+def load_instances_json(json_file: str, image_root: str, name: str) -> list[dict]:
+    """Detectron2's load_coco_json, after the file was checked."""
+    read_coco_json(json_file)
+    return load_coco_json(json_file, image_root, name)
+
+
 def load_panoptic_json(json_file: str, image_root: str, panoptic_root: str, name: str) -> list[dict]:
     """Read a COCO panoptic JSON with any categories and image types, and set the classes in the metadata of name.
 
     Contiguous ids are things, then stuff, each by rising category id.
     """
-    with PathManager.open(json_file) as f:
-        content = json.load(f)
+    content = read_coco_json(json_file)
     contiguous, things = _set_panoptic_classes(content["categories"], json_file, name)
     images = {image["id"]: image for image in content["images"]}
     if "annotations" not in content:  # images to predict only
@@ -154,6 +159,8 @@ def load_panoptic_json(json_file: str, image_root: str, panoptic_root: str, name
         image = images[annotation["image_id"]]
         segments = []
         for segment in annotation["segments_info"]:
+            if "id" not in segment:
+                raise DataError(f"{json_file}: a segment of image_id {annotation['image_id']} lacks its 'id'.")
             category = segment["category_id"]
             segments.append({**segment, "category_id": contiguous[category], "isthing": category in things})
         record = {
@@ -162,7 +169,8 @@ def load_panoptic_json(json_file: str, image_root: str, panoptic_root: str, name
             "pan_seg_file_name": os.path.join(panoptic_root, annotation["file_name"]),
             "segments_info": segments,
         }
-        record.update({key: image[key] for key in ("height", "width") if key in image})
+        if {"height", "width"} <= set(image):
+            record.update(height=image["height"], width=image["width"])
         records.append(record)
     return records
 

@@ -17,6 +17,7 @@ from detectron2.structures import BitMasks, Instances, polygons_to_bitmask
 from ..errors import ConfigError, DataError
 from .augmentation import build_augmentations
 from .files import check_same_size, read_image, read_labels, read_panoptic, segment_index
+from .segmentation import check_coordinates, read_rle
 
 _ANNOTATION_KEYS = ("annotations", "segments_info", "sem_seg_file_name", "sem_seg_label_map", "pan_seg_file_name")
 
@@ -300,14 +301,14 @@ def annotation_mask(
         if not isinstance(segmentation, (list, dict, np.ndarray)) or len(segmentation) == 0:
             raise DataError("it is missing, empty or of another type")
         if isinstance(segmentation, list):
+            for polygon in segmentation:
+                check_coordinates(polygon if isinstance(polygon, list) else np.asarray(polygon).tolist())
             # Not apply_polygons, which needs shapely to clip: the rasteriser clips to the image by itself.
             polygons = [np.array(x, np.float64).reshape(-1, 2) for x in segmentation]
             polygons = [transforms.apply_coords(x).reshape(-1) for x in polygons]
             return polygons_to_bitmask(polygons, *size)
         if isinstance(segmentation, dict):
-            if isinstance(segmentation["counts"], list):
-                segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
-            segmentation = mask_util.decode(segmentation)
+            segmentation = mask_util.decode(read_rle(segmentation))
         if segmentation.shape != tuple(image_size):
             raise DataError(f"its mask has (height, width) {segmentation.shape}, the image {tuple(image_size)}")
         return transforms.apply_segmentation(segmentation.astype(np.uint8)).astype(bool)

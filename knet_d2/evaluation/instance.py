@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 
 from ..data import category_table
+from ..data.coco_json import check_for_evaluation, read_coco_json
 
 
 class InstanceEvaluator(COCOEvaluator):
@@ -12,6 +14,13 @@ class InstanceEvaluator(COCOEvaluator):
 
     A data set that is a part of a JSON's images is evaluated on these alone.
     """
+
+    def __init__(self, dataset_name: str, **options: Any) -> None:
+        """See COCOEvaluator; the JSON of the data set is checked before."""
+        json_file = MetadataCatalog.get(dataset_name).get("json_file")
+        if json_file:
+            check_for_evaluation(read_coco_json(json_file), json_file)
+        super().__init__(dataset_name, **options)
 
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, dict[str, float]] | None:
         """Returns {"segm": {"AP", "AP50", ...}, "bbox": ...} in percent, on the main process."""

@@ -19,6 +19,7 @@ from detectron2.utils.file_io import PathManager
 from panopticapi.evaluation import PQStat, pq_compute_single_core
 from tabulate import tabulate
 
+from ..data.coco_json import read_coco_json
 from ..data.files import check_same_size, read_panoptic, segment_index
 from ..errors import DataError
 
@@ -84,9 +85,7 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         return OrderedDict(panoptic_seg=_summary(statistics, categories))
 
     def _read_ground_truth(self) -> dict[str, Any]:
-        path = self._metadata.panoptic_json
-        with PathManager.open(path) as f:
-            ground_truth = json.load(f)
+        ground_truth = read_coco_json(self._metadata.panoptic_json)
         images = self._metadata.get("image_ids")  # of a data set that is a part of the JSON's images
         if images is not None and "annotations" in ground_truth:
             of_part = set(images)

@@ -8,6 +8,7 @@ from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
+from ..coco_json import find_wrong_type
 from ..split import Part
 from .faults import Fault
 from .images import ImageEntry
@@ -26,11 +27,15 @@ def read_json(path: str, use: Use, faults: list[Fault]) -> dict[str, Any] | None
     try:
         with PathManager.open(path) as f:
             content = json.load(f)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         faults.append(Fault("broken JSON", path, "", f"is no valid JSON ({error})"))
         return None
     if not isinstance(content, dict):
         faults.append(Fault("missing key", path, "", f"is a {type(content).__name__}, not COCO's mapping of lists"))
+        return None
+    wrong = find_wrong_type({key: value for key, value in content.items() if isinstance(value, list)})
+    if wrong:
+        faults.append(Fault("wrong type", path, *wrong))
         return None
     if "annotations" not in content and not use.is_training:
         content = {**content, "annotations": []}

@@ -43,6 +43,7 @@ KINDS: dict[str, Kind] = {
     "missing folder": Kind(ERROR, "Put it there, or correct the path in DATASETS.CUSTOM or DETECTRON2_DATASETS."),
     "broken JSON": Kind(ERROR, "It may be cut off, or of another format: export or fetch it again."),
     "missing key": Kind(ERROR, "Training or evaluation reads it: export the annotations again, or add it."),
+    "wrong type": Kind(ERROR, "Correct the value, or export the annotations again; the rest is checked after that."),
     "unusable": Kind(ERROR, "Do as the message says."),
     # COCO JSON
     "no annotations": Kind(ERROR, "Nothing can be learned from it: check the export."),

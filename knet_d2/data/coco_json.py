@@ -1,0 +1,156 @@
+"""COCO's JSON, instances or panoptic, read such that what uses it meets the types that it expects.
+
+Decoders of masks crash or take all memory where numbers are wrong; so these are checked here, too.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from detectron2.utils.file_io import PathManager
+
+from ..errors import DataError
+from .segmentation import SegmentationError, check_segmentation
+
+_LARGEST_SIDE = 2**16
+
+
+class WrongType(NamedTuple):
+    """where: the place in the JSON, as "annotations[3].bbox"; what: what is wrong there."""
+
+    where: str
+    what: str
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e15  # which NaN is not
+
+
+def _is_id(x: Any) -> bool:
+    return isinstance(x, (int, str)) and not isinstance(x, bool)
+
+
+def _is_name(x: Any) -> bool:
+    return isinstance(x, str) and x.isprintable() and 0 < len(x) < 4096
+
+
+Check = tuple[Callable[[Any], bool], str]
+_ID: Check = (_is_id, "a whole number or a text")
+_NAME: Check = (_is_name, "a text")
+_FLAG: Check = (lambda x: isinstance(x, int) and x in (0, 1), "0 or 1")
+_NUMBER: Check = (_is_number, "a number")
+_NUMBERS: Check = (lambda x: isinstance(x, list) and all(map(_is_number, x)), "a list of numbers")
+_SIZE: Check = (
+    lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x <= _LARGEST_SIDE,
+    f"a whole number from 1 to {_LARGEST_SIDE}",
+)
+_SEGMENT_ID: Check = (lambda x: isinstance(x, int) and 0 <= x < 2**24, "a whole number below 2^24")
+
+_TYPES: dict[str, dict[str, Check]] = {
+    "images": {"id": _ID, "file_name": _NAME, "height": _SIZE, "width": _SIZE},
+    "categories": {"id": _ID, "name": _NAME, "isthing": _FLAG, "color": _NUMBERS},
+    "annotations": {
+        "id": _ID,
+        "image_id": _ID,
+        "category_id": _ID,
+        "file_name": _NAME,
+        "iscrowd": _FLAG,
+        "area": _NUMBER,
+        "bbox": _NUMBERS,
+    },
+    "segments_info": {
+        "id": _SEGMENT_ID,
+        "category_id": _ID,
+        "iscrowd": _FLAG,
+        "isthing": _FLAG,
+        "area": _NUMBER,
+    },
+}
+
+
+def read_coco_json(path: str) -> dict[str, Any]:
+    """The content of a JSON in COCO's format for instances or panoptic segmentation.
+
+    Keys that are missing are no matter here, only what is there: its types, and that masks can be decoded.
+
+    Raises:
+        DataError: the file is no JSON, or holds something else; names the place.
+        OSError: it can't be opened.
+    """
+    with PathManager.open(path) as f:
+        try:
+            content = json.load(f)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} is no valid JSON ({error}). It may be cut off: fetch it again.") from error
+    _raise_if(find_wrong_type(content) or find_repeated_id(content) or find_wrong_mask(content), path)
+    return content
+
+
+def check_for_evaluation(content: dict[str, Any], path: str) -> None:
+    """Raise a DataError unless the annotations of an instances JSON have all that COCO's evaluation reads."""
+    for i, annotation in enumerate(content.get("annotations", ())):
+        missing = [key for key in ("id", "image_id", "category_id", "area", "iscrowd") if key not in annotation]
+        missing += [] if len(annotation.get("bbox", ())) == 4 else ["bbox [x, y, width, height]"]
+        missing += [] if annotation.get("segmentation") else ["segmentation"]
+        if missing:
+            _raise_if(WrongType(f"annotations[{i}]", f"lacks {missing[0]}, which the evaluation reads"), path)
+
+
+def _raise_if(wrong: WrongType | None, path: str) -> None:
+    if wrong:
+        where = f"{wrong.where}: " if wrong.where else ""
+        raise DataError(f"{path}: {where}{wrong.what}. Correct it, or export the annotations again.")
+
+
+def find_wrong_type(content: Any) -> WrongType | None:
+    """The first value that is not of the type that COCO's format gives it."""
+    if not isinstance(content, dict):
+        return WrongType("", f"is a {type(content).__name__}, not COCO's mapping of lists")
+    for key in ("images", "annotations", "categories"):
+        wrong = _find_in_list(content.get(key, []), key, key)
+        if wrong:
+            return wrong
+    return None
+
+
+def _find_in_list(items: Any, kind: str, where: str) -> WrongType | None:
+    if not isinstance(items, list):
+        return WrongType(where, f"is {_short(items)}; it must be a list")
+    types = _TYPES[kind]
+    for i, item in enumerate(items):
+        if not isinstance(item, dict):
+            return WrongType(f"{where}[{i}]", f"is {_short(item)}; it must be a mapping")
+        for key, (is_right, description) in types.items():
+            if key in item and not is_right(item[key]):
+                return WrongType(f"{where}[{i}].{key}", f"is {_short(item[key])}; it must be {description}")
+        if kind == "annotations" and "segments_info" in item:
+            wrong = _find_in_list(item["segments_info"], "segments_info", f"{where}[{i}].segments_info")
+            if wrong:
+                return wrong
+    return None
+
+
+def find_repeated_id(content: dict[str, Any]) -> WrongType | None:
+    """The first id that two images or two categories have, in content of right types."""
+    for kind in ("images", "categories"):
+        seen = set()
+        for i, item in enumerate(content.get(kind, ())):
+            if "id" in item and item["id"] in seen:
+                return WrongType(f"{kind}[{i}].id", f"is {_short(item['id'])}, as another one's")
+            seen.add(item.get("id"))
+    return None
+
+
+def find_wrong_mask(content: dict[str, Any]) -> WrongType | None:
+    """The first segmentation that can't be decoded safely, in content of right types."""
+    for i, annotation in enumerate(content.get("annotations", ())):
+        try:
+            check_segmentation(annotation.get("segmentation"))
+        except SegmentationError as error:
+            return WrongType(f"annotations[{i}].segmentation", str(error))
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

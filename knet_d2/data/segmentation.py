@@ -1,0 +1,112 @@
+"""One COCO "segmentation", checked from the format before any library decodes it."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pycocotools.mask as mask_util
+
+# Decoders take memory in proportion to both.
+_LARGEST_COORDINATE = 1e6
+_LONGEST_OUTLINE = 1e7
+
+
+class SegmentationError(ValueError):
+    """kind: as in knet_d2.data.check.faults.KINDS."""
+
+    def __init__(self, kind: str, what: str) -> None:
+        super().__init__(what)
+        self.kind = kind
+
+
+def check_segmentation(segmentation: Any) -> None:
+    """Raise a SegmentationError where polygons or RLE can't be decoded safely; nothing at all is no matter."""
+    if isinstance(segmentation, dict):
+        read_rle(segmentation)
+    elif isinstance(segmentation, list):
+        for polygon in segmentation:
+            check_coordinates(polygon)
+    elif segmentation:
+        kind = type(segmentation).__name__
+        raise SegmentationError("missing segmentation", f"is of type {kind}; it must be polygons or RLE")
+
+
+def check_coordinates(polygon: Any) -> None:
+    """Raise a SegmentationError unless a polygon is a list of numbers [x0, y0, x1, y1, ...] of sensible size."""
+    if not isinstance(polygon, list):
+        raise SegmentationError("bad polygon", "segmentation is a list of numbers, not of polygons")
+    if not polygon:
+        return
+    try:
+        is_finite = math.isfinite(sum(polygon))
+        low, high = min(polygon), max(polygon)
+    except (TypeError, OverflowError):
+        is_finite = False
+    if not is_finite:
+        wrong = next((x for x in polygon if not _is_finite(x)), polygon)
+        raise SegmentationError("bad polygon", f"the coordinate {str(wrong)[:40]} is not a number")
+    if max(high, -low) > _LARGEST_COORDINATE:
+        raise SegmentationError("bad polygon", f"it has coordinates from {low} to {high}")
+    if len(polygon) * (high - low) > _LONGEST_OUTLINE:  # it can't be longer than that
+        points = list(zip(polygon[0::2], polygon[1::2]))
+        length = sum(max(abs(a[0] - b[0]), abs(a[1] - b[1])) for a, b in pairwise(points))
+        if length > _LONGEST_OUTLINE:
+            raise SegmentationError("bad polygon", f"its outline is {length:.0f} pixels long")
+
+
+def _is_finite(x: Any) -> bool:
+    try:
+        return math.isfinite(x)
+    except (TypeError, OverflowError):
+        return False
+
+
+def read_rle(segmentation: dict[str, Any], image_size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """RLE, compressed or not, as compressed RLE.
+
+    Args:
+        image_size: the (height, width) that it must have; None: any.
+
+    Raises:
+        SegmentationError: it is of another size, or damaged.
+    """
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    sides = size if isinstance(size, (list, tuple)) else ()
+    if len(sides) != 2 or not all(type(x) is int and 0 < x <= 2**16 for x in sides):
+        raise SegmentationError("bad RLE", f"its size is {str(size)[:40]}; it must be [height, width]")
+    if image_size is not None and tuple(size) != image_size:
+        raise SegmentationError("bad RLE", f"its size is {list(size)} and the image's {list(image_size)}")
+    if isinstance(counts, (str, bytes)):
+        numbers = _decode_counts(counts if isinstance(counts, str) else counts.decode("latin1"))
+    elif isinstance(counts, list) and all(type(x) is int for x in counts):
+        numbers = counts
+    else:
+        raise SegmentationError("bad RLE", f"counts is {str(counts)[:40]}, neither a string nor a list of integers")
+    if min(numbers, default=0) < 0 or sum(numbers) != size[0] * size[1]:
+        raise SegmentationError("bad RLE", f"its counts add up to {sum(numbers)} and not to {size[0] * size[1]}")
+    # "counts" must be a list for frPyObjects, and a string is one already.
+    return mask_util.frPyObjects(segmentation, *size) if isinstance(counts, list) else segmentation
+
+
+def _decode_counts(string: str) -> list[int]:
+    """The run lengths in COCO's compressed form: 5 bits a character, signed, from the fourth on differences.
+
+    pycocotools would read beyond the end of a damaged string.
+    """
+    counts: list[int] = []
+    value, shift = 0, 0
+    for character in string:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise SegmentationError("bad RLE", f"counts has the character {character!r}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value, shift = 0, 0
+    if shift:
+        raise SegmentationError("bad RLE", "counts is cut off")
+    return counts
