@@ -34,6 +34,8 @@ setup(
         "opencv": ["opencv-python-headless>=4.5"],
         # Weights files that are no pickles at all
         "safetensors": ["safetensors"],
+        # demo/web.py
+        "web": ["gradio>=6"],
         "test": ["pytest"],
     },
 )

@@ -208,6 +208,36 @@ def test_folders(described, tmp_path, caplog):
         list(predictor.images([str(tmp_path / "nothing*.png")]))
 
 
+@pytest.mark.parametrize("threshold, different", [(0.0, 9), (0.6, 8)])  # static kernels have no score of 0.6
+def test_one_pass_gives_every_stage_and_output(described, threshold, different):
+    """The same as models that are configured to give one stage's one output."""
+    _, save = described
+    path, image = save("m.pth"), random_image((60, 84))
+    predictor = knet_d2.load(path, device="cpu")
+    passes = []
+    predictor.model.backbone.register_forward_hook(lambda *_: passes.append(1))
+    trace = predictor.trace(image, "RGB")
+    assert trace.num_stages == 2 and predictor.outputs == ("panoptic_seg", "instances", "sem_seg")
+    found = {}
+    for output in predictor.outputs:
+        for stage in (0, 1, 2, -1):
+            opts = ["MODEL.KNET.TEST.STAGE", str(stage), "MODEL.KNET.TEST.OUTPUTS", f"['{output}']"]
+            expected = knet_d2.load(path, device="cpu", confidence_threshold=threshold, opts=opts)(image, "RGB")
+            got = trace.prediction(threshold, stage=stage, output=output)
+            assert got.to_coco() == expected.to_coco() and got.size == (60, 84)
+            found[output, stage] = got.to_coco()
+    assert len(passes) == 1
+    assert found["instances", 2] and len({str(x) for x in found.values()}) == different  # -1 is 2
+    # What the predictor itself gives has not changed
+    assert predictor(image, "RGB").to_coco() == trace.prediction(0.3).to_coco()
+    for wrong, message in (({"stage": 3}, "stage = 3.*0 .static kernels. to 2"), ({"output": "boxes"}, "'boxes'")):
+        with pytest.raises(ConfigError, match=message):
+            trace.prediction(0.3, **wrong)
+    augmented = knet_d2.load(path, device="cpu", opts=["TEST.AUG.ENABLED", "True"])
+    with pytest.raises(ConfigError, match="TEST.AUG.ENABLED"):
+        augmented.trace(image, "RGB")
+
+
 # ---- masks -----------------------------------------------------------------------------------------------------
 
 CLASSES = ClassTable(["cup", "table"], [7, 90], [(200, 0, 0), (0, 0, 200)], 1)

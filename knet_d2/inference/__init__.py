@@ -3,5 +3,6 @@
 from .loading import load
 from .prediction import Prediction, Segment
 from .predictor import ImagePredictor
+from .trace import Trace
 
-__all__ = ["ImagePredictor", "Prediction", "Segment", "load"]
+__all__ = ["ImagePredictor", "Prediction", "Segment", "Trace", "load"]

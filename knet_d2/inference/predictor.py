@@ -1,5 +1,6 @@
 """A model with its classes, ready for image files, folders and arrays."""
 
+import copy
 import logging
 import os
 from typing import Any, Iterator, Optional, Sequence, Tuple, Union
@@ -10,9 +11,11 @@ from detectron2.config import CfgNode
 from ..classes import ClassTable
 from ..data.files import find_images, read_image
 from ..engine.predictor import Predictor
-from ..errors import DataError
+from ..errors import ConfigError, DataError
+from ..meta_arch import TASK_OUTPUTS
 from .prediction import Prediction
 from .tiles import predict_tiles
+from .trace import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,7 @@ class ImagePredictor:
         classes: the names and ids of what it finds.
         model: the network, in evaluation mode.
         cfg: its config.
+        outputs: the results that it can give, its own first: "instances", "panoptic_seg", "sem_seg".
     """
 
     def __init__(self, cfg: CfgNode, classes: ClassTable):
@@ -37,6 +41,7 @@ class ImagePredictor:
         self.cfg = cfg
         self.model = self._predictor.network
         self.classes = classes
+        self.outputs = TASK_OUTPUTS[cfg.MODEL.KNET.TASK]
 
     def __call__(
         self,
@@ -58,15 +63,25 @@ class ImagePredictor:
         Raises:
             DataError: the file can't be read, or the array is no image.
         """
-        if isinstance(image, np.ndarray):
-            pixels = _checked_array(image, order)
-        else:
-            if order is not None:
-                raise DataError(f"{image}: order = {order!r} is for arrays; that of a file is known. Leave it out.")
-            pixels = read_image(_checked_file(os.fspath(image)), "BGR")
+        pixels = _bgr_pixels(image, order)
         if tile_size is None:
             return self._predict(pixels)
         return predict_tiles(self._predict, pixels, tile_size, tile_size // 4 if tile_overlap is None else tile_overlap)
+
+    def trace(self, image: Union[str, "os.PathLike[str]", np.ndarray], order: Optional[str] = None) -> Trace:
+        """Send an image through the network once, to look at the results of every stage.
+
+        Args:
+            image, order: see :meth:`__call__`.
+
+        Raises:
+            ConfigError: the config asks for test-time augmentation, which is more than one pass.
+        """
+        if self.cfg.TEST.AUG.ENABLED:
+            raise ConfigError("TEST.AUG.ENABLED: there is no trace of several views; set it to False.")
+        tracing = copy.copy(self._predictor)
+        tracing.model = lambda samples: [Trace(self.model, samples[0], self.classes, self.outputs)]
+        return tracing(_bgr_pixels(image, order))
 
     def images(
         self, paths: Union[str, Sequence[str]], **options: Any
@@ -91,6 +106,14 @@ class ImagePredictor:
     def _predict(self, pixels: np.ndarray) -> Prediction:
         """pixels: BGR."""
         return Prediction.from_outputs(self._predictor(pixels), pixels.shape[:2], self.classes)
+
+
+def _bgr_pixels(image: Union[str, "os.PathLike[str]", np.ndarray], order: Optional[str]) -> np.ndarray:
+    if isinstance(image, np.ndarray):
+        return _checked_array(image, order)
+    if order is not None:
+        raise DataError(f"{image}: order = {order!r} is for arrays; that of a file is known. Leave it out.")
+    return read_image(_checked_file(os.fspath(image)), "BGR")
 
 
 def _checked_file(path: str) -> str:

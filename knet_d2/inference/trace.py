@@ -1,0 +1,57 @@
+"""One image's pass through the network, kept, so that the results of every stage can be looked at."""
+
+import copy
+from typing import Any, Dict, Sequence
+
+import torch
+
+from ..classes import ClassTable
+from ..errors import ConfigError
+from ..meta_arch import KNet
+from ..modeling.fast_convolution import channels_last
+from .prediction import Prediction
+
+
+class Trace:
+    """What the network computed for one image: the static kernels and the predictions of the S stages.
+
+    Attributes:
+        num_stages: S.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: KNet, sample: Dict[str, Any], classes: ClassTable, outputs: Sequence[str]):
+        """
+        Args:
+            model: in evaluation mode.
+            sample: one input of the model, with "height" and "width" of the result.
+            outputs: the results that the model can give; the first one is its own.
+        """
+        self._model, self._sample, self._classes, self._outputs = model, sample, classes, tuple(outputs)
+        self._images = model.preprocess_image([sample])
+        self._state = model.sem_seg_head(model.backbone(channels_last(self._images.tensor)))
+        self._stages = model.cascade(self._state)
+        self.num_stages = len(self._stages)
+
+    @torch.no_grad()
+    def prediction(self, confidence_threshold: float, *, stage: int = -1, output: str = "") -> Prediction:
+        """The segments that one stage sees.
+
+        Args:
+            confidence_threshold: instances and thing segments with a lower score are left out.
+            stage: 0 the static kernels, before any update; 1 to S a stage; -1 the last one.
+            output: "instances", "panoptic_seg" or "sem_seg", where the model can give more than one.
+
+        Raises:
+            ConfigError: there is no such stage, or the model has no such output.
+        """
+        if not -1 <= stage <= self.num_stages:
+            raise ConfigError(f"stage = {stage}: this model has 0 (static kernels) to {self.num_stages}, or -1 (last).")
+        if output and output not in self._outputs:
+            raise ConfigError(f"output = {output!r}: this model gives {' and '.join(self._outputs)}.")
+        # The same network, with other settings of its post-processing
+        model = copy.copy(self._model)
+        model.outputs, model.output_stage = (output or self._outputs[0],), stage
+        model.score_threshold = model.thing_score_threshold = confidence_threshold
+        results = model.postprocess(self._state, self._stages, [self._sample], self._images)
+        return Prediction.from_outputs(results[0], (self._sample["height"], self._sample["width"]), self._classes)
