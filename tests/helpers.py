@@ -3,10 +3,13 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from knet_d2.config import add_knet_config
 
@@ -139,3 +142,31 @@ def slow_bilinear(x, size):
 
 def sigmoid(x):
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+# Fake CUDA tensors, which need no GPU
+
+CUDA = torch.device("cuda", 0)
+
+
+def move_to_fake_cuda(model):
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+
+
+def fake_cuda_works():
+    """Older torch calls the CUDA driver also for fake tensors."""
+    try:
+        with FakeTensorMode():
+            return torch.zeros(2, device="cuda")[None].device == CUDA
+    except RuntimeError:
+        return False
+
+
+needs_fake_cuda = pytest.mark.skipif(not fake_cuda_works(), reason="this torch has no fake CUDA tensors without a GPU")

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import BitMasks, ImageList, Instances
-from helpers import IGNORE, TASKS, expected_losses, make_batch, make_example, spread_scores, tiny_model
+from helpers import (
+    CUDA,
+    IGNORE,
+    TASKS,
+    expected_losses,
+    make_batch,
+    make_example,
+    move_to_fake_cuda,
+    needs_fake_cuda,
+    spread_scores,
+    tiny_model,
+)
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -129,31 +140,6 @@ def test_full_precision_changes_half_types_only():
 
 
 # Devices: with fake tensors, every operation on tensors of two devices is an error, without any GPU
-
-CUDA = torch.device("cuda", 0)
-
-
-def move_to_fake_cuda(model):
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
-                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
-
-
-def fake_cuda_works():
-    """Older torch calls the CUDA driver also for fake tensors."""
-    try:
-        with FakeTensorMode():
-            return torch.zeros(2, device="cuda")[None].device == CUDA
-    except RuntimeError:
-        return False
-
-
-needs_fake_cuda = pytest.mark.skipif(not fake_cuda_works(), reason="this torch has no fake CUDA tensors without a GPU")
 
 
 @needs_fake_cuda

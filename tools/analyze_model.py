@@ -1,0 +1,64 @@
+"""Parameters and multiply-adds of a K-Net by module, without post-processing.
+
+    python tools/analyze_model.py coco/panoptic/knet_r50_fpn_1x.yaml --size 800x1216 --depth 3
+    python tools/analyze_model.py coco/instance/knet_r50_fpn_1x.yaml MODEL.KNET.NUM_KERNELS 256
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any, List, Tuple
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # from a source tree that is not installed, too
+
+import torch  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
+from detectron2.utils.analysis import FlopCountAnalysis  # noqa: E402
+from fvcore.nn import flop_count_table  # noqa: E402
+from fvcore.nn.jit_handles import get_shape  # noqa: E402
+
+from knet_d2.engine import load_config  # noqa: E402
+from knet_d2.paths import get_config_file  # noqa: E402
+
+
+def count_baddbmm(inputs: List[Any], outputs: List[Any]) -> int:
+    """b + x @ y for batches of matrices, which fvcore does not know: multiply-adds of x @ y."""
+    batch, rows, inner = get_shape(inputs[1])
+    return batch * rows * inner * get_shape(inputs[2])[2]
+
+
+def count_attention(inputs: List[Any], outputs: List[Any]) -> int:
+    """Multiply-adds of q @ k.T and of the weights @ v; fvcore does not know PyTorch's fused attention."""
+    *batch, queries, dim = get_shape(inputs[0])
+    keys, value_dim = get_shape(inputs[2])[-2:]
+    return int(torch.Size(batch).numel()) * queries * keys * (dim + value_dim)
+
+
+def analyze(config: str, opts: List[str], size: Tuple[int, int]) -> FlopCountAnalysis:
+    """Count the multiply-adds of one prediction, without post-processing, for an image of this height and width."""
+    cfg = load_config(get_config_file(config), ["MODEL.WEIGHTS", "", *opts, "MODEL.DEVICE", "cpu"])
+    model = build_model(cfg).eval()
+    # What belongs to no output is not traced
+    model.postprocess = lambda state, stages, *args: [x for stage in stages for x in stage if x is not None]
+    flops = FlopCountAnalysis(model, [{"image": torch.zeros(3, *size, dtype=torch.uint8)}])
+    flops.set_op_handle("aten::baddbmm", count_baddbmm)
+    flops.set_op_handle("aten::scaled_dot_product_attention", count_attention)
+    return flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+
+
+def main(argv: List[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="path below configs/")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs that change the config")
+    parser.add_argument("--size", default="800x1216", help="of the network's input, HxW")
+    parser.add_argument("--depth", type=int, default=3, help="of the modules that get a line")
+    args = parser.parse_args(argv)
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    height, width = (int(number) for number in args.size.split("x"))
+    print(flop_count_table(analyze(args.config, args.opts, (height, width)), max_depth=args.depth))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,112 @@
+"""The models that are compared: K-Net's of any config beside Detectron2's own."""
+
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone, build_model
+from detectron2.solver import build_optimizer as build_peer_optimizer
+from detectron2.structures import ImageList
+from torch import nn
+
+from knet_d2 import KNet
+from knet_d2.engine import load_config
+from knet_d2.engine.optimizer import build_gradient_clipper, build_optimizer
+from knet_d2.errors import ConfigError
+from knet_d2.paths import get_config_file
+
+from .workload import make_batch
+
+# The peers, by their names on the command line
+PEERS = {
+    "mask_rcnn": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+    "cascade_mask_rcnn": "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
+    "panoptic_fpn": "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
+}
+# Mask R-CNN's backbone alone, as Detectron2 builds it
+BACKBONE = "backbone_fpn"
+
+
+class BackboneOnly(nn.Module):
+    """A backbone behind the preprocessing of Detectron2's models; returns the feature maps."""
+
+    def __init__(self, cfg: CfgNode):
+        super().__init__()
+        self.backbone = build_backbone(cfg)
+        self.register_buffer("pixel_mean", torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(cfg.MODEL.PIXEL_STD).view(-1, 1, 1), persistent=False)
+
+    def forward(self, batched_inputs: List[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
+        images = [(x["image"].to(self.pixel_mean.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
+        return self.backbone(ImageList.from_tensors(images, self.backbone.size_divisibility).tensor)
+
+
+class Subject(NamedTuple):
+    """A model that is measured, under the name that the command line gave it."""
+
+    name: str
+    cfg: CfgNode
+    model: nn.Module
+
+    @property
+    def is_knet(self) -> bool:
+        return isinstance(self.model, KNet)
+
+    @property
+    def reads_panoptic_files(self) -> bool:
+        """Whether its mapper takes COCO's panoptic format."""
+        return self.is_knet and self.model.bank.num_matched > 0
+
+    @property
+    def can_train(self) -> bool:
+        return not isinstance(self.model, BackboneOnly)
+
+    def inputs(self, size: Tuple[int, int], batch: int, output_size: Tuple[int, int]) -> List[Dict[str, Any]]:
+        """A batch as this model reads it; see :func:`make_batch`."""
+        if self.is_knet:
+            num_things = self.model.bank.num_things
+            return make_batch(size, batch, output_size, first_stuff_label=num_things, merge_things=False)
+        return make_batch(size, batch, output_size, first_stuff_label=1, merge_things=True)
+
+    def optimizer(self) -> Tuple[torch.optim.Optimizer, Callable[[Sequence[torch.Tensor]], Any]]:
+        """The config's optimiser, and what clips the gradients before its steps."""
+        if self.is_knet:
+            return build_optimizer(self.cfg, self.model), build_gradient_clipper(self.cfg)
+        return build_peer_optimizer(self.cfg, self.model), lambda parameters: None
+
+    def compile(self) -> None:
+        """Give torch.compile the parts whose operations do not depend on values."""
+        for name in ("backbone", "sem_seg_head", "cascade"):
+            if hasattr(self.model, name):
+                getattr(self.model, name).compile(dynamic=False)
+
+
+def build_subject(spec: str, device: str, *, channels_last: bool = False) -> Subject:
+    """Build a model with random weights.
+
+    Args:
+        spec: one of PEERS, BACKBONE, or a config below configs/; ",KEY=VALUE" may follow, once or more.
+        channels_last: lay out the peers' weights and maps that way.
+
+    Raises:
+        ConfigError: there is no such model, or an option does not fit it.
+    """
+    name, *options = spec.split(",")
+    wrong = [option for option in options if "=" not in option]
+    if wrong:
+        raise ConfigError(f"--models {spec}: {wrong[0]!r} is not KEY=VALUE.")
+    options = [item for option in options for item in option.split("=", 1)]
+    torch.manual_seed(0)
+    if name in PEERS or name == BACKBONE:
+        cfg = model_zoo.get_config(PEERS.get(name, PEERS["mask_rcnn"]))
+        cfg.merge_from_list([*options, "MODEL.DEVICE", device])
+        model = BackboneOnly(cfg).to(device) if name == BACKBONE else build_model(cfg)
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last)
+    elif name.endswith(".yaml"):
+        cfg = load_config(get_config_file(name), ["MODEL.WEIGHTS", "", *options, "MODEL.DEVICE", device])
+        model = build_model(cfg)
+    else:
+        raise ConfigError(f"--models {name}: use {[*PEERS, BACKBONE]} or a config such as coco/instance/<name>.yaml.")
+    return Subject(spec, cfg, model)

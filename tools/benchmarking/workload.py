@@ -1,0 +1,67 @@
+"""Inputs for every model: generated scenes at any size, with the ground truth that each family of models reads."""
+
+import functools
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectron2.structures import BitMasks, Instances
+
+from knet_d2.data.shapes.drawing import draw_scene
+
+# Scenes are drawn at this size and stretched: drawing at photo size takes seconds
+_DRAWN_SIZE = 256
+_MIN_THINGS = 5
+# Larger batches repeat images
+_NUM_SCENES = 8
+IGNORE = 255
+
+
+class LabelledImage(NamedTuple):
+    """image: uint8 [3, H, W]; masks: bool [G, H, W]; classes: int64 [G]; stuff: int64 [H, W], -1 where none is."""
+
+    image: torch.Tensor
+    masks: torch.Tensor
+    classes: torch.Tensor
+    stuff: torch.Tensor
+
+
+@functools.lru_cache(maxsize=_NUM_SCENES)
+def draw_image(size: Tuple[int, int], seed: int) -> LabelledImage:
+    """A scene with at least five things, stretched to (height, width)."""
+    rng = np.random.default_rng(seed)
+    scene = draw_scene(rng, _DRAWN_SIZE)
+    while len(scene.things) < _MIN_THINGS:
+        scene = draw_scene(rng, _DRAWN_SIZE)
+    image = torch.from_numpy(scene.image).permute(2, 0, 1)[None].float()
+    image = F.interpolate(image, size, mode="bilinear", align_corners=False)[0].round().to(torch.uint8)
+    masks = torch.from_numpy(np.stack([thing.mask for thing in scene.things]))
+    labels = torch.cat([masks, torch.from_numpy(scene.stuff)[None]]).float()
+    labels = F.interpolate(labels[None], size, mode="nearest")[0].long()
+    classes = torch.tensor([thing.category for thing in scene.things])
+    return LabelledImage(image, labels[:-1].bool(), classes, labels[-1])
+
+
+def make_batch(
+    size: Tuple[int, int], batch: int, output_size: Tuple[int, int], *, first_stuff_label: int, merge_things: bool
+) -> List[Dict[str, Any]]:
+    """Inputs of a Detectron2 model, with ground truth.
+
+    Args:
+        size: height and width of the network's input.
+        output_size: height and width of the results.
+        first_stuff_label: label of the first stuff class in "sem_seg"; the others follow.
+        merge_things: all things have label 0 there, as in Panoptic FPN; else each has its class's.
+    """
+    inputs = []
+    for i in range(batch):
+        x = draw_image(size, i % _NUM_SCENES)
+        labels = torch.where(x.stuff < 0, IGNORE, x.stuff + first_stuff_label)
+        for mask, label in zip(x.masks, x.classes.tolist()):
+            labels[mask] = 0 if merge_things else label
+        masks = BitMasks(x.masks)
+        instances = Instances(size, gt_classes=x.classes, gt_masks=masks, gt_boxes=masks.get_bounding_boxes())
+        example = {"image": x.image, "instances": instances, "sem_seg": labels, "file_name": f"scene {i}"}
+        inputs.append({**example, "height": output_size[0], "width": output_size[1]})
+    return inputs
