@@ -130,9 +130,13 @@ def test_the_gpu_s_comparison_on_fake_tensors(monkeypatch, capsys):
     monkeypatch.setattr(ImageList, "from_tensors", stack)
     monkeypatch.setattr(nn.Module, "to", to)
     monkeypatch.setattr(KNet, "postprocess", lambda self, *args: [{}])
-    image = {"image": torch.zeros(3, *SIZE, dtype=torch.uint8)}
-    monkeypatch.setattr(models, "make_batch", lambda size, batch, *args, **kwargs: [image] * batch)
-    for name, value in {"is_available": True, "memory_allocated": 1, "max_memory_allocated": 3 << 20}.items():
+
+    def images(size, batch, *args, **kwargs):
+        return [{"image": torch.zeros(3, *size, dtype=torch.uint8)}] * batch
+
+    monkeypatch.setattr(models, "make_batch", images)
+    values = {"is_available": True, "is_bf16_supported": True, "memory_allocated": 1, "max_memory_allocated": 3 << 20}
+    for name, value in values.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
     for name in ("synchronize", "reset_peak_memory_stats", "get_device_name"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: None)

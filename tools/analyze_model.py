@@ -22,6 +22,11 @@ from knet_d2.engine import load_config  # noqa: E402
 from knet_d2.paths import get_config_file  # noqa: E402
 
 
+def count_matmul(inputs: List[Any], outputs: List[Any]) -> int:
+    """Multiply-adds of x @ y; fvcore's own count fails where y is a vector."""
+    return torch.Size(get_shape(outputs[0])).numel() * get_shape(inputs[0])[-1]
+
+
 def count_baddbmm(inputs: List[Any], outputs: List[Any]) -> int:
     """b + x @ y for batches of matrices, which fvcore does not know: multiply-adds of x @ y."""
     batch, rows, inner = get_shape(inputs[1])
@@ -42,6 +47,7 @@ def analyze(config: str, opts: List[str], size: Tuple[int, int]) -> FlopCountAna
     # What belongs to no output is not traced
     model.postprocess = lambda state, stages, *args: [x for stage in stages for x in stage if x is not None]
     flops = FlopCountAnalysis(model, [{"image": torch.zeros(3, *size, dtype=torch.uint8)}])
+    flops.set_op_handle("aten::matmul", count_matmul)
     flops.set_op_handle("aten::baddbmm", count_baddbmm)
     flops.set_op_handle("aten::scaled_dot_product_attention", count_attention)
     return flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
