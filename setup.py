@@ -36,6 +36,8 @@ setup(
         "safetensors": ["safetensors"],
         # demo/web.py
         "web": ["gradio>=6"],
+        # tools/export_model.py and tools/check_export.py
+        "export": ["onnx", "onnxscript", "onnxruntime"],
         "test": ["pytest"],
     },
 )

@@ -63,6 +63,10 @@ def model_outputs(cfg) -> Tuple[str, ...]:
 class KNet(nn.Module):
     """Unified segmentation with learned kernels (arXiv:2106.14855): backbone, static kernels, cascade, outputs."""
 
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
+    class_mask: torch.Tensor
+
     @configurable
     def __init__(
         self,
@@ -234,8 +238,7 @@ class KNet(nn.Module):
         self, state: KernelState, stages: List[StageOutput], batched_inputs: List[Dict], images: ImageList
     ) -> List[ImagePrediction]:
         """What the stage that TEST.STAGE names says of every image."""
-        stage = self.output_stage % (len(stages) + 1)
-        shown = stages[stage - 1] if stage else static_predictions(state)
+        shown = self.select_stage(state, stages)
         predictions = []
         for i, x in enumerate(batched_inputs):
             image_size = tuple(images.image_sizes[i])
@@ -249,6 +252,11 @@ class KNet(nn.Module):
         """What :meth:`forward` returns for an image in evaluation."""
         with no_autocast(prediction.mask_logits):
             return {key: self._result(key, *prediction) for key in self.outputs}
+
+    def select_stage(self, state: KernelState, stages: List[StageOutput]) -> StageOutput:
+        """The predictions that TEST.STAGE names."""
+        stage = self.output_stage % (len(stages) + 1)
+        return stages[stage - 1] if stage else static_predictions(state)
 
     def _result(self, key: str, class_logits: Optional[torch.Tensor], mask_logits: torch.Tensor, geometry):
         if key == "instances":

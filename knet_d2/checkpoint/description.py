@@ -5,7 +5,7 @@ The description is a mapping of strings, as safetensors has room for: "config" (
 """
 
 import json
-from typing import Any, Dict, Mapping, NamedTuple
+from typing import Any, Dict, Mapping, NamedTuple, Optional
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
@@ -27,13 +27,13 @@ class ModelDescription(NamedTuple):
     classes: ClassTable
 
 
-def describe_model(cfg: CfgNode) -> Dict[str, str]:
-    """The description of a model of ``cfg``, with its classes resolved."""
+def describe_model(cfg: CfgNode, classes: Optional[ClassTable] = None) -> Dict[str, str]:
+    """The description of a model of ``cfg``, with its classes resolved; None: as the data sets of ``cfg`` name them."""
     from .. import __version__  # the package imports this module first
 
     return {
         "config": yaml.safe_dump(_differences(cfg, _default_config())),
-        "classes": json.dumps(categories(class_table(cfg))),
+        "classes": json.dumps(categories(class_table(cfg) if classes is None else classes)),
         "knet_d2_version": __version__,
     }
 

@@ -24,9 +24,15 @@ PATCH_SIZE = 4
 MASKED_LOGIT = -100.0
 
 
+def next_multiple(length: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``length``."""
+    # Not by a remainder: a tracer of symbolic sizes sees that this can be divided
+    return (length + multiple - 1) // multiple * multiple
+
+
 def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
     """[B, H, W, C] with zeros added at the bottom and right until H and W are multiples."""
-    bottom, right = -x.shape[1] % multiple, -x.shape[2] % multiple
+    bottom, right = (next_multiple(length, multiple) - length for length in x.shape[1:3])
     return F.pad(x, (0, 0, 0, right, 0, bottom))
 
 
@@ -102,7 +108,7 @@ class WindowAttention(nn.Module):
         if mask is not None:
             bias = (bias + mask[:, None]).repeat(num_windows // mask.shape[0], 1, 1, 1)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
-        return self.proj(out.transpose(1, 2).reshape(num_windows, length, dim))
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class SwinBlock(nn.Module):
@@ -196,7 +202,7 @@ class SwinStage(nn.Module):
         """[B, H, W, C] -> [B, H', W', C']."""
         if self.merging is not None:
             x = self.merging(x)
-        height, width = (length + -length % self.window_size for length in x.shape[1:3])
+        height, width = (next_multiple(length, self.window_size) for length in x.shape[1:3])
         mask = shifted_window_mask(height, width, self.window_size, self.shift, x.device)
         for block in self.blocks:
             x = block(x, mask)
@@ -213,7 +219,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] -> [B, ceil(H / 4), ceil(W / 4), C]."""
-        bottom, right = -image.shape[2] % PATCH_SIZE, -image.shape[3] % PATCH_SIZE
+        bottom, right = (next_multiple(length, PATCH_SIZE) - length for length in image.shape[2:])
         x = self.projection(F.pad(image, (0, right, 0, bottom)))
         return self.norm(x.permute(0, 2, 3, 1))
 

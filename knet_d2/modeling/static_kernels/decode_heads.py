@@ -64,7 +64,7 @@ class DecodeKernelHead(nn.Module):
     def forward(self, features: Dict[str, torch.Tensor]) -> KernelState:
         """The classifier's weights as kernels, its logits as their masks."""
         feature = self.decode([features[name] for name in self.in_features])
-        kernels = self.classifier.conv.weight.flatten(1).expand(len(feature), -1, -1)
+        kernels = self.classifier.conv.weight.flatten(1).expand(feature.shape[0], -1, -1)
         return KernelState(feature, kernels, self.classifier(feature))
 
 

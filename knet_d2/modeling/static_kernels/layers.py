@@ -50,11 +50,11 @@ def resize_like(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def _bin_means(length: int, num_bins: int, like: torch.Tensor) -> torch.Tensor:
     """[num_bins, length]: row i averages positions floor(i length / n) .. ceil((i + 1) length / n) - 1."""
-    weights = like.new_zeros(num_bins, length)
-    for i in range(num_bins):
-        start, stop = i * length // num_bins, -(-(i + 1) * length // num_bins)
-        weights[i, start:stop] = 1 / (stop - start)
-    return weights
+    number = torch.arange(num_bins, device=like.device)
+    start, stop = number * length // num_bins, -(-(number + 1) * length // num_bins)
+    position = torch.arange(length, device=like.device)
+    inside = (position >= start[:, None]) & (position < stop[:, None])
+    return inside.to(like.dtype) / (stop - start)[:, None]
 
 
 def adaptive_average_pool(x: torch.Tensor, num_bins: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ def adaptive_average_pool(x: torch.Tensor, num_bins: int) -> torch.Tensor:
     It equals adaptive_avg_pool2d, which MPS has for sizes that are multiples of the number of bins only.
     """
     rows, columns = (_bin_means(length, num_bins, x) for length in x.shape[-2:])
-    return rows @ x @ columns.T
+    return torch.einsum("nh,bchw,mw->bcnm", rows, x, columns)
 
 
 class PyramidPooling(nn.Module):

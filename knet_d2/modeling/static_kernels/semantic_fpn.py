@@ -174,7 +174,7 @@ class SemanticFPNKernelHead(nn.Module):
             kernels = self.instance_kernels.weight.flatten(1) + kernels
             fixed = self.fixed_class_ids
             if len(fixed):
-                stuff_kernels = self.classifier.weight[fixed].flatten(1).expand(len(kernels), -1, -1)
+                stuff_kernels = self.classifier.weight[fixed].flatten(1).expand(kernels.shape[0], -1, -1)
                 kernels = torch.cat([kernels, stuff_kernels], dim=1)
                 masks = torch.cat([masks, semantic_logits[:, fixed]], dim=1)
         return KernelState(feature, kernels, masks, semantic_logits)

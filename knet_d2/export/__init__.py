@@ -1,0 +1,15 @@
+"""Models for other runtimes: ONNX and torch.export, as one graph from the image to the final result."""
+
+from .graph import INPUT_NAMES, OUTPUT_NAMES, ExportableKNet
+from .writing import export_metadata, halve, save_onnx, save_pt2, trace
+
+__all__ = [
+    "INPUT_NAMES",
+    "OUTPUT_NAMES",
+    "ExportableKNet",
+    "export_metadata",
+    "halve",
+    "save_onnx",
+    "save_pt2",
+    "trace",
+]

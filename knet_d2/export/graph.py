@@ -1,0 +1,120 @@
+"""A K-Net as one function of tensors, from the image to the final result, without Python that depends on values.
+
+Shapes: B images of one size, H x W in the network's input and h x w in the result; n rows of a table of results.
+"""
+
+from typing import Dict, Tuple
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..meta_arch import KNet
+from ..modeling.backbone.deform_conv import DeformConv2d
+from ..postprocessing import ImageGeometry
+from . import results
+
+INPUT_NAMES = ("image", "image_size", "output_size")
+# A model's main output -> names of the tensors that stand for it
+OUTPUT_NAMES = {
+    "instances": ("scores", "labels", "boxes", "masks"),
+    "panoptic_seg": ("segment_map", "scores", "labels", "areas"),
+    "sem_seg": ("label_map",),
+}
+
+
+class ExportableKNet(nn.Module):
+    """A K-Net in evaluation mode with tensors in and out, and its batch, height, width and result size dynamic.
+
+    The result is the first of ``model.outputs``; a row of a table is a candidate:
+
+    * "instances": scores [B, n], falling; labels int64 [B, n]; boxes [B, n, 4] (x1, y1, x2, y2); masks bool
+      [B, n, h, w]. n is TEST.DETECTIONS_PER_IMAGE at most; TEST.SCORE_THRESHOLD is left to the reader.
+    * "panoptic_seg": segment_map int32 [B, h, w], 1 + the row of each pixel's segment, 0 is void; scores, labels and
+      areas (pixels), [B, N] by falling score. The segments that were kept come first, the area of other rows is 0.
+    * "sem_seg": label_map int32 [B, h, w], the best class.
+    """
+
+    def __init__(self, model: KNet):
+        """
+        Args:
+            model: in evaluation mode. Its backbone and sem_seg_head may be of half precision.
+
+        Raises:
+            ConfigError: it can't be exported.
+        """
+        super().__init__()
+        self.main_output = model.outputs[0]
+        if any(isinstance(module, DeformConv2d) for module in model.modules()):
+            raise ConfigError(
+                "MODEL.RESNETS.DEFORM_ON_PER_STAGE: a model with deformable convolutions can't be exported, as "
+                "runtimes lack that operator. Use a model without, or run this one with knet_d2.load."
+            )
+        if self.main_output == "sem_seg" and model.bank.num_matched:
+            raise ConfigError(
+                "MODEL.KNET.TEST.OUTPUTS begins with 'sem_seg': of a panoptic model, 'panoptic_seg' or 'instances' can "
+                "be exported. Put one of them first."
+            )
+        if self.main_output == "instances" and model.max_instances == 0:
+            raise ConfigError("TEST.DETECTIONS_PER_IMAGE = 0: there would be no result. Use 1 or more.")
+        self.model = model
+
+    def forward(
+        self, image: torch.Tensor, image_size: torch.Tensor, output_size: torch.Tensor
+    ) -> Tuple[torch.Tensor, ...]:
+        """
+        Args:
+            image: uint8 [B, 3, H, W] in the order of INPUT.FORMAT, H and W multiples of ``model.size_divisibility``;
+                the images at the top left, anything in the rest.
+            image_size: int64 [2], height and width of the images in it.
+            output_size: int64 [2], height and width of the result: those of the original images.
+
+        Returns:
+            The tensors in OUTPUT_NAMES.
+        """
+        model = self.model
+        geometry = _checked_geometry(image, image_size, output_size)
+        state = model.sem_seg_head(model.backbone(self._normalise(image, geometry)))
+        stage = model.select_stage(state, model.cascade(state))
+        if self.main_output == "instances":
+            matched, things = slice(model.bank.num_matched), slice(model.bank.num_things)
+            class_logits, mask_logits = stage.class_logits[:, matched, things], stage.mask_logits[:, matched]
+            return results.instances(class_logits, mask_logits, geometry, max_instances=model.max_instances)
+        if self.main_output == "panoptic_seg":
+            return results.panoptic(
+                stage.class_logits,
+                stage.mask_logits,
+                model.class_mask,
+                geometry,
+                num_things=model.bank.num_things,
+                thing_score_threshold=model.thing_score_threshold,
+                overlap_threshold=model.overlap_threshold,
+            )
+        return (results.label_map(stage.mask_logits, geometry),)
+
+    def _normalise(self, image: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
+        """Normalised pixels, and 0 around the image."""
+        pixels = (image.float() - self.model.pixel_mean) / self.model.pixel_std
+        lengths = zip(geometry.padded, geometry.image)
+        rows, columns = (torch.arange(padded, device=image.device) < inside for padded, inside in lengths)
+        pixels = torch.where(rows[:, None] & columns, pixels, 0.0)
+        return pixels.to(next(self.model.backbone.parameters()).dtype)
+
+
+def example_inputs(model: KNet) -> Dict[str, torch.Tensor]:
+    """Inputs to trace :class:`ExportableKNet` with; two images, so that their number is not taken for a constant."""
+    step = max(model.size_divisibility, 1)
+    size = [-(-length // step) * step for length in (96, 128)]
+    image = torch.randint(0, 256, (2, len(model.pixel_mean), *size), dtype=torch.uint8, device=model.device)
+    return {"image": image, "image_size": torch.tensor([90, 120]), "output_size": torch.tensor([150, 200])}
+
+
+def _checked_geometry(image: torch.Tensor, image_size: torch.Tensor, output_size: torch.Tensor) -> ImageGeometry:
+    """The sizes as numbers that the tracer knows the bounds of."""
+    padded, inside, output = tuple(image.shape[-2:]), tuple(image_size.tolist()), tuple(output_size.tolist())
+    for length, most in zip(inside, padded):
+        torch._check(length >= 1)
+        torch._check(length <= most)
+    for length in output:
+        torch._check(length >= 1)
+    return ImageGeometry(padded, inside, output)  # type: ignore[arg-type]  # tuples of two

@@ -1,0 +1,281 @@
+"""Exported models: ONNX and torch.export against PyTorch, what is in the files, and the runner."""
+
+import json
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from checkpoint_helpers import ROOT, load_tool
+from helpers import spread_scores, tiny_config, tiny_model
+from PIL import Image
+
+import knet_d2
+from knet_d2.checkpoint import describe_model
+from knet_d2.checkpoint.saving import save_weights
+from knet_d2.classes import ClassTable
+from knet_d2.data import resolve_classes
+from knet_d2.errors import ConfigError
+from knet_d2.export import ExportableKNet, trace
+from knet_d2.export.writing import METADATA_FILE
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+check_export = load_tool("check_export")
+export_model = load_tool("export_model")
+onnx_runner = load_tool("onnx_runner")
+
+OUTPUTS = {"instance": "instances", "panoptic": "panoptic_seg", "semantic": "sem_seg"}
+OPTIONS = {
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.KNET.NUM_STAGES": 1,
+    "INPUT.MIN_SIZE_TEST": 96,
+    "INPUT.MAX_SIZE_TEST": 160,
+    "INPUT.FORMAT": "RGB",
+}
+THRESHOLD = 0.7  # some of the scores are below it
+ALL_SEGMENTS = ["MODEL.KNET.TEST.OVERLAP_THRESHOLD", "0.0"]
+NAMES = ["cup", "fork", "spoon", "table", "wall"]
+
+
+def save_model(folder, task):
+    """Path of a described model whose scores are all over (0, 1)."""
+    cfg = tiny_config(task, OPTIONS)
+    resolve_classes(cfg)
+    model = tiny_model(task, OPTIONS, seed=3)
+    if task != "semantic":
+        spread_scores(model)
+    ids = [*cfg.MODEL.KNET.THING_CATEGORY_IDS, *cfg.MODEL.KNET.STUFF_CATEGORY_IDS]
+    names = NAMES[: len(ids)]
+    classes = ClassTable(names, ids, [(9, 9, 9)] * len(ids), cfg.MODEL.KNET.NUM_THING_CLASSES)
+    save_weights(str(folder / f"{task}.pth"), model.state_dict(), describe_model(cfg, classes))
+    return str(folder / f"{task}.pth")
+
+
+@pytest.fixture(scope="module", params=list(OUTPUTS))
+def exported(request, tmp_path_factory):
+    """Task, and the paths of its weights, ONNX and torch.export files as the tool makes them, with their runners."""
+    task, folder = request.param, tmp_path_factory.mktemp(request.param)
+    weights = save_model(folder, task)
+    paths = [str(folder / f"{task}.{ending}") for ending in ("onnx", "pt2")]
+    arguments = [weights, *paths, "--confidence-threshold", str(THRESHOLD), "--opts", *ALL_SEGMENTS]
+    export_model.main(export_model.get_parser().parse_args(arguments))
+    return task, weights, {path: check_export.open_exported(path, OUTPUTS[task]) for path in paths}
+
+
+def loaded(weights):
+    return knet_d2.load(weights, device="cpu", confidence_threshold=THRESHOLD, opts=ALL_SEGMENTS)
+
+
+def random_images(batch, size, seed=0):
+    """Blurred noise in all colours, so that there is more than one region."""
+    rng = np.random.RandomState(seed)
+    images = [cv2.resize(rng.randint(0, 256, (5, 6, 3), np.uint8), size[::-1]) for _ in range(batch)]
+    return np.stack(images).transpose(0, 3, 1, 2).copy()
+
+
+@pytest.mark.parametrize("size, batch", [((96, 128), 1), ((70, 101), 2), ((130, 75), 3)])
+def test_same_results_as_pytorch(exported, size, batch):
+    task, weights, runners = exported
+    model = loaded(weights).model
+    images, output_size = random_images(batch, size), np.array([size[0] + 31, size[1] * 2])
+    expected = check_export.run_model(model, images, output_size)
+    inputs = check_export.padded(images, model.size_divisibility), np.array(size), output_size
+    if task != "semantic":  # the pixels around the images are of no importance
+        inputs[0][:, :, size[0] :] = 200
+        inputs[0][:, :, :, size[1] :] = 100
+    for path, run in runners.items():
+        found = run(*inputs)
+        for i in range(batch):
+            result = check_export.agreement(expected[i], {name: x[i] for name, x in found.items()}, THRESHOLD)
+            assert result.is_good, (path, result)
+        if task == "instance":
+            assert found["masks"].shape == (batch, 18, *output_size) and (found["scores"][:, :-1] > 0).all()
+            best = found["scores"] >= THRESHOLD
+            assert 0 < best.sum() < best.size
+            boxes = np.concatenate([x["boxes"] for x in expected])
+            assert boxes == pytest.approx(found["boxes"][best], abs=2)
+        if task == "panoptic":
+            for segment_map, areas in zip(found["segment_map"], found["areas"]):
+                counts = np.bincount(segment_map.ravel(), minlength=len(areas) + 1)[1:]
+                assert (counts == areas).all() and areas.any()
+                assert (np.diff((areas > 0).astype(int)) <= 0).all()  # kept segments come first
+            assert (found["areas"] > 0).sum() > batch
+
+
+def test_agreement_finds_differences():
+    rng = np.random.RandomState(0)
+    masks = rng.rand(3, 40, 40) > 0.5
+    instances = {"scores": np.float32([0.9, 0.5, 0.49999]), "labels": np.array([1, 0, 0]), "masks": masks}
+
+    def good(expected, found):
+        return check_export.agreement(expected, found, 0.1).is_good
+
+    assert good(instances, instances)
+    swapped = {**instances, "masks": masks[[0, 2, 1]], "scores": np.float32([0.9, 0.49999, 0.5])}
+    assert good(instances, swapped)  # scores that are nearly equal
+    assert not good(instances, {**instances, "masks": masks[[1, 0, 2]]})
+    assert not good(instances, {**instances, "labels": np.array([1, 0, 1])})
+    assert not good(instances, {**instances, "scores": instances["scores"] + np.float32([2e-4, 0, 0])})
+    assert not good(instances, {**instances, "scores": np.float32([0.9, 0.5, 0.05])})
+    segment_map = np.repeat([0, 1, 2, 2], 400).reshape(40, 40)
+    panoptic = {
+        "segment_map": segment_map,
+        "scores": np.float32([0.9, 0.5]),
+        "labels": np.array([0, 4]),
+        "areas": np.array([400, 800]),
+    }
+    longer = {k: v if k == "segment_map" else np.append(v, 0).astype(v.dtype) for k, v in panoptic.items()}
+    assert good(panoptic, longer)
+    assert not good(panoptic, {**longer, "labels": np.array([0, 3, 0])})
+    assert not good(panoptic, {**longer, "areas": np.array([400, 800, 1])})
+    changed = segment_map.copy()
+    changed[0, :2] = 1
+    assert not good(panoptic, {**longer, "segment_map": changed})
+    assert not good({"label_map": segment_map}, {"label_map": changed})
+
+
+def test_files_say_what_a_runner_needs(exported):
+    task, weights, (onnx_path, pt2_path) = exported
+    metadata = onnxruntime.InferenceSession(onnx_path).get_modelmeta().custom_metadata_map
+    extra = {METADATA_FILE: ""}
+    torch.export.load(pt2_path, extra_files=extra)
+    assert json.loads(extra[METADATA_FILE]) == metadata
+    assert (metadata["task"], metadata["output"]) == (task, OUTPUTS[task])
+    assert metadata["knet_d2_version"] == knet_d2.__version__ and metadata["score_threshold"] == str(THRESHOLD)
+    assert [x["name"] for x in json.loads(metadata["classes"])] == NAMES[: 3 if task == "instance" else 5]
+    preprocessing = json.loads(metadata["preprocessing"])
+    assert (preprocessing["format"], preprocessing["min_size"], preprocessing["max_size"]) == ("RGB", 96, 160)
+    assert preprocessing["size_divisibility"] == (1 if task == "semantic" else 32)
+
+
+def test_check_tool(exported, tmp_path, capsys):
+    task, weights, runners = exported
+    for i in range(2):
+        Image.fromarray(random_images(1, (80, 90), seed=i)[0].transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
+
+    def check(weights):
+        arguments = [weights, *runners, "--images", str(tmp_path / "*.png"), "--sizes", "64x96", "75x90"]
+        arguments += ["--confidence-threshold", str(THRESHOLD), "--opts", *ALL_SEGMENTS]
+        return check_export.main(check_export.get_parser().parse_args(arguments)), capsys.readouterr().out
+
+    code, output = check(weights)
+    rows = [line.split() for line in output.splitlines()[2:10]]
+    kinds = [(os.path.basename(path), size, batch) for size in ("64x96", "75x90") for batch in "12" for path in runners]
+    assert code == 0 and [tuple(row[:3]) for row in rows] == kinds and all(row[3] == "2" for row in rows)
+    assert "0 of 8 rows out of bounds" in output
+    content = torch.load(weights, weights_only=True)
+    for name, value in content["model"].items():
+        if name.startswith("cascade") and value.is_floating_point():
+            value += 0.01 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    torch.save(content, tmp_path / "other.pth")
+    code, output = check(str(tmp_path / "other.pth"))
+    assert code == 1 and "8 rows out of bounds" in output and "0 of 8 rows" not in output
+
+
+# ---- the runner ------------------------------------------------------------------------------------------------
+
+# As if nothing but numpy, onnxruntime and OpenCV were installed
+BARE = """
+import runpy, sys
+
+LEFT_OUT = ("torch", "torchvision", "detectron2", "knet_d2", "PIL", "scipy", "pycocotools", "onnx")
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in LEFT_OUT:
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocker())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_runner(exported, tmp_path):
+    """From a picture larger than the model's size to masks of the picture's size, as knet_d2.load does it."""
+    _, weights, (path, _) = exported
+    image = cv2.GaussianBlur(random_images(1, (150, 200))[0].transpose(1, 2, 0), (0, 0), 2)
+    expected = loaded(weights)(image, order="BGR")
+    found = [x for x in onnx_runner.OnnxRunner(path)(image) if x.mask.any()]
+    assert len(found) == len(expected.segments) > 0
+    for segment, wanted in zip(found, expected.segments):
+        assert segment.name == expected.classes.names[wanted.label] and segment.mask.shape == image.shape[:2]
+        assert segment.score == (None if wanted.score is None else pytest.approx(wanted.score, abs=1e-4))
+        assert (segment.mask == wanted.mask).mean() > 0.999
+
+    cv2.imwrite(str(tmp_path / "in.png"), image)
+    command = [sys.executable, "-c", BARE, str(ROOT / "tools" / "onnx_runner.py"), path, str(tmp_path / "in.png")]
+    done = subprocess.run([*command, "--output", str(tmp_path / "out.png")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    areas = [int(line.split()[-2]) for line in done.stdout.splitlines()]
+    assert [x for x in areas if x] == [x.mask.sum() for x in found]
+    drawn = cv2.imread(str(tmp_path / "out.png"))
+    assert drawn.shape == image.shape and (drawn != image).any(axis=2).mean() > 0.02
+
+
+@pytest.mark.parametrize("size, new_size", [((90, 120), (96, 128)), ((300, 221), (130, 96)), ((70, 50), (350, 250))])
+def test_runner_resizes_as_pillow_does(size, new_size):
+    image = random_images(1, size)[0].transpose(1, 2, 0)
+    expected = np.asarray(Image.fromarray(image).resize(new_size[::-1], Image.BILINEAR))
+    assert (onnx_runner.resize(image, new_size) == expected).all()
+
+
+def test_runner_refuses_what_it_can_not_prepare(exported, tmp_path):
+    _, _, (path, _) = exported
+    with pytest.raises(ValueError, match="expected uint8"):
+        onnx_runner.OnnxRunner(path)(np.zeros((20, 20), np.uint8))
+
+
+# ---- kinds of models -------------------------------------------------------------------------------------------
+
+
+def test_half_precision(tmp_path):
+    weights = save_model(tmp_path, "semantic")
+    path = str(tmp_path / "half.onnx")
+    export_model.main(export_model.get_parser().parse_args([weights, path, "--fp16"]))
+    session = onnxruntime.InferenceSession(path)
+    images = random_images(1, (96, 128))
+    (label_map,) = session.run(
+        None, {"image": images, "image_size": np.array([96, 128]), "output_size": np.array([96, 128])}
+    )
+    (expected,) = check_export.run_model(knet_d2.load(weights, device="cpu").model, images, (96, 128))
+    same = (label_map[0] == expected["label_map"]).mean()
+    assert 0.97 < same < 1
+    kinds = {x.data_type for x in __import__("onnx").load(path).graph.initializer}
+    assert {1, 10} <= kinds  # float32 and float16
+
+
+def test_what_can_not_be_exported(tmp_path):
+    deformable = {"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, False, True, True]}
+    with pytest.raises(ConfigError, match="DEFORM_ON_PER_STAGE.*deformable"):
+        trace(tiny_model("instance", deformable).eval())
+    with pytest.raises(ConfigError, match=r"TEST\.OUTPUTS"):
+        ExportableKNet(tiny_model("panoptic", {"MODEL.KNET.TEST.OUTPUTS": ["sem_seg"]}).eval())
+    with pytest.raises(ConfigError, match=r"TEST\.DETECTIONS_PER_IMAGE"):
+        ExportableKNet(tiny_model("instance", {"TEST.DETECTIONS_PER_IMAGE": 0}).eval())
+    with pytest.raises(ConfigError, match="model.tflite.*.onnx or .pt2"):
+        export_model.main(export_model.get_parser().parse_args(["x.pth", str(tmp_path / "model.tflite")]))
+
+
+def test_pooling_and_stages_in_a_graph():
+    """What differs from the models above: pyramid pooling, coordinates, the static kernels' results."""
+    options = {**OPTIONS, "MODEL.SEM_SEG_HEAD.NAME": "PSPKernelHead", "MODEL.KNET.NUM_STAGES": 0}
+    check_trace(tiny_model("semantic", options).eval(), "sem_seg")
+    options = {**OPTIONS, "MODEL.KNET.POSITION_ENCODING": "coordinates", "MODEL.KNET.TEST.STAGE": 0}
+    check_trace(tiny_model("instance", options).eval(), "instances")
+
+
+def check_trace(model, output):
+    module, images, output_size = trace(model).module(), random_images(1, (75, 140)), np.array([80, 90])
+    (expected,) = check_export.run_model(model, images, output_size)
+    inputs = check_export.padded(images, model.size_divisibility), np.array([75, 140]), output_size
+    with torch.no_grad():
+        image, image_size, output_size = map(torch.from_numpy, inputs)
+        found = module(image=image, image_size=image_size, output_size=output_size)
+    found = {name: x[0].numpy() for name, x in zip(knet_d2.export.OUTPUT_NAMES[output], found)}
+    assert check_export.agreement(expected, found, 0.0).is_good

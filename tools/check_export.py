@@ -1,0 +1,309 @@
+#!/usr/bin/env python
+"""Compare exported models with the PyTorch model that they come from, on images at several sizes and batch sizes.
+
+Prints, for each file, size and batch size, the largest difference of a score, the smallest IoU of a mask, the smallest
+part of equal pixels of a map, the milliseconds an image, and how many times PyTorch's that is. The exit code is 1 where
+scores differ by more than 1e-4, masks overlap by less than 0.999 or maps agree in less than 99.9 %.
+
+A pixel whose mask logit is nearly 0 enters or leaves the group feature of its kernel by rounding alone, and from there
+on everything differs a little. Images with such a logit, within what float32 and float64 differ by, are left out of
+these figures; they are counted, and have a line of their own.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import sys
+import time
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+
+import cv2
+import numpy as np
+import torch
+
+from knet_d2.data.files import find_images, read_image
+from knet_d2.errors import ConfigError, KNetError
+from knet_d2.export import OUTPUT_NAMES
+from knet_d2.inference.loading import load
+from knet_d2.meta_arch import KNet
+
+SIZES = ((128, 128), (96, 160), (100, 140), (150, 90))
+BATCHES = (1, 2)
+MAX_SCORE_DIFFERENCE = 1e-4
+MIN_IOU = 0.999
+MIN_EQUAL = 0.999
+
+Tensors = Dict[str, np.ndarray]
+Runner = Callable[[np.ndarray, np.ndarray, np.ndarray], Tensors]
+
+
+class Agreement(NamedTuple):
+    """How far two results for one image are from each other."""
+
+    score_difference: float = 0.0
+    iou: float = 1.0
+    equal: float = 1.0
+
+    @property
+    def is_good(self) -> bool:
+        return self.score_difference <= MAX_SCORE_DIFFERENCE and self.iou >= MIN_IOU and self.equal >= MIN_EQUAL
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", help="the trained model")
+    parser.add_argument("exported", nargs="+", help=".onnx and .pt2 files made from it")
+    parser.add_argument("--images", nargs="+", required=True, help="image files, folders, or quoted patterns")
+    parser.add_argument("--number", type=int, default=20, help="images at each size")
+    parser.add_argument("--sizes", nargs="+", metavar="HxW", default=[f"{h}x{w}" for h, w in SIZES])
+    parser.add_argument("--config-file", metavar="FILE", help="for weights that bring no config")
+    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="that of the export")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    return parser
+
+
+def open_exported(path: str, output: str) -> Runner:
+    """A function from the inputs of the graph to its outputs by name."""
+    if path.endswith(".onnx"):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        names = [x.name for x in session.get_outputs()]
+
+        def run(*inputs: np.ndarray) -> Tensors:
+            return dict(zip(names, session.run(None, dict(zip(("image", "image_size", "output_size"), inputs)))))
+
+        return run
+    if not path.endswith(".pt2"):
+        raise ConfigError(f"{path}: must end in .onnx or .pt2.")
+    module = torch.export.load(path).module()
+
+    def run_program(*inputs: np.ndarray) -> Tensors:
+        image, image_size, output_size = map(torch.from_numpy, inputs)
+        with torch.inference_mode():
+            outputs = module(image=image, image_size=image_size, output_size=output_size)
+        return {name: value.numpy() for name, value in zip(OUTPUT_NAMES[output], outputs)}
+
+    return run_program
+
+
+def run_model(model: KNet, images: np.ndarray, output_size: Tuple[int, int]) -> List[Tensors]:
+    """What PyTorch gives for images [B, 3, H, W], as the outputs of the graph for one image each."""
+    height, width = map(int, output_size)
+    inputs = [{"image": torch.from_numpy(image), "height": height, "width": width} for image in images]
+    with torch.inference_mode():
+        results = model(inputs)
+    return [_as_tensors(result, model.outputs[0], model.category_ids) for result in results]
+
+
+def _as_tensors(result: Dict, output: str, category_ids: List[int]) -> Tensors:
+    if output == "sem_seg":
+        return {"label_map": result[output].argmax(dim=0).numpy()}
+    if output == "instances":
+        found = result[output]
+        columns = found.scores, found.pred_classes, found.pred_boxes.tensor, found.pred_masks
+        return {name: value.numpy() for name, value in zip(OUTPUT_NAMES[output], columns)}
+    segment_map, info = result[output]
+    return {
+        "segment_map": segment_map.numpy(),
+        "scores": np.array([x["score"] for x in info], np.float32),
+        "labels": np.array([category_ids.index(x["category_id"]) for x in info], np.int64),
+        "areas": np.array([x["area"] for x in info], np.int64),
+    }
+
+
+def agreement(expected: Tensors, found: Tensors, score_threshold: float) -> Agreement:
+    """Of the results for one image: PyTorch's and an exported model's."""
+    if "label_map" in expected:
+        return Agreement(equal=float((expected["label_map"] == found["label_map"]).mean()))
+    if "masks" in expected:
+        return _instance_agreement(expected, found, score_threshold)
+    return _panoptic_agreement(expected, found)
+
+
+def _instance_agreement(expected: Tensors, found: Tensors, score_threshold: float) -> Agreement:
+    """Rows pair up by class and order of scores, and among nearly equal scores by their masks."""
+    scores = found["scores"]
+    free = set(np.flatnonzero(scores >= score_threshold - MAX_SCORE_DIFFERENCE).tolist())
+    score_difference, lowest_iou = 0.0, 1.0
+    for label, score, mask in zip(expected["labels"], expected["scores"], expected["masks"]):
+        near = [i for i in free if found["labels"][i] == label and abs(scores[i] - score) <= MAX_SCORE_DIFFERENCE]
+        if not near:
+            return Agreement(score_difference=1.0, iou=0.0)
+        ious = [_iou(mask, found["masks"][i]) for i in near]
+        best = int(np.argmax(ious))
+        free.remove(near[best])
+        lowest_iou = min(lowest_iou, ious[best])
+        score_difference = max(score_difference, float(abs(scores[near[best]] - score)))
+    if any(scores[i] >= score_threshold + MAX_SCORE_DIFFERENCE for i in free):
+        return Agreement(score_difference=1.0, iou=0.0)
+    return Agreement(score_difference, lowest_iou)
+
+
+def _panoptic_agreement(expected: Tensors, found: Tensors) -> Agreement:
+    """Segments pair up in the order of their scores; the maps are equal where pixels have the same segment."""
+    count = len(expected["scores"])
+    if int((found["areas"] > 0).sum()) != count or (found["labels"][:count] != expected["labels"]).any():
+        return Agreement(score_difference=1.0, iou=0.0, equal=0.0)
+    difference = float(np.abs(expected["scores"] - found["scores"][:count]).max(initial=0))
+    maps = expected["segment_map"], found["segment_map"]
+    lowest_iou = min((_iou(maps[0] == i, maps[1] == i) for i in range(1, count + 1)), default=1.0)
+    return Agreement(difference, lowest_iou, float((maps[0] == maps[1]).mean()))
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> float:
+    union = (a | b).sum()
+    return float((a & b).sum() / union) if union else 1.0
+
+
+def is_at_a_gate(model: KNet, exact: KNet, image: np.ndarray) -> bool:
+    """Whether a mask logit that decides which pixels a kernel gathers is 0 within the rounding of float32."""
+    if model.bank.num_matched == 0:
+        return False
+    logits, exact_logits = (_gating_logits(x, image) for x in (model, exact))
+    for rounded, reference in zip(logits, exact_logits):
+        noise = (rounded - reference).abs().max()
+        if (reference.abs() <= 2 * noise).any():
+            return True
+    return False
+
+
+def _gating_logits(model: KNet, image: np.ndarray) -> List[torch.Tensor]:
+    with torch.inference_mode():
+        state = model.sem_seg_head(
+            model.backbone(model.preprocess_image([{"image": torch.from_numpy(image)}]).tensor)
+        )
+        stages = model.cascade(state)
+    return [x.mask_logits.double() for x in (state, *stages[:-1])]
+
+
+def read_images(files: Sequence[str], size: Tuple[int, int], order: str) -> np.ndarray:
+    """Images of one size, uint8 [n, 3, H, W]."""
+    return np.stack([cv2.resize(read_image(path, order), size[::-1]).transpose(2, 0, 1) for path in files])
+
+
+def padded(images: np.ndarray, step: int) -> np.ndarray:
+    """Zeros at the bottom and the right, to multiples of ``step``."""
+    height, width = (-length % max(step, 1) for length in images.shape[2:])
+    return np.pad(images, ((0, 0), (0, 0), (0, height), (0, width)))
+
+
+class Row(NamedTuple):
+    """What one file does with images of one size in batches of one size.
+
+    Attributes:
+        file: its path.
+        kept, left_out: worst agreement of the images, and of those with a gating logit at 0.
+        num_left_out: of num_images.
+        seconds, pytorch_seconds: median per image.
+    """
+
+    file: str
+    size: Tuple[int, int]
+    batch: int
+    kept: Agreement
+    left_out: Agreement
+    num_images: int
+    num_left_out: int
+    seconds: float
+    pytorch_seconds: float
+
+
+ROW = "{:24} {:>9} {:>5} {:>6} {:>8} {:>10} {:>8} {:>9} {:>8} {:>9}"
+HEADER = ROW.format("file", "size", "batch", "images", "left out", "scores", "IoU", "equal", "ms", "x PyTorch")
+
+
+def format_row(row: Row) -> str:
+    size, latency = "x".join(map(str, row.size)), f"{1000 * row.seconds:.1f}"
+    ratio = f"{row.seconds / row.pytorch_seconds:.2f}"
+    start = os.path.basename(row.file), size, row.batch, row.num_images, row.num_left_out
+    return ROW.format(*start, *_format_agreement(row.kept), latency, ratio)
+
+
+def _format_agreement(x: Agreement) -> Tuple[str, str, str]:
+    return f"{x.score_difference:.1e}", f"{x.iou:.5f}", f"{x.equal:.3%}"
+
+
+def worst(results: Sequence[Agreement]) -> Agreement:
+    """The worst of each figure."""
+    if not results:
+        return Agreement()
+    differences, ious, parts = zip(*results)
+    return Agreement(max(differences), min(ious), min(parts))
+
+
+def compare(
+    model: KNet, runners: Dict[str, Runner], images: np.ndarray, at_gate: Sequence[bool], batch: int, threshold: float
+) -> Iterator[Row]:
+    """Run all models on images of one size, [n, 3, H, W], with results of another size.
+
+    Args:
+        runners: by the paths of the files.
+        at_gate: which images have a gating logit at 0.
+        threshold: of the instances' scores.
+    """
+    size = images.shape[2:]
+    output_size = np.array([size[0] * 3 // 2, size[1] * 5 // 4])
+    seconds: Dict[str, List[float]] = {name: [] for name in ("", *runners)}
+    found: Dict[str, List[Agreement]] = {name: [] for name in runners}
+    starts = range(0, len(images) - batch + 1, batch)
+    for start in starts:
+        some = images[start : start + batch]
+        inputs = padded(some, model.size_divisibility), np.array(size), output_size
+        expected, time_of_model = _timed(run_model, model, some, output_size)
+        seconds[""].append(time_of_model / batch)
+        for name, run in runners.items():
+            outputs, time_of_file = _timed(run, *inputs)
+            seconds[name].append(time_of_file / batch)
+            for i, one in enumerate(expected):
+                found[name].append(agreement(one, {key: x[i] for key, x in outputs.items()}, threshold))
+    for name, results in found.items():
+        parts = [[x for x, gate in zip(results, at_gate) if gate == wanted] for wanted in (False, True)]
+        medians = statistics.median(seconds[name]), statistics.median(seconds[""])
+        yield Row(name, size, batch, *map(worst, parts), len(results), len(parts[1]), *medians)
+
+
+def _timed(call: Callable[..., Any], *arguments: Any) -> Tuple[Any, float]:
+    start = time.perf_counter()
+    result = call(*arguments)
+    return result, time.perf_counter() - start
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    predictor = load(
+        args.weights,
+        confidence_threshold=args.confidence_threshold,
+        device="cpu",
+        config_file=args.config_file,
+        opts=args.opts,
+    )
+    model, order = predictor.model, predictor.cfg.INPUT.FORMAT
+    exact = copy.deepcopy(model).double()
+    runners = {path: open_exported(path, model.outputs[0]) for path in args.exported}
+    files = find_images(args.images)[: args.number]
+    print(f"{predictor.cfg.MODEL.KNET.TASK} model, {model.outputs[0]}\n{HEADER}")
+    rows = []
+    for text in args.sizes:
+        images = read_images(files, tuple(map(int, text.split("x"))), order)
+        at_gate = [is_at_a_gate(model, exact, image) for image in images]
+        for batch in BATCHES:
+            for row in compare(model, runners, images, at_gate, batch, args.confidence_threshold):
+                print(format_row(row), flush=True)
+                rows.append(row)
+    for path in runners:
+        left_out = worst([x.left_out for x in rows if x.file == path])
+        print("{}: images left out: scores {}, IoU {}, equal {}".format(path, *_format_agreement(left_out)))
+    num_bad = sum(not x.kept.is_good for x in rows)
+    print(f"{num_bad} of {len(rows)} rows out of bounds")
+    return 1 if num_bad else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(get_parser().parse_args()))
+    except KNetError as error:
+        sys.exit(f"Error: {error}")

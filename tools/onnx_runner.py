@@ -1,0 +1,171 @@
+#!/usr/bin/env python
+"""Segment images with an exported K-Net. It needs numpy, onnxruntime and OpenCV, and nothing else of this project.
+
+    python onnx_runner.py model.onnx photo.jpg --output drawn.png
+
+As a module: OnnxRunner(path)(image) gives the segments of a BGR image.
+"""
+
+import argparse
+import json
+from typing import List, NamedTuple, Optional, Sequence, Tuple
+
+import cv2
+import numpy as np
+
+# Bits behind the point in Pillow's weights
+_PRECISION = 22
+
+
+class Segment(NamedTuple):
+    """One object, stuff region or semantic class.
+
+    Attributes:
+        category_id, name: of its class.
+        score: None for semantic segmentation.
+        mask: bool [height, width] of the image.
+    """
+
+    category_id: int
+    name: str
+    score: Optional[float]
+    mask: np.ndarray
+
+
+class OnnxRunner:
+    """An exported model with its preprocessing and class names, which are in the file."""
+
+    def __init__(self, path: str, providers: Sequence[str] = ("CPUExecutionProvider",)):
+        """
+        Args:
+            providers: onnxruntime's execution providers, as "CUDAExecutionProvider".
+        """
+        import onnxruntime  # here, so that --help needs no more than OpenCV
+
+        self.session = onnxruntime.InferenceSession(path, providers=list(providers))
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        if "preprocessing" not in metadata:
+            raise ValueError(f"{path}: not a model of tools/export_model.py; how to prepare images is not in it.")
+        self.output = metadata["output"]
+        self.categories = json.loads(metadata["classes"])
+        self.preprocessing = json.loads(metadata["preprocessing"])
+        self.score_threshold = float(metadata["score_threshold"])
+
+    def __call__(self, image: np.ndarray) -> List[Segment]:
+        """The segments of an image, uint8 [H, W, 3] in BGR order (as from cv2.imread)."""
+        padded, size = self.prepare(image)
+        inputs = {"image": padded[None], "image_size": np.array(size), "output_size": np.array(image.shape[:2])}
+        outputs = dict(zip((x.name for x in self.session.get_outputs()), self.session.run(None, inputs)))
+        return self.segments({name: value[0] for name, value in outputs.items()})
+
+    def prepare(self, image: np.ndarray) -> Tuple[np.ndarray, Tuple[int, int]]:
+        """A BGR image as the model wants it, uint8 [3, H, W], and its height and width in there."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            found = f"{image.dtype} {list(image.shape)}"
+            raise ValueError(f"image: {found}, expected uint8 [height, width, 3] in BGR order.")
+        options = self.preprocessing
+        size = _resized(image.shape[:2], options["min_size"], options["max_size"])
+        pixels = resize(image, size)
+        if options["format"] == "RGB":
+            pixels = pixels[:, :, ::-1]
+        step, smallest = options["size_divisibility"], options["smallest_side"]
+        padding = [max(-(-length // step) * step, smallest) - length for length in size]
+        pixels = np.pad(pixels, ((0, padding[0]), (0, padding[1]), (0, 0)))
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)), size
+
+    def segments(self, outputs: "dict[str, np.ndarray]") -> List[Segment]:
+        """What the model's outputs for one image say."""
+        if self.output == "sem_seg":
+            label_map = outputs["label_map"]
+            return [self._segment(label, None, label_map == label) for label in np.unique(label_map)]
+        if self.output == "panoptic_seg":
+            count = int((outputs["areas"] > 0).sum())
+            masks = (outputs["segment_map"] == row for row in range(1, count + 1))
+        else:
+            count = int((outputs["scores"] >= self.score_threshold).sum())
+            masks = iter(outputs["masks"])
+        columns = zip(outputs["labels"][:count], outputs["scores"], masks)
+        return [self._segment(*column) for column in columns]
+
+    def _segment(self, label: int, score: Optional[float], mask: np.ndarray) -> Segment:
+        category = self.categories[label]
+        return Segment(category["id"], category["name"], None if score is None else float(score), mask)
+
+
+def _resized(size: Tuple[int, int], shortest: int, longest: int) -> Tuple[int, int]:
+    """The size with the shorter side made ``shortest`` (0: as it is) and the longer one at most ``longest``."""
+    if shortest == 0:
+        return size
+    scale = shortest / min(size)
+    height, width = (length * scale if length != min(size) else shortest for length in size)
+    if max(height, width) > longest:
+        scale = longest / max(height, width)
+        height, width = height * scale, width * scale
+    return int(height + 0.5), int(width + 0.5)
+
+
+def resize(image: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
+    """Resize uint8 [H, W, C] to (height, width) with Pillow's bilinear filter, as in training and evaluation.
+
+    OpenCV's does not average over the source's pixels when it makes an image smaller.
+    """
+    height, width = size
+    if image.shape[1] != width:
+        # Whole rows are added up faster than single pixels
+        image = _resize_rows(np.ascontiguousarray(image.swapaxes(0, 1)), width).swapaxes(0, 1)
+    return _resize_rows(np.ascontiguousarray(image), height) if image.shape[0] != height else image
+
+
+def _resize_rows(image: np.ndarray, length: int) -> np.ndarray:
+    """uint8 [H, W, C] -> [length, W, C], in Pillow's fixed-point numbers."""
+    old_length = image.shape[0]
+    scale = old_length / length
+    reach = max(scale, 1.0)
+    centers = (np.arange(length) + 0.5) * scale
+    first = np.maximum((centers - reach + 0.5).astype(int), 0)
+    last = np.minimum((centers + reach + 0.5).astype(int), old_length)
+    taps = first[:, None] + np.arange((last - first).max())
+    weights = np.maximum(1 - np.abs((taps + 0.5 - centers[:, None]) / reach), 0) * (taps < last[:, None])
+    weights /= weights.sum(axis=1, keepdims=True)
+    fixed_point = np.floor(weights * (1 << _PRECISION) + 0.5).astype(np.int32)
+    total = np.full((length, *image.shape[1:]), 1 << (_PRECISION - 1), np.int32)
+    for tap, weight in zip(np.minimum(taps, old_length - 1).T, fixed_point.T):
+        total += image[tap] * weight[:, None, None]
+    return (total >> _PRECISION).clip(0, 255).astype(np.uint8)
+
+
+def draw(image: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
+    """The image with coloured masks, outlines and names."""
+    drawn = image.copy()
+    for number, segment in enumerate(segments):
+        hue = np.uint8([[[(number * 47) % 180, 200, 230]]])
+        color = cv2.cvtColor(hue, cv2.COLOR_HSV2BGR)[0, 0]
+        drawn[segment.mask] = drawn[segment.mask] // 2 + color // 2
+    for segment in segments:
+        contours, _ = cv2.findContours(segment.mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        cv2.drawContours(drawn, contours, -1, (255, 255, 255), 1)
+        if segment.mask.any():
+            y, x = (int(p.mean()) for p in segment.mask.nonzero())
+            cv2.putText(drawn, segment.name, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255))
+    return drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="the .onnx file")
+    parser.add_argument("image")
+    parser.add_argument("--output", help="picture to write")
+    args = parser.parse_args()
+    image = cv2.imread(args.image, cv2.IMREAD_COLOR)
+    if image is None:
+        raise SystemExit(f"Error: {args.image} can't be read as an image.")
+    segments = OnnxRunner(args.model)(image)
+    for segment in segments:
+        score = "" if segment.score is None else f"  {segment.score:.3f}"
+        print(f"{segment.name}{score}  {int(segment.mask.sum())} pixels")
+    if args.output:
+        cv2.imwrite(args.output, draw(image, segments))
+
+
+if __name__ == "__main__":
+    main()
