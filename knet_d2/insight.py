@@ -1,0 +1,149 @@
+"""What single kernels do, as in the paper's Figure 4: their average masks, and their masks from stage to stage.
+
+Shapes: N kernels, of which the first M are matched to instances; K classes; pictures are uint8 RGB [H, W, 3].
+"""
+
+import math
+from typing import Any, Dict, Iterable, List, NamedTuple, Tuple
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from .classes import ClassTable
+from .errors import ConfigError, DataError
+from .meta_arch import KNet
+from .modeling.cascade import static_predictions
+from .modeling.precision import no_autocast
+from .postprocessing import ImageGeometry, mask_probabilities
+from .visualization import picture_sheet
+
+# Side of the square to which the paper resizes all masks, and of the pictures' cells
+SIDE = 200
+_CAPTION_HEIGHT = 14
+
+
+class KernelMasks(NamedTuple):
+    """Predictions of all kernels for one image.
+
+    Attributes:
+        masks: probabilities [N, H, W].
+        scores: [N], of each kernel's best class.
+        labels: int64 [N], that class.
+    """
+
+    masks: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+class AverageMasks(NamedTuple):
+    """What the instance kernels did in many images.
+
+    Attributes:
+        masks: mean probabilities, float64 [M, SIDE, SIDE].
+        num_objects: int64 [M], images in which the kernel's score reached the threshold.
+        num_images: all of them.
+    """
+
+    masks: np.ndarray
+    num_objects: np.ndarray
+    num_images: int
+
+
+@torch.no_grad()
+def stage_masks(model: KNet, sample: Dict[str, Any], output_size: Tuple[int, int]) -> List[KernelMasks]:
+    """Masks of one image before the first update, then after each stage.
+
+    Args:
+        model: in evaluation mode.
+        sample: one input of the model.
+        output_size: height and width of the masks.
+
+    Raises:
+        ConfigError: the model is a semantic one.
+    """
+    if not model.bank.num_matched:
+        raise ConfigError(
+            "MODEL.KNET.TASK = 'semantic': its kernels are the classes, so that its results show what they do; "
+            "MODEL.KNET.TEST.STAGE gives those of each stage. Use a model for instances or panoptic segmentation."
+        )
+    images = model.preprocess_image([sample])
+    state = model.sem_seg_head(model.backbone(images.tensor))
+    stages = [static_predictions(state), *model.cascade(state)]
+    (rows, columns), (height, width) = images.tensor.shape[-2:], images.image_sizes[0]
+    geometry = ImageGeometry((rows, columns), (height, width), output_size)
+    found = []
+    with no_autocast(images.tensor):
+        for stage in stages:
+            scores, labels = stage.class_logits[0].sigmoid().masked_fill(~model.class_mask, -1).max(dim=1)
+            masks = mask_probabilities(stage.mask_logits[0], geometry)
+            found.append(KernelMasks(*(x.cpu().numpy() for x in (masks, scores, labels))))
+    return found
+
+
+def average_masks(model: KNet, samples: Iterable[Dict[str, Any]], score_threshold: float) -> AverageMasks:
+    """Average masks of the instance kernels after the last stage.
+
+    Args:
+        model, samples: see :func:`stage_masks`.
+        score_threshold: from which score on a kernel has found an object.
+
+    Raises:
+        DataError: there are no samples.
+    """
+    num_kernels, count = model.bank.num_matched, 0
+    total, num_objects = np.zeros((num_kernels, SIDE, SIDE)), np.zeros(num_kernels, np.int64)
+    for sample in samples:
+        last = stage_masks(model, sample, (SIDE, SIDE))[-1]
+        total += last.masks[:num_kernels]
+        num_objects += last.scores[:num_kernels] >= score_threshold
+        count += 1
+    if not count:
+        raise DataError("There is no image to average over.")
+    return AverageMasks(total / count, num_objects, count)
+
+
+def draw_average_masks(average: AverageMasks) -> np.ndarray:
+    """All kernels on one sheet, those with the largest masks first; each one's colours end at its own maximum."""
+    sizes = average.masks.mean(axis=(1, 2))
+    colors = matplotlib.colormaps["viridis"]
+    cells = []
+    for kernel in np.argsort(-sizes, kind="stable"):
+        mask = average.masks[kernel]
+        picture = (colors(mask / max(mask.max(), 1e-12))[..., :3] * 255).astype(np.uint8)
+        text = f"kernel {kernel}: {sizes[kernel]:.1%}, {average.num_objects[kernel]} objects"
+        cells.append(_with_caption(picture, text))
+    title = f"Average mask of each instance kernel in {average.num_images} images, by size (% of the image)"
+    return picture_sheet(cells, math.ceil(math.sqrt(len(cells))), title)
+
+
+def draw_stages(image: np.ndarray, stages: List[KernelMasks], classes: ClassTable, number: int) -> np.ndarray:
+    """The kernels with the best scores in the end: a row for each, a column for each stage.
+
+    Args:
+        image: of the size of the masks.
+        number: of rows at most.
+    """
+    best = np.argsort(-stages[-1].scores, kind="stable")[:number]
+    cells = []
+    for kernel in best:
+        for number_of_updates, stage in enumerate(stages):
+            name, score = classes.names[stage.labels[kernel]], stage.scores[kernel]
+            text = f"kernel {kernel}, {number_of_updates or 'no'} updates: {name} {score:.2f}"
+            cells.append(_with_caption(_lit(image, stage.masks[kernel]), text))
+    return picture_sheet(cells, len(stages), "Masks and scores before the update and after each stage")
+
+
+def _lit(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The image as bright as the mask is probable, SIDE pixels wide."""
+    lit = (image * (0.2 + 0.8 * mask[..., None])).astype(np.uint8)
+    height = round(SIDE * image.shape[0] / image.shape[1])
+    return np.asarray(Image.fromarray(lit).resize((SIDE, height), Image.Resampling.BILINEAR))
+
+
+def _with_caption(picture: np.ndarray, text: str) -> np.ndarray:
+    strip = Image.new("RGB", (picture.shape[1], _CAPTION_HEIGHT), "white")
+    ImageDraw.Draw(strip).text((0, 0), text, fill="black")
+    return np.concatenate([np.asarray(strip), picture])
