@@ -116,7 +116,7 @@ class Checkpointer(DetectionCheckpointer):
             return super().load(local, *args, **kwargs)
         except KNetError:
             raise
-        except (KeyError, ValueError) as e:
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as e:
             raise CheckpointError(f"{path}: does not fit this model or its optimiser. {e}") from e
         except (OSError, http.client.HTTPException) as e:
             if "://" not in path:

@@ -6,6 +6,7 @@ import difflib
 import logging
 import os
 import re
+import traceback
 from typing import Iterator, List, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..config import add_knet_config
 from ..data import register_custom_datasets, resolve_classes
-from ..errors import ConfigError
+from ..errors import ConfigError, KNetError
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,31 @@ def _clear_errors(source: str, known: List[str]) -> Iterator[None]:
         raise ConfigError(f"{source}: {' '.join(text.split())}") from error
     finally:
         yacs_logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def config_to_blame(what: str) -> Iterator[None]:
+    """Turn whatever libraries raise when something is built from a config into a ConfigError.
+
+    Args:
+        what: is built, for the message.
+    """
+    try:
+        yield
+    except KNetError:
+        raise
+    except (Exception, MemoryError) as error:
+        logger.debug("%s could not be built:", what, exc_info=True)
+        reason = " ".join(str(error).split()) or f"a check of {_place_of(error)} fails"
+        raise ConfigError(
+            f"{what} can't be built from this config ({type(error).__name__}: {reason}). Compare the options that it "
+            "sets with docs/CONFIG.md."
+        ) from error
+
+
+def _place_of(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{os.path.basename(frame.filename)}, line {frame.lineno}, `{frame.line}`"
 
 
 def _suggestion(key: str, known: List[str]) -> str:

@@ -35,7 +35,7 @@ from .hooks import (
     StopHook,
 )
 from .preemption import StopSignals
-from .setup import resolve_seed
+from .setup import config_to_blame, resolve_seed
 from .train_step import TrainStep, amp_dtype
 from .validation import mean_loss
 from .writers import ConsoleWriter, MetricsWriter, TensorBoardWriter, bounded_storage, cut_metrics
@@ -94,20 +94,29 @@ class Trainer(DefaultTrainer):
     # What is built from the config.
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        with config_to_blame("The model"):
+            return super().build_model(cfg)
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        return optim.build_optimizer(cfg, model)
+        with config_to_blame("The optimiser"):
+            return optim.build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
-        return optim.build_lr_scheduler(cfg, optimizer)
+        with config_to_blame("The schedule of the learning rate"):
+            return optim.build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0):
-        return build_train_loader(cfg, start_iter=start_iter)
+        with config_to_blame("The loader of training images"):
+            return build_train_loader(cfg, start_iter=start_iter)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        return build_test_loader(cfg, dataset_name)
+        with config_to_blame("The loader of validation images"):
+            return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None):

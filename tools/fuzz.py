@@ -1,0 +1,36 @@
+#!/usr/bin/env python
+"""Feed damaged files to the project: each must be used, or refused by one of the project's own errors.
+
+python tools/fuzz.py annotations --count 15000
+
+Inputs are made from valid files and depend on --seed and their number alone: --first N --count 1 repeats one. Each has
+a cap on its time and memory. Exit code 1 where an input ends in any other error, a crash, a hang or too much memory.
+"""
+
+import argparse
+import json
+import sys
+
+from fuzzing.loop import FAULT, fuzz
+from fuzzing.targets import TARGETS
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=TARGETS)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    summary = fuzz(args.kind, args.count, args.seed, args.first)
+    for detail, outcome in summary.faults.items():
+        print(f"input {outcome.index}: {detail}\n{outcome.trace}")
+    print(json.dumps({"kind": args.kind, "inputs": args.count, "reached": summary.reached, **summary.counts}))
+    sys.exit(summary.counts[FAULT] > 0)
+
+
+if __name__ == "__main__":
+    main(get_parser().parse_args())

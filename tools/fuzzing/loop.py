@@ -1,0 +1,113 @@
+"""Feeding damaged files to the project in a process of its own, with caps on time and memory."""
+
+import logging
+import multiprocessing
+import os
+import random
+import resource
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from multiprocessing.connection import Connection
+from typing import Dict, NamedTuple
+
+from knet_d2.errors import KNetError
+
+from .targets import TARGETS
+
+SUCCESS, REFUSED, FAULT = "success", "refused", "fault"
+
+
+class Outcome(NamedTuple):
+    """What became of an input."""
+
+    index: int
+    reached: bool
+    """Whether what the file holds was decoded, and so came to the model or the loader."""
+    kind: str
+    detail: str = ""
+    """Of a fault: what it is, in one line, for counting."""
+    trace: str = ""
+
+
+class Summary(NamedTuple):
+    """Of all inputs of a kind."""
+
+    counts: "Counter[str]"
+    reached: int
+    faults: Dict[str, Outcome]
+    """The first of each fault."""
+
+
+def fuzz(kind: str, count: int, seed: int, first: int = 0, seconds: float = 20, memory_mib: int = 2048) -> Summary:
+    """Make and use inputs first, ..., first + count - 1; each is a function of kind, seed and its number.
+
+    Args:
+        seconds, memory_mib: what an input may take; the memory is address space beyond what the process had before.
+    """
+    counts, faults, reached, index = Counter(), {}, 0, first
+    while index < first + count:
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        arguments = (kind, range(index, first + count), seed, memory_mib, theirs)
+        worker = multiprocessing.get_context("fork").Process(target=_work, args=arguments, daemon=True)
+        worker.start()
+        theirs.close()
+        while index < first + count:
+            try:
+                # preparing the valid files takes its time, too
+                outcome = ours.recv() if ours.poll(seconds) else Outcome(index, True, FAULT, f"hangs for {seconds} s")
+            except EOFError:
+                worker.join()
+                outcome = Outcome(index, True, FAULT, f"the process ends with code {worker.exitcode}")
+            counts[outcome.kind] += 1
+            reached += outcome.reached
+            if outcome.kind == FAULT:
+                faults.setdefault(outcome.detail, outcome)
+            index += 1
+            if outcome.kind == FAULT and not outcome.trace:
+                break  # with a new process
+        worker.kill()
+        worker.join()
+    return Summary(counts, reached, faults)
+
+
+def _work(kind: str, indices: range, seed: int, memory_mib: int, connection: Connection) -> None:
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        target = TARGETS[kind](folder)
+        with open("/proc/self/statm") as f:
+            limit = int(f.read().split()[0]) * os.sysconf("SC_PAGESIZE") + memory_mib * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        for index in indices:
+            draw = random.Random(f"{kind} {seed} {index}")
+            connection.send(_try(target, draw, index))
+
+
+def _try(target, draw: random.Random, index: int) -> Outcome:
+    reached = []
+    try:
+        target.make(draw)
+        target.use(draw, lambda: reached.append(True))
+        return Outcome(index, bool(reached), SUCCESS)
+    except KNetError as error:
+        if _ran_out_of_memory(error) and not target.may_take_memory:
+            return Outcome(index, bool(reached), FAULT, "takes too much memory", traceback.format_exc())
+        return Outcome(index, bool(reached), REFUSED)
+    except BaseException as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{os.path.basename(last.filename)}:{last.lineno}"
+        return Outcome(index, bool(reached), FAULT, f"{type(error).__name__} at {place}", traceback.format_exc())
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    chain = error
+    while chain is not None:
+        if isinstance(chain, MemoryError) or "can't allocate memory" in str(chain):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
