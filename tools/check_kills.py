@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
         opts = ["DATALOADER.NUM_WORKERS", "2", "TEST.EVAL_PERIOD", str(EVALUATIONS)]
 
         def train(output: Path) -> Training:
-            return Training(config, [*opts, "OUTPUT_DIR", str(output)], output)
+            return Training(config, opts, output, f"{output}.txt")
 
         whole = folder / "whole"
         train(whole).finish()

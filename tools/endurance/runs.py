@@ -106,27 +106,28 @@ class Program:
 class Training:
     """train_net.py --resume in a process that is forked from this one, which saves the time of the imports."""
 
-    def __init__(self, config, opts, folder):
+    def __init__(self, config, opts, folder, log):
         """
         Args:
             opts: KEY VALUE ...
-            folder: the log of what it prints, "output.txt", comes there.
+            folder: OUTPUT_DIR.
+            log: the file to which it appends what it prints.
         """
-        Path(folder).mkdir(exist_ok=True)
-        self._log = Path(folder) / "output.txt"
+        self._log = Path(log)
+        self._log.touch()
         parser = add_launch_arguments(default_argument_parser())
-        args = parser.parse_args(["--resume", "--config-file", config, *opts])
+        args = parser.parse_args(["--resume", "--config-file", config, *opts, "OUTPUT_DIR", str(folder)])
         self.process = multiprocessing.get_context("fork").Process(target=self._work, args=(args,))
         self.process.start()
 
     def _work(self, args):
-        log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(self._log, os.O_WRONLY | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.exit(run(train_net.main, args))
 
     def output(self):
-        """All that was printed into the folder."""
+        """All that it, and those before with the same log, have printed."""
         return self._log.read_text()
 
     def wait_until(self, is_reached):
