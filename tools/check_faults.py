@@ -65,7 +65,7 @@ def get_parser() -> argparse.ArgumentParser:
 def try_fault(name: str, whole: Path, run: Path, arguments: tuple) -> bool:
     """Whether a run with a fault ends with one message, and is the same as the whole one after it was resumed."""
     run.mkdir()
-    mount(run, "size=64m")
+    mount(run, "size=256m")
     try:
         log = run.parent / f"{run.name}.txt"
         training = Training(*arguments, run, log)

@@ -123,7 +123,7 @@ class PanopticEvaluator(COCOPanopticEvaluator):
                 # panopticapi writes areas into the segments it is given.
                 pair = (_with_areas(annotations[prediction["image_id"]], folder), copy.deepcopy(prediction))
                 return pq_compute_single_core(0, [pair], folder, self._folder.name, categories)
-            except (KeyError, OSError, ValueError) as error:
+            except (KeyError, IndexError, TypeError, OSError, ValueError) as error:
                 _check_png(annotations[prediction["image_id"]], folder, prediction, self._folder.name)
                 raise DataError(
                     f"The panoptic ground truth of image {prediction['image_id']} in {self._metadata.panoptic_json} "

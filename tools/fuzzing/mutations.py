@@ -69,7 +69,7 @@ def mutate_tree(tree: Any, draw: random.Random, changes: int) -> Any:
         if not paths:
             break
         parent, key = _parent(tree, draw.choice(paths))
-        kind = draw.randrange(7)
+        kind = draw.randrange(8)
         if kind == 0:
             del parent[key]
         elif kind == 1 and isinstance(parent, list):
@@ -78,7 +78,7 @@ def mutate_tree(tree: Any, draw: random.Random, changes: int) -> Any:
             other, other_key = _parent(tree, draw.choice(paths))
             if other is not parent or not isinstance(parent, list):
                 parent[key] = copy.deepcopy(other[other_key])
-        elif kind in (3, 4):
+        elif kind in (3, 4, 5):
             parent[key] = nudge(parent[key], draw)
         else:
             parent[key] = odd_value(draw)
