@@ -1,6 +1,7 @@
 """What failures of the machinery around a run mean, in words that help."""
 
 import errno
+import os
 import re
 from typing import Optional
 
@@ -19,8 +20,9 @@ def explain(error: BaseException) -> Optional[str]:
     if isinstance(error, KNetError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _NO_WRITING:
+        name = os.fsdecode(error.filename) if error.filename else "A file of the run"
         return (
-            f"{error.filename or 'A file of the run'}: {error.strerror}. Make room there or choose another OUTPUT_DIR. "
+            f"{name}: {error.strerror}. Make room there or choose another OUTPUT_DIR. "
             f"{_CONTINUE}"
         )
     if not isinstance(error, RuntimeError):
