@@ -112,7 +112,7 @@ FUZZED = {"annotations": 40, "panoptic": 60, "images": 80, "weights": 40, "confi
 @pytest.mark.parametrize("kind", FUZZED)
 def test_damaged_files(kind):
     """A small part of tools/fuzz.py; see there for how to repeat an input."""
-    from fuzzing.loop import FAULT, fuzz  # needs safetensors, which is optional
+    from fuzzing.loop import FAULT, fuzz  # program_helpers puts tools/ on the path
 
     summary = fuzz(kind, FUZZED[kind], seed=1)
     assert not summary.faults, summary.faults

@@ -12,7 +12,6 @@ from typing import Any, Dict
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from safetensors.torch import save as save_safetensors
 from torch import nn
 
 from knet_d2.checkpoint import Checkpointer, load_file, read_description
@@ -23,7 +22,12 @@ from knet_d2.errors import KNetError
 from .data import Reached, default_config
 from .mutations import mutate_bytes, mutate_tree, odd_value
 
-FORMATS = ("zip", "legacy", "pickle", "safetensors", "resume")
+try:
+    from safetensors.torch import save as save_safetensors
+except ImportError:  # it is optional
+    save_safetensors = None
+
+FORMATS = ("zip", "legacy", "pickle", "resume", *(["safetensors"] if save_safetensors else []))
 
 
 class Part(nn.Module):
