@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-from endurance.runs import ROOT, SIZE, Program, errors_in, first_difference, write_config  # noqa: E402, F401
+from endurance.runs import (  # noqa: E402, F401
+    ROOT,
+    SIZE,
+    TINY_MODEL,
+    Program,
+    errors_in,
+    first_difference,
+    write_config,
+)
 
 from knet_d2.data.shapes.writer import write_shapes  # noqa: E402
 

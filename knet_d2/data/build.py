@@ -262,7 +262,8 @@ def _add_sizes(records: list[dict], metadata: Metadata) -> None:
         images = {image["id"]: image for image in json.load(f)["images"]}
     for record in records:
         image = images.get(record.get("image_id"), {})
-        record.update({key: image[key] for key in ("height", "width") if key in image})
+        if "height" in image and "width" in image:
+            record.update(height=image["height"], width=image["width"])
 
 
 def _aspect_groups(records: list[dict]) -> list[int] | None:
