@@ -41,6 +41,12 @@ def sine_position_encoding(x: torch.Tensor) -> torch.Tensor:
 def coordinate_channels(x: torch.Tensor) -> torch.Tensor:
     """Two channels (x, y) that run from -1 to 1 over the map: [B, C, H, W] -> [B, 2, H, W]."""
     batch, _, height, width = x.shape
-    ys = torch.linspace(-1, 1, height, device=x.device, dtype=x.dtype)[:, None].expand(height, width)
-    xs = torch.linspace(-1, 1, width, device=x.device, dtype=x.dtype)[None, :].expand(height, width)
+    ys = _coordinates(height, x)[:, None].expand(height, width)
+    xs = _coordinates(width, x)[None, :].expand(height, width)
     return torch.stack([xs, ys]).expand(batch, -1, -1, -1)
+
+
+def _coordinates(length: int, x: torch.Tensor) -> torch.Tensor:
+    """Evenly from -1 to 1: [length]. Not by torch.linspace, which an exported graph would fix to one length."""
+    index = torch.arange(length, device=x.device, dtype=x.dtype)
+    return 2 * index / index.amax().clamp(min=1) - 1
