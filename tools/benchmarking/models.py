@@ -3,7 +3,6 @@
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
-from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone, build_model
 from detectron2.solver import build_optimizer as build_peer_optimizer
@@ -99,6 +98,9 @@ def build_subject(spec: str, device: str, *, channels_last: bool = False) -> Sub
     options = [item for option in options for item in option.split("=", 1)]
     torch.manual_seed(0)
     if name in PEERS or name == BACKBONE:
+        # Here, because that of Detectron2's main branch needs pkg_resources, which setuptools has no more
+        from detectron2 import model_zoo
+
         cfg = model_zoo.get_config(PEERS.get(name, PEERS["mask_rcnn"]))
         cfg.merge_from_list([*options, "MODEL.DEVICE", device])
         model = BackboneOnly(cfg).to(device) if name == BACKBONE else build_model(cfg)
