@@ -1,11 +1,11 @@
 """Mask probabilities at the pixels of the result, computed tile by tile.
 
 A mask goes from the head's resolution to the result's in the order that the official numbers need: up-sample the
-logits x2, sigmoid, bilinear to the padded input size, crop to the image, bilinear to the original size. Before and
-behind the sigmoid this is linear and separable: small matrices per axis. So a tile of the result depends on a small
-block of logits, and where the block shows that the tile is of no interest, nothing of it has to be computed.
+logits x2, sigmoid, bilinear to the padded input size, crop to the image, bilinear to the original size. Behind the
+sigmoid this is linear and separable: a small matrix per axis. So a tile of the result depends on a small block of
+probabilities, and where the block shows that the tile is of no interest, nothing of it has to be computed.
 
-Shapes: N masks of h x w logits, H x W the result; a tile has p x q pixels, which depend on a x b logits.
+Shapes: N masks, h x w up-sampled, H x W the result; a tile has p x q pixels, which depend on a x b probabilities.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from typing import Iterator, List, NamedTuple, Tuple
 import numpy as np
 import torch
 
-from .modeling.resize import SCALE
+from .modeling.resize import upsample_masks
 
 # Bounds the memory of a tile's float maps: about 64 MB in float32
 MAX_TILE_ELEMENTS = 1 << 24
@@ -31,20 +31,23 @@ class ImageGeometry(NamedTuple):
     output: Tuple[int, int]  # of the result
 
 
+def upsampled_probabilities(mask_logits: torch.Tensor) -> torch.Tensor:
+    """What tiles are computed from: [N, h / 2, w / 2] logits of the head -> [N, h, w]."""
+    return upsample_masks(mask_logits[:, None])[:, 0].sigmoid_()  # so that there may be none
+
+
 class Span(NamedTuple):
     """A tile's extent on one axis.
 
     Attributes:
         pixels: of the result.
-        logits: those that they depend on.
-        upsampling: from these logits to the up-sampled ones that count, [m, a].
-        resizing: from the latter, behind the sigmoid, to the pixels, [p, m].
+        source: the up-sampled probabilities that they depend on.
+        weights: from the latter to the former, [p, a]; every row adds to one.
     """
 
     pixels: slice
-    logits: slice
-    upsampling: torch.Tensor
-    resizing: torch.Tensor
+    source: slice
+    weights: torch.Tensor
 
 
 class Tile(NamedTuple):
@@ -53,14 +56,13 @@ class Tile(NamedTuple):
     rows: Span
     columns: Span
 
-    def logits(self, mask_logits: torch.Tensor) -> torch.Tensor:
+    def source(self, probs: torch.Tensor) -> torch.Tensor:
         """What the tile depends on: [N, h, w] -> [N, a, b] (a view)."""
-        return mask_logits[:, self.rows.logits, self.columns.logits]
+        return probs[:, self.rows.source, self.columns.source]
 
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """From :meth:`logits`, or some of them: [n, a, b] -> [n, p, q]."""
-        probs = (self.rows.upsampling @ (logits @ self.columns.upsampling.T)).sigmoid_()
-        return self.rows.resizing @ (probs @ self.columns.resizing.T)
+    def resize(self, source: torch.Tensor) -> torch.Tensor:
+        """From :meth:`source`, or some of its masks: [n, a, b] -> [n, p, q]."""
+        return self.rows.weights @ (source @ self.columns.weights.T)
 
     def of(self, result: torch.Tensor) -> torch.Tensor:
         """The tile's part of a result: [..., H, W] -> [..., p, q] (a view)."""
@@ -70,32 +72,32 @@ class Tile(NamedTuple):
 class Tiles:
     """The tiles of the masks of one image, in the order of rows, then of columns."""
 
-    def __init__(self, mask_logits: torch.Tensor, geometry: ImageGeometry):
+    def __init__(self, probs: torch.Tensor, geometry: ImageGeometry):
         """
         Args:
-            mask_logits: [N, h, w].
+            probs: [N, h, w], :func:`upsampled_probabilities`.
         """
-        self._mask_logits = mask_logits
-        axes = zip(mask_logits.shape[1:], *geometry, _tile_size(mask_logits, geometry.output))
+        self._probs = probs
+        axes = zip(probs.shape[1:], *geometry, _tile_size(probs, geometry.output))
         # While a model is traced the sizes are tensors
-        self._rows, self._columns = (_spans(mask_logits, *map(int, sizes)) for sizes in axes)
+        self._rows, self._columns = (_spans(probs, *map(int, sizes)) for sizes in axes)
 
     def __iter__(self) -> Iterator[Tile]:
         return (Tile(rows, columns) for rows, columns in itertools.product(self._rows, self._columns))
 
     def bounds(self) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The lowest and the highest logit that any pixel of a tile depends on: [N, number of tiles] each."""
+        """The lowest and the highest probability that any pixel of a tile depends on: [N, number of tiles] each."""
         results = []
         for reduce in (torch.amin, torch.amax):
-            bands = torch.stack([reduce(self._mask_logits[:, row.logits], dim=1) for row in self._rows], dim=1)
-            blocks = torch.stack([reduce(bands[..., column.logits], dim=2) for column in self._columns], dim=2)
+            bands = torch.stack([reduce(self._probs[:, row.source], dim=1) for row in self._rows], dim=1)
+            blocks = torch.stack([reduce(bands[..., column.source], dim=2) for column in self._columns], dim=2)
             results.append(blocks.flatten(1))
         return results[0], results[1]
 
 
-def _tile_size(mask_logits: torch.Tensor, output_size: Tuple[int, int]) -> List[int]:
-    largest = max(1, int((MAX_TILE_ELEMENTS / max(1, len(mask_logits))) ** 0.5))
-    if mask_logits.device.type != "cpu":
+def _tile_size(probs: torch.Tensor, output_size: Tuple[int, int]) -> List[int]:
+    largest = max(1, int((MAX_TILE_ELEMENTS / max(1, len(probs))) ** 0.5))
+    if probs.device.type != "cpu":
         return [largest, largest]
     return [min(largest, max(MIN_TILE_SIDE, -(-length // CPU_TILES_PER_AXIS))) for length in output_size]
 
@@ -103,15 +105,13 @@ def _tile_size(mask_logits: torch.Tensor, output_size: Tuple[int, int]) -> List[
 def _spans(like: torch.Tensor, length: int, padded: int, image: int, output: int, side: int) -> List[Span]:
     """Pieces of one axis, of ``side`` pixels; matrices of the type and device of ``like``."""
     # The extents are found with NumPy, so that nothing waits for a device
-    upsampling = _bilinear(length, SCALE * length)
-    resizing = _bilinear(image, output) @ _bilinear(SCALE * length, padded)[:image]
-    given = [torch.from_numpy(matrix).to(like.dtype).to(like.device) for matrix in (upsampling, resizing)]
+    weights = _bilinear(image, output) @ _bilinear(length, padded)[:image]
+    given = torch.from_numpy(weights).to(like.dtype).to(like.device)
     spans = []
     for start in range(0, output, side):
         pixels = slice(start, start + side)
-        upsampled = _used(resizing[pixels])
-        logits = _used(upsampling[upsampled])
-        spans.append(Span(pixels, logits, given[0][upsampled, logits], given[1][pixels, upsampled]))
+        source = _used(weights[pixels])
+        spans.append(Span(pixels, source, given[pixels, source]))
     return spans
 
 

@@ -324,14 +324,14 @@ def blobs(count, *, offset, seed=0):
 
 def record_computed(monkeypatch):
     """Collects the shapes of all probabilities that are computed."""
-    shapes, original = [], sampling.Tile.probabilities
+    shapes, original = [], sampling.Tile.resize
 
-    def recording(tile, logits):
-        probs = original(tile, logits)
+    def recording(tile, source):
+        probs = original(tile, source)
         shapes.append(tuple(probs.shape))
         return probs
 
-    monkeypatch.setattr(sampling.Tile, "probabilities", recording)
+    monkeypatch.setattr(sampling.Tile, "resize", recording)
     return shapes
 
 

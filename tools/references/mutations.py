@@ -11,6 +11,7 @@ from knet_d2 import postprocessing, sampling
 from knet_d2.modeling import criterion, kernel_update, position_encoding, update_head
 from knet_d2.modeling.backbone import swin
 from knet_d2.modeling.losses import dice_coefficient
+from knet_d2.modeling.resize import upsample_masks
 from knet_d2.modeling.static_kernels import semantic_fpn
 from knet_d2.structures import Match, Targets
 
@@ -56,22 +57,17 @@ def _at_least(model) -> Sequence[Patch]:
 
 
 def _padding_not_cropped(model) -> Sequence[Patch]:
-    def tiles(mask_logits, geometry):
-        return sampling.Tiles(mask_logits, geometry._replace(image=geometry.padded))
+    def tiles(probs, geometry):
+        return sampling.Tiles(probs, geometry._replace(image=geometry.padded))
 
     return [(postprocessing, "Tiles", tiles)]
 
 
 def _sigmoid_first(model) -> Sequence[Patch]:
-    original = sampling.Tile.probabilities
+    def probabilities(mask_logits: torch.Tensor) -> torch.Tensor:
+        return upsample_masks(mask_logits.sigmoid()[:, None])[:, 0]
 
-    # The logits of up-sampled probabilities, so that the sigmoid that follows gives these back
-    def probabilities(tile, logits):
-        up_rows, up_columns = tile.rows.upsampling, tile.columns.upsampling
-        rows, columns = (span._replace(upsampling=torch.eye(len(span.upsampling))) for span in tile)
-        return original(sampling.Tile(rows, columns), (up_rows @ (logits.sigmoid() @ up_columns.T)).logit())
-
-    return [(sampling.Tile, "probabilities", probabilities)]
+    return [(postprocessing, "upsampled_probabilities", probabilities)]
 
 
 def _stuff_over_things(model) -> Sequence[Patch]:
