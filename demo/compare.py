@@ -3,13 +3,12 @@
 
 import argparse
 import os
-import sys
 
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
 from knet_d2.engine import Predictor, load_config
-from knet_d2.errors import ConfigError, KNetError
+from knet_d2.errors import ConfigError, errors_in_one_line
 from knet_d2.visualization import draw_validation_pictures, picture_sheet
 
 
@@ -37,7 +36,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     setup_logger(name="fvcore")
     setup_logger(name="knet_d2", abbrev_name="knet")
-    try:
+    with errors_in_one_line():
         main(get_parser().parse_args())
-    except KNetError as error:
-        sys.exit(f"Error: {error}")

@@ -19,7 +19,7 @@ from PIL import Image
 from knet_d2.classes import ClassTable, categories
 from knet_d2.data.files import IMAGE_TYPES, find_images, read_image
 from knet_d2.engine import Predictor
-from knet_d2.errors import ConfigError, DataError, KNetError
+from knet_d2.errors import ConfigError, DataError, errors_in_one_line
 from knet_d2.inference.loading import resolve_model
 from knet_d2.results import instance_results, panoptic_png, semantic_results
 from knet_d2.visualization import draw_prediction, main_output, output_metadata, to_cpu
@@ -229,7 +229,5 @@ def main(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     setup_logger(name="fvcore")
     setup_logger(name="knet_d2", abbrev_name="knet")
-    try:
+    with errors_in_one_line():
         sys.exit(main(get_parser().parse_args()))
-    except KNetError as error:
-        sys.exit(f"Error: {error}")

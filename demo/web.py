@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import os
-import sys
 import tempfile
 import warnings
 from pathlib import PurePath
@@ -18,7 +17,7 @@ from PIL import Image
 
 from knet_d2.classes import categories
 from knet_d2.data.files import read_image
-from knet_d2.errors import ConfigError, DataError, KNetError
+from knet_d2.errors import ConfigError, DataError, errors_in_one_line
 from knet_d2.inference import ImagePredictor, Prediction, Trace, load
 
 # What an upload may be: formats that Pillow reads itself, without the help of other programs
@@ -291,7 +290,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     setup_logger(name="fvcore")
     setup_logger(name="knet_d2", abbrev_name="knet")
-    try:
+    with errors_in_one_line():
         main(get_parser().parse_args())
-    except KNetError as error:
-        sys.exit(f"Error: {error}")

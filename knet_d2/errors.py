@@ -1,5 +1,9 @@
 """Errors that tell a person what to do; everything that bad input can cause is one of these."""
 
+import contextlib
+import sys
+from typing import Iterator
+
 
 class KNetError(ValueError):
     """Base of all errors that this project raises for bad input."""
@@ -22,3 +26,12 @@ class NonFiniteError(KNetError):
 
     rank = 0
     """The process in which it was found."""
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """For programs: bad input ends them with one line and exit code 1 instead of a traceback."""
+    try:
+        yield
+    except KNetError as error:
+        sys.exit(f"Error: {error}")

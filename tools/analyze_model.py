@@ -19,6 +19,7 @@ from fvcore.nn import flop_count_table  # noqa: E402
 from fvcore.nn.jit_handles import get_shape  # noqa: E402
 
 from knet_d2.engine import load_config  # noqa: E402
+from knet_d2.errors import errors_in_one_line  # noqa: E402
 from knet_d2.paths import get_config_file  # noqa: E402
 
 
@@ -67,4 +68,5 @@ def main(argv: List[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with errors_in_one_line():
+        sys.exit(main(sys.argv[1:]))

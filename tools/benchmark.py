@@ -37,7 +37,7 @@ from benchmarking.measure import (  # noqa: E402
 from benchmarking.models import BACKBONE, PEERS, Subject, build_subject  # noqa: E402
 from benchmarking.parts import time_parts  # noqa: E402
 
-from knet_d2.errors import ConfigError  # noqa: E402
+from knet_d2.errors import ConfigError, errors_in_one_line  # noqa: E402
 
 INSTANCE, PANOPTIC = "coco/instance/knet_r50_fpn_1x.yaml", "coco/panoptic/knet_r50_fpn_1x.yaml"
 MAX_BATCH = "max"
@@ -145,4 +145,5 @@ def main(argv: List[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with errors_in_one_line():
+        sys.exit(main(sys.argv[1:]))

@@ -25,7 +25,7 @@ from knet_d2.data import load_dataset, register_custom_datasets, resolve_classes
 from knet_d2.data.check import Fault, check_datasets  # noqa: E402
 from knet_d2.data.files import read_image  # noqa: E402
 from knet_d2.engine.setup import merge_config  # noqa: E402
-from knet_d2.errors import KNetError  # noqa: E402
+from knet_d2.errors import KNetError, errors_in_one_line  # noqa: E402
 from knet_d2.visualization import class_table, draw_segments, ground_truth_segments, picture_sheet  # noqa: E402
 
 
@@ -81,7 +81,5 @@ def main(args: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     setup_logger(name="fvcore")
-    try:
+    with errors_in_one_line():
         sys.exit(main(get_parser().parse_args()))
-    except KNetError as error:
-        sys.exit(f"Error: {error}")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from knet_d2.data.files import find_images, read_image
-from knet_d2.errors import ConfigError, KNetError
+from knet_d2.errors import ConfigError, errors_in_one_line
 from knet_d2.export import OUTPUT_NAMES
 from knet_d2.inference.loading import load
 from knet_d2.meta_arch import KNet
@@ -303,7 +303,5 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line():
         sys.exit(main(get_parser().parse_args()))
-    except KNetError as error:
-        sys.exit(f"Error: {error}")

@@ -7,7 +7,6 @@ names, and bring their config and class names, so that knet_d2.load needs nothin
 
 import argparse
 import os
-import sys
 from typing import Dict, Optional, Tuple
 
 import torch
@@ -19,7 +18,7 @@ from knet_d2.checkpoint.report import build_report
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.checkpoint.zoo import build_on_meta, fitting_entries, fitting_hint
 from knet_d2.engine import load_config
-from knet_d2.errors import CheckpointError, KNetError
+from knet_d2.errors import CheckpointError, errors_in_one_line
 from knet_d2.model_zoo import get_config_file, names
 
 
@@ -87,7 +86,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line():
         main(get_parser().parse_args())
-    except KNetError as error:
-        sys.exit(f"Error: {error}")

@@ -7,11 +7,10 @@ See docs/DEPLOYMENT.md; tools/onnx_runner.py runs the ONNX file, tools/check_exp
 import argparse
 import logging
 import os
-import sys
 
 from detectron2.utils.logger import setup_logger
 
-from knet_d2.errors import ConfigError, KNetError
+from knet_d2.errors import ConfigError, errors_in_one_line
 from knet_d2.export import export_metadata, halve, save_onnx, save_pt2, trace
 from knet_d2.inference.loading import load
 
@@ -52,7 +51,5 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     setup_logger(name="knet_d2", abbrev_name="knet").setLevel(logging.WARNING)
-    try:
+    with errors_in_one_line():
         main(get_parser().parse_args())
-    except KNetError as error:
-        sys.exit(f"Error: {error}")

@@ -11,7 +11,6 @@ import argparse
 import logging
 import math
 import os
-import sys
 from typing import Any, Dict, List, NamedTuple, Optional
 
 from detectron2.engine import launch
@@ -23,7 +22,7 @@ from knet_d2.checkpoint import Checkpointer
 from knet_d2.checkpoint.download import PREFIX
 from knet_d2.checkpoint.zoo import zoo_entry
 from knet_d2.engine import Trainer, load_config
-from knet_d2.errors import CheckpointError, KNetError
+from knet_d2.errors import CheckpointError, KNetError, errors_in_one_line
 from knet_d2.model_zoo import get_checkpoint_url, get_config_file, names
 
 # Name of a metric in the zoo's table -> task and key of Detectron2's results
@@ -122,7 +121,5 @@ def run(args: argparse.Namespace, chosen: List[str]) -> Optional[List[Row]]:
 
 if __name__ == "__main__":
     arguments = get_parser().parse_args()
-    try:
+    with errors_in_one_line():
         launch(run, arguments.num_gpus, dist_url="auto", args=(arguments, selected_names(arguments)))
-    except KNetError as error:
-        sys.exit(f"Error: {error}")

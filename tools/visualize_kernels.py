@@ -7,14 +7,13 @@ scores of its best kernels before the first update and after each stage. See doc
 
 import argparse
 import os
-import sys
 
 import numpy as np
 from PIL import Image
 
 from knet_d2.data import build_mapper
 from knet_d2.data.files import find_images, read_image
-from knet_d2.errors import KNetError
+from knet_d2.errors import errors_in_one_line
 from knet_d2.inference.loading import load
 from knet_d2.insight import average_masks, draw_average_masks, draw_stages, stage_masks
 
@@ -52,7 +51,5 @@ def write(picture: np.ndarray, path: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line():
         main(get_parser().parse_args())
-    except KNetError as error:
-        sys.exit(f"Error: {error}")
