@@ -21,6 +21,8 @@ MAX_TILE_ELEMENTS = 1 << 24
 # Small tiles skip more, but every one costs some calls, which are dear on accelerators
 CPU_TILES_PER_AXIS = 16
 MIN_TILE_SIDE = 16
+# On a CPU a tile's maps should stay in the caches
+MAX_CPU_TILE_SIDE = 64
 
 
 class ImageGeometry(NamedTuple):
@@ -99,6 +101,7 @@ def _tile_size(probs: torch.Tensor, output_size: Tuple[int, int]) -> List[int]:
     largest = max(1, int((MAX_TILE_ELEMENTS / max(1, len(probs))) ** 0.5))
     if probs.device.type != "cpu":
         return [largest, largest]
+    largest = min(largest, MAX_CPU_TILE_SIDE)
     return [min(largest, max(MIN_TILE_SIDE, -(-length // CPU_TILES_PER_AXIS))) for length in output_size]
 
 
