@@ -18,11 +18,8 @@ from .modeling.resize import upsample_masks
 
 # Bounds the memory of a tile's float maps: about 64 MB in float32
 MAX_TILE_ELEMENTS = 1 << 24
-# Small tiles skip more, but every one costs some calls, which are dear on accelerators
-CPU_TILES_PER_AXIS = 16
-MIN_TILE_SIDE = 16
-# On a CPU a tile's maps should stay in the caches
-MAX_CPU_TILE_SIDE = 64
+# Small tiles skip more and stay in the caches, but every one costs some calls, which are dear on accelerators
+CPU_TILE_SIDE = 56
 
 
 class ImageGeometry(NamedTuple):
@@ -80,9 +77,10 @@ class Tiles:
             probs: [N, h, w], :func:`upsampled_probabilities`.
         """
         self._probs = probs
-        axes = zip(probs.shape[1:], *geometry, _tile_size(probs, geometry.output))
+        side = _tile_side(probs)
         # While a model is traced the sizes are tensors
-        self._rows, self._columns = (_spans(probs, *map(int, sizes)) for sizes in axes)
+        axes = zip(probs.shape[1:], *geometry)
+        self._rows, self._columns = (_spans(probs, *map(int, sizes), side=side) for sizes in axes)
 
     def __iter__(self) -> Iterator[Tile]:
         return (Tile(rows, columns) for rows, columns in itertools.product(self._rows, self._columns))
@@ -97,15 +95,12 @@ class Tiles:
         return results[0], results[1]
 
 
-def _tile_size(probs: torch.Tensor, output_size: Tuple[int, int]) -> List[int]:
+def _tile_side(probs: torch.Tensor) -> int:
     largest = max(1, int((MAX_TILE_ELEMENTS / max(1, len(probs))) ** 0.5))
-    if probs.device.type != "cpu":
-        return [largest, largest]
-    largest = min(largest, MAX_CPU_TILE_SIDE)
-    return [min(largest, max(MIN_TILE_SIDE, -(-length // CPU_TILES_PER_AXIS))) for length in output_size]
+    return min(largest, CPU_TILE_SIDE) if probs.device.type == "cpu" else largest
 
 
-def _spans(like: torch.Tensor, length: int, padded: int, image: int, output: int, side: int) -> List[Span]:
+def _spans(like: torch.Tensor, length: int, padded: int, image: int, output: int, *, side: int) -> List[Span]:
     """Pieces of one axis, of ``side`` pixels; matrices of the type and device of ``like``."""
     # The extents are found with NumPy, so that nothing waits for a device
     weights = _bilinear(image, output) @ _bilinear(length, padded)[:image]

@@ -306,7 +306,7 @@ def test_semantic_scores_are_sums_over_kernels():
 
 @pytest.mark.parametrize("side", [1, 7, 20])
 def test_a_tie_goes_to_the_first_kernel(monkeypatch, side):
-    monkeypatch.setattr(sampling, "MIN_TILE_SIDE", side)
+    monkeypatch.setattr(sampling, "CPU_TILE_SIDE", side)
     owners = assign_pixels(torch.tensor([0.5, 0.8, 0.8, 0.8]), torch.zeros(4, *HEAD), PLAIN).owners
     assert (owners == 1).all()
 
@@ -322,8 +322,9 @@ def blobs(count, *, offset, seed=0):
     return 3 * F.interpolate(random(1, count, 6, 8, seed=seed, scale=1), LARGE_HEAD, mode="bicubic")[0] + offset
 
 
-def record_computed(monkeypatch):
-    """Collects the shapes of all probabilities that are computed."""
+def record_computed(monkeypatch, side=16):
+    """Collects the shapes of all probabilities that are computed in tiles of a size."""
+    monkeypatch.setattr(sampling, "CPU_TILE_SIDE", side)
     shapes, original = [], sampling.Tile.resize
 
     def recording(tile, source):
@@ -339,9 +340,8 @@ def record_computed(monkeypatch):
 def test_tiles_do_not_change_results(monkeypatch, side, elements):
     class_logits, mask_logits = random(7, THINGS + STUFF, scale=1.5), blobs(7, offset=-2)
     probs = mask_probabilities(mask_logits, LARGE)
-    monkeypatch.setattr(sampling, "MIN_TILE_SIDE", side)
     monkeypatch.setattr(sampling, "MAX_TILE_ELEMENTS", elements)
-    shapes = record_computed(monkeypatch)
+    shapes = record_computed(monkeypatch, side)
 
     instances = instance_inference(class_logits[:, :2], mask_logits, LARGE, max_instances=20)
     kernels = class_logits[:, :2].flatten().argsort(descending=True) // 2
