@@ -49,6 +49,9 @@ def test_files_that_are_no_checkpoints(tmp_path):
     assert "not a weights file" in message("notes.pth", b"SOLVER:\n  BASE_LR: 1\n")
     assert "not a weights file" in message("empty.pth", b"")
     assert "not a weights file" in message("notes.pkl", b"hello")
+    # a dict that says it is entry 2^31 of the file's objects; a string that says it is of 2^40 bytes
+    assert "not a weights file" in message("entry.pkl", b"\x80\x02}r\xff\xff\xff\x7f")
+    assert "not a weights file" in message("long.pkl", b"\x80\x04\x8e" + (2**40).to_bytes(8, "little"))
     torch.save({"model": ToyNet(None).state_dict()}, tmp_path / "good.pth")
     assert "not a weights file" in message("cut.pth", (tmp_path / "good.pth").read_bytes()[:-500])
     assert "list" in message("list.pth", [1, 2])

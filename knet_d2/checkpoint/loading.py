@@ -3,12 +3,13 @@
 Whatever the file, it becomes a mapping with the parameters under "model", as in Detectron2's own checkpoints.
 """
 
+import mmap
 import os
 import pickle
 import re
 import tarfile
 from collections import OrderedDict
-from typing import Any, BinaryIO, Dict
+from typing import Any, Dict
 
 import numpy as np
 import torch
@@ -31,8 +32,14 @@ _PICKLE_TYPES = {
 _TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler that can make containers, strings, numbers and numpy arrays, and nothing else."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """An unpickler that can make containers, strings, numbers and numpy arrays, and nothing else.
+
+    It is the one written in Python, because that in C reserves memory for as many entries as a file claims to have.
+    """
+
+    # nor byte arrays, whose memory is reserved before they are read
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -51,15 +58,14 @@ def load_file(path: str) -> Any:
         CheckpointError: the file is missing, damaged, no weights file, or needs an unrestricted pickle.
     """
     try:
-        with open(path, "rb") as f:
-            start = f.read(16)
-            f.seek(0)
-            if start.startswith(_TORCH_MAGIC):
-                _refuse_tar(f)
-                return _load_torch(f)
-            if start[8:9] == b"{":
+        # from a map, no more can be read (and no more memory reserved for it) than the file has
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content[:16].startswith(_TORCH_MAGIC):
+                _refuse_tar(content)
+                return _load_torch(content)
+            if content[8:9] == b"{":
                 return _load_safetensors(path)
-            return _load_pickle(f)
+            return _ArrayUnpickler(content, encoding="latin1").load()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such weights file. Check MODEL.WEIGHTS.") from None
     except (MemoryError, CheckpointError):
@@ -79,11 +85,7 @@ def _describe_failure(error: Exception) -> str:
     return "not a weights file of PyTorch (.pth), Detectron2 (.pkl) or safetensors, or a damaged one."
 
 
-def _load_pickle(f: BinaryIO) -> Any:
-    return _ArrayUnpickler(f, encoding="latin1").load()
-
-
-def _refuse_tar(f: BinaryIO) -> None:
+def _refuse_tar(f: mmap.mmap) -> None:
     """PyTorch tries its oldest format first, tar archives, which it read unsafely until 2.6 (CVE-2025-32434)."""
     try:
         tarfile.open(fileobj=f, mode="r:").close()
@@ -93,13 +95,13 @@ def _refuse_tar(f: BinaryIO) -> None:
         raise pickle.UnpicklingError("a tar archive")
 
 
-def _load_torch(f: BinaryIO) -> Any:
+def _load_torch(f: mmap.mmap) -> Any:
     arrays: list[Any] = [np.ndarray, np.dtype]
     arrays += [under_name(function, *name) for name, function in NUMPY_PICKLE_FUNCTIONS.items()]
     # dtypes are classes of their own since numpy 1.25
     arrays += [type(np.dtype(kind)) for kind in (bool, *np.typecodes["AllInteger"], *np.typecodes["Float"])]
     torch.serialization.add_safe_globals(arrays)
-    return torch.load(f, map_location="cpu", weights_only=True)
+    return torch.load(f, map_location="cpu", weights_only=True)  # type: ignore[arg-type]  # any file will do
 
 
 def _load_safetensors(path: str) -> Dict[str, Any]:
