@@ -29,7 +29,7 @@ from knet_d2.data.augmentation import build_augmentations
 from knet_d2.data.files import segment_index
 from knet_d2.data.sampler import TrainingBatchSampler
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
-from knet_d2.errors import ConfigError
+from knet_d2.errors import ConfigError, DataError
 
 T_NUM, S_NUM = len(THING_CLASSES), len(STUFF_CLASSES)
 
@@ -331,6 +331,19 @@ def test_test_examples_have_no_ground_truth_and_the_original_size(entries):
     (example,) = next(iter(build_test_loader(cfg, cfg.DATASETS.TRAIN[0])))
     assert example["image"].shape == (3, 48, 48) and (example["height"], example["width"]) == (64, 64)
     assert not {"instances", "sem_seg", "segments_info", "annotations"} & set(example)
+
+
+def test_images_too_long_to_be_resized_and_wrong_sizes_are_named():
+    cfg = data_cfg("semantic", resolve=False)
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 8, 16
+    (resize,) = build_augmentations(cfg, False)
+    assert resize.get_transform(np.zeros((30, 1, 3), np.uint8)).new_w == 1
+    with pytest.raises(DataError, match="1 x 40 pixels .* resized to 0 x 16"):
+        resize.get_transform(np.zeros((40, 1, 3), np.uint8))
+    for sizes in ((), (8, -1), ([8],)):
+        cfg.INPUT.MIN_SIZE_TRAIN = sizes
+        with pytest.raises(ConfigError, match="INPUT.MIN_SIZE_TRAIN is"):
+            build_augmentations(cfg, True)
 
 
 def test_semantic_padding_and_crop_constraint(entries):

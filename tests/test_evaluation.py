@@ -18,6 +18,7 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 
 from knet_d2.data import load_dataset
+from knet_d2.data.coco_json import check_for_evaluation
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
 from knet_d2.errors import ConfigError, DataError
 from knet_d2.evaluation import InstanceEvaluator, PanopticEvaluator, SemanticEvaluator, build_evaluators
@@ -323,6 +324,17 @@ def _instances(record, masks, classes, scores):
     instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
     instances.scores = torch.tensor(scores, dtype=torch.float32)
     return {"instances": instances}
+
+
+@pytest.mark.parametrize("points", [[], [2.0, 2.0, 6.0, 6.0]])
+def test_instances_that_pycocotools_cant_read(points):
+    box = {"bbox": [2, 2, 4, 4], "area": 16, "iscrowd": 0}
+    polygons = [[2, 2, 6, 2, 6, 6], points]
+    annotations = [{"id": 1, "image_id": 0, "category_id": 0, "segmentation": polygons, **box}]
+    check_for_evaluation({"annotations": annotations}, "instances.json")
+    annotations[0]["segmentation"] = polygons[::-1]
+    with pytest.raises(DataError, match=r"instances.json: annotations\[0\].segmentation: begins with a polygon"):
+        check_for_evaluation({"annotations": annotations}, "instances.json")
 
 
 def test_instances_of_a_panoptic_data_set(panoptic):

@@ -1,10 +1,24 @@
 """The augmentations of training and testing, from INPUT of the config."""
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
+
+
+class Resize(T.ResizeShortestEdge):
+    """Detectron2's, with a clear error for an image that is so long that nothing would be left of its short side."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        transform = super().get_transform(image)
+        if isinstance(transform, T.ResizeTransform) and not (transform.new_h and transform.new_w):
+            raise DataError(
+                f"An image of {image.shape[1]} x {image.shape[0]} pixels (width x height) can't be resized to "
+                f"{transform.new_w} x {transform.new_h}, as INPUT.MIN_SIZE_* and MAX_SIZE_* ask. Cut it into parts."
+            )
+        return transform
 
 
 def build_augmentations(cfg: CfgNode, is_train: bool) -> list:
@@ -12,9 +26,11 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list:
 
     A crop is taken from the resized image, so that INPUT.CROP.SIZE is the size that the model sees.
     """
-    resize, *flip = detection_utils.build_augmentation(cfg, is_train)
     if not is_train:
-        return [resize]
+        return [Resize(_sizes(cfg, "MIN_SIZE_TEST"), *_sizes(cfg, "MAX_SIZE_TEST"), "choice")]
+    style = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    resize = Resize(_sizes(cfg, "MIN_SIZE_TRAIN"), *_sizes(cfg, "MAX_SIZE_TRAIN"), style)
+    _, *flip = detection_utils.build_augmentation(cfg, is_train)
     augmentations = [resize]
     if cfg.INPUT.CROP.ENABLED:
         augmentations.append(_crop(cfg))
@@ -25,6 +41,15 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list:
 
         augmentations.append(ColorAugSSDTransform(img_format=cfg.INPUT.FORMAT))
     return augmentations
+
+
+def _sizes(cfg: CfgNode, key: str) -> list[int]:
+    """One or several lengths of INPUT, checked."""
+    value = cfg.INPUT[key]
+    sizes = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not sizes or not all(type(x) is int and 0 <= x < 2**31 for x in sizes):
+        raise ConfigError(f"INPUT.{key} is {str(value)[:60]}; it must be a length in pixels (or 0: as it is).")
+    return sizes
 
 
 def _crop(cfg: CfgNode) -> T.Augmentation:

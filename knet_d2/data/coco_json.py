@@ -94,6 +94,11 @@ def check_for_evaluation(content: dict[str, Any], path: str) -> None:
         missing += [] if annotation.get("segmentation") else ["segmentation"]
         if missing:
             _raise_if(WrongType(f"annotations[{i}]", f"lacks {missing[0]}, which the evaluation reads"), path)
+        segmentation = annotation["segmentation"]
+        if isinstance(segmentation, list) and len(segmentation[0]) < 5:
+            # from the length of the first one pycocotools concludes what the list holds
+            wrong = WrongType(f"annotations[{i}].segmentation", "begins with a polygon of fewer than 3 points")
+            _raise_if(wrong, path)
 
 
 def _raise_if(wrong: WrongType | None, path: str) -> None:

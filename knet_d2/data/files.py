@@ -1,6 +1,7 @@
 """Reading of images, label maps and panoptic PNGs; whatever is wrong with a file is a DataError that names it."""
 
 import glob
+import io
 import os
 from collections.abc import Sequence
 
@@ -45,9 +46,14 @@ def read_image(path: str, image_format: str) -> np.ndarray:
         ) from error
 
 
-def read_labels(path: str) -> np.ndarray:
-    """Read a label map: one channel of integers, or a palette image, whose indices count: int64 [H, W]."""
-    labels = np.asarray(_open_png(path, "Label map"))
+def read_labels(path: str, image_path: str = "", size: tuple[int, int] | None = None) -> np.ndarray:
+    """Read a label map: one channel of integers, or a palette image, whose indices count: int64 [H, W].
+
+    Args:
+        image_path, size: the image that it belongs to, and its (height, width), which is compared before anything is
+            decoded; None: any.
+    """
+    labels = np.asarray(_open_png(path, "Label map", image_path, size))
     if labels.ndim != 2:
         raise DataError(
             f"Label map {path} is a colour image of shape {labels.shape}. It must have one channel with class ids."
@@ -55,9 +61,9 @@ def read_labels(path: str) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def read_panoptic(path: str) -> np.ndarray:
-    """Read a panoptic PNG: uint8 [H, W, 3], segment id = R + 256 G + 65536 B."""
-    return np.asarray(_open_png(path, "Panoptic PNG").convert("RGB"))
+def read_panoptic(path: str, image_path: str = "", size: tuple[int, int] | None = None) -> np.ndarray:
+    """Read a panoptic PNG: uint8 [H, W, 3], segment id = R + 256 G + 65536 B; arguments as of read_labels."""
+    return np.asarray(_open_png(path, "Panoptic PNG", image_path, size).convert("RGB"))
 
 
 def segment_index(ids_rgb: np.ndarray, segment_ids: list[int]) -> np.ndarray:
@@ -83,7 +89,7 @@ def segment_index(ids_rgb: np.ndarray, segment_ids: list[int]) -> np.ndarray:
     return np.repeat(index, lengths).reshape(ids.shape)
 
 
-def check_same_size(path: str, size: tuple[int, int], image_path: str, image_size: tuple[int, int]) -> None:
+def _check_same_size(path: str, size: tuple[int, int], image_path: str, image_size: tuple[int, int]) -> None:
     """Raise a DataError unless both (height, width) are equal."""
     if tuple(size) != tuple(image_size):
         raise DataError(
@@ -92,13 +98,18 @@ def check_same_size(path: str, size: tuple[int, int], image_path: str, image_siz
         )
 
 
-def _open_png(path: str, what: str) -> Image.Image:
+def _open_png(path: str, what: str, image_path: str, size: tuple[int, int] | None) -> Image.Image:
     _check_exists(path, what)
     try:
         with PathManager.open(path, "rb") as f:
-            image = Image.open(f)
-            image.load()
-            return image
+            content = io.BytesIO(f.read())  # Pillow would reserve whatever length a damaged part claims to have
+        image = Image.open(content)
+        if size is not None:
+            _check_same_size(path, image.size[::-1], image_path, size)
+        image.load()
+        return image
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"{what} {path} can't be read ({error}). Replace the file.") from error
 

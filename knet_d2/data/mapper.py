@@ -16,7 +16,7 @@ from detectron2.structures import BitMasks, Instances, polygons_to_bitmask
 
 from ..errors import ConfigError, DataError
 from .augmentation import build_augmentations
-from .files import check_same_size, read_image, read_labels, read_panoptic, segment_index
+from .files import read_image, read_labels, read_panoptic, segment_index
 from .segmentation import check_coordinates, read_rle
 
 _ANNOTATION_KEYS = ("annotations", "segments_info", "sem_seg_file_name", "sem_seg_label_map", "pan_seg_file_name")
@@ -219,8 +219,7 @@ def read_sem_seg(record: dict[str, Any], size: tuple[int, int], num_classes: int
     must not occur.
     """
     path = record["sem_seg_file_name"]
-    raw = read_labels(path)
-    check_same_size(path, raw.shape, record["file_name"], size)
+    raw = read_labels(path, record["file_name"], size)
     lookup = record.get("sem_seg_label_map")
     if lookup is None:
         labels = raw
@@ -240,8 +239,7 @@ def read_sem_seg(record: dict[str, Any], size: tuple[int, int], num_classes: int
 def read_panoptic_segments(record: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
     """Read "pan_seg_file_name", checked against "segments_info": uint8 [H, W, 3]."""
     path = record["pan_seg_file_name"]
-    ids_rgb = read_panoptic(path)
-    check_same_size(path, ids_rgb.shape[:2], record["file_name"], size)
+    ids_rgb = read_panoptic(path, record["file_name"], size)
     ids = [x["id"] for x in record["segments_info"]]
     pixels = np.bincount(segment_index(ids_rgb, ids).reshape(-1), minlength=len(ids) + 2)
     if pixels[-1]:

@@ -1,11 +1,11 @@
 """From a config and weights to a function that segments one image."""
 
 from detectron2.config import CfgNode
-from detectron2.data import transforms as T
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from ..checkpoint import Checkpointer
+from ..data.augmentation import Resize
 from ..tta import KNetWithTTA
 
 
@@ -25,5 +25,5 @@ class Predictor(DefaultPredictor):
         shorter = cfg.INPUT.MIN_SIZE_TEST
         if cfg.TEST.AUG.ENABLED:
             self.model, shorter = KNetWithTTA(cfg, self.network).eval(), 0  # it resizes images itself
-        self.aug = T.ResizeShortestEdge([shorter, shorter], cfg.INPUT.MAX_SIZE_TEST)
+        self.aug = Resize([shorter, shorter], cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT

@@ -20,7 +20,7 @@ from panopticapi.evaluation import PQStat, pq_compute_single_core
 from tabulate import tabulate
 
 from ..data.coco_json import read_coco_json
-from ..data.files import check_same_size, read_panoptic, segment_index
+from ..data.files import read_panoptic, segment_index
 from ..errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -137,10 +137,8 @@ class PanopticEvaluator(COCOPanopticEvaluator):
 
 def _check_png(annotation: dict[str, Any], folder: str, prediction: dict[str, Any], prediction_folder: str) -> None:
     """Raise the DataError of a ground-truth PNG that is missing, damaged or not of the prediction's size."""
-    path = os.path.join(folder, annotation["file_name"])
-    size = read_panoptic(path).shape[:2]
-    predicted_size = read_panoptic(os.path.join(prediction_folder, prediction["file_name"])).shape[:2]
-    check_same_size(path, size, f"{prediction['image_id']} (image_id)", predicted_size)
+    size = read_panoptic(os.path.join(prediction_folder, prediction["file_name"])).shape[:2]
+    read_panoptic(os.path.join(folder, annotation["file_name"]), f"{prediction['image_id']} (image_id)", size)
 
 
 def _with_areas(annotation: dict[str, Any], folder: str) -> dict[str, Any]:

@@ -190,7 +190,7 @@ class PanopticPngs:
 
     def use(self, draw: random.Random, reached: Reached) -> None:
         path = self._paths[self._task]
-        (read_panoptic if self._task == "panoptic" else read_labels)(path)
+        (read_panoptic if self._task == "panoptic" else read_labels)(path, "0.png", (SIZE, SIZE))
         reached()
         if self._task == "panoptic" and draw.random() < 0.2:
             evaluator = PanopticEvaluator("fuzz_coco_panoptic")
