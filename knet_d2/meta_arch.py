@@ -28,6 +28,8 @@ TASK_OUTPUTS = {
     "panoptic": ("panoptic_seg", "instances", "sem_seg"),
     "semantic": ("sem_seg",),
 }
+# The paper tries up to 7; a typing error must not fill the memory
+MOST_STAGES = 100
 
 
 class ImagePrediction(NamedTuple):
@@ -127,8 +129,10 @@ class KNet(nn.Module):
         cfg.defrost()
         resolve_classes(cfg)
         knet = cfg.MODEL.KNET
-        if knet.NUM_STAGES < (0 if knet.TASK == "semantic" else 1):
-            raise ConfigError(f"MODEL.KNET.NUM_STAGES = {knet.NUM_STAGES} is too small for {knet.TASK} segmentation.")
+        least = 0 if knet.TASK == "semantic" else 1
+        if not least <= knet.NUM_STAGES <= MOST_STAGES:
+            stages = f"use {least} to {MOST_STAGES} for {knet.TASK} segmentation"
+            raise ConfigError(f"MODEL.KNET.NUM_STAGES = {knet.NUM_STAGES}: {stages}.")
         if knet.TASK != "semantic" and knet.NUM_KERNELS < 1:
             raise ConfigError(f"MODEL.KNET.NUM_KERNELS = {knet.NUM_KERNELS}: use at least 1.")
         if not -1 <= knet.TEST.STAGE <= knet.NUM_STAGES:

@@ -371,6 +371,7 @@ def test_non_finite_cost_in_the_model_gets_the_images():
         (["KNET.NUM_STAGES", "2"], ["KNET.NUM_STAGES", "MODEL.KNET.NUM_STAGES?"]),
         (["SOLVER.BASE_LR", "fast"], ["SOLVER.BASE_LR", "fast"]),
         (["SOLVER.BASE_LR"], ["SOLVER.BASE_LR", "KEY VALUE"]),
+        (["DATASETS.TEST", "None"], ["DATASETS.TEST is null", "()"]),
     ],
 )
 def test_wrong_options_are_named(opts, parts):
@@ -392,6 +393,8 @@ def test_wrong_config_files_are_named(tmp_path):
     assert "MODEL.KNET.NUM_STAGES?" in message("VERSION: 2\nMODEL: {KNET: {NUM_STAGE: 3}}")
     assert "MODEL.KNET.NUM_STAGES" in message("VERSION: 2\nMODEL: {KNET: {NUM_STAGES: three}}")
     assert "no_base.yaml" in message("_BASE_: no_base.yaml")
+    assert "MODEL.KNET.THING_CATEGORY_IDS is null" in message("VERSION: 2\nMODEL: {KNET: {THING_CATEGORY_IDS: null}}")
+    assert "recursion" in message(f"VERSION: 2\nMODEL: {{KNET: {{THING_CATEGORY_IDS: {'[' * 3000}{']' * 3000}}}}}")
     message("MODEL: [1, 2")
     made = tmp_path / "made"
     message(f"VERSION: 2\nOUTPUT_DIR: !!python/object/apply:os.mkdir ['{made}']")

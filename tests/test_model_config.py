@@ -126,6 +126,7 @@ def test_all_arguments_come_from_the_config():
         ("panoptic", {"MODEL.KNET.NUM_STAGES": 0}, "MODEL.KNET.NUM_STAGES = 0"),
         ("instance", {"MODEL.KNET.NUM_STAGES": 0}, "MODEL.KNET.NUM_STAGES = 0"),
         ("semantic", {"MODEL.KNET.NUM_STAGES": -1}, "MODEL.KNET.NUM_STAGES = -1"),
+        ("panoptic", {"MODEL.KNET.NUM_STAGES": 101}, "MODEL.KNET.NUM_STAGES = 101"),
         ("instance", {"MODEL.KNET.NUM_KERNELS": 0}, "MODEL.KNET.NUM_KERNELS = 0"),
         ("panoptic", {"MODEL.KNET.TEST.STAGE": 4}, "MODEL.KNET.TEST.STAGE = 4"),
         ("panoptic", {"MODEL.KNET.TASK": "panoramic"}, "MODEL.KNET.TASK = 'panoramic'"),

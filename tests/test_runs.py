@@ -373,6 +373,10 @@ def test_best_checkpoint(tmp_path):
 def test_unsupported_option_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="TEST.PRECISE_BN.ENABLED"):
         ToyTrainer(toy_cfg(tmp_path, TEST__PRECISE_BN__ENABLED=True))
+    with pytest.raises(ConfigError, match="SOLVER.CHECKPOINTS_TO_KEEP is -1"):
+        ToyTrainer(toy_cfg(tmp_path, SOLVER__CHECKPOINTS_TO_KEEP=-1))
+    with pytest.raises(ConfigError, match="REFERENCE_WORLD_SIZE"):
+        ToyTrainer(toy_cfg(tmp_path, SOLVER__IMS_PER_BATCH=2, SOLVER__REFERENCE_WORLD_SIZE=3))
 
 
 def test_best_metric_by_task():

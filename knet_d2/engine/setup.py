@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import traceback
-from typing import Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List, Sequence
 
 import torch
 import yaml
@@ -55,15 +55,25 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> No
     """Merge a YAML file ("" = none) and KEY VALUE pairs into ``cfg``; the file can't run code."""
     if len(opts) % 2:
         raise ConfigError(f"Options come as KEY VALUE pairs; {opts[-1]!r} has no value.")
-    known = _flat_keys(cfg)
+    defaults = _flat_items(cfg)
+    known = list(defaults)
     if config_file:
         if not os.path.isfile(config_file):
             raise ConfigError(f"{config_file}: there is no such config file.")
         with _clear_errors(config_file, known):
             cfg.merge_from_file(config_file, allow_unsafe=False)
+            _refuse_null(cfg, defaults)
     for key, value in zip(opts[0::2], opts[1::2]):
         with _clear_errors("command line", known):
             cfg.merge_from_list([key, value])
+            _refuse_null(cfg, defaults)
+
+
+def _refuse_null(cfg: CfgNode, defaults: Dict[str, Any]) -> None:
+    """Raise a ValueError where yacs has taken null for a value of a type that it isn't of."""
+    for key, value in _flat_items(cfg).items():
+        if value is None and defaults[key] is not None:
+            raise ValueError(f"{key} is null; its default is {str(defaults[key])[:60]}.")
 
 
 @contextlib.contextmanager
@@ -74,7 +84,7 @@ def _clear_errors(source: str, known: List[str]) -> Iterator[None]:
     yacs_logger.setLevel(logging.CRITICAL)
     try:
         yield
-    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+    except (KeyError, ValueError, AssertionError, OSError, RecursionError, yaml.YAMLError) as error:
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         unknown = re.match(r"Non-existent (?:config )?key: (\S+)", text)
         if unknown:
@@ -116,13 +126,14 @@ def _suggestion(key: str, known: List[str]) -> str:
     return f" Did you mean {nearest[0]}?" if nearest else ""
 
 
-def _flat_keys(cfg: CfgNode, prefix: str = "") -> List[str]:
-    keys = []
+def _flat_items(cfg: CfgNode, prefix: str = "") -> Dict[str, Any]:
+    """Values, and the nodes that hold them, by their whole key."""
+    items = {}
     for key, value in cfg.items():
-        keys.append(prefix + key)
+        items[prefix + key] = value
         if isinstance(value, CfgNode):
-            keys += _flat_keys(value, f"{prefix}{key}.")
-    return keys
+            items |= _flat_items(value, f"{prefix}{key}.")
+    return items
 
 
 def choose_device(device: str, explicit: bool) -> str:

@@ -50,7 +50,8 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)  # DefaultTrainer's would start data loaders before it is known where to start
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        with config_to_blame("The batch of each process"):
+            cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         cfg.defrost()
         cfg.SEED = resolve_seed(cfg)
         cfg.freeze()
@@ -146,6 +147,8 @@ class Trainer(DefaultTrainer):
         checkpoints = None
         if comm.is_main_process():
             keep = cfg.SOLVER.CHECKPOINTS_TO_KEEP or None
+            if keep is not None and keep < 0:
+                raise ConfigError(f"SOLVER.CHECKPOINTS_TO_KEEP is {keep}; it must be at least 0 (all).")
             checkpoints = PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=keep)
             before.append(checkpoints)
         stop = StopHook(self._signals, checkpoints)
