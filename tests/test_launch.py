@@ -1,9 +1,13 @@
 """Runs of several processes: who starts them, and how they end when one fails or a signal stops them."""
 
+import errno
+import io
 import json
+import logging
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from toys import assert_identical
 from knet_d2.checkpoint import Checkpointer
 from knet_d2.engine import Trainer, load_config
 from knet_d2.engine.failures import explain
-from knet_d2.engine.launch import Placement, find_placement, first_host
+from knet_d2.engine.launch import Placement, _guarded, find_placement, first_host
 from knet_d2.engine.preemption import EXIT_PREEMPTED
 from knet_d2.errors import ConfigError, DataError
 
@@ -88,6 +92,32 @@ def test_failures_are_explained():
     assert "DATALOADER.NUM_WORKERS" in explain(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
     lost = RuntimeError("[/x/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4567")
     assert "Another process" in explain(lost) and "--resume" in explain(lost)
+
+
+def test_full_disk_is_told_once(capsys):
+    """Log files and threads that meet it, too, add nothing."""
+    full = OSError(errno.ENOSPC, "No space left on device", "events")
+
+    class Log(io.StringIO):
+        def flush(self):
+            raise full
+
+    def fail():
+        raise full
+
+    def work():
+        logger = logging.Logger("of_a_full_disk")
+        logger.addHandler(logging.StreamHandler(Log()))
+        logger.error("lost")
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        fail()
+
+    assert _guarded(work) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Error: events: No space left on device.")
+    assert logging.raiseExceptions
 
 
 # ---- runs of two processes -------------------------------------------------------------------------------------

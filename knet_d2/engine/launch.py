@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from types import FrameType
@@ -134,6 +135,26 @@ def _join_and_run(place: Placement, timeout: datetime.timedelta, main: Callable,
     main(args)
 
 
+@contextlib.contextmanager
+def _without_repetitions() -> Iterator[None]:
+    """Leave out tracebacks of what fails as well when the run fails for one reason, as a full disk.
+
+    These are log files, and TensorBoard's thread, whose exceptions it raises again where it is used next.
+    """
+    previous = logging.raiseExceptions, threading.excepthook
+
+    def report(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is None or explain(args.exc_value) is None:
+            previous[1](args)
+
+    logging.raiseExceptions, threading.excepthook = False, report
+    try:
+        yield
+    finally:
+        logging.raiseExceptions, threading.excepthook = previous
+
+
+@_without_repetitions()
 def _guarded(work: Callable, *args: Any) -> int:
     """Do the work of this process; returns its exit code.
 
