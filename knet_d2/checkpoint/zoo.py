@@ -79,6 +79,7 @@ def fitting_entries(state_dict: Mapping[str, torch.Tensor]) -> List[ZooEntry]:
     ]
 
 
+@functools.lru_cache(maxsize=None)
 def _entry_config(name: str) -> CfgNode:
     cfg = get_cfg()
     add_knet_config(cfg)

@@ -9,7 +9,7 @@ import yaml
 
 from knet_d2.engine import Trainer, load_config
 
-from .data import Files, Reached
+from .data import Files, Reached, default_config
 from .mutations import mutate_bytes, nudge, odd_value
 
 SECTIONS = ("MODEL", "INPUT", "SOLVER", "TEST", "DATALOADER", "DATASETS")
@@ -58,13 +58,15 @@ class Configs:
         cfg.OUTPUT_DIR = folder
         self._valid = yaml.safe_load(cfg.dump())
         self._paths = [path for path in _leaves(self._valid) if _is_read(path)]
+        defaults = yaml.safe_load(default_config().dump())
+        self._changed = [path for path in self._paths if _get(self._valid, path) != _get(defaults, path)]
         self._knet_paths = [path for path in self._paths if path[:2] == ["MODEL", "KNET"]]
         self._path = os.path.join(folder, "config.yaml")
         self._marker = os.path.join(folder, "code_has_run")
 
     def make(self, draw: random.Random) -> None:
         content: Dict[str, Any] = {}
-        for path in self._paths:
+        for path in self._changed:
             _set(content, path, _get(self._valid, path))
         for _ in range(draw.choice((1, 1, 2))):
             path = draw.choice(draw.choice((self._paths, self._knet_paths)))

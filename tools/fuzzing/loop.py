@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import signal
 import tempfile
 import traceback
 import warnings
@@ -17,6 +18,7 @@ from knet_d2.errors import KNetError
 from .targets import TARGETS
 
 SUCCESS, REFUSED, FAULT = "success", "refused", "fault"
+WAITING = 10  # times the processor time: what waits for something that never comes uses none
 
 
 class Outcome(NamedTuple):
@@ -44,22 +46,27 @@ def fuzz(kind: str, count: int, seed: int, first: int = 0, seconds: float = 20, 
     """Make and use inputs first, ..., first + count - 1; each is a function of kind, seed and its number.
 
     Args:
-        seconds, memory_mib: what an input may take; the memory is address space beyond what the process had before.
+        seconds, memory_mib: what an input may take: processor time, so that a busy machine changes nothing, and address
+            space beyond what the process had before.
     """
     counts, faults, reached, index = Counter(), {}, 0, first
     while index < first + count:
         ours, theirs = multiprocessing.Pipe(duplex=False)
-        arguments = (kind, range(index, first + count), seed, memory_mib, theirs)
+        arguments = (kind, range(index, first + count), seed, seconds, memory_mib, theirs)
         worker = multiprocessing.get_context("fork").Process(target=_work, args=arguments, daemon=True)
         worker.start()
         theirs.close()
         while index < first + count:
             try:
-                # preparing the valid files takes its time, too
-                outcome = ours.recv() if ours.poll(seconds) else Outcome(index, True, FAULT, f"hangs for {seconds} s")
+                # second by second, which does not count while all of this is suspended
+                if any(ours.poll(1) for _ in range(round(seconds * WAITING))):
+                    outcome = ours.recv()
+                else:
+                    outcome = Outcome(index, True, FAULT, "waits for ever")
             except EOFError:
                 worker.join()
-                outcome = Outcome(index, True, FAULT, f"the process ends with code {worker.exitcode}")
+                reason = "hangs" if worker.exitcode == -signal.SIGPROF else f"ends the process: {worker.exitcode}"
+                outcome = Outcome(index, True, FAULT, reason)
             counts[outcome.kind] += 1
             reached += outcome.reached
             if outcome.kind == FAULT:
@@ -72,7 +79,7 @@ def fuzz(kind: str, count: int, seed: int, first: int = 0, seconds: float = 20, 
     return Summary(counts, reached, faults)
 
 
-def _work(kind: str, indices: range, seed: int, memory_mib: int, connection: Connection) -> None:
+def _work(kind: str, indices: range, seed: int, seconds: float, memory_mib: int, connection: Connection) -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     silence = os.open(os.devnull, os.O_WRONLY)
@@ -85,6 +92,7 @@ def _work(kind: str, indices: range, seed: int, memory_mib: int, connection: Con
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         for index in indices:
             draw = random.Random(f"{kind} {seed} {index}")
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
             connection.send(_try(target, draw, index))
 
 

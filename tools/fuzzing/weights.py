@@ -113,19 +113,13 @@ class Weights:
         if self._format == "pickle":
             pickle.dump(_as_arrays(content), stream, protocol=draw.choice((0, 2, 4)))
         elif self._format == "safetensors":
-            model, metadata = content.get("model"), content.get("metadata")
-            tensors = {k: v for k, v in model.items() if isinstance(v, torch.Tensor)} if isinstance(model, dict) else {}
-            try:
-                data = save_safetensors(tensors, {"format": "pt", **{k: str(v) for k, v in (metadata or {}).items()}})
-            except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError):
-                # it does not write every odd tensor
-                data = save_safetensors(dict(self._step.model.state_dict()), self._metadata)
+            model, metadata = (x if isinstance(x, dict) else {} for x in map(content.get, ("model", "metadata")))
+            tensors = {k: v for k, v in model.items() if isinstance(v, torch.Tensor) and _is_plain(v)}
+            texts = {k: str(v).encode(errors="replace").decode() for k, v in metadata.items()}
+            data = save_safetensors(tensors, {"format": "pt", **texts})
             return _with_odd_header(data, draw) if 0.2 < form < 0.6 else data
         else:
-            try:
-                torch.save(content, stream, _use_new_zipfile_serialization=self._format != "legacy")
-            except (NotImplementedError, RuntimeError):  # nor PyTorch's older format
-                torch.save({"model": {"a": torch.zeros(2).to_sparse()}}, stream)
+            torch.save(content, stream, _use_new_zipfile_serialization=self._format != "legacy")
         data = stream.getvalue()
         return _with_odd_records(data, draw) if 0.6 < form < 0.7 and self._format in ("zip", "resume") else data
 
@@ -172,9 +166,15 @@ def _described_config() -> CfgNode:
     return cfg
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether every format can hold it, each element by itself."""
+    is_dense = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_contiguous()
+    return is_dense and not tensor.is_quantized
+
+
 def _as_arrays(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach().numpy() if value.device.type == "cpu" and not value.is_sparse else None
+        return value.detach().numpy() if _is_plain(value) else None
     if isinstance(value, dict):
         return {key: _as_arrays(item) for key, item in value.items()}
     return [_as_arrays(item) for item in value] if isinstance(value, list) else value
