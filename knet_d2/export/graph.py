@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..meta_arch import KNet
 from ..modeling.backbone.deform_conv import DeformConv2d
+from ..modeling.backbone.swin import SwinTransformer
 from ..postprocessing import ImageGeometry
 from . import results
 
@@ -49,6 +50,11 @@ class ExportableKNet(nn.Module):
             raise ConfigError(
                 "MODEL.RESNETS.DEFORM_ON_PER_STAGE: a model with deformable convolutions can't be exported, as "
                 "runtimes lack that operator. Use a model without, or run this one with knet_d2.load."
+            )
+        if any(isinstance(module, SwinTransformer) for module in model.modules()):
+            raise ConfigError(
+                "MODEL.BACKBONE.NAME: a model with a Swin transformer can't be exported, as torch.export can't follow "
+                "its windows at every image size. Use a model with a ResNet, or run this one with knet_d2.load."
             )
         if self.main_output == "sem_seg" and model.bank.num_matched:
             raise ConfigError(

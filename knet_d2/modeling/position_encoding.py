@@ -49,4 +49,5 @@ def coordinate_channels(x: torch.Tensor) -> torch.Tensor:
 def _coordinates(length: int, x: torch.Tensor) -> torch.Tensor:
     """Evenly from -1 to 1: [length]. Not by torch.linspace, which an exported graph would fix to one length."""
     index = torch.arange(length, device=x.device, dtype=x.dtype)
-    return 2 * index / index.amax().clamp(min=1) - 1
+    # "dim" is there for the export to ONNX
+    return 2 * index / index.amax(dim=0).clamp(min=1) - 1
