@@ -165,6 +165,9 @@ def test_classes_without_a_data_set():
     empty = data_cfg("instance", resolve=False)
     with pytest.raises(ConfigError, match="NUM_THING_CLASSES.*DATASETS.TRAIN"):
         resolve_classes(empty)
+    cfg.DATASETS.TEST = ({"name": "shapes"},)
+    with pytest.raises(ConfigError, match="DATASETS.TEST has {'name': 'shapes'} in it"):
+        resolve_classes(cfg)
 
 
 # ---- panoptic PNGs ----

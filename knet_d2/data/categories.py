@@ -83,6 +83,8 @@ def _tables(cfg: CfgNode, required: bool) -> dict[str, CategoryTable]:
     """Category tables by data set name, of those that can be had; required: raise where one can't."""
     tables = {}
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        if not isinstance(name, str):
+            raise ConfigError(f"DATASETS.TRAIN or DATASETS.TEST has {str(name)[:60]} in it; name data sets there.")
         if name not in DatasetCatalog and not required:
             continue
         try:
