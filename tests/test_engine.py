@@ -396,6 +396,7 @@ def test_wrong_config_files_are_named(tmp_path):
     assert "MODEL.KNET.THING_CATEGORY_IDS is null" in message("VERSION: 2\nMODEL: {KNET: {THING_CATEGORY_IDS: null}}")
     assert "recursion" in message(f"VERSION: 2\nMODEL: {{KNET: {{THING_CATEGORY_IDS: {'[' * 3000}{']' * 3000}}}}}")
     message("MODEL: [1, 2")
+    assert "no mapping" in message("12") and "no mapping" in message("[MODEL, SOLVER]")
     made = tmp_path / "made"
     message(f"VERSION: 2\nOUTPUT_DIR: !!python/object/apply:os.mkdir ['{made}']")
     assert not made.exists()

@@ -84,6 +84,8 @@ def _clear_errors(source: str, known: List[str]) -> Iterator[None]:
     yacs_logger.setLevel(logging.CRITICAL)
     try:
         yield
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"{source}: it holds no mapping of keys to values as configs do ({error}).") from error
     except (KeyError, ValueError, AssertionError, OSError, RecursionError, yaml.YAMLError) as error:
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         unknown = re.match(r"Non-existent (?:config )?key: (\S+)", text)
