@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
 
-from .sampling import ImageGeometry, Tiles, upsampled_probabilities
+from .sampling import ImageGeometry, Tiles, Workspace, upsampled_probabilities
 
 MASK_THRESHOLD = 0.5
 
@@ -27,6 +27,7 @@ def _zeros(shape: Tuple[int, ...], dtype: np.dtype, device: torch.device) -> tor
     return torch.zeros(shape, dtype=getattr(torch, dtype.name), device=device)
 
 
+@torch.no_grad()
 def binary_masks(mask_logits: torch.Tensor, copies: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
     """Where probabilities are above the threshold.
 
@@ -38,17 +39,18 @@ def binary_masks(mask_logits: torch.Tensor, copies: torch.Tensor, geometry: Imag
         bool [M, H, W].
     """
     probs = upsampled_probabilities(mask_logits)
-    tiles = Tiles(probs, geometry)
+    tiles, workspace = Tiles(probs, geometry), Workspace(probs)
     masks = _zeros((len(copies), *geometry.output), np.dtype(bool), mask_logits.device)
-    low, high = (bound > MASK_THRESHOLD for bound in tiles.bounds())
+    low, high = tiles.bounds()
+    low, high = low.amin(dim=2) > MASK_THRESHOLD, high.amax(dim=2) > MASK_THRESHOLD
     # On the CPU, so that a device is waited for once and not in every tile
     full, mixed, copies = low.cpu(), (high & ~low).cpu(), copies.cpu()
     position = mixed.cumsum(dim=0) - 1
     for t, tile in enumerate(tiles):
         tile_masks = tile.of(masks)
         tile_masks[full[copies, t].nonzero()[:, 0]] = True
-        kernels = mixed[:, t].nonzero()[:, 0]
-        computed = tile.resize(tile.source(probs)[kernels]) > MASK_THRESHOLD
+        kernels = mixed[:, t].nonzero()[:, 0].to(probs.device)
+        computed = tile.resize(probs, kernels, workspace) > MASK_THRESHOLD
         shown = mixed[copies, t].nonzero()[:, 0]
         tile_masks[shown] = computed[position[copies[shown], t]]
     return masks
@@ -122,30 +124,36 @@ class PixelOwners(NamedTuple):
     areas: torch.Tensor
 
 
+@torch.no_grad()
 def assign_pixels(scores: torch.Tensor, mask_logits: torch.Tensor, geometry: ImageGeometry) -> PixelOwners:
     """Give each pixel to the kernel with the largest score * mask probability; a tie goes to the first one."""
-    probs = upsampled_probabilities(mask_logits)
-    tiles = Tiles(probs, geometry)
+    probs, device = upsampled_probabilities(mask_logits), mask_logits.device
+    tiles, workspace = Tiles(probs, geometry), Workspace(probs)
     low, high = tiles.bounds()
-    # A kernel whose best pixel is worse than the worst one of another kernel wins nothing in a tile
-    best, worst = scores[:, None] * high, scores[:, None] * low
-    full, empty = low >= MASK_THRESHOLD, high < MASK_THRESHOLD
-    computed = ~(best < worst.amax(dim=0)) | ~(full | empty)  # also where something is NaN
-    chosen = [column.nonzero()[:, 0] for column in computed.cpu().T]  # a device is waited for once
-    owners = _zeros(geometry.output, np.dtype("int32"), mask_logits.device)
-    areas = torch.zeros(len(scores), dtype=torch.int64, device=mask_logits.device)
-    # They fall, so that of those that tie the largest is the first kernel's. On a CPU, amax is three times as fast as
+    full, empty = low.amin(dim=2) >= MASK_THRESHOLD, high.amax(dim=2) < MASK_THRESHOLD
+    mixed = ~(full | empty)  # also where something is NaN, as below
+    # A kernel whose best pixel is worse than the worst one of another kernel wins nothing in a cell
+    best, worst = scores[:, None, None] * high, scores[:, None, None] * low
+    competes = ~(best < worst.amax(dim=0)).all(dim=2) & ~mixed
+    # Those whose areas have to be counted come first; a device is waited for once
+    counted, others = ([tile.nonzero()[:, 0] for tile in choice.T] for choice in torch.stack([mixed, competes]).cpu())
+    owners = _zeros(geometry.output, np.dtype("int32"), device)
+    sizes = torch.tensor([tile.of(owners).numel() for tile in tiles], device=device)
+    areas = (full * sizes).sum(dim=1)
+    # Codes fall, so that of those that tie the largest is the first kernel's. On a CPU, amax is three times as fast as
     # max with indices, and counting in floats (exact up to 2^24 pixels) five times as fast as in integers.
-    codes = torch.arange(len(scores), 0, -1, dtype=scores.dtype, device=scores.device)[:, None, None]
+    codes = torch.arange(len(scores), 0, -1, dtype=scores.dtype, device=device)
+    table = torch.stack([scores, codes])
     for t, tile in enumerate(tiles):
-        kernels = chosen[t].to(mask_logits.device)
-        masks = tile.resize(tile.source(probs).index_select(0, kernels))
-        claims = masks * scores.index_select(0, kernels)[:, None, None]
-        winners = claims.ge_(claims.amax(dim=0)).mul_(codes.index_select(0, kernels)).amax(dim=0)
-        tile_owners = tile.of(owners)
-        tile_owners.copy_(len(scores) - winners.clamp_(min=1))  # where something is NaN nobody wins
-        areas += (full[:, t] & ~computed[:, t]) * tile_owners.numel()
-        areas.index_add_(0, kernels, masks.ge_(MASK_THRESHOLD).flatten(1).sum(dim=1, dtype=torch.float).long())
+        kernels = torch.cat([counted[t], others[t]]).to(device)
+        masks = tile.resize(probs, kernels, workspace)
+        area = masks[: len(counted[t])]
+        area = torch.ge(area, MASK_THRESHOLD, out=workspace.take("area", *area.shape)).flatten(1)
+        areas.index_add_(0, kernels[: len(area)], area.sum(dim=1, dtype=torch.float).long())
+        kernel_scores, kernel_codes = table.index_select(1, kernels)[..., None, None]
+        claims = masks.mul_(kernel_scores)
+        winners = claims.ge_(claims.amax(dim=0)).mul_(kernel_codes).amax(dim=0)
+        tile.of(owners).copy_(len(scores) - winners.clamp_(min=1))  # where something is NaN nobody wins
     return PixelOwners(owners, areas)
 
 
@@ -195,6 +203,7 @@ def panoptic_inference(
     return segment_of_kernel.index_select(0, owners.flatten()).view(geometry.output), segments
 
 
+@torch.no_grad()
 def semantic_inference(
     class_logits: torch.Tensor, mask_logits: torch.Tensor, class_mask: torch.Tensor, geometry: ImageGeometry
 ) -> torch.Tensor:
@@ -205,8 +214,9 @@ def semantic_inference(
     """
     scores = class_logits.sigmoid().masked_fill(~class_mask, 0)
     total = mask_logits.new_empty(scores.shape[1], *geometry.output)
-    probs = upsampled_probabilities(mask_logits)
+    probs, kernels = upsampled_probabilities(mask_logits), torch.arange(len(mask_logits), device=mask_logits.device)
+    workspace = Workspace(probs)
     for tile in Tiles(probs, geometry):
-        masks = tile.resize(tile.source(probs))
+        masks = tile.resize(probs, kernels, workspace)
         tile.of(total).copy_((scores.T @ masks.flatten(1)).unflatten(1, masks.shape[1:]))
     return total
