@@ -17,9 +17,9 @@ from knet_d2.modeling.matcher import HungarianMatcher
 from .cases import Result, relative_difference, share_of_different
 
 # Relative tolerances of the losses, and of the gradients' norms, by precision. What a gradient norm in float32 has of
-# rounding noise depends on the processor: 6e-5 on one for the instance model, whose recording has 1e-6, and an image that
-# is changed by half a rounding step changes norms by up to 2e-4. Allowed is twice that, or ten times the noise of the
-# recordings (panoptic 7e-5, semantic 2e-3). Float64, which nothing of this touches, decides.
+# rounding noise depends on the processor: 6e-5 on one for the instance model, whose recording has 1e-6, and an image
+# that is changed by half a rounding step changes norms by up to 2e-4. Allowed is twice that, or ten times the noise of
+# the recordings (panoptic 7e-5, semantic 2e-3). Float64, which nothing of this touches, decides.
 LOSS_TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-5}
 NORM_TOLERANCES = {torch.float64: {"instance": 1e-5, "panoptic": 1e-5, "semantic": 1e-5}}
 NORM_TOLERANCES[torch.float32] = {"instance": 4e-4, "panoptic": 7e-4, "semantic": 2e-2}
