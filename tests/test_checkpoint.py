@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,16 +108,19 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
         trainer.resume_or_load(resume=True)
 
 
-def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, error):
+    """What Python reports, and what PyTorch's writer makes of it."""
     checkpointer = Checkpointer(ToyNet(None), str(tmp_path))
     checkpointer.save("model")
     before = (tmp_path / "model.pth").read_bytes()
 
     def fill_disk(data, f):
         f.write(b"half a checkpoint")
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(torch, "save", fill_disk)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
     with pytest.raises(CheckpointError, match="model.pth.*No space left"):
         checkpointer.save("model")
     assert (tmp_path / "model.pth").read_bytes() == before

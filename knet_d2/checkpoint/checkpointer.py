@@ -1,7 +1,9 @@
 """Detectron2's checkpointer with atomic writing, safe reading and errors instead of warnings where nothing fits."""
 
+import errno
 import http.client
 import os
+import shutil
 from typing import Any, Callable, Dict, Optional
 
 import torch
@@ -18,6 +20,8 @@ from .resume import newest_whole_checkpoint, resumable_checkpoints
 from .zoo import fitting_hint
 
 _HEURISTICS = "?matching_heuristics=True"
+# Where less is free, a disk counts as full: its last blocks can be too few for what was to be written
+_FULL_DISK_BYTES = 1 << 20
 
 
 def write_atomically(path: str, write: Callable[[Any], None], mode: str = "wb") -> None:
@@ -26,7 +30,12 @@ def write_atomically(path: str, write: Callable[[Any], None], mode: str = "wb") 
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
     try:
         with open(temporary, mode) as f:
-            write(f)
+            try:
+                write(f)
+            except RuntimeError as e:  # PyTorch's writer does not say that the disk is full
+                if shutil.disk_usage(folder).free >= _FULL_DISK_BYTES:
+                    raise
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -96,7 +105,7 @@ class Checkpointer(DetectionCheckpointer):
             write_atomically(path, lambda f: torch.save(data, f))
             if tag:
                 self.tag_last_checkpoint(os.path.basename(path))
-        except (OSError, RuntimeError) as e:  # PyTorch's writer turns a full disk into a RuntimeError
+        except (OSError, RuntimeError) as e:
             raise CheckpointError(
                 f"{path}: the checkpoint can't be written ({e}). Earlier checkpoints are intact."
             ) from e

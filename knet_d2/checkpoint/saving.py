@@ -36,5 +36,5 @@ def save_weights(path: str, state_dict: Mapping[str, torch.Tensor], metadata: Di
 def _write(path: str, write: Callable[[Any], None]) -> None:
     try:
         write_atomically(path, write)
-    except (OSError, RuntimeError) as e:  # PyTorch's writer turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as e:
         raise CheckpointError(f"{path}: can't be written ({e}).") from e
