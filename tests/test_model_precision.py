@@ -30,6 +30,8 @@ from knet_d2.modeling.targets import build_targets
 from knet_d2.postprocessing import ImageGeometry, mask_probabilities
 from knet_d2.structures import KernelBank, KernelState, Targets
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize("task", TASKS)
 def test_double_precision_throughout(task):
@@ -154,16 +156,16 @@ class Transfers(TorchDispatchMode):
     # What returns a number, or a tensor whose shape depends on values
     WAITING = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique_dim", "_unique2"}
 
-    def __init__(self):
+    def __init__(self, device=CUDA):
         super().__init__()
-        self.copies, self.waits = [], []
+        self.device, self.copies, self.waits = device, [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         by_mask = name.startswith("index") and any(x.dtype == torch.bool for x in tensors[1:])
-        if any(x.device == CUDA for x in tensors) and (name in self.WAITING or by_mask):
+        if any(x.device == self.device for x in tensors) and (name in self.WAITING or by_mask):
             self.waits.append(name)
         result = func(*args, **kwargs)
         if name == "copy_" and args[0].device != args[1].device:
@@ -239,12 +241,33 @@ def predict_on_fake_cuda(model, task, state, stages):
 
 
 @needs_fake_cuda
-def test_instance_targets_move_to_the_model_s_device(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: 0)  # the check of the classes looks at values
-    bank = KernelBank.for_task("instance", num_kernels=6, num_things=3, num_stuff=0)
-    with FakeTensorMode():
+@pytest.mark.parametrize("task", TASKS)
+def test_targets_move_to_the_model_s_device_without_waiting(task, monkeypatch):
+    # Checks of classes and labels look at values, but of tensors on the CPU
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: 0)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: False)
+    monkeypatch.setattr(torch.Tensor, "unique", lambda self: torch.arange(3, 5))
+    bank = KernelBank.for_task(task, num_kernels=6, num_things=3, num_stuff=2)
+    with FakeTensorMode(), Transfers() as transfers:
         masks = BitMasks(torch.zeros(2, 64, 96, dtype=torch.bool))
         instances = Instances((64, 96), gt_classes=torch.zeros(2, dtype=torch.int64), gt_masks=masks)
-        x = {"image": torch.zeros(3, 64, 96, dtype=torch.uint8), "instances": instances}
+        labels = torch.zeros(64, 96, dtype=torch.int64)
+        x = {"image": torch.zeros(3, 64, 96, dtype=torch.uint8), "instances": instances, "sem_seg": labels}
+        monkeypatch.setattr(torch, "isin", lambda values, fixed: slice(None))
         targets = build_targets(x, (64, 96), (16, 24), bank, IGNORE, torch.zeros(1, device="cuda"))
     assert {t.device for t in targets if t is not None} == {CUDA}
+    # Classes and masks of things and of stuff, and labels
+    assert transfers.copies == [("cpu", "cuda", True)] * {"instance": 3, "panoptic": 5, "semantic": 3}[task]
+    assert transfers.waits == []
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_nothing_waits_for_a_device_in_the_backward_pass(task):
+    """Fake tensors have none; what waits for a device is found on the CPU as well."""
+    loss = sum(tiny_model(task)(make_batch([2, 0])).values())
+    with Transfers(CPU) as transfers:
+        loss.backward()
+    assert transfers.waits == []
+    with Transfers(CPU) as transfers:
+        assert loss.item() > 0
+    assert transfers.waits == ["_local_scalar_dense"]
