@@ -58,8 +58,8 @@ class ExportableKNet(nn.Module):
             )
         if self.main_output == "sem_seg" and model.bank.num_matched:
             raise ConfigError(
-                "MODEL.KNET.TEST.OUTPUTS begins with 'sem_seg', which can't be exported for kernels that are matched to "
-                "instances. Put 'panoptic_seg' or 'instances' first."
+                "MODEL.KNET.TEST.OUTPUTS begins with 'sem_seg', which can't be exported for kernels that are matched "
+                "to instances. Put 'panoptic_seg' or 'instances' first."
             )
         if self.main_output == "instances" and model.max_instances == 0:
             raise ConfigError("TEST.DETECTIONS_PER_IMAGE = 0: there would be no result. Use 1 or more.")
