@@ -6,6 +6,8 @@ import functools
 import json
 import logging
 import os
+import signal
+import sys
 import tempfile
 import warnings
 from pathlib import PurePath
@@ -218,7 +220,9 @@ def build_page(viewer: Viewer, folder: str) -> Any:
             with gradio.Column(scale=1):
                 upload = gradio.File(label="Image", file_types=["image"])
                 choice = gradio.Radio(choices, value=choices[0], label="Task")
-                threshold = gradio.Slider(0, 1, 0.3, step=0.01, label="Score threshold")
+                threshold = gradio.Slider(
+                    0, 1, 0.3, step=0.01, label="Score threshold", info="of instances and things; stuff is always shown"
+                )
                 stage = gradio.Slider(0, last, last, step=1, label="Stage")
             with gradio.Column(scale=2):
                 message = gradio.Markdown()
@@ -279,6 +283,8 @@ def serve(page: Any, host: str, port: int) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
+    # As service managers stop it: the folder with the uploads goes as after Ctrl+C
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     viewer = Viewer(load_models(args.weights, args.config_file, args.opts), args.max_megapixels)
     with tempfile.TemporaryDirectory(prefix="knet_d2_web_") as folder:
         page = build_page(viewer, folder)

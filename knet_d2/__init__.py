@@ -16,7 +16,10 @@ if not runs_setup_command():
 
     def __getattr__(name: str) -> object:
         if name == "load":
-            from .inference import load  # brings matplotlib, which training does without
-
+            try:
+                from .inference import load  # brings matplotlib and OpenCV, which training does without
+            except ModuleNotFoundError as error:
+                message = f"knet_d2.load needs {error.name}, which is not installed: python -m knet_d2.doctor"
+                raise ImportError(message, name=error.name) from error
             return load
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

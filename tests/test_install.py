@@ -296,6 +296,15 @@ def test_import_without_detectron2_is_one_error_with_the_command(tmp_path, modul
     assert last.endswith("python -m knet_d2.install_detectron2")
 
 
+def test_load_without_opencv_is_one_error_with_the_command(tmp_path):
+    """Training does without it."""
+    done = run_python(tmp_path, "-c", "import knet_d2; knet_d2.load", blocked="cv2")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: knet_d2.load needs cv2, which is not installed: python -m knet_d2.doctor"
+    )
+
+
 def test_install_step_needs_the_standard_library_only(tmp_path):
     blocked = ",".join(["setuptools", *(dependency.module for dependency in DEPENDENCIES)])
     done = run_python(tmp_path, "-m", "knet_d2.install_detectron2", "--help", blocked=blocked)

@@ -1,9 +1,12 @@
 """The web page: what it shows and refuses, and, where Gradio is installed, the page itself."""
 
 import json
+import os
 import re
+import signal
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -165,6 +168,28 @@ def test_models_of_the_same_name(tmp_path, monkeypatch):
     paths = ["a/run/m.pth", "b/run/m.pth", "knet://coco/instance/knet_r50"]
     models = web.load_models(paths, None, [])
     assert models == dict(zip(["run/m.pth", "run/m.pth 2", "instance/knet_r50"], paths))
+
+
+def test_uploads_go_when_the_page_is_stopped(tmp_path, monkeypatch, capsys):
+    """As service managers stop it."""
+    folders = []
+
+    def build_page(viewer, folder):
+        folders.append(folder)
+        return SimpleNamespace(block_thread=lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    monkeypatch.setattr(web, "build_page", build_page)
+    monkeypatch.setattr(web, "serve", lambda page, host, port: f"http://{host}:{port}/")
+    monkeypatch.setattr(web, "load_models", lambda *args: {})
+    monkeypatch.setattr(web, "Viewer", lambda *args: None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            web.main(web.get_parser().parse_args(["--weights", "model.pth"]))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 143
+    assert len(folders) == 1 and not os.path.exists(folders[0])
 
 
 # ---- with Gradio -----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 from ..config import add_knet_config
 from ..data import register_custom_datasets, resolve_classes
 from ..errors import ConfigError, KNetError
+from ..paths import config_folder
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,8 @@ def _clear_errors(source: str, known: List[str]) -> Iterator[None]:
         raise ConfigError(f"{source}: it holds no mapping of keys to values as configs do ({error}).") from error
     except (KeyError, ValueError, AssertionError, OSError, RecursionError, yaml.YAMLError) as error:
         text = str(error.args[0] if isinstance(error, KeyError) else error)
+        if isinstance(error, FileNotFoundError):
+            text += f". _BASE_ is relative to the file that has it; the configs of knet_d2 are in {config_folder()}."
         unknown = re.match(r"Non-existent (?:config )?key: (\S+)", text)
         if unknown:
             text = f"unknown config key {unknown.group(1)}.{_suggestion(unknown.group(1), known)}"
