@@ -96,7 +96,8 @@ def compare(args: argparse.Namespace, setting: Dict[str, Any]) -> List[Dict[str,
         rate = matrix_rate(device, setting["precision"])
         for row, run, samples in zip(rows, runs, seconds):
             row["seconds"], row["all_seconds"] = median(samples), samples
-            row["speed"] = row["batch"] / row["seconds"] * rows[0]["seconds"] / rows[0]["batch"]
+            # In this order it is exactly 1 for the first model
+            row["speed"] = (row["batch"] * rows[0]["seconds"]) / (rows[0]["batch"] * row["seconds"])
             row["share_of_matrix_rate"] = row["giga_multiply_adds"] / row["seconds"] / rate
             memory = measure_memory(run, device)
             row["peak_mib"], row["returned_mib"] = memory or (None, None)
