@@ -16,8 +16,8 @@ from program_helpers import Program, errors_in, shapes, write_config  # noqa: F4
 from toys import assert_identical
 
 from knet_d2.checkpoint import Checkpointer
-from knet_d2.engine import Trainer, load_config
-from knet_d2.engine.failures import explain
+from knet_d2.engine import Trainer, launch, load_config
+from knet_d2.engine.failures import EXIT_FAILED, explain
 from knet_d2.engine.launch import Placement, _guarded, find_placement, first_host
 from knet_d2.engine.preemption import EXIT_PREEMPTED
 from knet_d2.errors import ConfigError, DataError
@@ -92,6 +92,42 @@ def test_failures_are_explained():
     assert "DATALOADER.NUM_WORKERS" in explain(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
     lost = RuntimeError("[/x/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4567")
     assert "Another process" in explain(lost) and "--resume" in explain(lost)
+
+
+@pytest.mark.parametrize("through, explained", [("dataloader.py", True), ("other.py", False)])
+def test_a_batch_that_can_not_be_fetched_means_a_lost_loader(through, explained):
+    """The main process can meet the end of a loader before PyTorch does."""
+    names = {"error": ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")}
+    exec(compile("def receive():\n    raise error", "/python/multiprocessing/connection.py", "exec"), names)
+    exec(compile("def fetch():\n    receive()", f"/torch/utils/data/{through}", "exec"), names)
+    with pytest.raises(ConnectionResetError) as raised:
+        names["fetch"]()
+    message = explain(raised.value)
+    assert (message is not None and "DATALOADER.NUM_WORKERS" in message) == explained
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="a signal of POSIX")
+def test_a_loader_that_dies_does_not_disturb_the_report(monkeypatch, capsys):
+    """PyTorch's handler raises wherever the program is."""
+
+    def raise_error(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    def explain_while_a_loader_dies(error):
+        os.kill(os.getpid(), signal.SIGCHLD)
+        return "the reason"
+
+    def fail():
+        raise ValueError
+
+    monkeypatch.setattr(launch, "explain", explain_while_a_loader_dies)
+    before = signal.signal(signal.SIGCHLD, raise_error)
+    try:
+        assert _guarded(fail) == EXIT_FAILED
+        assert signal.getsignal(signal.SIGCHLD) is raise_error
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert capsys.readouterr().err == "Error: the reason\n"
 
 
 def test_full_disk_is_told_once(capsys):

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import traceback
 from typing import Optional
 
 from torch import distributed
@@ -25,17 +26,22 @@ def explain(error: BaseException) -> Optional[str]:
             f"{name}: {error.strerror}. Make room there or choose another OUTPUT_DIR. "
             f"{_CONTINUE}"
         )
-    if not isinstance(error, RuntimeError):
-        return None
     worker = re.search(r"DataLoader worker \(pid.*?\) (is killed by signal: \w+|exited unexpectedly)", str(error))
-    if worker:
+    if worker or _broke_while_loading(error):
+        what = worker.group(1) if worker else "exited unexpectedly"
         return (
-            f"A process that loads data {worker.group(1)} (out of memory, perhaps: try a smaller "
-            f"DATALOADER.NUM_WORKERS). {_CONTINUE}"
+            f"A process that loads data {what} (out of memory, perhaps: try a smaller DATALOADER.NUM_WORKERS). "
+            f"{_CONTINUE}"
         )
     if is_lost_connection(error):
         return f"Another process of this run has ended, or has not answered in time. {_CONTINUE} ({_first_line(error)})"
     return None
+
+
+def _broke_while_loading(error: BaseException) -> bool:
+    """Whether the connection to a process that loads data broke while a batch was fetched from it."""
+    files = {os.path.basename(frame.filename) for frame in traceback.extract_tb(error.__traceback__)}
+    return isinstance(error, (OSError, EOFError)) and {"dataloader.py", "connection.py"} <= files
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -164,18 +164,37 @@ def _guarded(work: Callable, *args: Any) -> int:
         work(*args)
         return 0
     except Exception as error:
-        if is_lost_connection(error):
-            time.sleep(_PATIENCE)
-        if not _is_first_failure():
-            logger.info(f"Process {comm.get_rank()} ends, because another one failed.")
-            return EXIT_FAILED
-        message = explain(error)
-        if message is not None:
-            return _fail(f"Error: {message}")
-        logger.exception("Unexpected failure:")
-        if not comm.is_main_process():  # whose log is the only one that is shown
-            traceback.print_exc()
+        with _undisturbed_by_loaders():
+            return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """Print why this process ends; returns its exit code."""
+    if is_lost_connection(error):
+        time.sleep(_PATIENCE)
+    if not _is_first_failure():
+        logger.info(f"Process {comm.get_rank()} ends, because another one failed.")
         return EXIT_FAILED
+    message = explain(error)
+    if message is not None:
+        return _fail(f"Error: {message}")
+    logger.error("Unexpected failure:", exc_info=error)
+    if not comm.is_main_process():  # whose log is the only one that is shown
+        traceback.print_exception(error)
+    return EXIT_FAILED
+
+
+@contextlib.contextmanager
+def _undisturbed_by_loaders() -> Iterator[None]:
+    """Without PyTorch's handler of SIGCHLD, which raises wherever the program is when a loading process has died."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
 
 
 def _is_first_failure() -> bool:
