@@ -1,5 +1,6 @@
 """Pictures of ground truth and predictions, drawn by Detectron2's Visualizer. All images are uint8 RGB [H, W, 3]."""
 
+import gc
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
@@ -177,6 +178,8 @@ def draw_validation_pictures(cfg: CfgNode, model: nn.Module, number: int) -> Dic
             pictures[os.path.basename(records[i]["file_name"])] = np.concatenate([truth, gap, drawn], axis=1)
     finally:
         model.train(training)
+    # Matplotlib's figures refer to themselves; Python by itself would keep them for hundreds of pictures
+    gc.collect()
     return pictures
 
 

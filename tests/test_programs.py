@@ -1,5 +1,6 @@
 """train_net.py and the demo programs end to end, with tiny models on a few generated images."""
 
+import gc
 import json
 import os
 import re
@@ -13,14 +14,23 @@ import pytest
 import torch
 import yaml
 from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
+from detectron2.utils.visualizer import Visualizer
 from helpers import spread_scores
+from matplotlib.figure import Figure
 from PIL import Image
 from program_helpers import NUM_IMAGES, ROOT, SIZE, Program, load_program, shapes, write_config  # noqa: F401
 
 from knet_d2.classes import class_table
 from knet_d2.engine import Predictor, Trainer, load_config, replay
 from knet_d2.errors import CheckpointError, ConfigError, DataError, KNetError, NonFiniteError
-from knet_d2.visualization import Segment, draw_segments, ground_truth_segments, picture_sheet
+from knet_d2.visualization import (
+    Segment,
+    draw_segments,
+    draw_validation_pictures,
+    ground_truth_segments,
+    picture_sheet,
+)
 
 train_net = load_program(ROOT / "train_net.py")
 demo = load_program(ROOT / "demo" / "demo.py")
@@ -109,6 +119,23 @@ def test_training_of_the_other_tasks(tmp_path, shapes, task, metric):
     # what was resolved from the data is what is saved
     knet = saved["MODEL"]["KNET"]
     assert (knet["NUM_THING_CLASSES"], knet["NUM_STUFF_CLASSES"]) == ((4, 0) if task == "instance" else (0, 7))
+
+
+def test_nothing_stays_of_the_figures_of_validation_pictures(tmp_path, shapes, monkeypatch):
+    """They refer to themselves, and Python looks for such things the more seldom the more there is in memory."""
+    cfg = load_config(write_config(tmp_path, shapes, "panoptic"))
+    drawn, original = [], Visualizer.get_output
+    monkeypatch.setattr(Visualizer, "get_output", lambda self: drawn.append(1) or original(self))
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(x, Figure) for x in gc.get_objects())
+        pictures = draw_validation_pictures(cfg, build_model(cfg), 2)
+        after = sum(isinstance(x, Figure) for x in gc.get_objects())
+    finally:
+        gc.enable()
+    assert len(pictures) == 2 and len(drawn) == 4  # ground truth and prediction
+    assert after == before
 
 
 def test_step_that_is_not_finite_can_be_repeated(tmp_path, shapes, capsys):
