@@ -14,7 +14,6 @@ import torch
 from checkpoint_helpers import ROOT, load_tool
 from helpers import spread_scores, tiny_config, tiny_model
 from PIL import Image
-from test_postprocessing import ALL, PLAIN, class_mask, drawn
 
 import knet_d2
 from knet_d2.checkpoint import describe_model
@@ -25,7 +24,6 @@ from knet_d2.errors import ConfigError
 from knet_d2.export import OUTPUT_NAMES, ExportableKNet, trace
 from knet_d2.export.writing import METADATA_FILE
 from knet_d2.inference import ImagePredictor
-from knet_d2.meta_arch import ImagePrediction
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -293,29 +291,3 @@ def test_results_of_the_static_kernels():
         found = ExportableKNet(model)(*map(torch.from_numpy, inputs))
     found = {name: x[0].numpy() for name, x in zip(OUTPUT_NAMES["instances"], found)}
     assert check_export.agreement(expected, found, 0.0).is_good
-
-
-class Drawn:
-    """Stands for a panoptic model that gives what test_postprocessing.drawn has made."""
-
-    overlap_threshold = 0.6
-    class_mask = class_mask(2)
-
-    def __init__(self, *kernels):
-        self._predictions = [ImagePrediction(*drawn(*kernels), PLAIN)]
-
-    def __call__(self, inputs, do_postprocess):
-        return self._predictions
-
-
-@pytest.mark.parametrize("rows, expected", [(1, False), (2, True), (3, False)])
-def test_images_in_which_a_pixel_decides_about_a_segment_are_left_out(rows, expected):
-    """A thing of 5 x 5 cells needs 15 of them; another one takes some rows."""
-    model = Drawn(
-        (0, 0.5, slice(0, 5), slice(0, 5)),
-        (1, 0.9, slice(0, rows), slice(0, 5)),
-        (2, 0.4, ALL, slice(5, 10)),
-        (3, 0.3, slice(5, 10), slice(0, 5)),
-    )
-    image = np.zeros((3, 20, 20), np.uint8)
-    assert check_export._has_segment_at_threshold(model, image, np.array(PLAIN.output)) == expected

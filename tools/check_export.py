@@ -7,8 +7,7 @@ scores differ by more than 1e-4, masks overlap by less than 0.999 or maps agree 
 
 A pixel whose mask logit is nearly 0 enters or leaves the group feature of its kernel by rounding alone, and from there
 on everything differs a little. Images with such a logit, within what float32 and float64 differ by, are left out of
-these figures, and so are those where a pixel more or less decides whether a panoptic segment keeps enough of its mask;
-they are counted, and have a line of their own.
+these figures; they are counted, and have a line of their own.
 """
 
 import argparse
@@ -28,15 +27,12 @@ from knet_d2.errors import ConfigError, errors_in_one_line
 from knet_d2.export import OUTPUT_NAMES
 from knet_d2.inference.loading import load
 from knet_d2.meta_arch import KNet
-from knet_d2.postprocessing import assign_pixels
 
 SIZES = ((128, 128), (96, 160), (100, 140), (150, 90))
 BATCHES = (1, 2)
 MAX_SCORE_DIFFERENCE = 1e-4
 MIN_IOU = 0.999
 MIN_EQUAL = 0.999
-# Pixels of a panoptic segment that may change hands by rounding
-ROUNDED_PIXELS = 1
 
 Tensors = Dict[str, np.ndarray]
 Runner = Callable[[np.ndarray, np.ndarray, np.ndarray], Tensors]
@@ -163,34 +159,16 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / union) if union else 1.0
 
 
-def is_decided_by_rounding(model: KNet, exact: KNet, image: np.ndarray, output_size: np.ndarray) -> bool:
-    """Whether a result hangs on the rounding of float32.
-
-    A mask logit that decides which pixels a kernel gathers is 0 within it, or a panoptic segment has as many pixels as
-    it needs to be kept, within ROUNDED_PIXELS.
-    """
+def is_at_a_gate(model: KNet, exact: KNet, image: np.ndarray) -> bool:
+    """Whether a mask logit that decides which pixels a kernel gathers is 0 within the rounding of float32."""
     if model.bank.num_matched == 0:
         return False
-    if model.outputs[0] == "panoptic_seg" and _has_segment_at_threshold(model, image, output_size):
-        return True
     logits, exact_logits = (_gating_logits(x, image) for x in (model, exact))
     for rounded, reference in zip(logits, exact_logits):
         noise = (rounded - reference).abs().max()
         if (reference.abs() <= 2 * noise).any():
             return True
     return False
-
-
-def _has_segment_at_threshold(model: KNet, image: np.ndarray, output_size: np.ndarray) -> bool:
-    height, width = map(int, output_size)
-    inputs = {"image": torch.from_numpy(image), "height": height, "width": width}
-    with torch.inference_mode():
-        (prediction,) = model([inputs], do_postprocess=False)
-        scores = prediction.class_logits.sigmoid().masked_fill(~model.class_mask, -1).amax(dim=1)
-        owners, areas = assign_pixels(scores, prediction.mask_logits, prediction.geometry)
-    won = owners.flatten().bincount(minlength=len(areas))
-    excess = won - model.overlap_threshold * areas
-    return bool(((won > 0) & (excess.abs() <= ROUNDED_PIXELS)).any())
 
 
 def _gating_logits(model: KNet, image: np.ndarray) -> List[torch.Tensor]:
@@ -218,7 +196,7 @@ class Row(NamedTuple):
 
     Attributes:
         file: its path.
-        kept, left_out: worst agreement of the images, and of those whose results hang on rounding.
+        kept, left_out: worst agreement of the images, and of those with a gating logit at 0.
         num_left_out: of num_images.
         seconds, pytorch_seconds: median per image.
     """
@@ -257,23 +235,18 @@ def worst(results: Sequence[Agreement]) -> Agreement:
     return Agreement(max(differences), min(ious), min(parts))
 
 
-def output_size_of(size: Sequence[int]) -> np.ndarray:
-    """Another size than the images', of other proportions."""
-    return np.array([size[0] * 3 // 2, size[1] * 5 // 4])
-
-
 def compare(
-    model: KNet, runners: Dict[str, Runner], images: np.ndarray, left_out: Sequence[bool], batch: int, threshold: float
+    model: KNet, runners: Dict[str, Runner], images: np.ndarray, at_gate: Sequence[bool], batch: int, threshold: float
 ) -> Iterator[Row]:
     """Run all models on images of one size, [n, 3, H, W], with results of another size.
 
     Args:
         runners: by the paths of the files.
-        left_out: which images' results hang on rounding.
+        at_gate: which images have a gating logit at 0.
         threshold: of the instances' scores.
     """
     size = images.shape[2:]
-    output_size = output_size_of(size)
+    output_size = np.array([size[0] * 3 // 2, size[1] * 5 // 4])
     seconds: Dict[str, List[float]] = {name: [] for name in ("", *runners)}
     found: Dict[str, List[Agreement]] = {name: [] for name in runners}
     starts = range(0, len(images) - batch + 1, batch)
@@ -288,7 +261,7 @@ def compare(
             for i, one in enumerate(expected):
                 found[name].append(agreement(one, {key: x[i] for key, x in outputs.items()}, threshold))
     for name, results in found.items():
-        parts = [[x for x, out in zip(results, left_out) if out == wanted] for wanted in (False, True)]
+        parts = [[x for x, gate in zip(results, at_gate) if gate == wanted] for wanted in (False, True)]
         medians = statistics.median(seconds[name]), statistics.median(seconds[""])
         yield Row(name, size, batch, *map(worst, parts), len(results), len(parts[1]), *medians)
 
@@ -316,10 +289,9 @@ def main(args: argparse.Namespace) -> int:
     rows = []
     for text in args.sizes:
         images = read_images(files, tuple(map(int, text.split("x"))), order)
-        output_size = output_size_of(images.shape[2:])
-        left_out = [is_decided_by_rounding(model, exact, image, output_size) for image in images]
+        at_gate = [is_at_a_gate(model, exact, image) for image in images]
         for batch in BATCHES:
-            for row in compare(model, runners, images, left_out, batch, args.confidence_threshold):
+            for row in compare(model, runners, images, at_gate, batch, args.confidence_threshold):
                 print(format_row(row), flush=True)
                 rows.append(row)
     for path in runners:
