@@ -22,10 +22,10 @@ def semantic_results(sem_seg: torch.Tensor, category_ids: Sequence[int]) -> List
     """The classes in a semantic map, each with its pixels.
 
     Args:
-        sem_seg: scores [K, H, W]; planes behind the K classes, as one for a background, have no category.
+        sem_seg: scores [K, H, W].
     """
     labels = sem_seg.argmax(dim=0)
-    masks = ((c, labels == c) for c in labels.unique().tolist() if c < len(category_ids))
+    masks = ((c, labels == c) for c in labels.unique().tolist())
     return [
         {"category_id": category_ids[c], "area": int(mask.sum()), "segmentation": encode_mask(mask)}
         for c, mask in masks

@@ -17,7 +17,7 @@ import torch
 
 from .modeling.resize import upsample_masks
 
-# Bounds the memory of a tile's float maps: about 64 MB in float32
+# Bounds the memory of each of a tile's float maps: about 64 MB in float32
 MAX_TILE_ELEMENTS = 1 << 24
 # Small tiles skip more and stay in the caches, but every one costs some calls, which are dear on accelerators
 CPU_TILE_SIDE = 80

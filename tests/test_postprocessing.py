@@ -16,7 +16,6 @@ from knet_d2.postprocessing import (
     panoptic_inference,
     semantic_inference,
 )
-from knet_d2.results import semantic_results
 from knet_d2.structures import KernelBank
 
 # Head 4 x 6, masks 8 x 12, network input 16 x 24, of which the image is 14 x 19, shown at 9 x 31
@@ -387,14 +386,3 @@ def test_predictions_that_are_not_finite_do_not_stop_the_merging(value):
     mask_logits[1, 5, 5] = value
     panoptic, _ = run_panoptic(torch.full((4, THINGS + STUFF), value), mask_logits, LARGE)
     assert panoptic.shape == LARGE.output
-
-
-# As plain data
-
-
-def test_planes_behind_the_classes_have_no_category():
-    scores = torch.zeros(3, 4, 5)
-    scores[1, :2], scores[2, 2:] = 1, 1
-    (result,) = semantic_results(scores, [7, 9])
-    assert (result["category_id"], result["area"]) == (9, 10)
-    assert [x["category_id"] for x in semantic_results(scores, [7, 9, 8])] == [9, 8]
