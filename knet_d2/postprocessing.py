@@ -1,23 +1,29 @@
 """From the last stage's logits to instances, a panoptic map or semantic logits: pure functions of tensors."""
 
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
 
-from .sampling import ImageGeometry, Tiles, Workspace, upsampled_probabilities
+from .sampling import Cells, ImageGeometry, upsampled_probabilities
 
 MASK_THRESHOLD = 0.5
+# Bounds the memory of semantic_inference beside its result
+CLASSES_AT_ONCE = 8
 
 
 def mask_probabilities(mask_logits: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
     """[n, h, w] logits of the head -> [n, H, W] probabilities at the output size, all at once."""
-    probs = upsampled_probabilities(mask_logits)[None]
-    probs = F.interpolate(probs, geometry.padded, mode="bilinear", align_corners=False)
-    probs = probs[..., : geometry.image[0], : geometry.image[1]]
-    return F.interpolate(probs, geometry.output, mode="bilinear", align_corners=False)[0]
+    return _resize(upsampled_probabilities(mask_logits), geometry)
+
+
+def _resize(maps: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
+    """[n, 2h, 2w] -> [n, H, W]: what follows the sigmoid."""
+    maps = F.interpolate(maps[None], geometry.padded, mode="bilinear", align_corners=False)
+    maps = maps[..., : geometry.image[0], : geometry.image[1]]
+    return F.interpolate(maps, geometry.output, mode="bilinear", align_corners=False)[0]
 
 
 def _zeros(shape: Tuple[int, ...], dtype: np.dtype, device: torch.device) -> torch.Tensor:
@@ -38,21 +44,18 @@ def binary_masks(mask_logits: torch.Tensor, copies: torch.Tensor, geometry: Imag
     Returns:
         bool [M, H, W].
     """
-    probs = upsampled_probabilities(mask_logits)
-    tiles, workspace = Tiles(probs, geometry), Workspace(probs)
+    cells = Cells(mask_logits, geometry)
     masks = _zeros((len(copies), *geometry.output), np.dtype(bool), mask_logits.device)
-    low, high = tiles.bounds()
-    low, high = low.amin(dim=2) > MASK_THRESHOLD, high.amax(dim=2) > MASK_THRESHOLD
-    # On the CPU, so that a device is waited for once and not in every tile
-    full, mixed, copies = low.cpu(), (high & ~low).cpu(), copies.cpu()
-    position = mixed.cumsum(dim=0) - 1
-    for t, tile in enumerate(tiles):
-        tile_masks = tile.of(masks)
-        tile_masks[full[copies, t].nonzero()[:, 0]] = True
-        kernels = mixed[:, t].nonzero()[:, 0].to(probs.device)
-        computed = tile.resize(probs, kernels, workspace) > MASK_THRESHOLD
-        shown = mixed[copies, t].nonzero()[:, 0]
-        tile_masks[shown] = computed[position[copies[shown], t]]
+    full = cells.low > MASK_THRESHOLD
+    shown, chosen = full[copies].nonzero(as_tuple=True)
+    for part in cells.chunks([1] * len(chosen)):
+        masks.view(-1).scatter_(0, cells.pixels(chosen[part], shown[part]).flatten(), True)
+    kernels, mixed = ((cells.high > MASK_THRESHOLD) & ~full).nonzero(as_tuple=True)
+    for part in cells.chunks([1] * len(mixed)):
+        computed = cells.resize(kernels[part, None], mixed[part])[:, 0] > MASK_THRESHOLD
+        shown, chosen = (copies[:, None] == kernels[part]).nonzero(as_tuple=True)
+        pixels = cells.pixels(mixed[part][chosen], shown)
+        masks.view(-1).scatter_(0, pixels.flatten(), computed[chosen].flatten())
     return masks
 
 
@@ -112,49 +115,50 @@ def instance_inference(
     )
 
 
-class PixelOwners(NamedTuple):
-    """Which kernel wins each pixel.
+@torch.no_grad()
+def assign_pixels(scores: torch.Tensor, cells: Cells) -> torch.Tensor:
+    """Give each pixel to the kernel with the largest score * mask probability; a tie goes to the first one.
 
-    Attributes:
-        owners: int32 [H, W].
-        areas: int64 [N], pixels where a kernel's own mask has at least probability 0.5.
+    Returns:
+        int32 [H, W], kernels.
     """
-
-    owners: torch.Tensor
-    areas: torch.Tensor
+    # A kernel whose best pixel is worse than the worst one of another kernel wins nothing in a cell
+    best, worst = scores[:, None] * cells.high, scores[:, None] * cells.low
+    competes = ~(best < worst.amax(dim=0))
+    kernels_by_cell = competes.T.nonzero()[:, 1]
+    counts, stops = competes.sum(dim=0), competes.sum(dim=0).cumsum(dim=0)
+    # Cells with about as many kernels are computed together
+    counts, order = counts.sort()
+    counts_list = counts.tolist()
+    owners = _zeros(cells.output, np.dtype("int32"), scores.device)
+    for part in cells.chunks(counts_list):
+        chosen, most = order[part], counts_list[part.stop - 1]
+        # Shorter lists repeat their last kernel, which changes no maximum
+        place = torch.arange(most, device=scores.device).minimum(counts[part, None] - 1)
+        kernels = kernels_by_cell[stops[chosen, None] - counts[part, None] + place]
+        claims = cells.resize(kernels, chosen, scores[kernels])
+        # Codes fall, so that of those that tie the largest is the first kernel's: on a CPU, amax is ten times as fast
+        # as max with indices
+        codes = torch.arange(most, 0, -1, dtype=torch.float, device=scores.device)
+        winning = claims.ge_(claims.amax(dim=1, keepdim=True)).float()
+        winners = most - winning.mul_(codes[:, None]).amax(dim=1).clamp_(min=1)  # where something is NaN nobody wins
+        pixels = cells.pixels(chosen, torch.zeros_like(chosen))
+        owners.view(-1).scatter_(0, pixels.flatten(), kernels.gather(1, winners.long()).int().flatten())
+    return owners
 
 
 @torch.no_grad()
-def assign_pixels(scores: torch.Tensor, mask_logits: torch.Tensor, geometry: ImageGeometry) -> PixelOwners:
-    """Give each pixel to the kernel with the largest score * mask probability; a tie goes to the first one."""
-    probs, device = upsampled_probabilities(mask_logits), mask_logits.device
-    tiles, workspace = Tiles(probs, geometry), Workspace(probs)
-    low, high = tiles.bounds()
-    full, empty = low.amin(dim=2) >= MASK_THRESHOLD, high.amax(dim=2) < MASK_THRESHOLD
-    mixed = ~(full | empty)  # also where something is NaN, as below
-    # A kernel whose best pixel is worse than the worst one of another kernel wins nothing in a cell
-    best, worst = scores[:, None, None] * high, scores[:, None, None] * low
-    competes = ~(best < worst.amax(dim=0)).all(dim=2) & ~mixed
-    # Those whose areas have to be counted come first; a device is waited for once
-    counted, others = ([tile.nonzero()[:, 0] for tile in choice.T] for choice in torch.stack([mixed, competes]).cpu())
-    owners = _zeros(geometry.output, np.dtype("int32"), device)
-    sizes = torch.tensor([tile.of(owners).numel() for tile in tiles], device=device)
-    areas = (full * sizes).sum(dim=1)
-    # Codes fall, so that of those that tie the largest is the first kernel's. On a CPU, amax is three times as fast as
-    # max with indices, and counting in floats (exact up to 2^24 pixels) five times as fast as in integers.
-    codes = torch.arange(len(scores), 0, -1, dtype=scores.dtype, device=device)
-    table = torch.stack([scores, codes])
-    for t, tile in enumerate(tiles):
-        kernels = torch.cat([counted[t], others[t]]).to(device)
-        masks = tile.resize(probs, kernels, workspace)
-        area = masks[: len(counted[t])]
-        area = torch.ge(area, MASK_THRESHOLD, out=workspace.take("area", *area.shape)).flatten(1)
-        areas.index_add_(0, kernels[: len(area)], area.sum(dim=1, dtype=torch.float).long())
-        kernel_scores, kernel_codes = table.index_select(1, kernels)[..., None, None]
-        claims = masks.mul_(kernel_scores)
-        winners = claims.ge_(claims.amax(dim=0)).mul_(kernel_codes).amax(dim=0)
-        tile.of(owners).copy_(len(scores) - winners.clamp_(min=1))  # where something is NaN nobody wins
-    return PixelOwners(owners, areas)
+def mask_areas(kernels: torch.Tensor, cells: Cells) -> torch.Tensor:
+    """Pixels where a kernel's own mask has at least probability 0.5: int64 [n] -> int64 [n]."""
+    full = cells.low[kernels] >= MASK_THRESHOLD
+    rows, mixed = ((cells.high[kernels] >= MASK_THRESHOLD) & ~full).nonzero(as_tuple=True)
+    areas = (full * cells.areas).sum(dim=1)
+    for part in cells.chunks([1] * len(mixed)):
+        covered = cells.resize(kernels[rows[part], None], mixed[part])[:, 0] >= MASK_THRESHOLD
+        # On a CPU, counting in floats, which are exact here, is five times as fast as in integers
+        covered = (covered & cells.inside(mixed[part])).sum(dim=1, dtype=torch.float)
+        areas.index_add_(0, rows[part], covered.long())
+    return areas
 
 
 def panoptic_inference(
@@ -184,14 +188,15 @@ def panoptic_inference(
         int32 [H, W] map of segment ids (0: void), and per segment "id", "isthing", "category_id", "score", "area".
     """
     scores, classes = class_logits.sigmoid().masked_fill(~class_mask, -1).max(dim=1)
-    owners, mask_areas = assign_pixels(scores, mask_logits, geometry)
+    cells = Cells(mask_logits, geometry)
+    owners = assign_pixels(scores, cells)
     areas = owners.flatten().bincount(minlength=len(scores))
-    # A quotient, as float32 rounds threshold * area such that a part of exactly the threshold may seem smaller
-    kept = (areas > 0) & (mask_areas > 0) & (areas / mask_areas >= overlap_threshold)
-    kept &= (classes >= num_things) | (scores >= thing_score_threshold)
-
     order = scores.argsort(descending=True, stable=True)
-    order = order[kept[order]]
+    candidates = (areas > 0) & ((classes >= num_things) | (scores >= thing_score_threshold))
+    order = order[candidates[order]]
+    own_areas = mask_areas(order, cells)
+    # A quotient, as float32 rounds threshold * area such that a part of exactly the threshold may seem smaller
+    order = order[(own_areas > 0) & (areas[order] / own_areas >= overlap_threshold)]
     segment_of_kernel = torch.zeros(len(scores), dtype=torch.int32, device=scores.device)
     segment_of_kernel[order] = torch.arange(1, len(order) + 1, dtype=torch.int32, device=scores.device)
 
@@ -213,10 +218,10 @@ def semantic_inference(
         [K, H, W].
     """
     scores = class_logits.sigmoid().masked_fill(~class_mask, 0)
-    total = mask_logits.new_empty(scores.shape[1], *geometry.output)
-    probs, kernels = upsampled_probabilities(mask_logits), torch.arange(len(mask_logits), device=mask_logits.device)
-    workspace = Workspace(probs)
-    for tile in Tiles(probs, geometry):
-        masks = tile.resize(probs, kernels, workspace)
-        tile.of(total).copy_((scores.T @ masks.flatten(1)).unflatten(1, masks.shape[1:]))
+    probs = upsampled_probabilities(mask_logits)
+    # Resizing is linear, so that sums take the place of masks
+    sums = (scores.T @ probs.flatten(1)).unflatten(1, probs.shape[1:])
+    total = mask_logits.new_empty(len(sums), *geometry.output)
+    for few, part in zip(sums.split(CLASSES_AT_ONCE), total.split(CLASSES_AT_ONCE)):
+        part.copy_(_resize(few, geometry))
     return total

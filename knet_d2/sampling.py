@@ -1,28 +1,29 @@
-"""Mask probabilities at the pixels of the result, computed tile by tile.
+"""Mask probabilities at the pixels of the result, computed only where they matter.
 
 A mask goes from the head's resolution to the result's in the order that the official numbers need: up-sample the
 logits x2, sigmoid, bilinear to the padded input size, crop to the image, bilinear to the original size. Behind the
-sigmoid this is linear and separable: a small matrix per axis. So a tile of the result depends on a small block of
-probabilities, and where the block shows that the tile is of no interest, nothing of it has to be computed.
+sigmoid this is linear and separable: a small matrix per axis. So a cell of the result, some pixels high and wide,
+depends on a small window of probabilities, and where the window shows that a kernel is of no interest in the cell,
+nothing of it has to be computed.
 
-Shapes: N masks, h x w up-sampled, H x W the result; a tile has p x q pixels, which depend on a x b probabilities.
+Shapes: N masks, h x w up-sampled, H x W the result, in J x K = C cells; a cell has p x q pixels, and its window a x b
+probabilities.
 """
 
-import itertools
-import math
-from typing import Dict, Iterator, List, NamedTuple, Tuple
+from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from .modeling.resize import upsample_masks
+from .modeling.resize import SCALE, upsample_masks, upsampled_size
 
-# Bounds the memory of each of a tile's float maps: about 64 MB in float32
-MAX_TILE_ELEMENTS = 1 << 24
-# Small tiles skip more and stay in the caches, but every one costs some calls, which are dear on accelerators
-CPU_TILE_SIDE = 80
-# Bounds are looked for in so many parts of a tile's side
-CELLS = 2
+# From one window to the next. The smaller the cells, the fewer pixels are computed, and the more bounds are compared
+CELL_STEP = 4
+# Bounds the float maps of the cells that are computed at once. On a CPU they stay in the cache (1 MB in float32); on
+# accelerators, where every call is dear, they take 16 MB.
+CPU_CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 22
 
 
 class ImageGeometry(NamedTuple):
@@ -34,115 +35,157 @@ class ImageGeometry(NamedTuple):
 
 
 def upsampled_probabilities(mask_logits: torch.Tensor) -> torch.Tensor:
-    """What tiles are computed from: [N, h / 2, w / 2] logits of the head -> [N, h, w]."""
+    """What results are resized from: [N, h / 2, w / 2] logits of the head -> [N, h, w]."""
     return upsample_masks(mask_logits[:, None])[:, 0].sigmoid_()  # so that there may be none
 
 
-class Workspace:
-    """Memory for one tile after the other: on a CPU, new memory costs more than what is computed in it."""
-
-    def __init__(self, like: torch.Tensor):
-        self._like = like
-        self._buffers: Dict[str, torch.Tensor] = {}
-
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        """A tensor whose content is valid until the next one of this name is taken."""
-        count = math.prod(shape)
-        if name not in self._buffers or len(self._buffers[name]) < count:
-            self._buffers[name] = self._like.new_empty(count)
-        return self._buffers[name][:count].view(shape)
-
-
-class Span(NamedTuple):
-    """A tile's extent on one axis.
+class Axis(NamedTuple):
+    """The cells along one axis. Windows are equally far apart, so that cells may differ by some pixels.
 
     Attributes:
-        pixels: of the result.
-        source: the up-sampled probabilities that they depend on.
-        cells: the same for each of CELLS parts of the pixels.
-        weights: from the up-sampled probabilities to the pixels, [p, a]; every row adds to one.
+        start: of the first window.
+        step: from one window to the next.
+        pixels: int64 [J, p], of each cell; one with fewer pixels repeats its last.
+        inside: bool [J, p], False where a pixel is repeated.
+        weights: [J, p, a], from the window to the pixels; every row adds to one.
     """
 
-    pixels: slice
-    source: slice
-    cells: List[slice]
+    start: int
+    step: int
+    pixels: torch.Tensor
+    inside: torch.Tensor
     weights: torch.Tensor
 
+    @property
+    def stop(self) -> int:
+        """Behind the last window."""
+        count, _, size = self.weights.shape
+        return self.start + self.step * (count - 1) + size
 
-class Tile(NamedTuple):
-    """A rectangle of the result."""
-
-    rows: Span
-    columns: Span
-
-    def resize(self, probs: torch.Tensor, kernels: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-        """Probabilities of some kernels in the tile: [N, h, w], int64 [n] -> [n, p, q], taken as "tile"."""
-        source = probs[:, self.rows.source, self.columns.source]
-        (n,), (_, a, b) = kernels.shape, source.shape
-        rows, columns = self.rows.weights, self.columns.weights
-        source = torch.index_select(source, 0, kernels, out=workspace.take("source", n, a, b))
-        wide = torch.mm(source.view(n * a, b), columns.T, out=workspace.take("wide", n * a, len(columns)))
-        tile = workspace.take("tile", n, len(rows), len(columns))
-        return torch.bmm(rows.expand(n, -1, -1), wide.view(n, a, len(columns)), out=tile)
-
-    def of(self, result: torch.Tensor) -> torch.Tensor:
-        """The tile's part of a result: [..., H, W] -> [..., p, q] (a view)."""
-        return result[..., self.rows.pixels, self.columns.pixels]
+    def windows(self, probs: torch.Tensor, dim: int) -> torch.Tensor:
+        """Dimension ``dim`` becomes that of the cells, and the window an additional last one (a view)."""
+        size = self.weights.shape[2]
+        return probs.narrow(dim, self.start, self.stop - self.start).unfold(dim, size, self.step)
 
 
-class Tiles:
-    """The tiles of the masks of one image, in the order of rows, then of columns."""
+class Cells:
+    """The masks of one image, cell by cell; cells are numbered row by row.
 
-    def __init__(self, probs: torch.Tensor, geometry: ImageGeometry):
+    Attributes:
+        low, high: [N, C], the lowest and the highest probability that any pixel of a cell depends on.
+        areas: int64 [C], pixels of a cell.
+    """
+
+    def __init__(self, mask_logits: torch.Tensor, geometry: ImageGeometry):
         """
         Args:
-            probs: [N, h, w], :func:`upsampled_probabilities`.
+            mask_logits: [N, h / 2, w / 2], of the head.
         """
-        self._probs = probs
-        side = _tile_side(probs)
+        self.output = geometry.output
         # While a model is traced the sizes are tensors
-        axes = zip(probs.shape[1:], *geometry)
-        self._rows, self._columns = (_spans(probs, *map(int, sizes), side=side) for sizes in axes)
+        axes = zip(upsampled_size(mask_logits), *geometry)
+        self.rows, self.columns = (_axis(mask_logits, *map(int, sizes)) for sizes in axes)
+        self._probs = upsampled_probabilities(_pad(mask_logits, self.rows.stop, self.columns.stop))
+        bands = self.rows.windows(self._probs, 1)
+        self.low, self.high = (
+            reduce(self.columns.windows(reduce(bands, dim=3), 2), dim=3).flatten(1)
+            for reduce in (torch.amin, torch.amax)
+        )
+        heights, widths = (axis.inside.sum(dim=1) for axis in (self.rows, self.columns))
+        self.areas = torch.outer(heights, widths).flatten()
+        # Where in a flat map a window begins, and from there its probabilities: [C] and [a, 1, b]
+        rows, columns = (torch.arange(axis.stop, device=mask_logits.device) for axis in (self.rows, self.columns))
+        rows, columns = self.rows.windows(rows * self._probs.shape[2], 0), self.columns.windows(columns, 0)
+        self._corners = (rows[:, :1] + columns[:, 0]).flatten()
+        self._window = (rows[0] - rows[0, 0])[:, None, None] + columns[0] - columns[0, 0]
 
-    def __iter__(self) -> Iterator[Tile]:
-        return (Tile(rows, columns) for rows, columns in itertools.product(self._rows, self._columns))
+    def resize(
+        self, kernels: torch.Tensor, cells: torch.Tensor, factors: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """Probabilities of some kernels in some cells.
 
-    def bounds(self) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The lowest and highest probability that any pixel of a cell depends on: [N, tiles, cells of a tile] each."""
-        results = []
-        rows, columns = ([cell for span in spans for cell in span.cells] for spans in (self._rows, self._columns))
-        for reduce in (torch.amin, torch.amax):
-            bands = torch.stack([reduce(self._probs[:, cell], dim=1) for cell in rows], dim=1)
-            blocks = torch.stack([reduce(bands[..., cell], dim=2) for cell in columns], dim=2)
-            blocks = blocks.unflatten(2, (-1, CELLS)).unflatten(1, (-1, CELLS))
-            results.append(blocks.transpose(2, 3).flatten(3).flatten(1, 2))
-        return results[0], results[1]
+        Args:
+            kernels: int64 [m, n], for each cell.
+            cells: int64 [m].
+            factors: [m, n], to multiply with.
+
+        Returns:
+            [m, n, p * q].
+        """
+        rows, columns = self._split(cells)
+        _, height, width = self._probs.shape
+        corners = kernels * (height * width) + self._corners[cells, None]
+        index = corners[:, None, :, None] + self._window  # [m, a, n, b]
+        windows = self._probs.view(-1).index_select(0, index.view(-1)).view(index.shape)
+        if factors is not None:
+            windows *= factors[:, None, :, None]
+        wide = self.rows.weights[rows] @ windows.flatten(2)
+        (m, n), (_, p, _), (_, q, b) = kernels.shape, self.rows.weights.shape, self.columns.weights.shape
+        tall = wide.view(m, p * n, b) @ self.columns.weights[columns].transpose(1, 2)
+        return tall.view(m, p, n, q).transpose(1, 2).reshape(m, n, p * q)
+
+    def pixels(self, cells: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        """Where the pixels of cells lie in flattened maps [M, H, W]: cells and maps int64 [m] -> int64 [m, p * q]."""
+        height, width = self.output
+        rows, columns = self._split(cells)
+        lines = (maps * (height * width))[:, None] + self.rows.pixels[rows] * width
+        return (lines[:, :, None] + self.columns.pixels[columns, None]).flatten(1)
+
+    def inside(self, cells: torch.Tensor) -> torch.Tensor:
+        """Which of them are not repeated: int64 [m] -> bool [m, p * q]."""
+        rows, columns = self._split(cells)
+        return (self.rows.inside[rows, :, None] & self.columns.inside[columns, None]).flatten(1)
+
+    def chunks(self, counts: Sequence[int]) -> Iterator[slice]:
+        """Shares out cells that are computed together.
+
+        Args:
+            counts: of kernels in each cell, rising; those of a chunk all take as much memory as its last one.
+        """
+        limit = CPU_CHUNK_ELEMENTS if self._probs.device.type == "cpu" else CHUNK_ELEMENTS
+        (_, p, a), (_, q, b) = self.rows.weights.shape, self.columns.weights.shape
+        sizes = np.asarray(counts) * max(p * q, a * b)
+        start = 0
+        while start < len(sizes):
+            rest = sizes[start:]
+            fitting = int(np.searchsorted(rest * np.arange(1, len(rest) + 1), limit, side="right"))
+            yield slice(start, start + max(1, fitting))
+            start += max(1, fitting)
+
+    def _split(self, cells: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Numbers of cells to those of their rows and columns."""
+        count = len(self.columns.pixels)
+        return cells.div(count, rounding_mode="floor"), cells.remainder(count)
 
 
-def _tile_side(probs: torch.Tensor) -> int:
-    largest = max(1, int((MAX_TILE_ELEMENTS / max(1, len(probs))) ** 0.5))
-    return min(largest, CPU_TILE_SIDE) if probs.device.type == "cpu" else largest
+def _pad(mask_logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Repeat the last row and column until the up-sampled map has at least this size, for windows that exceed it."""
+    missing = (-(-size // SCALE) - length for size, length in zip((width, height), mask_logits.shape[:0:-1]))
+    right, bottom = (max(0, count) for count in missing)
+    if right == bottom == 0:
+        return mask_logits
+    return F.pad(mask_logits[:, None], (0, right, 0, bottom), mode="replicate")[:, 0]
 
 
-def _spans(like: torch.Tensor, length: int, padded: int, image: int, output: int, *, side: int) -> List[Span]:
-    """Pieces of one axis, of ``side`` pixels; matrices of the type and device of ``like``."""
-    # The extents are found with NumPy, so that nothing waits for a device
+def _axis(like: torch.Tensor, length: int, padded: int, image: int, output: int) -> Axis:
+    """The cells of one axis; tensors on the device of ``like``, matrices of its type."""
+    # All is found with NumPy, so that nothing waits for a device
     index, weight = _taps(length, padded, image, output)
-    spans, matrices = [], []
-    for start in range(0, output, side):
-        pixels = slice(start, min(start + side, output))
-        source = _used(index[pixels])
-        matrices.append(_matrix(index[pixels] - source.start, weight[pixels], source.stop - source.start))
-        spans.append((pixels, source, [_used(index[cell]) for cell in _parts(pixels)]))
-    values = torch.from_numpy(np.concatenate([matrix.ravel() for matrix in matrices])).to(like.dtype).to(like.device)
-    weights = values.split([matrix.size for matrix in matrices])
-    return [Span(*span, flat.view(matrix.shape)) for span, flat, matrix in zip(spans, weights, matrices)]
-
-
-def _parts(pixels: slice) -> List[slice]:
-    """CELLS pieces, of one pixel at least."""
-    borders = [pixels.start + (pixels.stop - pixels.start) * i // CELLS for i in range(CELLS + 1)]
-    return [slice(start, max(stop, start + 1)) for start, stop in zip(borders, borders[1:])]
+    first = index[:, 0]
+    # No step is so small that a cell stays without a pixel
+    step = max(CELL_STEP, int(np.diff(first).max(initial=0)))
+    cell = (first - first[0]) // step
+    borders = np.searchsorted(cell, np.arange(cell[-1] + 2))
+    sizes = np.diff(borders)
+    place = np.arange(sizes.max())
+    pixels = borders[:-1, None] + np.minimum(place, sizes[:, None] - 1)
+    starts = first[0] + step * np.arange(len(sizes))
+    taps = index[pixels] - starts[:, None, None]
+    weights = np.zeros((*pixels.shape, int(taps.max()) + 1))
+    np.add.at(weights, (*np.indices(pixels.shape)[..., None], taps), weight[pixels])
+    inside = place < sizes[:, None]
+    tensors = torch.from_numpy(pixels), torch.from_numpy(inside), torch.from_numpy(weights).to(like.dtype)
+    return Axis(int(first[0]), step, *(tensor.to(like.device) for tensor in tensors))
 
 
 def _taps(length: int, padded: int, image: int, output: int) -> Tuple[np.ndarray, np.ndarray]:
@@ -160,15 +203,3 @@ def _neighbours(source: int, target: int) -> Tuple[np.ndarray, np.ndarray]:
     low = position.astype(np.int64)
     high = (low + 1).clip(max=source - 1)
     return np.stack([low, high], axis=1), np.stack([1 - (position - low), position - low], axis=1)
-
-
-def _used(index: np.ndarray) -> slice:
-    """From the first to the last."""
-    return slice(int(index.min()), int(index.max()) + 1)
-
-
-def _matrix(index: np.ndarray, weight: np.ndarray, columns: int) -> np.ndarray:
-    """Rows with the given weights at the given columns, [p, 4] each -> [p, columns]."""
-    matrix = np.zeros((len(index), columns))
-    np.add.at(matrix, (np.arange(len(index))[:, None], index), weight)
-    return matrix

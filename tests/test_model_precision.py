@@ -16,13 +16,16 @@ from helpers import (
     move_to_fake_cuda,
     needs_fake_cuda,
     spread_scores,
+    tiny_config,
     tiny_model,
 )
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from knet_d2.engine.optimizer import build_gradient_clipper, build_optimizer
+from knet_d2.engine.train_step import TrainStep
 from knet_d2.modeling.cascade import KernelUpdateCascade
 from knet_d2.modeling.matcher import HungarianMatcher
 from knet_d2.modeling.precision import full_precision
@@ -271,3 +274,30 @@ def test_nothing_waits_for_a_device_in_the_backward_pass(task):
     with Transfers(CPU) as transfers:
         assert loss.item() > 0
     assert transfers.waits == ["_local_scalar_dense"]
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize("optimizer", ["ADAMW", "SGD"])
+def test_the_update_reads_all_numbers_at_once(optimizer, monkeypatch):
+    """Clipping, the check of losses and gradient, and the optimiser's step."""
+    read = []
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: read.append((self.device, len(self))) or [1.0] * len(self))
+    clip = {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model"}
+    cfg = tiny_config("panoptic", {"SOLVER.OPTIMIZER": optimizer, **clip})
+    model = tiny_model("panoptic")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        move_to_fake_cuda(model)
+        step = TrainStep(model, build_optimizer(cfg, model), clip_gradients=build_gradient_clipper(cfg), seed=0)
+
+        def backward(data):
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            return {"loss_a": torch.zeros((), device="cuda"), "loss_b": torch.zeros((), device="cuda")}
+
+        monkeypatch.setattr(step, "_backward", backward)
+        step.iter = 0
+        step._update([{}])  # the first step creates the optimiser's state
+        with Transfers() as transfers:
+            assert set(step._update([{}])) == {"loss_a", "loss_b", "grad_norm"}
+    assert read == [(CUDA, 3)] * 2
+    assert transfers.copies == transfers.waits == []

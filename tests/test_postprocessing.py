@@ -1,5 +1,7 @@
 """Results from logits: against loops, and on maps made by hand."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +13,13 @@ from knet_d2.postprocessing import (
     ImageGeometry,
     assign_pixels,
     instance_inference,
+    mask_areas,
     mask_probabilities,
     masks_to_boxes,
     panoptic_inference,
     semantic_inference,
 )
+from knet_d2.sampling import Cells
 from knet_d2.structures import KernelBank
 
 # Head 4 x 6, masks 8 x 12, network input 16 x 24, of which the image is 14 x 19, shown at 9 x 31
@@ -178,7 +182,7 @@ def test_probability_of_exactly_half_is_outside_of_an_instance_but_inside_of_a_p
     mask_logits = torch.zeros(1, 10, 10)
     result = instance_inference(torch.tensor([[3.0]]), mask_logits, PLAIN, max_instances=1)
     assert not result.pred_masks.any()
-    assert assign_pixels(torch.ones(1), mask_logits, PLAIN).areas.tolist() == [20 * 20]
+    assert mask_areas(torch.tensor([0]), Cells(mask_logits, PLAIN)).tolist() == [20 * 20]
 
 
 # Panoptic
@@ -304,14 +308,14 @@ def test_semantic_scores_are_sums_over_kernels():
         np.testing.assert_allclose(result[c], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("side", [1, 7, 20])
-def test_a_tie_goes_to_the_first_kernel(monkeypatch, side):
-    monkeypatch.setattr(sampling, "CPU_TILE_SIDE", side)
-    owners = assign_pixels(torch.tensor([0.5, 0.8, 0.8, 0.8]), torch.zeros(4, *HEAD), PLAIN).owners
+@pytest.mark.parametrize("step", [1, 4, 20])
+def test_a_tie_goes_to_the_first_kernel(monkeypatch, step):
+    monkeypatch.setattr(sampling, "CELL_STEP", step)
+    owners = assign_pixels(torch.tensor([0.5, 0.8, 0.8, 0.8]), Cells(torch.zeros(4, *HEAD), PLAIN))
     assert (owners == 1).all()
 
 
-# Tiles
+# Cells
 
 LARGE_HEAD = (30, 40)
 LARGE = ImageGeometry(padded=(240, 320), image=(229, 311), output=(150, 203))
@@ -322,37 +326,50 @@ def blobs(count, *, offset, seed=0):
     return 3 * F.interpolate(random(1, count, 6, 8, seed=seed, scale=1), LARGE_HEAD, mode="bicubic")[0] + offset
 
 
-def record_computed(monkeypatch, side=16):
-    """Collects the shapes of all probabilities that are computed in tiles of a size."""
-    monkeypatch.setattr(sampling, "CPU_TILE_SIDE", side)
-    shapes, original = [], sampling.Tile.resize
+def record_computed(monkeypatch):
+    """Collects the shapes of all probabilities that are computed: cells, kernels, pixels of a cell."""
+    shapes, original = [], Cells.resize
 
-    def recording(tile, *arguments):
-        probs = original(tile, *arguments)
+    def recording(*arguments):
+        probs = original(*arguments)
         shapes.append(tuple(probs.shape))
         return probs
 
-    monkeypatch.setattr(sampling.Tile, "resize", recording)
+    monkeypatch.setattr(Cells, "resize", recording)
     return shapes
 
 
-@pytest.mark.parametrize("side, elements", [(1, 1 << 24), (37, 1 << 24), (16, 7 * 5 * 5)])
-def test_tiles_do_not_change_results(monkeypatch, side, elements):
+@pytest.mark.parametrize("output", [(150, 203), (7, 203), (1, 1), (900, 90), (60, 80)])
+@pytest.mark.parametrize("step, elements", [(1, 1 << 18), (4, 1 << 12), (4, 1), (9, 1 << 18), (500, 1 << 18)])
+def test_cells_do_not_change_results(monkeypatch, step, elements, output):
+    geometry = LARGE._replace(output=output)
     class_logits, mask_logits = random(7, THINGS + STUFF, scale=1.5), blobs(7, offset=-2)
-    probs = mask_probabilities(mask_logits, LARGE)
-    monkeypatch.setattr(sampling, "MAX_TILE_ELEMENTS", elements)
-    shapes = record_computed(monkeypatch, side)
+    probs = mask_probabilities(mask_logits, geometry)
+    monkeypatch.setattr(sampling, "CELL_STEP", step)
+    monkeypatch.setattr(sampling, "CPU_CHUNK_ELEMENTS", elements)
+    shapes = record_computed(monkeypatch)
 
-    instances = instance_inference(class_logits[:, :2], mask_logits, LARGE, max_instances=20)
+    instances = instance_inference(class_logits[:, :2], mask_logits, geometry, max_instances=20)
     kernels = class_logits[:, :2].flatten().argsort(descending=True) // 2
     assert torch.equal(instances.pred_masks, (probs > 0.5)[kernels])
 
-    scores = class_logits.sigmoid().amax(dim=1)
-    owners, areas = assign_pixels(scores, mask_logits, LARGE)
-    assert torch.equal(owners.long(), (scores[:, None, None] * probs).argmax(dim=0))
-    assert torch.equal(areas, (probs >= 0.5).sum(dim=(1, 2)))
-    if elements == 7 * 5 * 5:
-        assert max(max(p, q) for _, p, q in shapes) == 5  # the bound is kept, and reached
+    scores, cells = class_logits.sigmoid().amax(dim=1), Cells(mask_logits, geometry)
+    assert torch.equal(assign_pixels(scores, cells).long(), (scores[:, None, None] * probs).argmax(dim=0))
+    chosen = torch.tensor([5, 0, 6, 3])
+    assert torch.equal(mask_areas(chosen, cells), (probs >= 0.5).sum(dim=(1, 2))[chosen])
+    assert all(count == 1 or count * kernels * pixels <= elements for count, kernels, pixels in shapes)
+    assert cells.areas.sum() == output[0] * output[1]
+
+
+@pytest.mark.parametrize("padded", [(30, 40), (31, 45)])
+def test_cells_of_masks_that_are_finer_than_the_input(padded):
+    """As of a head with a stride of one half."""
+    geometry = ImageGeometry(padded=padded, image=(29, 37), output=(50, 99))
+    mask_logits = blobs(5, offset=-1)
+    probs, cells = mask_probabilities(mask_logits, geometry), Cells(mask_logits, geometry)
+    scores = torch.linspace(0.5, 0.9, 5, dtype=torch.float64)
+    assert torch.equal(assign_pixels(scores, cells).long(), (scores[:, None, None] * probs).argmax(dim=0))
+    assert torch.equal(mask_areas(torch.arange(5), cells), (probs >= 0.5).sum(dim=(1, 2)))
 
 
 def test_only_the_borders_of_instances_are_computed(monkeypatch):
@@ -362,22 +379,29 @@ def test_only_the_borders_of_instances_are_computed(monkeypatch):
     shapes = record_computed(monkeypatch)
     masks = instance_inference(torch.ones(3, 1), mask_logits, LARGE, max_instances=3).pred_masks
     assert torch.equal(masks, mask_probabilities(mask_logits, LARGE) > 0.5)
-    assert 0 < sum(count * p * q for count, p, q in shapes) < masks[0].numel() / 2
-    assert {count for count, _, _ in shapes} == {0, 1}
+    assert 0 < sum(math.prod(shape) for shape in shapes) < masks[0].numel() / 4
 
 
-def test_kernels_that_cannot_win_a_tile_are_not_computed_there(monkeypatch):
+def test_kernels_that_cannot_win_a_cell_are_not_computed_there(monkeypatch):
     """One kernel is everywhere with a high score; the others are weak, and below one half."""
     mask_logits = blobs(20, offset=-9)
     mask_logits[4] = 6
     scores = torch.full((20,), 0.3, dtype=torch.float64)
     scores[4] = 0.9
-    shapes = record_computed(monkeypatch)
-    owners, areas = assign_pixels(scores, mask_logits, LARGE)
-    assert (owners == 4).all() and areas[4] == owners.numel()
+    shapes, cells = record_computed(monkeypatch), Cells(mask_logits, LARGE)
+    assert (assign_pixels(scores, cells) == 4).all()
+    assert sum(count for count, _, _ in shapes) == len(cells.areas)
+    assert all(kernels == 1 for _, kernels, _ in shapes)
+
+
+def test_areas_are_counted_only_where_a_mask_is_uncertain(monkeypatch):
+    mask_logits = torch.stack([torch.full(LARGE_HEAD, value) for value in (-5.0, 5.0, 5.0)])
+    mask_logits[2, :, :20] = -5
+    shapes, cells = record_computed(monkeypatch), Cells(mask_logits, LARGE)
+    areas = mask_areas(torch.arange(3), cells)
+    assert areas.tolist()[:2] == [0, 150 * 203]
     assert torch.equal(areas, (mask_probabilities(mask_logits, LARGE) >= 0.5).sum(dim=(1, 2)))
-    computed = sum(count * p * q for count, p, q in shapes)
-    assert owners.numel() <= computed < 2 * owners.numel()
+    assert sum(count for count, _, _ in shapes) < len(cells.areas) / 5
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

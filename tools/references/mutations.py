@@ -57,17 +57,17 @@ def _at_least(model) -> Sequence[Patch]:
 
 
 def _padding_not_cropped(model) -> Sequence[Patch]:
-    def tiles(probs, geometry):
-        return sampling.Tiles(probs, geometry._replace(image=geometry.padded))
+    def cells(mask_logits, geometry):
+        return sampling.Cells(mask_logits, geometry._replace(image=geometry.padded))
 
-    return [(postprocessing, "Tiles", tiles)]
+    return [(postprocessing, "Cells", cells)]
 
 
 def _sigmoid_first(model) -> Sequence[Patch]:
     def probabilities(mask_logits: torch.Tensor) -> torch.Tensor:
         return upsample_masks(mask_logits.sigmoid()[:, None])[:, 0]
 
-    return [(postprocessing, "upsampled_probabilities", probabilities)]
+    return [(module, "upsampled_probabilities", probabilities) for module in (postprocessing, sampling)]
 
 
 def _stuff_over_things(model) -> Sequence[Patch]:
@@ -160,8 +160,8 @@ def _own_matches(model) -> Sequence[Patch]:
 def _only_confident_compete(model) -> Sequence[Patch]:
     original = postprocessing.assign_pixels
 
-    def assign(scores, mask_logits, geometry):
-        return original(scores.where(scores >= model.thing_score_threshold, 0), mask_logits, geometry)
+    def assign(scores, cells):
+        return original(scores.where(scores >= model.thing_score_threshold, 0), cells)
 
     return [(postprocessing, "assign_pixels", assign)]
 
