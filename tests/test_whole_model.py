@@ -7,6 +7,8 @@ from helpers import IGNORE, make_example, tiny_model
 from official_layout import official_state_dict
 from plain_knet import PlainKNet, bilinear
 
+from knet_d2.modeling.fast_convolution import channels_last  # the backbone rounds as in the model
+
 SIZES = [(61, 83), (97, 50), (64, 64)]
 OUTPUTS = [(68, 80), (97, 50), (31, 129)]
 
@@ -63,13 +65,13 @@ def test_detection(task, num_kernels, num_stages, counts, ignored):
     model.train()
     images = model.preprocess_image(batch)
     assert list(images.tensor.shape[-2:]) == padded
-    levels = model.backbone(images.tensor)
+    levels = model.backbone(channels_last(images.tensor))
     levels = [levels[f"p{i}"] for i in (2, 3, 4, 5)]
     assert_same_losses_and_gradients(model, model(batch), plain.losses(levels, batch, padded))
 
     model.eval()
     with torch.no_grad():
-        levels = model.backbone(images.tensor)
+        levels = model.backbone(channels_last(images.tensor))
         levels = [levels[f"p{i}"] for i in (2, 3, 4, 5)]
         expected = plain.results(levels, padded, SIZES, OUTPUTS)
         for result, theirs in zip(model(batch), expected, strict=True):
@@ -95,7 +97,7 @@ def test_semantic(num_stages, ignored):
     plain, batch = PlainKNet(weights, 0, 5, num_stages, num_heads=4), make_batch([0, 0, 0], ignored)
     model.train()
     images = model.preprocess_image(batch)
-    state = model.sem_seg_head(model.backbone(images.tensor))
+    state = model.sem_seg_head(model.backbone(channels_last(images.tensor)))
     labels = [F.pad(x["sem_seg"], (0, 83 - w, 0, 97 - h), value=IGNORE) for x, (h, w) in zip(batch, SIZES)]
     labels, expected = torch.stack(labels), {}
     for i, logits in enumerate(plain.semantic_logits(state.feature, state.mask_logits)):
