@@ -10,6 +10,7 @@ Shapes: N masks, h x w up-sampled, H x W the result, in J x K = C cells; a cell 
 probabilities.
 """
 
+import math
 from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -18,10 +19,12 @@ import torch.nn.functional as F
 
 from .modeling.resize import SCALE, upsample_masks, upsampled_size
 
-# From one window to the next. The smaller the cells, the fewer pixels are computed, and the more bounds are compared
+# Windows are CELL_STEP probabilities apart, or fewer where cells would get more than about CELL_PIXELS a side. Of small
+# cells fewer pixels are computed, but more bounds compared.
 CELL_STEP = 4
+CELL_PIXELS = 24
 # Bounds the float maps of the cells that are computed at once. On a CPU they stay in the cache (1 MB in float32); on
-# accelerators, where every call is dear, they take 16 MB.
+# accelerators, where every call costs more, they take 16 MB.
 CPU_CHUNK_ELEMENTS = 1 << 18
 CHUNK_ELEMENTS = 1 << 22
 
@@ -160,8 +163,9 @@ class Cells:
 
 def _pad(mask_logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Repeat the last row and column until the up-sampled map has at least this size, for windows that exceed it."""
-    missing = (-(-size // SCALE) - length for size, length in zip((width, height), mask_logits.shape[:0:-1]))
-    right, bottom = (max(0, count) for count in missing)
+    bottom, right = (
+        max(0, math.ceil(size / SCALE) - length) for size, length in zip((height, width), mask_logits.shape[1:])
+    )
     if right == bottom == 0:
         return mask_logits
     return F.pad(mask_logits[:, None], (0, right, 0, bottom), mode="replicate")[:, 0]
@@ -172,8 +176,9 @@ def _axis(like: torch.Tensor, length: int, padded: int, image: int, output: int)
     # All is found with NumPy, so that nothing waits for a device
     index, weight = _taps(length, padded, image, output)
     first = index[:, 0]
-    # No step is so small that a cell stays without a pixel
-    step = max(CELL_STEP, int(np.diff(first).max(initial=0)))
+    pixels_per_probability = len(first) / (first[-1] - first[0] + 1)
+    step = min(CELL_STEP, math.ceil(CELL_PIXELS / pixels_per_probability))
+    step = max(step, int(np.diff(first).max(initial=0)))  # no cell stays without a pixel
     cell = (first - first[0]) // step
     borders = np.searchsorted(cell, np.arange(cell[-1] + 2))
     sizes = np.diff(borders)

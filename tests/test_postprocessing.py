@@ -340,12 +340,16 @@ def record_computed(monkeypatch):
 
 
 @pytest.mark.parametrize("output", [(150, 203), (7, 203), (1, 1), (900, 90), (60, 80)])
-@pytest.mark.parametrize("step, elements", [(1, 1 << 18), (4, 1 << 12), (4, 1), (9, 1 << 18), (500, 1 << 18)])
-def test_cells_do_not_change_results(monkeypatch, step, elements, output):
+@pytest.mark.parametrize(
+    "step, pixels, elements",
+    [(1, 24, 1 << 18), (4, 24, 1 << 12), (4, 24, 1), (4, 1, 1 << 18), (9, 999, 1 << 18), (500, 9999, 1 << 18)],
+)
+def test_cells_do_not_change_results(monkeypatch, step, pixels, elements, output):
     geometry = LARGE._replace(output=output)
     class_logits, mask_logits = random(7, THINGS + STUFF, scale=1.5), blobs(7, offset=-2)
     probs = mask_probabilities(mask_logits, geometry)
     monkeypatch.setattr(sampling, "CELL_STEP", step)
+    monkeypatch.setattr(sampling, "CELL_PIXELS", pixels)
     monkeypatch.setattr(sampling, "CPU_CHUNK_ELEMENTS", elements)
     shapes = record_computed(monkeypatch)
 
@@ -359,6 +363,13 @@ def test_cells_do_not_change_results(monkeypatch, step, elements, output):
     assert torch.equal(mask_areas(chosen, cells), (probs >= 0.5).sum(dim=(1, 2))[chosen])
     assert all(count == 1 or count * kernels * pixels <= elements for count, kernels, pixels in shapes)
     assert cells.areas.sum() == output[0] * output[1]
+
+
+@pytest.mark.parametrize("output, steps", [((60, 80), (4, 4)), ((229, 700), (4, 3)), ((1000, 3000), (2, 1))])
+def test_cells_of_large_results_depend_on_fewer_probabilities(output, steps):
+    """Of 1, 4, 9, 17 and 38 pixels per probability."""
+    cells = Cells(blobs(1, offset=0), LARGE._replace(output=output))
+    assert (cells.rows.step, cells.columns.step) == steps
 
 
 @pytest.mark.parametrize("padded", [(30, 40), (31, 45)])
