@@ -47,9 +47,7 @@ def binary_masks(mask_logits: torch.Tensor, copies: torch.Tensor, geometry: Imag
     cells = Cells(mask_logits, geometry)
     masks = _zeros((len(copies), *geometry.output), np.dtype(bool), mask_logits.device)
     full = cells.low > MASK_THRESHOLD
-    shown, chosen = full[copies].nonzero(as_tuple=True)
-    for part in cells.chunks([1] * len(chosen)):
-        masks.view(-1).scatter_(0, cells.pixels(chosen[part], shown[part]).flatten(), True)
+    cells.fill(masks, full[copies])
     kernels, mixed = ((cells.high > MASK_THRESHOLD) & ~full).nonzero(as_tuple=True)
     for part in cells.chunks([1] * len(mixed)):
         computed = cells.resize(kernels[part, None], mixed[part])[:, 0] > MASK_THRESHOLD

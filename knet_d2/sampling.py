@@ -48,6 +48,8 @@ class Axis(NamedTuple):
     Attributes:
         start: of the first window.
         step: from one window to the next.
+        borders: the first pixel of each cell, and the end of the last.
+        cells: int64 [H], of each pixel.
         pixels: int64 [J, p], of each cell; one with fewer pixels repeats its last.
         inside: bool [J, p], False where a pixel is repeated.
         weights: [J, p, a], from the window to the pixels; every row adds to one.
@@ -55,6 +57,8 @@ class Axis(NamedTuple):
 
     start: int
     step: int
+    borders: Sequence[int]
+    cells: torch.Tensor
     pixels: torch.Tensor
     inside: torch.Tensor
     weights: torch.Tensor
@@ -94,8 +98,7 @@ class Cells:
             reduce(self.columns.windows(reduce(bands, dim=3), 2), dim=3).flatten(1)
             for reduce in (torch.amin, torch.amax)
         )
-        heights, widths = (axis.inside.sum(dim=1) for axis in (self.rows, self.columns))
-        self.areas = torch.outer(heights, widths).flatten()
+        self.areas = torch.outer(*(axis.inside.sum(dim=1) for axis in (self.rows, self.columns))).flatten()
         # Where in a flat map a window begins, and from there its probabilities: [C] and [a, 1, b]
         rows, columns = (torch.arange(axis.stop, device=mask_logits.device) for axis in (self.rows, self.columns))
         rows, columns = self.rows.windows(rows * self._probs.shape[2], 0), self.columns.windows(columns, 0)
@@ -139,6 +142,18 @@ class Cells:
         rows, columns = self._split(cells)
         return (self.rows.inside[rows, :, None] & self.columns.inside[columns, None]).flatten(1)
 
+    def fill(self, masks: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Set the pixels of some cells: bool [M, H, W], so far False, and bool [M, C]."""
+        grids = chosen.unflatten(1, (len(self.rows.pixels), len(self.columns.pixels)))
+        used = grids.any(dim=2).cpu().numpy()  # on the CPU, so that a device is waited for once
+        for i in np.flatnonzero(used.any(axis=1)):
+            cells = np.flatnonzero(used[i])
+            bands = slice(cells[0], cells[-1] + 1)
+            lines = slice(self.rows.borders[bands.start], self.rows.borders[bands.stop])
+            # Transposed, as a CPU copies rows at once and columns one by one
+            wide = grids[i, bands].T.contiguous().index_select(0, self.columns.cells).T.contiguous()
+            torch.index_select(wide, 0, self.rows.cells[lines] - bands.start, out=masks[i, lines])
+
     def chunks(self, counts: Sequence[int]) -> Iterator[slice]:
         """Shares out cells that are computed together.
 
@@ -150,10 +165,11 @@ class Cells:
         sizes = np.asarray(counts) * max(p * q, a * b)
         start = 0
         while start < len(sizes):
-            rest = sizes[start:]
-            fitting = int(np.searchsorted(rest * np.arange(1, len(rest) + 1), limit, side="right"))
-            yield slice(start, start + max(1, fitting))
-            start += max(1, fitting)
+            candidates = sizes[start : start + max(1, limit // int(sizes[start]))]
+            taken = np.searchsorted(candidates * np.arange(1, len(candidates) + 1), limit, side="right")
+            stop = start + max(1, int(taken))
+            yield slice(start, stop)
+            start = stop
 
     def _split(self, cells: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Numbers of cells to those of their rows and columns."""
@@ -189,8 +205,8 @@ def _axis(like: torch.Tensor, length: int, padded: int, image: int, output: int)
     weights = np.zeros((*pixels.shape, int(taps.max()) + 1))
     np.add.at(weights, (*np.indices(pixels.shape)[..., None], taps), weight[pixels])
     inside = place < sizes[:, None]
-    tensors = torch.from_numpy(pixels), torch.from_numpy(inside), torch.from_numpy(weights).to(like.dtype)
-    return Axis(int(first[0]), step, *(tensor.to(like.device) for tensor in tensors))
+    tensors = *map(torch.from_numpy, (cell, pixels, inside)), torch.from_numpy(weights).to(like.dtype)
+    return Axis(int(first[0]), step, borders.tolist(), *(tensor.to(like.device) for tensor in tensors))
 
 
 def _taps(length: int, padded: int, image: int, output: int) -> Tuple[np.ndarray, np.ndarray]:
