@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import sigmoid, slow_bilinear
 
-from knet_d2 import sampling
+from knet_d2 import postprocessing, sampling
 from knet_d2.postprocessing import (
     ImageGeometry,
     assign_pixels,
@@ -183,6 +183,8 @@ def test_probability_of_exactly_half_is_outside_of_an_instance_but_inside_of_a_p
     result = instance_inference(torch.tensor([[3.0]]), mask_logits, PLAIN, max_instances=1)
     assert not result.pred_masks.any()
     assert mask_areas(torch.tensor([0]), Cells(mask_logits, PLAIN)).tolist() == [20 * 20]
+    mask_logits[0, :, 5:] = -8  # up-sampled, the last column of the ten is lower, too
+    assert mask_areas(torch.tensor([0]), Cells(mask_logits, PLAIN)).tolist() == [20 * 9]
 
 
 # Panoptic
@@ -279,6 +281,14 @@ def test_pixels_won_below_half_count_and_are_painted():
     assert (panoptic == 1).all()
 
 
+def test_a_kernel_without_a_pixel_is_no_segment_even_if_every_part_is_enough():
+    class_logits, mask_logits = drawn(
+        (0, 0.9, ALL, ALL), (1, 0.5, ALL, ALL), (2, 0.1, NONE, NONE), (3, 0.1, NONE, NONE)
+    )
+    _, segments = run_panoptic(class_logits, mask_logits, PLAIN, overlap_threshold=0.0)
+    assert [x["category_id"] for x in segments] == [CATEGORIES[0]]
+
+
 def test_a_winner_without_a_pixel_of_at_least_half_is_dropped():
     class_logits, mask_logits = drawn((0, 0.9, NONE, NONE), (2, 0.1, NONE, NONE), (3, 0.1, NONE, NONE))
     mask_logits[0] = -1
@@ -298,7 +308,9 @@ def test_thing_takes_its_best_thing_class_only():
 # Semantic, and all of them in pieces
 
 
-def test_semantic_scores_are_sums_over_kernels():
+@pytest.mark.parametrize("classes_at_once", [1, 3, 8])
+def test_semantic_scores_are_sums_over_kernels(monkeypatch, classes_at_once):
+    monkeypatch.setattr(postprocessing, "CLASSES_AT_ONCE", classes_at_once)
     class_logits, mask_logits = random(5, THINGS + STUFF), random(5, *HEAD, seed=1)
     mask = class_mask(3)
     result = semantic_inference(class_logits, mask_logits, mask, GEOMETRY).numpy()
