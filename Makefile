@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/installed
 install: $(INSTALLED)
 
 # Written last, so that an interrupted installation is repeated.
-$(INSTALLED): requirements.txt setup.py knet_d2/install_detectron2.py knet_d2/dependencies.py
+$(INSTALLED): requirements.txt setup.py knet_d2/setup/install_detectron2.py knet_d2/setup/dependencies.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(BIN)/python -m pip --version || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet pip==26.2

@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-DEPENDENCIES = runpy.run_path(str(ROOT / "knet_d2" / "dependencies.py"))
+DEPENDENCIES = runpy.run_path(str(ROOT / "knet_d2" / "setup" / "dependencies.py"))
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "knet_d2" / "__init__.py").read_text(), re.MULTILINE).group(1)
 README = ROOT / "README.md"
 
@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=" + ".".join(map(str, DEPENDENCIES["PYTHON"])),
-    # The config files lie beside the package in a checkout and inside it in a wheel; knet_d2.paths finds them in both.
+    # The config files lie beside the package in a checkout, inside it in a wheel; knet_d2.config.files finds both.
     packages=[*find_packages(include=["knet_d2", "knet_d2.*"]), "knet_d2.configs"],
     package_dir={"knet_d2.configs": "configs"},
     package_data={"knet_d2": ["**/*.json"], "knet_d2.configs": ["**/*.yaml"]},

@@ -16,13 +16,13 @@ from detectron2.utils.logger import setup_logger
 from detectron2.utils.video_visualizer import VideoVisualizer
 from PIL import Image
 
-from knet_d2.classes import ClassTable, categories
+from knet_d2.data.classes import ClassTable, categories
 from knet_d2.data.files import IMAGE_TYPES, find_images, read_image
 from knet_d2.engine import Predictor
 from knet_d2.errors import ConfigError, DataError, errors_in_one_line
 from knet_d2.inference.loading import resolve_model
-from knet_d2.results import instance_results, panoptic_png, semantic_results
-from knet_d2.visualization import draw_prediction, main_output, output_metadata, to_cpu
+from knet_d2.results.coco import instance_results, panoptic_png, semantic_results
+from knet_d2.results.drawing import draw_prediction, main_output, output_metadata, to_cpu
 
 ESCAPE = 27
 

@@ -17,7 +17,7 @@ import numpy as np
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
-from knet_d2.classes import categories
+from knet_d2.data.classes import categories
 from knet_d2.data.files import read_image
 from knet_d2.errors import ConfigError, DataError, errors_in_one_line
 from knet_d2.inference import ImagePredictor, Prediction, Trace, load

@@ -1,6 +1,6 @@
 """K-Net as a Detectron2 extension. Importing this package registers its parts and data sets with Detectron2."""
 
-from ._bootstrap import require_detectron2, runs_setup_command
+from .setup.bootstrap import require_detectron2, runs_setup_command
 
 __version__ = "0.1.0"
 
@@ -9,8 +9,8 @@ if not runs_setup_command():
 
     from . import checkpoint, data  # noqa: F401  register knet:// paths and the generated data sets
     from .config import add_knet_config
-    from .meta_arch import KNet
     from .modeling import backbone, static_kernels  # noqa: F401  register their builders and heads
+    from .modeling.meta_arch import KNet
 
     __all__ = ["KNet", "add_knet_config", "load"]
 

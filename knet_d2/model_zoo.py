@@ -10,11 +10,11 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from . import paths
 from .checkpoint import Checkpointer
 from .checkpoint.download import PREFIX
 from .checkpoint.zoo import zoo_entries, zoo_entry
-from .engine.setup import load_config
+from .config import files as paths
+from .config.merging import load_config
 
 __all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file", "names"]
 

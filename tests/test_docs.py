@@ -18,9 +18,9 @@ from helpers import spread_scores, tiny_config, tiny_model
 from knet_d2.checkpoint import describe_model
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.config import add_knet_config
+from knet_d2.config.merging import merge_config
 from knet_d2.data.custom import checked_entry
 from knet_d2.engine import load_config
-from knet_d2.engine.setup import merge_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "demo" / "README.md"]

@@ -18,8 +18,8 @@ from PIL import Image
 import knet_d2
 from knet_d2.checkpoint import describe_model
 from knet_d2.checkpoint.saving import save_weights
-from knet_d2.classes import ClassTable
 from knet_d2.data import resolve_classes
+from knet_d2.data.classes import ClassTable
 from knet_d2.errors import ConfigError
 from knet_d2.export import OUTPUT_NAMES, ExportableKNet, trace
 from knet_d2.export.writing import METADATA_FILE

@@ -11,10 +11,10 @@ from detectron2.engine import default_argument_parser
 from program_helpers import ROOT, TINY_MODEL, load_program
 
 from knet_d2.checkpoint.zoo import zoo_entry
+from knet_d2.config.files import get_config_file
 from knet_d2.data.shapes import write_shapes
 from knet_d2.engine import Trainer, load_config
 from knet_d2.errors import ConfigError
-from knet_d2.paths import get_config_file
 
 train_net = load_program(ROOT / "train_net.py")
 

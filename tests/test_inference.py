@@ -16,8 +16,8 @@ from PIL import Image
 import knet_d2
 from knet_d2.checkpoint import Checkpointer, describe_model, load_file, read_description
 from knet_d2.checkpoint.saving import save_weights
-from knet_d2.classes import ClassTable
 from knet_d2.data import resolve_classes
+from knet_d2.data.classes import ClassTable
 from knet_d2.errors import CheckpointError, ConfigError, DataError
 from knet_d2.inference import Prediction, Segment
 from knet_d2.inference.tiles import predict_tiles, tile_spans

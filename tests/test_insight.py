@@ -9,10 +9,18 @@ from PIL import Image
 
 from knet_d2.checkpoint import describe_model
 from knet_d2.checkpoint.saving import save_weights
-from knet_d2.classes import ClassTable
 from knet_d2.data import resolve_classes
+from knet_d2.data.classes import ClassTable
 from knet_d2.errors import ConfigError, DataError
-from knet_d2.insight import SIDE, AverageMasks, KernelMasks, average_masks, draw_average_masks, draw_stages, stage_masks
+from knet_d2.inference.insight import (
+    SIDE,
+    AverageMasks,
+    KernelMasks,
+    average_masks,
+    draw_average_masks,
+    draw_stages,
+    stage_masks,
+)
 
 visualize_kernels = load_tool("visualize_kernels")
 

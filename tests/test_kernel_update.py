@@ -11,8 +11,8 @@ from torch import nn
 from knet_d2.errors import ConfigError
 from knet_d2.modeling.cascade import KernelUpdateCascade
 from knet_d2.modeling.kernel_update import AdaptiveKernelUpdate, LinearKernelUpdate, gather_group_features
+from knet_d2.modeling.structures import KernelState
 from knet_d2.modeling.update_head import KernelInteraction, KernelUpdateHead
-from knet_d2.structures import KernelState
 
 B, N, K = 2, 5, 3
 

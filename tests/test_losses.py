@@ -13,7 +13,7 @@ from knet_d2.errors import ConfigError
 from knet_d2.modeling.criterion import KNetCriterion, LossWeights
 from knet_d2.modeling.losses import dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
 from knet_d2.modeling.matcher import HungarianMatcher
-from knet_d2.structures import KernelBank, KernelState, StageOutput, Targets
+from knet_d2.modeling.structures import KernelBank, KernelState, StageOutput, Targets
 
 THINGS, STUFF, KERNELS, STAGES = 2, 3, 4, 2
 ALPHA, GAMMA = 0.25, 2.0

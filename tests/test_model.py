@@ -17,11 +17,11 @@ from helpers import (
 )
 
 from knet_d2.errors import DataError
-from knet_d2.meta_arch import KNet
 from knet_d2.modeling.cascade import static_predictions
+from knet_d2.modeling.meta_arch import KNet
+from knet_d2.modeling.postprocessing import ImageGeometry, mask_probabilities
+from knet_d2.modeling.structures import KernelBank
 from knet_d2.modeling.targets import build_targets
-from knet_d2.postprocessing import ImageGeometry, mask_probabilities
-from knet_d2.structures import KernelBank
 
 COUNTS = [[0], [2], [9], [0, 0], [3, 0], [1, 8, 0]]  # instances of each image; there are 6 kernels
 RESULT_OF_TASK = {"instance": "instances", "panoptic": "panoptic_seg", "semantic": "sem_seg"}

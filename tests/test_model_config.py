@@ -9,7 +9,7 @@ from detectron2.structures import Instances
 from helpers import TASKS, make_example, spread_scores, tiny_config, tiny_model
 
 from knet_d2.errors import ConfigError
-from knet_d2.meta_arch import KNet
+from knet_d2.modeling.meta_arch import KNet
 
 NODES = {
     "TASK": ("panoptic", "instance"),

@@ -15,7 +15,7 @@ from helpers import tiny_config, tiny_model
 from official_layout import official_checkpoint, official_state_dict
 
 from knet_d2.checkpoint import Checkpointer, load_file, read_description
-from knet_d2.checkpoint.report import summarise
+from knet_d2.checkpoint.load_report import summarise
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.checkpoint.zoo import build_on_meta
 from knet_d2.errors import CheckpointError

@@ -6,7 +6,7 @@ from helpers import spread_scores, tiny_config, tiny_model
 
 from knet_d2.errors import ConfigError
 from knet_d2.modeling.cascade import static_predictions
-from knet_d2.structures import KernelState
+from knet_d2.modeling.structures import KernelState
 
 
 def test_static_class_probabilities_are_means_over_the_mask():

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from helpers import sigmoid, slow_bilinear
 
 from knet_d2 import postprocessing, sampling
-from knet_d2.postprocessing import (
+from knet_d2.modeling.mask_cells import Cells
+from knet_d2.modeling.postprocessing import (
     ImageGeometry,
     assign_pixels,
     instance_inference,
@@ -19,8 +20,7 @@ from knet_d2.postprocessing import (
     panoptic_inference,
     semantic_inference,
 )
-from knet_d2.sampling import Cells
-from knet_d2.structures import KernelBank
+from knet_d2.modeling.structures import KernelBank
 
 # Head 4 x 6, masks 8 x 12, network input 16 x 24, of which the image is 14 x 19, shown at 9 x 31
 GEOMETRY = ImageGeometry(padded=(16, 24), image=(14, 19), output=(9, 31))

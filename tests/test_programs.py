@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from program_helpers import NUM_IMAGES, ROOT, SIZE, Program, load_program, shapes, write_config  # noqa: F401
 
-from knet_d2.classes import class_table
+from knet_d2.data.classes import class_table
 from knet_d2.engine import Predictor, Trainer, load_config, replay
 from knet_d2.errors import CheckpointError, ConfigError, DataError, KNetError, NonFiniteError
-from knet_d2.visualization import (
+from knet_d2.results.drawing import (
     Segment,
     draw_segments,
     draw_validation_pictures,

@@ -154,9 +154,7 @@ def deform_conv_flops(x, weight, *args, out_shape, **kwargs):
     ],
 )
 def test_documented_flops(path, size):
-    counter = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: deform_conv_flops}
-    )
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: deform_conv_flops})
     with torch.device("meta"):
         model = build_model(zoo_config(path, "meta")).eval().requires_grad_(False)
         with counter:

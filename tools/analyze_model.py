@@ -1,7 +1,7 @@
 """Parameters and multiply-adds of a K-Net by module, without post-processing.
 
-    python tools/analyze_model.py coco/panoptic/knet_r50_fpn_1x.yaml --size 800x1216 --depth 3
-    python tools/analyze_model.py coco/instance/knet_r50_fpn_1x.yaml MODEL.KNET.NUM_KERNELS 256
+python tools/analyze_model.py coco/panoptic/knet_r50_fpn_1x.yaml --size 800x1216 --depth 3
+python tools/analyze_model.py coco/instance/knet_r50_fpn_1x.yaml MODEL.KNET.NUM_KERNELS 256
 """
 
 import argparse
@@ -18,9 +18,9 @@ from detectron2.utils.analysis import FlopCountAnalysis  # noqa: E402
 from fvcore.nn import flop_count_table  # noqa: E402
 from fvcore.nn.jit_handles import get_shape  # noqa: E402
 
+from knet_d2.config.files import get_config_file  # noqa: E402
 from knet_d2.engine import load_config  # noqa: E402
 from knet_d2.errors import errors_in_one_line  # noqa: E402
-from knet_d2.paths import get_config_file  # noqa: E402
 
 
 def count_matmul(inputs: List[Any], outputs: List[Any]) -> int:

@@ -1,7 +1,7 @@
 """Build the models of the zoo, and take one training step and one prediction with each, on small random images.
 
-    python tools/check_configs.py                                         # all of them, on the CPU
-    python tools/check_configs.py coco/panoptic/knet_swin_l_fpn_3x.yaml   # the named ones
+python tools/check_configs.py                                         # all of them, on the CPU
+python tools/check_configs.py coco/panoptic/knet_swin_l_fpn_3x.yaml   # the named ones
 """
 
 import argparse

@@ -21,12 +21,12 @@ from detectron2.utils.logger import setup_logger  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from knet_d2.config import add_knet_config  # noqa: E402
+from knet_d2.config.merging import merge_config  # noqa: E402
 from knet_d2.data import load_dataset, register_custom_datasets, resolve_classes  # noqa: E402
 from knet_d2.data.check import Fault, check_datasets  # noqa: E402
 from knet_d2.data.files import read_image  # noqa: E402
-from knet_d2.engine.setup import merge_config  # noqa: E402
 from knet_d2.errors import KNetError, errors_in_one_line  # noqa: E402
-from knet_d2.visualization import class_table, draw_segments, ground_truth_segments, picture_sheet  # noqa: E402
+from knet_d2.results.drawing import class_table, draw_segments, ground_truth_segments, picture_sheet  # noqa: E402
 
 
 def get_parser() -> argparse.ArgumentParser:

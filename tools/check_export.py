@@ -26,7 +26,7 @@ from knet_d2.data.files import find_images, read_image
 from knet_d2.errors import ConfigError, errors_in_one_line
 from knet_d2.export import OUTPUT_NAMES
 from knet_d2.inference.loading import load
-from knet_d2.meta_arch import KNet
+from knet_d2.modeling.meta_arch import KNet
 
 SIZES = ((128, 128), (96, 160), (100, 140), (150, 90))
 BATCHES = (1, 2)
@@ -173,9 +173,7 @@ def is_at_a_gate(model: KNet, exact: KNet, image: np.ndarray) -> bool:
 
 def _gating_logits(model: KNet, image: np.ndarray) -> List[torch.Tensor]:
     with torch.inference_mode():
-        state = model.sem_seg_head(
-            model.backbone(model.preprocess_image([{"image": torch.from_numpy(image)}]).tensor)
-        )
+        state = model.sem_seg_head(model.backbone(model.preprocess_image([{"image": torch.from_numpy(image)}]).tensor))
         stages = model.cascade(state)
     return [x.mask_logits.double() for x in (state, *stages[:-1])]
 

@@ -1,8 +1,8 @@
 """Compare this implementation with the official K-Net, tensor by tensor.
 
-    python tools/check_references.py                            # the references that come with the tests
-    python tools/check_references.py --references FOLDER        # another set
-    python tools/check_references.py --mutate all               # the check has to fail when something is wrong
+python tools/check_references.py                            # the references that come with the tests
+python tools/check_references.py --references FOLDER        # another set
+python tools/check_references.py --mutate all               # the check has to fail when something is wrong
 """
 
 import argparse

@@ -14,7 +14,7 @@ import torch
 from knet_d2.checkpoint import LoadReport, as_checkpoint, describe_model, has_description, load_file, read_description
 from knet_d2.checkpoint.fit import find_misfits
 from knet_d2.checkpoint.layouts import recognise
-from knet_d2.checkpoint.report import build_report
+from knet_d2.checkpoint.load_report import build_report
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.checkpoint.zoo import build_on_meta, fitting_entries, fitting_hint
 from knet_d2.engine import load_config

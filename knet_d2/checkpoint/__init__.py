@@ -3,8 +3,8 @@
 from . import download
 from .checkpointer import Checkpointer, write_atomically
 from .description import ModelDescription, describe_model, has_description, read_description
+from .load_report import LoadReport
 from .loading import as_checkpoint, load_file
-from .report import LoadReport
 from .resume import periodic_checkpoints, remove_unfinished
 
 __all__ = [

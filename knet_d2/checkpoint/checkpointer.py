@@ -14,8 +14,8 @@ from torch import nn
 from ..errors import CheckpointError, KNetError
 from .fit import find_misfits
 from .layouts import Layout, recognise
+from .load_report import LoadReport, build_report
 from .loading import as_checkpoint, load_file
-from .report import LoadReport, build_report
 from .resume import newest_whole_checkpoint, resumable_checkpoints
 from .zoo import fitting_hint
 

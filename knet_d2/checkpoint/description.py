@@ -10,8 +10,8 @@ from typing import Any, Dict, Mapping, NamedTuple, Optional
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from ..classes import ClassTable, categories, class_table, from_categories
-from ..config import add_knet_config
+from ..config.options import add_knet_config
+from ..data.classes import ClassTable, categories, class_table, from_categories
 from ..errors import CheckpointError
 
 # Places on the machine that wrote the file, and data that the reader need not have.

@@ -4,7 +4,7 @@ import re
 from typing import List
 
 from .layouts import Layout
-from .report import LoadReport, ShapePair, summarise
+from .load_report import LoadReport, ShapePair, summarise
 
 # Their first dimension counts classes or instance kernels
 _COUNTED = re.compile(r"sem_seg_head\.instance_kernels\.|(^|\.)classifier\.|\.class_branch\.")

@@ -14,8 +14,8 @@ from typing import Any, Dict
 import numpy as np
 import torch
 
-from ..compat import NUMPY_PICKLE_FUNCTIONS, under_name
 from ..errors import CheckpointError
+from ..setup.compat import NUMPY_PICKLE_FUNCTIONS, under_name
 
 SAFETENSORS_COMMAND = "install it with: python -m pip install safetensors"
 

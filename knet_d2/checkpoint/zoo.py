@@ -12,10 +12,10 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
-from ..config import add_knet_config
+from ..config.files import get_config_file
+from ..config.options import add_knet_config
 from ..errors import ConfigError
-from ..paths import get_config_file
-from .report import is_counter
+from .load_report import is_counter
 
 _TABLE = Path(__file__).resolve().parent.parent / "model_zoo.json"
 

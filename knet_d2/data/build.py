@@ -19,10 +19,10 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError, KNetError
-from ..stop_signals import ignore_stop_signals
 from .coco_json import read_coco_json
 from .mapper import build_loss_mapper, build_mapper
 from .sampler import SampleKey, TrainingBatchSampler
+from .workers import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
 

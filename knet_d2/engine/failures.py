@@ -22,10 +22,7 @@ def explain(error: BaseException) -> Optional[str]:
         return str(error)
     if isinstance(error, OSError) and error.errno in _NO_WRITING:
         name = os.fsdecode(error.filename) if error.filename else "A file of the run"
-        return (
-            f"{name}: {error.strerror}. Make room there or choose another OUTPUT_DIR. "
-            f"{_CONTINUE}"
-        )
+        return f"{name}: {error.strerror}. Make room there or choose another OUTPUT_DIR. {_CONTINUE}"
     worker = re.search(r"DataLoader worker \(pid.*?\) (is killed by signal: \w+|exited unexpectedly)", str(error))
     if worker or _broke_while_loading(error):
         what = worker.group(1) if worker else "exited unexpectedly"

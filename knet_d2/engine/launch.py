@@ -25,9 +25,9 @@ from detectron2.utils import comm
 from torch import distributed
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ..compat import create_local_process_group
+from ..data.workers import STOP_SIGNALS
 from ..errors import ConfigError, KNetError
-from ..stop_signals import STOP_SIGNALS
+from ..setup.compat import create_local_process_group
 from .failures import EXIT_FAILED, explain, is_lost_connection
 
 logger = logging.getLogger(__name__)

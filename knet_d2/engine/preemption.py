@@ -5,7 +5,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Dict, Optional, Type
 
-from ..stop_signals import STOP_SIGNALS
+from ..data.workers import STOP_SIGNALS
 from .failures import EXIT_FAILED, is_lost_connection
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: do the same again

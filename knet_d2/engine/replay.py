@@ -10,10 +10,10 @@ import os
 import sys
 from typing import List
 
+from ..config.merging import load_config
 from ..errors import CheckpointError, KNetError, NonFiniteError
 from .dump import batch_file, load_batch
 from .launch import add_launch_arguments, run
-from .setup import load_config
 from .trainer import Trainer
 
 

@@ -15,11 +15,12 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from ..checkpoint import Checkpointer, describe_model, periodic_checkpoints, remove_unfinished, write_atomically
+from ..config.merging import config_to_blame, resolve_seed
 from ..data import build_loss_loader, build_test_loader, build_train_loader
 from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import build_evaluators
-from ..tta import KNetWithTTA
-from ..visualization import draw_validation_pictures
+from ..modeling.tta import KNetWithTTA
+from ..results.drawing import draw_validation_pictures
 from . import optimizer as optim
 from .averaging import build_weight_average
 from .dump import batch_file, save_batch
@@ -35,7 +36,6 @@ from .hooks import (
     StopHook,
 )
 from .preemption import StopSignals
-from .setup import config_to_blame, resolve_seed
 from .train_step import TrainStep, amp_dtype
 from .validation import mean_loss
 from .writers import ConsoleWriter, MetricsWriter, TensorBoardWriter, bounded_storage, cut_metrics

@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..data import load_dataset, loaded_metadata
 from ..errors import ConfigError
-from ..meta_arch import model_outputs
+from ..modeling.meta_arch import model_outputs
 from .instance import InstanceEvaluator
 from .panoptic import PanopticEvaluator
 from .semantic import SemanticEvaluator

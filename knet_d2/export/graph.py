@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..meta_arch import KNet
 from ..modeling.backbone.deform_conv import DeformConv2d
 from ..modeling.backbone.swin import SwinTransformer
-from ..postprocessing import ImageGeometry
+from ..modeling.meta_arch import KNet
+from ..modeling.postprocessing import ImageGeometry
 from . import results
 
 INPUT_NAMES = ("image", "image_size", "output_size")

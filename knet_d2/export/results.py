@@ -1,6 +1,6 @@
 """Results of a batch, with tables of constant length and no branch on values, as a graph needs them.
 
-:mod:`knet_d2.postprocessing` leaves out what can't matter in an image; a graph computes all of it, to the same results.
+:mod:`..modeling.postprocessing` leaves out what can't matter in an image; a graph computes all, to the same results.
 Shapes: B images, N kernels, h x w pixels of the result; n rows of a table.
 """
 
@@ -9,7 +9,7 @@ from typing import Iterator, Tuple
 import torch
 import torch.nn.functional as F
 
-from ..postprocessing import MASK_THRESHOLD, ImageGeometry, mask_probabilities
+from ..modeling.postprocessing import MASK_THRESHOLD, ImageGeometry, mask_probabilities
 
 # Masks of full resolution that are in memory together as numbers; a constant, so that the loop can be unrolled
 _KERNELS_AT_ONCE = 16
@@ -79,7 +79,7 @@ def panoptic(
     thing_score_threshold: float,
     overlap_threshold: float,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One map without overlaps; for the arguments see :func:`knet_d2.postprocessing.panoptic_inference`.
+    """One map without overlaps; for the arguments see :func:`knet_d2.modeling.postprocessing.panoptic_inference`.
 
     Args:
         class_logits: [B, N, K].

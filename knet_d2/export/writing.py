@@ -9,9 +9,9 @@ from detectron2.config import CfgNode
 from torch.export import Dim, ExportedProgram
 
 from ..checkpoint import describe_model, write_atomically
-from ..classes import ClassTable
+from ..data.classes import ClassTable
 from ..errors import ConfigError
-from ..meta_arch import KNet
+from ..modeling.meta_arch import KNet
 from .graph import INPUT_NAMES, OUTPUT_NAMES, ExportableKNet, example_inputs
 
 ONNX_COMMAND = "install what it needs with: python -m pip install onnx onnxscript onnxruntime"

@@ -1,7 +1,7 @@
 """Segmenting images with a model from one file, without data sets: what ``knet_d2.load`` gives."""
 
+from ..results.prediction import Prediction, Segment
 from .loading import load
-from .prediction import Prediction, Segment
 from .predictor import ImagePredictor
 from .trace import Trace
 

@@ -8,10 +8,10 @@ from detectron2.config import CfgNode
 from ..checkpoint import load_file, read_description
 from ..checkpoint.download import PREFIX
 from ..checkpoint.zoo import zoo_entry
-from ..classes import ClassTable, class_table
-from ..engine.setup import choose_device, load_config, merge_config
+from ..config.files import get_config_file
+from ..config.merging import choose_device, load_config, merge_config
+from ..data.classes import ClassTable, class_table
 from ..errors import ConfigError
-from ..paths import get_config_file
 from .predictor import ImagePredictor
 
 

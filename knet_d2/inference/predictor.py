@@ -8,12 +8,12 @@ from typing import Any, Iterator, Optional, Sequence, Tuple, Union
 import numpy as np
 from detectron2.config import CfgNode
 
-from ..classes import ClassTable
+from ..data.classes import ClassTable
 from ..data.files import find_images, read_image
-from ..engine.predictor import Predictor
 from ..errors import ConfigError, DataError
-from ..meta_arch import TASK_OUTPUTS
-from .prediction import Prediction
+from ..modeling.meta_arch import TASK_OUTPUTS
+from ..results.prediction import Prediction
+from .default_predictor import Predictor
 from .tiles import predict_tiles
 from .trace import Trace
 
@@ -83,9 +83,7 @@ class ImagePredictor:
         tracing.model = lambda samples: [Trace(self.model, samples[0], self.classes, self.outputs)]
         return tracing(_bgr_pixels(image, order))
 
-    def images(
-        self, paths: Union[str, Sequence[str]], **options: Any
-    ) -> Iterator[Tuple[str, Prediction]]:
+    def images(self, paths: Union[str, Sequence[str]], **options: Any) -> Iterator[Tuple[str, Prediction]]:
         """The predictions of many files, one by one; those that can't be read are logged and left out.
 
         Args:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from ..errors import ConfigError
-from .prediction import Prediction, Segment
+from ..results.prediction import Prediction, Segment
 
 # Objects of two tiles are the same one if their masks agree at least so much where the tiles overlap.
 MIN_IOU = 0.5

@@ -5,11 +5,11 @@ from typing import Any, Dict, Sequence
 
 import torch
 
-from ..classes import ClassTable
+from ..data.classes import ClassTable
 from ..errors import ConfigError
-from ..meta_arch import KNet
 from ..modeling.fast_convolution import channels_last
-from .prediction import Prediction
+from ..modeling.meta_arch import KNet
+from ..results.prediction import Prediction
 
 
 class Trace:

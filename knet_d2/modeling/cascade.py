@@ -7,9 +7,9 @@ from detectron2.config import configurable
 from torch import nn
 
 from ..errors import ConfigError
-from ..structures import KernelState, StageOutput
 from .kernel_update import gather_group_features
 from .precision import full_precision, no_autocast
+from .structures import KernelState, StageOutput
 from .update_head import KernelUpdateHead
 
 

@@ -8,11 +8,11 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..errors import ConfigError, NonFiniteError
-from ..structures import KernelBank, KernelState, Match, StageOutput, Targets
 from .losses import dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
 from .matcher import HungarianMatcher, Prediction
 from .precision import full_precision, no_autocast
 from .resize import upsample_masks
+from .structures import KernelBank, KernelState, Match, StageOutput, Targets
 
 
 class LossWeights(NamedTuple):

@@ -7,8 +7,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from ..errors import NonFiniteError
-from ..structures import Match
 from .losses import dice_coefficient
+from .structures import Match
 
 
 class Prediction(NamedTuple):
@@ -59,9 +59,7 @@ class HungarianMatcher:
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
 
-    def cost_terms(
-        self, prediction: Prediction, classes: torch.Tensor, masks: torch.Tensor
-    ) -> Dict[str, torch.Tensor]:
+    def cost_terms(self, prediction: Prediction, classes: torch.Tensor, masks: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Weighted cost terms of one image: name -> [N, G]."""
         terms = mask_costs(prediction.mask_logits.sigmoid(), masks)
         if prediction.class_logits is not None:

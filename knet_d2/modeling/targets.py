@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 
 from ..errors import DataError
-from ..structures import KernelBank, Targets
+from .structures import KernelBank, Targets
 
 
 def build_targets(

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..structures import StageOutput
 from .kernel_update import AdaptiveKernelUpdate, LinearKernelUpdate, gather_group_features
+from .structures import StageOutput
 
 # Prior probability of a class at initialisation, as in the focal loss paper
 PRIOR_PROBABILITY = 0.01

@@ -8,7 +8,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.modeling.roi_heads import cascade_rcnn, fast_rcnn
 from torch import nn
 
-from knet_d2.structures import StageOutput
+from knet_d2.modeling.structures import StageOutput
 
 from .models import Subject
 

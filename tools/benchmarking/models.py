@@ -10,10 +10,10 @@ from detectron2.structures import ImageList
 from torch import nn
 
 from knet_d2 import KNet
+from knet_d2.config.files import get_config_file
 from knet_d2.engine import load_config
 from knet_d2.engine.optimizer import build_gradient_clipper, build_optimizer
 from knet_d2.errors import ConfigError
-from knet_d2.paths import get_config_file
 
 from .workload import make_batch
 

@@ -13,7 +13,7 @@ from knet_d2.modeling.backbone import swin
 from knet_d2.modeling.losses import dice_coefficient
 from knet_d2.modeling.resize import upsample_masks
 from knet_d2.modeling.static_kernels import semantic_fpn
-from knet_d2.structures import Match, Targets
+from knet_d2.modeling.structures import Match, Targets
 
 # What to replace: (owner, attribute, replacement)
 Patch = Tuple[Any, str, Any]

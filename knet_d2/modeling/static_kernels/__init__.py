@@ -1,4 +1,4 @@
-"""Producers of static kernels: Detectron2 SEM_SEG heads that return a :class:`~knet_d2.structures.KernelState`."""
+"""Producers of static kernels: Detectron2 SEM_SEG heads that return a :class:`~..structures.KernelState`."""
 
 from .auxiliary_head import AuxiliaryHead, build_auxiliary_head
 from .build import build_static_kernels

@@ -7,7 +7,7 @@ from detectron2.layers import ShapeSpec
 from torch import nn
 
 from ...errors import ConfigError
-from ...structures import KernelBank
+from ..structures import KernelBank
 from .layers import Classifier, conv_norm_relu
 
 

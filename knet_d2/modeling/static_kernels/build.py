@@ -7,14 +7,14 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
 from ...errors import ConfigError
-from ...structures import KernelBank
+from ..structures import KernelBank
 
 
 def build_static_kernels(cfg, input_shape: Dict[str, ShapeSpec], bank: KernelBank) -> nn.Module:
     """The producer MODEL.SEM_SEG_HEAD.NAME for the features of a backbone.
 
     Producers are registered as Detectron2's semantic heads; they take (cfg, input_shape, bank), return a
-    :class:`~knet_d2.structures.KernelState` and have a ``size_divisibility``.
+    :class:`~knet_d2.modeling.structures.KernelState` and have a ``size_divisibility``.
 
     Raises:
         ConfigError: there is no producer of this name, or the backbone lacks a feature that it needs.

@@ -9,7 +9,7 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
 from ...errors import ConfigError
-from ...structures import KernelBank, KernelState
+from ..structures import KernelBank, KernelState
 from .layers import Classifier, PyramidPooling, conv_norm_relu, resize_like
 
 # Bins per side of pyramid pooling (PSPNet)

@@ -76,6 +76,4 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
         """[B, C, H, W] -> a [B, C', H, W] for every scale."""
-        return [
-            resize_like(conv(adaptive_average_pool(x, scale)), x) for conv, scale in zip(self.convs, self.scales)
-        ]
+        return [resize_like(conv(adaptive_average_pool(x, scale)), x) for conv, scale in zip(self.convs, self.scales)]

@@ -11,11 +11,11 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
 from ...errors import ConfigError
-from ...structures import KernelBank, KernelState
 from ..kernel_update import gather_group_features
 from ..norm import resolve_norm
 from ..position_encoding import coordinate_channels, sine_position_encoding
 from ..precision import full_precision, no_autocast
+from ..structures import KernelBank, KernelState
 from ..update_head import PRIOR_PROBABILITY
 
 POSITION_ENCODINGS = ("sine", "coordinates", "none")

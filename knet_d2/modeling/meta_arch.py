@@ -10,17 +10,17 @@ from detectron2.modeling.postprocessing import sem_seg_postprocess
 from detectron2.structures import ImageList
 from torch import nn
 
-from .data.categories import resolve_classes
-from .errors import ConfigError, DataError
-from .modeling.cascade import KernelUpdateCascade, static_predictions
-from .modeling.criterion import KNetCriterion
-from .modeling.fast_convolution import channels_last, fold_norms
-from .modeling.precision import no_autocast
-from .modeling.resize import upsampled_size
-from .modeling.static_kernels import build_auxiliary_head, build_static_kernels
-from .modeling.targets import build_targets
+from ..data.categories import resolve_classes
+from ..errors import ConfigError, DataError
+from .cascade import KernelUpdateCascade, static_predictions
+from .criterion import KNetCriterion
+from .fast_convolution import channels_last, fold_norms
 from .postprocessing import ImageGeometry, instance_inference, panoptic_inference, semantic_inference
+from .precision import no_autocast
+from .resize import upsampled_size
+from .static_kernels import build_auxiliary_head, build_static_kernels
 from .structures import KernelBank, KernelState, StageOutput, Targets
+from .targets import build_targets
 
 # What each task can return; the first one is the default
 TASK_OUTPUTS = {

@@ -16,10 +16,10 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..config import add_knet_config
 from ..data import register_custom_datasets, resolve_classes
 from ..errors import ConfigError, KNetError
-from ..paths import config_folder
+from .files import config_folder
+from .options import add_knet_config
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from detectron2.modeling import build_model
 
 from ..checkpoint import Checkpointer
 from ..data.augmentation import Resize
-from ..tta import KNetWithTTA
+from ..modeling.tta import KNetWithTTA
 
 
 class Predictor(DefaultPredictor):

@@ -19,10 +19,10 @@ from detectron2.data import transforms as T
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from .errors import ConfigError
+from ..errors import ConfigError
 from .meta_arch import ImagePrediction
-from .modeling.precision import no_autocast
 from .postprocessing import ImageGeometry
+from .precision import no_autocast
 from .structures import KernelBank
 
 # Kernels of two views are the same object only if their masks agree at least so much.

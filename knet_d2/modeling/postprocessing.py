@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
 
-from .sampling import Cells, ImageGeometry, upsampled_probabilities
+from .mask_cells import Cells, ImageGeometry, upsampled_probabilities
 
 MASK_THRESHOLD = 0.5
 # Bounds the memory of semantic_inference beside its result

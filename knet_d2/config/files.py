@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 
 def config_folder() -> Path:
     """Folder of the config files: packaged in a wheel, beside the package in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     packaged = package / "configs"
     return packaged if packaged.is_dir() else package.parent / "configs"
 

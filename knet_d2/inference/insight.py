@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from .classes import ClassTable
-from .errors import ConfigError, DataError
-from .meta_arch import KNet
-from .modeling.cascade import static_predictions
-from .modeling.precision import no_autocast
-from .postprocessing import ImageGeometry, mask_probabilities
-from .visualization import picture_sheet
+from ..data.classes import ClassTable
+from ..errors import ConfigError, DataError
+from ..modeling.cascade import static_predictions
+from ..modeling.meta_arch import KNet
+from ..modeling.postprocessing import ImageGeometry, mask_probabilities
+from ..modeling.precision import no_autocast
+from ..results.drawing import picture_sheet
 
 # Side of the square to which the paper resizes all masks, and of the pictures' cells
 SIDE = 200

@@ -6,10 +6,10 @@ import cv2
 import numpy as np
 import torch
 
-from ..classes import ClassTable
+from ..data.classes import ClassTable
 from ..errors import ConfigError
-from ..results import encode_mask
-from ..visualization import draw_segments, prediction_segments
+from .coco import encode_mask
+from .drawing import draw_segments, prediction_segments
 
 MASK_FORMATS = ("rle", "polygons")
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .modeling.resize import SCALE, upsample_masks, upsampled_size
+from .resize import SCALE, upsample_masks, upsampled_size
 
 # Windows are CELL_STEP probabilities apart, or fewer where cells would get more than about CELL_PIXELS a side. Of small
 # cells fewer pixels are computed, but more bounds compared.

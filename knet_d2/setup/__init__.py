@@ -1,0 +1,1 @@
+"""The environment of the package: its dependencies, installing Detectron2, the doctor, other packages' versions."""
