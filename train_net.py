@@ -8,7 +8,7 @@ torchrun and srun start it as well, see docs/CLUSTERS.md.
 
 import argparse
 import sys
-from typing import Any, Dict, Optional
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
@@ -20,7 +20,7 @@ from knet_d2.engine import Trainer, setup
 from knet_d2.engine.launch import add_launch_arguments, run
 
 
-def evaluate(cfg: CfgNode, resume: bool) -> Dict[str, Any]:
+def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     """Evaluate MODEL.WEIGHTS (with ``resume``: the last checkpoint in OUTPUT_DIR) on DATASETS.TEST."""
     model = Trainer.build_model(cfg)
     Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
@@ -32,7 +32,7 @@ def evaluate(cfg: CfgNode, resume: bool) -> Dict[str, Any]:
     return results
 
 
-def main(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
+def main(args: argparse.Namespace) -> dict[str, Any] | None:
     cfg = setup(args)
     if args.eval_only:
         return evaluate(cfg, args.resume)

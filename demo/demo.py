@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import sys
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from collections.abc import Iterator
+from typing import Any
 
 import cv2
 import numpy as np
@@ -45,7 +46,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def demo_model(args: argparse.Namespace) -> Tuple[CfgNode, ClassTable]:
+def demo_model(args: argparse.Namespace) -> tuple[CfgNode, ClassTable]:
     """The config, with the confidence threshold where post-processing reads it, and the classes."""
     cfg, classes = resolve_model(args.config_file, args.opts)
     cfg.MODEL.KNET.TEST.SCORE_THRESHOLD = args.confidence_threshold
@@ -60,16 +61,16 @@ class Demo:
     def __init__(self, cfg: CfgNode, classes: ClassTable):
         self.predictor = Predictor(cfg)
         self.classes = classes
-        self._video_visualizer: Optional[VideoVisualizer] = None
+        self._video_visualizer: VideoVisualizer | None = None
 
-    def predict(self, image: np.ndarray) -> Dict[str, Any]:
+    def predict(self, image: np.ndarray) -> dict[str, Any]:
         """The model's outputs for an RGB image."""
         return to_cpu(self.predictor(image[:, :, ::-1]))
 
-    def draw(self, image: np.ndarray, outputs: Dict[str, Any]) -> np.ndarray:
+    def draw(self, image: np.ndarray, outputs: dict[str, Any]) -> np.ndarray:
         return draw_prediction(image, outputs, self.classes)
 
-    def draw_frame(self, frame: np.ndarray, outputs: Dict[str, Any]) -> np.ndarray:
+    def draw_frame(self, frame: np.ndarray, outputs: dict[str, Any]) -> np.ndarray:
         """As :meth:`draw`, but an object keeps its colour from frame to frame."""
         kind = main_output(outputs)
         if self._video_visualizer is None:
@@ -90,14 +91,14 @@ class ResultWriter:
         self._path = path
         self._png_folder = os.path.splitext(path)[0] + "_panoptic"
         self._category_ids = demo.classes.category_ids
-        self._content: Dict[str, Any] = {
+        self._content: dict[str, Any] = {
             "info": {"task": cfg.MODEL.KNET.TASK, "weights": cfg.MODEL.WEIGHTS},
             "categories": categories(demo.classes),
             "images": [],
         }
 
-    def add(self, file_name: str, outputs: Dict[str, Any], size: Tuple[int, int]) -> None:
-        record: Dict[str, Any] = {"file_name": file_name, "height": size[0], "width": size[1]}
+    def add(self, file_name: str, outputs: dict[str, Any], size: tuple[int, int]) -> None:
+        record: dict[str, Any] = {"file_name": file_name, "height": size[0], "width": size[1]}
         if "instances" in outputs:
             record["instances"] = instance_results(outputs["instances"], self._category_ids)
         if "panoptic_seg" in outputs:
@@ -121,7 +122,7 @@ class ResultWriter:
             json.dump(self._content, f)
 
 
-def output_path(args: argparse.Namespace, path: str, taken: List[str]) -> str:
+def output_path(args: argparse.Namespace, path: str, taken: list[str]) -> str:
     """Where the picture of ``path`` goes: --output itself when that names an image file, else a new file in it."""
     if len(args.input) == 1 and os.path.isfile(args.input[0]) and args.output.lower().endswith(IMAGE_TYPES):
         return args.output
@@ -150,7 +151,7 @@ def run_on_images(args: argparse.Namespace, cfg: CfgNode, classes: ClassTable) -
     files = find_images(args.input)
     demo = Demo(cfg, classes)
     results = ResultWriter(args.json, cfg, demo) if args.json else None
-    written: List[str] = []
+    written: list[str] = []
     failed = 0
     for path in tqdm.tqdm(files, unit="image", disable=len(files) == 1):
         try:
@@ -204,7 +205,7 @@ def run_on_video(args: argparse.Namespace, cfg: CfgNode, classes: ClassTable) ->
             writer.release()
 
 
-def open_video(args: argparse.Namespace, video: cv2.VideoCapture, size: Tuple[int, int]) -> cv2.VideoWriter:
+def open_video(args: argparse.Namespace, video: cv2.VideoCapture, size: tuple[int, int]) -> cv2.VideoWriter:
     """A writer of MP4 files for frames of ``size`` (height, width)."""
     path = args.output
     if os.path.isdir(path):

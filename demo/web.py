@@ -10,8 +10,9 @@ import signal
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.utils.logger import setup_logger
@@ -62,16 +63,16 @@ class View(NamedTuple):
     """
 
     message: str
-    picture: Optional[np.ndarray]
-    rows: List[List[Any]]
-    coco: Optional[Dict[str, Any]]
+    picture: np.ndarray | None
+    rows: list[list[Any]]
+    coco: dict[str, Any] | None
     num_stages: int
 
 
 class Viewer:
     """What the page does, without the page."""
 
-    def __init__(self, models: Dict[str, ImagePredictor], max_megapixels: float):
+    def __init__(self, models: dict[str, ImagePredictor], max_megapixels: float):
         """
         Args:
             models: by the names that visitors see.
@@ -81,7 +82,7 @@ class Viewer:
         self._max_megapixels = max_megapixels
         self._trace = functools.lru_cache(maxsize=NUM_KEPT)(self._new_trace)
 
-    def choices(self) -> Dict[str, Tuple[str, str]]:
+    def choices(self) -> dict[str, tuple[str, str]]:
         """Name of a model and one of its outputs, by what visitors see."""
         return {
             OUTPUT_TITLES[output] + (f" ({name})" if len(self._models) > 1 else ""): (name, output)
@@ -93,7 +94,7 @@ class Viewer:
         """S of the model behind a choice."""
         return len(self._models[self.choices()[choice][0]].model.cascade.stages)
 
-    def view(self, path: Optional[str], choice: str, threshold: float, stage: int) -> View:
+    def view(self, path: str | None, choice: str, threshold: float, stage: int) -> View:
         """What is to be seen; whatever is wrong with the file is a message, too.
 
         Args:
@@ -121,7 +122,7 @@ class Viewer:
         coco = coco_file(prediction, PurePath(path).name)
         return View(message, prediction.draw(image), table(prediction), coco, num_stages)
 
-    def _new_trace(self, path: str, name: str) -> Tuple[np.ndarray, Trace]:
+    def _new_trace(self, path: str, name: str) -> tuple[np.ndarray, Trace]:
         image = read_upload(path, self._max_megapixels)
         return image, self._models[name].trace(image, "RGB")
 
@@ -159,7 +160,7 @@ def read_upload(path: str, max_megapixels: float) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
 
 
-def table(prediction: Prediction) -> List[List[Any]]:
+def table(prediction: Prediction) -> list[list[Any]]:
     """A row of COLUMNS for each segment; the score of a semantic class is empty."""
     return [
         [prediction.classes.names[x.label], "" if x.score is None else round(x.score, 3), x.area, *x.box]
@@ -167,7 +168,7 @@ def table(prediction: Prediction) -> List[List[Any]]:
     ]
 
 
-def coco_file(prediction: Prediction, file_name: str) -> Dict[str, Any]:
+def coco_file(prediction: Prediction, file_name: str) -> dict[str, Any]:
     """A COCO file of one image, as pycocotools reads it, the segments as annotations with scores."""
     records = enumerate(prediction.to_coco(), start=1)
     return {
@@ -177,9 +178,9 @@ def coco_file(prediction: Prediction, file_name: str) -> Dict[str, Any]:
     }
 
 
-def load_models(paths: Sequence[str], config_file: Optional[str], opts: Sequence[str]) -> Dict[str, ImagePredictor]:
+def load_models(paths: Sequence[str], config_file: str | None, opts: Sequence[str]) -> dict[str, ImagePredictor]:
     """The models by the last two parts of their paths, which tell enough; where these are the same, with a number."""
-    models: Dict[str, ImagePredictor] = {}
+    models: dict[str, ImagePredictor] = {}
     for path in paths:
         short = "/".join(PurePath(path).parts[-2:])
         name, number = short, 1
@@ -209,7 +210,7 @@ def build_page(viewer: Viewer, folder: str) -> Any:
     choices = list(viewer.choices())
     last = viewer.num_stages(choices[0])
 
-    def update(path: Optional[str], choice: str, threshold: float, stage: int) -> List[Any]:
+    def update(path: str | None, choice: str, threshold: float, stage: int) -> list[Any]:
         view = viewer.view(path, choice, threshold, stage)
         slider = gradio.Slider(maximum=view.num_stages, value=min(stage, view.num_stages), info=_stage_info(view))
         return [view.message, view.picture, view.rows, _download(gradio, view, folder), slider]

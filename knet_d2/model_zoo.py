@@ -4,8 +4,6 @@ A model is named by the path of its config below ``configs``, as "coco/panoptic/
 In MODEL.WEIGHTS, ``knet://<name>`` is its official checkpoint.
 """
 
-from typing import List, Optional
-
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
@@ -19,7 +17,7 @@ from .config.merging import load_config
 __all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file", "names"]
 
 
-def names() -> List[str]:
+def names() -> list[str]:
     """The names of all models."""
     return list(zoo_entries())
 
@@ -39,12 +37,12 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
     return load_config(get_config_file(name), opts)
 
 
-def get_checkpoint_url(name: str) -> Optional[str]:
+def get_checkpoint_url(name: str) -> str | None:
     """Address of a model's official checkpoint; None where none was published."""
     return zoo_entry(name).url
 
 
-def get(name: str, trained: bool = True, device: Optional[str] = None) -> nn.Module:
+def get(name: str, trained: bool = True, device: str | None = None) -> nn.Module:
     """A model in evaluation mode.
 
     Args:

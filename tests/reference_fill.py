@@ -5,7 +5,7 @@ Recorded outputs of the official implementation were computed with these weights
 
 import re
 import zlib
-from typing import Dict, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ def fill(name: str, shape: Sequence[int]) -> np.ndarray:
     return value.astype(np.float32)
 
 
-def filled_state_dict(shapes: Mapping[str, Sequence[int]]) -> Dict[str, torch.Tensor]:
+def filled_state_dict(shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
     """An official state dict; the constant index of Swin's bias tables, which has no rule, is left out."""
     return {
         name: torch.from_numpy(fill(name, shape))

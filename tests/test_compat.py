@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from knet_d2 import compat
 from knet_d2.checkpoint.loading import load_file
+from knet_d2.setup import compat
 
 
 @pytest.mark.parametrize("package", ["numpy.core.multiarray", "numpy._core.multiarray"])

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
-from typing import Dict, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -57,7 +57,7 @@ class Exported(NamedTuple):
     task: str
     weights: str
     predictor: ImagePredictor
-    runners: Dict[str, check_export.Runner]
+    runners: dict[str, check_export.Runner]
 
 
 def save_model(folder, task, options):

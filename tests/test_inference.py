@@ -85,7 +85,7 @@ def test_a_file_is_all_it_takes(described, ending):
     }
     image = random_image((64, 80))
     prediction = predictor(image, order="RGB")
-    model.thing_score_threshold = 0.0
+    model.postprocessor.options = model.postprocessor.options._replace(thing_score_threshold=0.0)
     with torch.no_grad():
         expected, info = model([{"image": torch.from_numpy(image.transpose(2, 0, 1)).flip(0)}])[0]["panoptic_seg"]
     assert cfg_format(predictor) == "BGR" and len(info) == len(prediction.segments) > 1

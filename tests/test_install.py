@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 import knet_d2
-from knet_d2 import doctor, install_detectron2, paths
+from knet_d2.config import files as paths
 from knet_d2.errors import ConfigError
 from knet_d2.install_detectron2 import InstallError, Substitution
+from knet_d2.setup import doctor, install_detectron2
 from knet_d2.setup.dependencies import DEPENDENCIES, Dependency
 
 ROOT = Path(__file__).resolve().parent.parent

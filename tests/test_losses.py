@@ -10,14 +10,17 @@ import torch.nn.functional as F
 from helpers import IGNORE, sigmoid, slow_bilinear, tiny_config
 
 from knet_d2.errors import ConfigError
-from knet_d2.modeling.criterion import KNetCriterion, LossWeights
+from knet_d2.modeling.criterion import KNetCriterion
 from knet_d2.modeling.losses import dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
 from knet_d2.modeling.matcher import HungarianMatcher
-from knet_d2.modeling.structures import KernelBank, KernelState, StageOutput, Targets
+from knet_d2.modeling.structures import KernelState, StageOutput, Targets
+from knet_d2.tasks import TASKS
 
 THINGS, STUFF, KERNELS, STAGES = 2, 3, 4, 2
 ALPHA, GAMMA = 0.25, 2.0
-WEIGHTS = LossWeights(class_=2.0, mask=1.0, dice=4.0, rank=0.1, dense=1.0, auxiliary=0.4)
+WEIGHTS = {"class": 2.0, "mask": 1.0, "dice": 4.0, "rank": 0.1, "dense": 1.0}
+SEMANTIC_WEIGHTS = {"label_map": 0.1}
+AUXILIARY_WEIGHT = 0.4
 
 
 def random(*shape, seed=0, scale=2.0):
@@ -105,7 +108,7 @@ def slow_matched_losses(state, stages, targets, matches):
             trained = c < THINGS if n < KERNELS else c == THINGS + n - KERNELS
             if trained:
                 total += slow_focal(stage.class_logits[b, n, c].item(), (n, c) in positives[b])
-        losses[f"loss_class_s{i}"] = WEIGHTS.class_ * total / max(1, sum(map(len, positives)))
+        losses[f"loss_class_s{i}"] = WEIGHTS["class"] * total / max(1, sum(map(len, positives)))
     return losses
 
 
@@ -115,9 +118,9 @@ def slow_mask_losses(masks, pairs, stage):
     owners = [slow_owners(image, masks[0].shape[1:]) for image in pairs]
     rank = [slow_cross_entropy(m, o) for m, o in zip(masks, owners)]
     return {
-        f"loss_mask_s{stage}": WEIGHTS.mask * slow_bce(logits, goals),
-        f"loss_dice_s{stage}": WEIGHTS.dice * slow_dice(logits, goals),
-        f"loss_rank_s{stage}": WEIGHTS.rank * sum(rank) / len(rank),
+        f"loss_mask_s{stage}": WEIGHTS["mask"] * slow_bce(logits, goals),
+        f"loss_dice_s{stage}": WEIGHTS["dice"] * slow_dice(logits, goals),
+        f"loss_rank_s{stage}": WEIGHTS["rank"] * sum(rank) / len(rank),
     }
 
 
@@ -130,7 +133,7 @@ def slow_dense_loss(semantic_logits, targets, matches, shape):
         for (y, x), label in slow_owners(painted, shape).items():
             foreground += label is not None
             total += sum(slow_focal(v, c == label) for c, v in enumerate(logits[:, y, x]))
-    return WEIGHTS.dense * total / max(1, foreground)
+    return WEIGHTS["dense"] * total / max(1, foreground)
 
 
 # Builders
@@ -149,7 +152,7 @@ class GivenMatches:
 
 
 def make_criterion(matcher=None, bank=None, weights=WEIGHTS, ignore_value=IGNORE):
-    bank = bank or KernelBank.for_task("panoptic", num_kernels=KERNELS, num_things=THINGS, num_stuff=STUFF)
+    bank = bank or TASKS["panoptic"].bank(num_kernels=KERNELS, num_things=THINGS, num_stuff=STUFF)
     return KNetCriterion(
         bank=bank,
         matcher=matcher or HungarianMatcher(),
@@ -157,6 +160,7 @@ def make_criterion(matcher=None, bank=None, weights=WEIGHTS, ignore_value=IGNORE
         focal_alpha=ALPHA,
         focal_gamma=GAMMA,
         ignore_value=ignore_value,
+        auxiliary_weight=AUXILIARY_WEIGHT,
     ).double()
 
 
@@ -342,7 +346,7 @@ def test_keys_do_not_depend_on_the_batch():
 
 def test_terms_of_weight_0_are_left_out():
     state, stages = make_predictions(1)
-    weights = WEIGHTS._replace(rank=0.0, mask=0.0)
+    weights = {**WEIGHTS, "rank": 0.0, "mask": 0.0}
     losses = make_criterion(weights=weights)(state, stages, [make_targets([0], [2])])
     assert {name.split("_")[1] for name in losses} == {"class", "dice", "dense"}
 
@@ -351,7 +355,7 @@ def test_losses_are_proportional_to_their_weights():
     state, stages = make_predictions(1)
     targets = [make_targets([0, 1], [2])]
     once = as_numbers(make_criterion()(state, stages, targets))
-    thrice = as_numbers(make_criterion(weights=LossWeights(*(3 * w for w in WEIGHTS)))(state, stages, targets))
+    thrice = as_numbers(make_criterion(weights={name: 3 * w for name, w in WEIGHTS.items()})(state, stages, targets))
     assert thrice == pytest.approx({name: 3 * value for name, value in once.items()})
 
 
@@ -425,13 +429,14 @@ def test_rank_loss_of_identity_assignment_is_the_semantic_loss():
     logits = [random(2, STUFF, 3, 4, seed=s) for s in range(2)]
     none = torch.zeros(0, dtype=torch.long), torch.zeros(0, 6, 8, dtype=torch.float64)
 
-    semantic_bank = KernelBank.for_task("semantic", num_kernels=0, num_things=0, num_stuff=STUFF)
+    semantic_bank = TASKS["semantic"].bank(num_kernels=0, num_things=0, num_stuff=STUFF)
     state = KernelState(random(2, 2, 3, 4), random(2, STUFF, 2), logits[0])
     targets = [Targets(*none, *none, sem_seg=image) for image in labels]
-    semantic = make_criterion(bank=semantic_bank)(state, [StageOutput(state.kernels, logits[1])], targets)
+    criterion = make_criterion(bank=semantic_bank, weights=SEMANTIC_WEIGHTS)
+    semantic = criterion(state, [StageOutput(state.kernels, logits[1])], targets)
 
     # The same as stuff of a panoptic model, whose one instance kernel claims nothing
-    panoptic_bank = KernelBank.for_task("panoptic", num_kernels=1, num_things=1, num_stuff=STUFF)
+    panoptic_bank = TASKS["panoptic"].bank(num_kernels=1, num_things=1, num_stuff=STUFF)
     with_thing = [torch.cat([torch.full((2, 1, 3, 4), -1e9, dtype=torch.float64), x], dim=1) for x in logits]
     state = KernelState(random(2, 2, 3, 4), random(2, 1 + STUFF, 2), with_thing[0], with_thing[0])
     stage = StageOutput(state.kernels, with_thing[1], random(2, 1 + STUFF, 1 + STUFF))
@@ -444,23 +449,23 @@ def test_rank_loss_of_identity_assignment_is_the_semantic_loss():
     expected = 0
     for image, target in zip(resized, labels.tolist()):
         owners = {p: (None if target[p[0]][p[1]] == IGNORE else target[p[0]][p[1]]) for p in np.ndindex(6, 8)}
-        expected += WEIGHTS.rank * slow_cross_entropy(image, owners) / 2
+        expected += WEIGHTS["rank"] * slow_cross_entropy(image, owners) / 2
     assert semantic["loss_rank_s1"].item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_semantic_losses_are_on_static_logits_stages_and_auxiliary_logits():
-    bank = KernelBank.for_task("semantic", num_kernels=0, num_things=0, num_stuff=STUFF)
+    bank = TASKS["semantic"].bank(num_kernels=0, num_things=0, num_stuff=STUFF)
     none = torch.zeros(0, dtype=torch.long), torch.zeros(0, 6, 8)
     targets = [Targets(*none, *none, sem_seg=torch.ones(6, 8, dtype=torch.long))]
     state = KernelState(random(1, 2, 3, 4), random(1, STUFF, 2), random(1, STUFF, 3, 4))
     stages = [StageOutput(state.kernels, random(1, STUFF, 3, 4, seed=s)) for s in (1, 2)]
     auxiliary = random(1, STUFF, 2, 3, seed=3)
-    losses = as_numbers(make_criterion(bank=bank)(state, stages, targets, auxiliary))
+    losses = as_numbers(make_criterion(bank=bank, weights=SEMANTIC_WEIGHTS)(state, stages, targets, auxiliary))
     expected = {
-        "loss_rank_s0": (WEIGHTS.rank, state.mask_logits),
-        "loss_rank_s1": (WEIGHTS.rank, stages[0].mask_logits),
-        "loss_rank_s2": (WEIGHTS.rank, stages[1].mask_logits),
-        "loss_auxiliary": (WEIGHTS.auxiliary, auxiliary),
+        "loss_rank_s0": (WEIGHTS["rank"], state.mask_logits),
+        "loss_rank_s1": (WEIGHTS["rank"], stages[0].mask_logits),
+        "loss_rank_s2": (WEIGHTS["rank"], stages[1].mask_logits),
+        "loss_auxiliary": (AUXILIARY_WEIGHT, auxiliary),
     }
     for name, (weight, logits) in expected.items():
         resized = np.array([slow_bilinear(m, (6, 8)) for m in logits[0]])
@@ -480,6 +485,6 @@ def test_half_precision_logits_are_compared_in_float32():
 
 
 def test_ignore_value_must_not_be_a_class():
-    bank = KernelBank.for_task("panoptic", num_kernels=4, num_things=3, num_stuff=2)
+    bank = TASKS["panoptic"].bank(num_kernels=4, num_things=3, num_stuff=2)
     with pytest.raises(ConfigError, match="MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 4"):
         KNetCriterion(tiny_config("panoptic", {"MODEL.SEM_SEG_HEAD.IGNORE_VALUE": 4}), bank)

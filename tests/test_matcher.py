@@ -9,7 +9,7 @@ import torch
 from helpers import sigmoid
 
 from knet_d2.errors import NonFiniteError
-from knet_d2.modeling.matcher import HungarianMatcher, Prediction
+from knet_d2.modeling.matcher import Candidates, HungarianMatcher
 
 N, T, SIZE = 4, 3, (3, 5)
 
@@ -20,7 +20,7 @@ def random(*shape, seed=0):
 
 def make_image(num_instances, seed=0, with_classes=True):
     """(prediction, classes, soft masks) of one image."""
-    prediction = Prediction(random(N, *SIZE, seed=seed), random(N, T, seed=seed + 1) if with_classes else None)
+    prediction = Candidates(random(N, *SIZE, seed=seed), random(N, T, seed=seed + 1) if with_classes else None)
     classes = torch.randint(T, (num_instances,), generator=torch.Generator().manual_seed(seed))
     return prediction, classes, random(num_instances, *SIZE, seed=seed + 2).clamp(0, 1)
 
@@ -95,7 +95,7 @@ def test_order_of_kernels_and_instances_does_not_matter():
     prediction, classes, masks = make_image(3)
     expected = set(as_pairs(match_one((prediction, classes, masks))))
     order, shuffled = [2, 0, 3, 1], [1, 2, 0]
-    permuted = Prediction(*(x[order] for x in prediction)), classes[shuffled], masks[shuffled]
+    permuted = Candidates(*(x[order] for x in prediction)), classes[shuffled], masks[shuffled]
     assert {(order[k], shuffled[g]) for k, g in as_pairs(match_one(permuted))} == expected
 
 
@@ -112,7 +112,7 @@ def test_every_image_and_stage_is_matched_on_its_own():
 
 def test_matching_needs_no_gradient():
     prediction, classes, masks = make_image(2)
-    prediction = Prediction(*(x.requires_grad_() for x in prediction))
+    prediction = Candidates(*(x.requires_grad_() for x in prediction))
     seen = []
 
     class Recorder(HungarianMatcher):
@@ -128,7 +128,7 @@ def test_matching_needs_no_gradient():
 def test_a_cost_that_is_not_finite_names_term_stage_and_image(term, stage, image):
     images = [make_image(2, seed=10 * i) for i in range(2)]
     predictions, classes, masks = zip(*images)
-    stages = [[Prediction(*(x.clone() for x in p)) for p in predictions] for _ in range(2)]
+    stages = [[Candidates(*(x.clone() for x in p)) for p in predictions] for _ in range(2)]
     broken = stages[stage][image]
     (broken.class_logits if term == "class" else broken.mask_logits)[1] = float("nan")
     with pytest.raises(NonFiniteError, match=f"The {term} cost of stage {stage} is not finite for image {image} "):

@@ -20,13 +20,13 @@ from knet_d2.errors import DataError
 from knet_d2.modeling.cascade import static_predictions
 from knet_d2.modeling.meta_arch import KNet
 from knet_d2.modeling.postprocessing import ImageGeometry, mask_probabilities
-from knet_d2.modeling.structures import KernelBank
 from knet_d2.modeling.targets import build_targets
+from knet_d2.tasks import TASKS
 
 COUNTS = [[0], [2], [9], [0, 0], [3, 0], [1, 8, 0]]  # instances of each image; there are 6 kernels
 RESULT_OF_TASK = {"instance": "instances", "panoptic": "panoptic_seg", "semantic": "sem_seg"}
 ALL_OUTPUTS = ["panoptic_seg", "instances", "sem_seg"]
-BANK = KernelBank.for_task("panoptic", num_kernels=6, num_things=3, num_stuff=2)
+BANK = TASKS["panoptic"].bank(num_kernels=6, num_things=3, num_stuff=2)
 
 
 def example(size=(64, 64), count=2, **changes):

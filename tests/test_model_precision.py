@@ -30,8 +30,9 @@ from knet_d2.modeling.cascade import KernelUpdateCascade
 from knet_d2.modeling.matcher import HungarianMatcher
 from knet_d2.modeling.postprocessing import ImageGeometry, mask_probabilities
 from knet_d2.modeling.precision import full_precision
-from knet_d2.modeling.structures import KernelBank, KernelState, Targets
+from knet_d2.modeling.structures import KernelState, NetworkOutput, Targets
 from knet_d2.modeling.targets import build_targets
+from knet_d2.tasks import TASKS
 
 CPU = torch.device("cpu")
 
@@ -94,7 +95,8 @@ def test_semantic_output_of_a_panoptic_model_is_not_rounded_under_autocast():
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         images = model.preprocess_image([x])
         result = model([x])[0]["sem_seg"]
-    expected = model.postprocess(None, seen[0], [x], images)[0]["sem_seg"]  # outside of autocast
+    output = NetworkOutput({}, None, seen[0])  # outside of autocast
+    expected = model.postprocessor(model.image_predictions(output, [x], images)[0])["sem_seg"]
     assert torch.equal(result, expected)
 
 
@@ -235,12 +237,12 @@ def train_on_fake_cuda(model, task):
 def predict_on_fake_cuda(model, task, state, stages):
     geometry = ImageGeometry((64, 96), (60, 90), (30, 45))
     assert mask_probabilities(stages[-1].mask_logits[0], geometry).device == CUDA
-    if task == "panoptic":
-        model.outputs = ("sem_seg",)
     if task != "instance":
         images = ImageList(torch.zeros(2, 3, 64, 96), [(60, 90)] * 2)
-        result = model.postprocess(state, stages, [{"height": 30, "width": 45}] * 2, images)
-        assert result[1]["sem_seg"].device == CUDA
+        samples = [{"height": 30, "width": 45}] * 2
+        prediction = model.image_predictions(NetworkOutput({}, state, stages), samples, images)[1]
+        options = model.postprocessor.options._replace(outputs=("sem_seg",))
+        assert model.postprocessor(prediction, options)["sem_seg"].device == CUDA
 
 
 @needs_fake_cuda
@@ -250,7 +252,7 @@ def test_targets_move_to_the_model_s_device_without_waiting(task, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__int__", lambda self: 0)
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: False)
     monkeypatch.setattr(torch.Tensor, "unique", lambda self: torch.arange(3, 5))
-    bank = KernelBank.for_task(task, num_kernels=6, num_things=3, num_stuff=2)
+    bank = TASKS[task].bank(num_kernels=6, num_things=3, num_stuff=2)
     with FakeTensorMode(), Transfers() as transfers:
         masks = BitMasks(torch.zeros(2, 64, 96, dtype=torch.bool))
         instances = Instances((64, 96), gt_classes=torch.zeros(2, dtype=torch.int64), gt_masks=masks)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import sigmoid, slow_bilinear
 
-from knet_d2 import postprocessing, sampling
+from knet_d2.modeling import mask_cells, postprocessing
 from knet_d2.modeling.mask_cells import Cells
 from knet_d2.modeling.postprocessing import (
     ImageGeometry,
@@ -20,7 +20,7 @@ from knet_d2.modeling.postprocessing import (
     panoptic_inference,
     semantic_inference,
 )
-from knet_d2.modeling.structures import KernelBank
+from knet_d2.tasks import TASKS
 
 # Head 4 x 6, masks 8 x 12, network input 16 x 24, of which the image is 14 x 19, shown at 9 x 31
 GEOMETRY = ImageGeometry(padded=(16, 24), image=(14, 19), output=(9, 31))
@@ -83,7 +83,7 @@ def slow_panoptic(class_logits, probs, class_mask, thing_threshold=0.3, overlap_
 
 
 def class_mask(num_kernels):
-    return KernelBank.for_task("panoptic", num_kernels=num_kernels, num_things=THINGS, num_stuff=STUFF).class_mask()
+    return TASKS["panoptic"].bank(num_kernels=num_kernels, num_things=THINGS, num_stuff=STUFF).class_mask()
 
 
 def run_panoptic(class_logits, mask_logits, geometry, **thresholds):
@@ -322,7 +322,7 @@ def test_semantic_scores_are_sums_over_kernels(monkeypatch, classes_at_once):
 
 @pytest.mark.parametrize("step", [1, 4, 20])
 def test_a_tie_goes_to_the_first_kernel(monkeypatch, step):
-    monkeypatch.setattr(sampling, "CELL_STEP", step)
+    monkeypatch.setattr(mask_cells, "CELL_STEP", step)
     owners = assign_pixels(torch.tensor([0.5, 0.8, 0.8, 0.8]), Cells(torch.zeros(4, *HEAD), PLAIN))
     assert (owners == 1).all()
 
@@ -360,9 +360,9 @@ def test_cells_do_not_change_results(monkeypatch, step, pixels, elements, output
     geometry = LARGE._replace(output=output)
     class_logits, mask_logits = random(7, THINGS + STUFF, scale=1.5), blobs(7, offset=-2)
     probs = mask_probabilities(mask_logits, geometry)
-    monkeypatch.setattr(sampling, "CELL_STEP", step)
-    monkeypatch.setattr(sampling, "CELL_PIXELS", pixels)
-    monkeypatch.setattr(sampling, "CPU_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(mask_cells, "CELL_STEP", step)
+    monkeypatch.setattr(mask_cells, "CELL_PIXELS", pixels)
+    monkeypatch.setattr(mask_cells, "CPU_CHUNK_ELEMENTS", elements)
     shapes = record_computed(monkeypatch)
 
     instances = instance_inference(class_logits[:, :2], mask_logits, geometry, max_instances=20)

@@ -16,13 +16,14 @@ from knet_d2.modeling.position_encoding import coordinate_channels, sine_positio
 from knet_d2.modeling.static_kernels import FCNKernelHead, SemanticFPN, SemanticFPNKernelHead, build_auxiliary_head
 from knet_d2.modeling.static_kernels.layers import adaptive_average_pool
 from knet_d2.modeling.structures import Assignment, KernelBank, KernelGroup, KernelState
+from knet_d2.tasks import TASKS
 
 DIM = 32
 LEVELS = {f"p{i}": ShapeSpec(channels=8, stride=2**i) for i in (2, 3, 4, 5)}
 BANKS = {
-    "instance": KernelBank.for_task("instance", num_kernels=6, num_things=3, num_stuff=0),
-    "panoptic": KernelBank.for_task("panoptic", num_kernels=6, num_things=3, num_stuff=2),
-    "semantic": KernelBank.for_task("semantic", num_kernels=6, num_things=0, num_stuff=5),
+    "instance": TASKS["instance"].bank(num_kernels=6, num_things=3, num_stuff=0),
+    "panoptic": TASKS["panoptic"].bank(num_kernels=6, num_things=3, num_stuff=2),
+    "semantic": TASKS["semantic"].bank(num_kernels=6, num_things=0, num_stuff=5),
 }
 
 
@@ -273,7 +274,7 @@ def test_kernel_bank_of_each_task():
 
 
 def test_semantic_bank_has_no_things():
-    bank = KernelBank.for_task("semantic", num_kernels=6, num_things=3, num_stuff=5)
+    bank = TASKS["semantic"].bank(num_kernels=6, num_things=3, num_stuff=5)
     assert (bank.num_classes, bank.num_things, bank.fixed_class_ids) == (5, 0, [0, 1, 2, 3, 4])
 
 

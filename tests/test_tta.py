@@ -17,13 +17,13 @@ from knet_d2.data import resolve_classes
 from knet_d2.data.shapes import write_shapes
 from knet_d2.engine import Predictor, Trainer
 from knet_d2.errors import ConfigError
-from knet_d2.modeling.meta_arch import ImagePrediction, KNet
-from knet_d2.modeling.postprocessing import ImageGeometry
-from knet_d2.modeling.structures import KernelBank
+from knet_d2.modeling.meta_arch import KNet
+from knet_d2.modeling.postprocessing import ImageGeometry, ImagePrediction
 from knet_d2.modeling.tta import KNetWithTTA, View, match_kernels, merge_views, resample_masks
+from knet_d2.tasks import TASKS
 
 SIZES = {"INPUT.MIN_SIZE_TEST": 40, "INPUT.MAX_SIZE_TEST": 70}
-BANK = KernelBank.for_task("panoptic", num_kernels=3, num_things=2, num_stuff=1)
+BANK = TASKS["panoptic"].bank(num_kernels=3, num_things=2, num_stuff=1)
 
 
 def augmented(task, sizes=(40,), flip=False, max_size=4000):

@@ -8,7 +8,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any, List, Tuple
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # from a source tree that is not installed, too
 
@@ -17,44 +17,57 @@ from detectron2.modeling import build_model  # noqa: E402
 from detectron2.utils.analysis import FlopCountAnalysis  # noqa: E402
 from fvcore.nn import flop_count_table  # noqa: E402
 from fvcore.nn.jit_handles import get_shape  # noqa: E402
+from torch import nn  # noqa: E402
 
 from knet_d2.config.files import get_config_file  # noqa: E402
 from knet_d2.engine import load_config  # noqa: E402
 from knet_d2.errors import errors_in_one_line  # noqa: E402
 
 
-def count_matmul(inputs: List[Any], outputs: List[Any]) -> int:
+def count_matmul(inputs: list[Any], outputs: list[Any]) -> int:
     """Multiply-adds of x @ y; fvcore's own count fails where y is a vector."""
     return torch.Size(get_shape(outputs[0])).numel() * get_shape(inputs[0])[-1]
 
 
-def count_baddbmm(inputs: List[Any], outputs: List[Any]) -> int:
+def count_baddbmm(inputs: list[Any], outputs: list[Any]) -> int:
     """b + x @ y for batches of matrices, which fvcore does not know: multiply-adds of x @ y."""
     batch, rows, inner = get_shape(inputs[1])
     return batch * rows * inner * get_shape(inputs[2])[2]
 
 
-def count_attention(inputs: List[Any], outputs: List[Any]) -> int:
+def count_attention(inputs: list[Any], outputs: list[Any]) -> int:
     """Multiply-adds of q @ k.T and of the weights @ v; fvcore does not know PyTorch's fused attention."""
     *batch, queries, dim = get_shape(inputs[0])
     keys, value_dim = get_shape(inputs[2])[-2:]
     return int(torch.Size(batch).numel()) * queries * keys * (dim + value_dim)
 
 
-def analyze(config: str, opts: List[str], size: Tuple[int, int]) -> FlopCountAnalysis:
+class NetworkAlone(nn.Module):
+    """A K-Net's modules under their own names, without pre- and post-processing; all its tensors are outputs."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.__dict__["_model"] = model
+        for name, child in model.named_children():
+            self.add_module(name, child)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        # What belongs to no output is not traced
+        return [x for stage in self._model.network(images).stages for x in stage if x is not None]
+
+
+def analyze(config: str, opts: list[str], size: tuple[int, int]) -> FlopCountAnalysis:
     """Count the multiply-adds of one prediction, without post-processing, for an image of this height and width."""
     cfg = load_config(get_config_file(config), ["MODEL.WEIGHTS", "", *opts, "MODEL.DEVICE", "cpu"])
     model = build_model(cfg).eval()
-    # What belongs to no output is not traced
-    model.postprocess = lambda state, stages, *args: [x for stage in stages for x in stage if x is not None]
-    flops = FlopCountAnalysis(model, [{"image": torch.zeros(3, *size, dtype=torch.uint8)}])
+    flops = FlopCountAnalysis(NetworkAlone(model), torch.zeros(1, 3, *size))
     flops.set_op_handle("aten::matmul", count_matmul)
     flops.set_op_handle("aten::baddbmm", count_baddbmm)
     flops.set_op_handle("aten::scaled_dot_product_attention", count_attention)
     return flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
 
 
-def main(argv: List[str]) -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="path below configs/")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs that change the config")

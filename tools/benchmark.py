@@ -13,8 +13,9 @@ all models do their work: see benchmarking/filling.py, and the column "finds". "
 import argparse
 import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # from a source tree that is not installed, too
 
@@ -43,7 +44,7 @@ INSTANCE, PANOPTIC = "coco/instance/knet_r50_fpn_1x.yaml", "coco/panoptic/knet_r
 MAX_BATCH = "max"
 
 
-def _size(text: str) -> Tuple[int, int]:
+def _size(text: str) -> tuple[int, int]:
     height, width = (int(number) for number in text.split("x"))
     return height, width
 
@@ -52,7 +53,7 @@ def _batch(text: str) -> "int | str":
     return text if text == MAX_BATCH else int(text)
 
 
-def parse_arguments(argv: List[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = [BACKBONE, INSTANCE, "mask_rcnn", "cascade_mask_rcnn", PANOPTIC, "panoptic_fpn"]
     names = ", ".join([*PEERS, BACKBONE])
@@ -72,7 +73,7 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def compare(args: argparse.Namespace, setting: Dict[str, Any]) -> List[Dict[str, Any]]:
+def compare(args: argparse.Namespace, setting: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure all models in one setting of mode, precision, compilation, size and batch."""
     device, train = torch.device(args.device), setting["mode"] == "training"
     output_size = args.output_size or setting["size"]
@@ -105,8 +106,8 @@ def compare(args: argparse.Namespace, setting: Dict[str, Any]) -> List[Dict[str,
 
 
 def _prepare(
-    subject: Subject, setting: Dict[str, Any], output_size: Tuple[int, int], train: bool
-) -> Tuple[Run, Dict[str, int]]:
+    subject: Subject, setting: dict[str, Any], output_size: tuple[int, int], train: bool
+) -> tuple[Run, dict[str, int]]:
     """Fill a model; returns its run, and what it finds."""
 
     def make_run(batch: int) -> Run:
@@ -120,7 +121,7 @@ def _prepare(
     return make_run(largest_batch(fits_in_memory(make_run)) if batch == MAX_BATCH else batch), findings
 
 
-def settings(args: argparse.Namespace) -> Iterator[Dict[str, Any]]:
+def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every combination of the options."""
     names = ("mode", "precision", "compiled", "size", "batch")
     compiled = [choice == "yes" for choice in args.compile]
@@ -128,14 +129,14 @@ def settings(args: argparse.Namespace) -> Iterator[Dict[str, Any]]:
         yield dict(zip(names, values))
 
 
-def main(argv: List[str]) -> int:
+def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
     if MAX_BATCH in args.batch and not args.device.startswith("cuda"):
         raise ConfigError(f"--batch {MAX_BATCH} needs --device cuda: only there running out of memory is an error.")
     if "fp16" in args.precision and args.device == "cpu":
         raise ConfigError("--precision fp16 needs --device cuda; on the CPU use bf16.")
     torch.set_num_threads(args.threads)
-    rows: List[Dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for setting in settings(args):
         rows += compare(args, setting)
         if args.json:

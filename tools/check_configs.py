@@ -8,7 +8,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # from a source tree that is not installed, too
 
@@ -24,12 +24,12 @@ IMAGE_SIZES = ((64, 96), (64, 64))
 OBJECT = (slice(8, 40), slice(16, 48))
 
 
-def zoo_config_files() -> List[str]:
+def zoo_config_files() -> list[str]:
     """The configs of the zoo, relative to configs/."""
     return sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").glob("*/*/knet_*.yaml"))
 
 
-def random_example(size, bank, seed: int) -> Dict[str, Any]:
+def random_example(size, bank, seed: int) -> dict[str, Any]:
     """An image with one rectangular object, or region, of class 0 before a region of the last class."""
     generator = torch.Generator().manual_seed(seed)
     masks = torch.zeros(1, *size, dtype=torch.bool)
@@ -40,7 +40,7 @@ def random_example(size, bank, seed: int) -> Dict[str, Any]:
     return {"image": image, "instances": instances, "sem_seg": labels}
 
 
-def train_and_predict(cfg: CfgNode) -> Dict[str, Any]:
+def train_and_predict(cfg: CfgNode) -> dict[str, Any]:
     """One optimiser step on a batch, then one prediction.
 
     Returns:

@@ -16,7 +16,8 @@ import os
 import statistics
 import sys
 import time
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -34,7 +35,7 @@ MAX_SCORE_DIFFERENCE = 1e-4
 MIN_IOU = 0.999
 MIN_EQUAL = 0.999
 
-Tensors = Dict[str, np.ndarray]
+Tensors = dict[str, np.ndarray]
 Runner = Callable[[np.ndarray, np.ndarray, np.ndarray], Tensors]
 
 
@@ -90,16 +91,19 @@ def open_exported(path: str, output: str) -> Runner:
     return run_program
 
 
-def run_model(model: KNet, images: np.ndarray, output_size: Tuple[int, int]) -> List[Tensors]:
+def run_model(model: KNet, images: np.ndarray, output_size: tuple[int, int]) -> list[Tensors]:
     """What PyTorch gives for images [B, 3, H, W], as the outputs of the graph for one image each."""
     height, width = map(int, output_size)
     inputs = [{"image": torch.from_numpy(image), "height": height, "width": width} for image in images]
     with torch.inference_mode():
         results = model(inputs)
-    return [_as_tensors(result, model.outputs[0], model.category_ids) for result in results]
+    return [
+        _as_tensors(result, model.postprocessor.options.outputs[0], model.postprocessor.category_ids)
+        for result in results
+    ]
 
 
-def _as_tensors(result: Dict, output: str, category_ids: List[int]) -> Tensors:
+def _as_tensors(result: dict, output: str, category_ids: list[int]) -> Tensors:
     if output == "sem_seg":
         return {"label_map": result[output].argmax(dim=0).numpy()}
     if output == "instances":
@@ -171,14 +175,14 @@ def is_at_a_gate(model: KNet, exact: KNet, image: np.ndarray) -> bool:
     return False
 
 
-def _gating_logits(model: KNet, image: np.ndarray) -> List[torch.Tensor]:
+def _gating_logits(model: KNet, image: np.ndarray) -> list[torch.Tensor]:
     with torch.inference_mode():
         state = model.sem_seg_head(model.backbone(model.preprocess_image([{"image": torch.from_numpy(image)}]).tensor))
         stages = model.cascade(state)
     return [x.mask_logits.double() for x in (state, *stages[:-1])]
 
 
-def read_images(files: Sequence[str], size: Tuple[int, int], order: str) -> np.ndarray:
+def read_images(files: Sequence[str], size: tuple[int, int], order: str) -> np.ndarray:
     """Images of one size, uint8 [n, 3, H, W]."""
     return np.stack([cv2.resize(read_image(path, order), size[::-1]).transpose(2, 0, 1) for path in files])
 
@@ -200,7 +204,7 @@ class Row(NamedTuple):
     """
 
     file: str
-    size: Tuple[int, int]
+    size: tuple[int, int]
     batch: int
     kept: Agreement
     left_out: Agreement
@@ -221,7 +225,7 @@ def format_row(row: Row) -> str:
     return ROW.format(*start, *_format_agreement(row.kept), latency, ratio)
 
 
-def _format_agreement(x: Agreement) -> Tuple[str, str, str]:
+def _format_agreement(x: Agreement) -> tuple[str, str, str]:
     return f"{x.score_difference:.1e}", f"{x.iou:.5f}", f"{x.equal:.3%}"
 
 
@@ -234,7 +238,7 @@ def worst(results: Sequence[Agreement]) -> Agreement:
 
 
 def compare(
-    model: KNet, runners: Dict[str, Runner], images: np.ndarray, at_gate: Sequence[bool], batch: int, threshold: float
+    model: KNet, runners: dict[str, Runner], images: np.ndarray, at_gate: Sequence[bool], batch: int, threshold: float
 ) -> Iterator[Row]:
     """Run all models on images of one size, [n, 3, H, W], with results of another size.
 
@@ -245,8 +249,8 @@ def compare(
     """
     size = images.shape[2:]
     output_size = np.array([size[0] * 3 // 2, size[1] * 5 // 4])
-    seconds: Dict[str, List[float]] = {name: [] for name in ("", *runners)}
-    found: Dict[str, List[Agreement]] = {name: [] for name in runners}
+    seconds: dict[str, list[float]] = {name: [] for name in ("", *runners)}
+    found: dict[str, list[Agreement]] = {name: [] for name in runners}
     starts = range(0, len(images) - batch + 1, batch)
     for start in starts:
         some = images[start : start + batch]
@@ -264,7 +268,7 @@ def compare(
         yield Row(name, size, batch, *map(worst, parts), len(results), len(parts[1]), *medians)
 
 
-def _timed(call: Callable[..., Any], *arguments: Any) -> Tuple[Any, float]:
+def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     start = time.perf_counter()
     result = call(*arguments)
     return result, time.perf_counter() - start
@@ -281,9 +285,9 @@ def main(args: argparse.Namespace) -> int:
     )
     model, order = predictor.model, predictor.cfg.INPUT.FORMAT
     exact = copy.deepcopy(model).double()
-    runners = {path: open_exported(path, model.outputs[0]) for path in args.exported}
+    runners = {path: open_exported(path, model.postprocessor.options.outputs[0]) for path in args.exported}
     files = find_images(args.images)[: args.number]
-    print(f"{predictor.cfg.MODEL.KNET.TASK} model, {model.outputs[0]}\n{HEADER}")
+    print(f"{predictor.cfg.MODEL.KNET.TASK} model, {model.postprocessor.options.outputs[0]}\n{HEADER}")
     rows = []
     for text in args.sizes:
         images = read_images(files, tuple(map(int, text.split("x"))), order)

@@ -15,8 +15,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 from endurance.runs import Training, compare_runs, errors_in, write_config
 

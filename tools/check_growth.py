@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import List, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from detectron2.engine import HookBase
@@ -35,7 +35,7 @@ class Sample(NamedTuple):
     threads: int
 
 
-def processes() -> List[int]:
+def processes() -> list[int]:
     """This process and its children."""
     pid = os.getpid()
     return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
@@ -50,13 +50,13 @@ def take_sample() -> Sample:
 
 class SampleHook(HookBase):
     def __init__(self) -> None:
-        self.samples: List[Sample] = []
+        self.samples: list[Sample] = []
 
     def after_step(self) -> None:
         self.samples.append(take_sample())
 
 
-def judge(name: str, samples: List[Sample]) -> bool:
+def judge(name: str, samples: list[Sample]) -> bool:
     """Print what grows; returns whether it is little enough."""
     late = samples[len(samples) // 10 :]
     memory = np.array([sample.memory for sample in late])

@@ -9,8 +9,8 @@ import argparse
 import functools
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Tuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # from a source tree that is not installed, too
 
@@ -32,7 +32,7 @@ from references.state_dicts import check_state_dict  # noqa: E402
 from references.training import check_training  # noqa: E402
 
 
-def check_case(folder: Path, case: str, model: torch.nn.Module) -> Tuple[List[Result], List[str]]:
+def check_case(folder: Path, case: str, model: torch.nn.Module) -> tuple[list[Result], list[str]]:
     """All comparisons of one reference file, and what it records that none of them is about.
 
     The model is left in float32.
@@ -46,9 +46,9 @@ def check_case(folder: Path, case: str, model: torch.nn.Module) -> Tuple[List[Re
     return results, not_compared(arrays, results)
 
 
-def print_table(results: List[Result]) -> None:
+def print_table(results: list[Result]) -> None:
     """Architecture by tensor the worst difference of all cases; * marks what is beyond its tolerance."""
-    worst: Dict[str, Dict[str, Result]] = {}
+    worst: dict[str, dict[str, Result]] = {}
     for result in results:
         name = re.sub(r"(_stats|_slice|_every\d+|_sub8)$|/.*", "", result.name)
         row = worst.setdefault(architecture_of(result.case), {})
@@ -66,11 +66,11 @@ def _excess(result: Result) -> float:
     return result.difference if result.tolerance == 0 else result.difference / result.tolerance
 
 
-def run_checks(folder: Path, architectures: List[str]) -> Tuple[List[Result], List[str]]:
+def run_checks(folder: Path, architectures: list[str]) -> tuple[list[Result], list[str]]:
     """The state dicts of the architectures, then :func:`check_case` of their cases, with one model at a time."""
     manifests, model, architecture = load_manifests(folder), None, None
-    results: List[Result] = []
-    skipped: List[str] = []
+    results: list[Result] = []
+    skipped: list[str] = []
     for name in (name for name in architectures if name in manifests):
         results += check_state_dict(name, manifests[name])
     for case in (case for case in find_cases(folder) if architecture_of(case) in architectures):
@@ -86,7 +86,7 @@ def run_checks(folder: Path, architectures: List[str]) -> Tuple[List[Result], Li
     return results, skipped
 
 
-def first_failure(folder: Path, mutation: Mutation, model_of: Callable[[str], torch.nn.Module]) -> Optional[Result]:
+def first_failure(folder: Path, mutation: Mutation, model_of: Callable[[str], torch.nn.Module]) -> Result | None:
     """What notices a mutation first, of the cases that the folder has; None if nothing does.
 
     Args:
@@ -105,7 +105,7 @@ def first_failure(folder: Path, mutation: Mutation, model_of: Callable[[str], to
     return None
 
 
-def run_mutations(folder: Path, names: List[str]) -> int:
+def run_mutations(folder: Path, names: list[str]) -> int:
     """Run the check under each mutation; the number of those that nothing notices."""
     manifests, uncaught = load_manifests(folder), 0
 

@@ -7,7 +7,6 @@ names, and bring their config and class names, so that knet_d2.load needs nothin
 
 import argparse
 import os
-from typing import Dict, Optional, Tuple
 
 import torch
 
@@ -36,7 +35,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_config(path: str, state_dict: Dict[str, torch.Tensor]) -> str:
+def find_config(path: str, state_dict: dict[str, torch.Tensor]) -> str:
     """The name of the zoo's model that a checkpoint is of; schedules differ by the official names in file names.
 
     Raises:
@@ -54,8 +53,8 @@ def find_config(path: str, state_dict: Dict[str, torch.Tensor]) -> str:
 
 
 def convert(
-    path: str, config: Optional[str], opts: Tuple[str, ...]
-) -> Tuple[Dict[str, torch.Tensor], Dict[str, str], LoadReport]:
+    path: str, config: str | None, opts: tuple[str, ...]
+) -> tuple[dict[str, torch.Tensor], dict[str, str], LoadReport]:
     """Returns the parameters in our names, their description, and what became of each entry of the file."""
     checkpoint = as_checkpoint(load_file(path), path)
     state_dict = checkpoint["model"]

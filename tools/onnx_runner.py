@@ -8,7 +8,8 @@ As a module: OnnxRunner(path)(image) gives the segments of a BGR image.
 
 import argparse
 import json
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -28,7 +29,7 @@ class Segment(NamedTuple):
 
     category_id: int
     name: str
-    score: Optional[float]
+    score: float | None
     mask: np.ndarray
 
 
@@ -51,14 +52,14 @@ class OnnxRunner:
         self.preprocessing = json.loads(metadata["preprocessing"])
         self.score_threshold = float(metadata["score_threshold"])
 
-    def __call__(self, image: np.ndarray) -> List[Segment]:
+    def __call__(self, image: np.ndarray) -> list[Segment]:
         """The segments of an image, uint8 [H, W, 3] in BGR order (as from cv2.imread)."""
         padded, size = self.prepare(image)
         inputs = {"image": padded[None], "image_size": np.array(size), "output_size": np.array(image.shape[:2])}
         outputs = dict(zip((x.name for x in self.session.get_outputs()), self.session.run(None, inputs)))
         return self.segments({name: value[0] for name, value in outputs.items()})
 
-    def prepare(self, image: np.ndarray) -> Tuple[np.ndarray, Tuple[int, int]]:
+    def prepare(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         """A BGR image as the model wants it, uint8 [3, H, W], and its height and width in there."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             found = f"{image.dtype} {list(image.shape)}"
@@ -73,7 +74,7 @@ class OnnxRunner:
         pixels = np.pad(pixels, ((0, padding[0]), (0, padding[1]), (0, 0)))
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)), size
 
-    def segments(self, outputs: "dict[str, np.ndarray]") -> List[Segment]:
+    def segments(self, outputs: "dict[str, np.ndarray]") -> list[Segment]:
         """What the model's outputs for one image say."""
         if self.output == "sem_seg":
             label_map = outputs["label_map"]
@@ -87,12 +88,12 @@ class OnnxRunner:
         columns = zip(outputs["labels"][:count], outputs["scores"], masks)
         return [self._segment(*column) for column in columns]
 
-    def _segment(self, label: int, score: Optional[float], mask: np.ndarray) -> Segment:
+    def _segment(self, label: int, score: float | None, mask: np.ndarray) -> Segment:
         category = self.categories[label]
         return Segment(category["id"], category["name"], None if score is None else float(score), mask)
 
 
-def _resized(size: Tuple[int, int], shortest: int, longest: int) -> Tuple[int, int]:
+def _resized(size: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:
     """The size with the shorter side made ``shortest`` (0: as it is) and the longer one at most ``longest``."""
     if shortest == 0:
         return size
@@ -104,7 +105,7 @@ def _resized(size: Tuple[int, int], shortest: int, longest: int) -> Tuple[int, i
     return int(height + 0.5), int(width + 0.5)
 
 
-def resize(image: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize uint8 [H, W, C] to (height, width) with Pillow's bilinear filter, as in training and evaluation.
 
     OpenCV's does not average over the source's pixels when it makes an image smaller.

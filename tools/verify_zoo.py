@@ -11,7 +11,7 @@ import argparse
 import logging
 import math
 import os
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from detectron2.engine import launch
 from detectron2.utils import comm
@@ -55,7 +55,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def selected_names(args: argparse.Namespace) -> List[str]:
+def selected_names(args: argparse.Namespace) -> list[str]:
     """The models to evaluate, all of which have a checkpoint."""
     chosen = [zoo_entry(name).name for name in args.names]
     for name in chosen:
@@ -64,7 +64,7 @@ def selected_names(args: argparse.Namespace) -> List[str]:
     return chosen or [name for name in names() if get_checkpoint_url(name) is not None]
 
 
-def evaluate(name: str, output: str, opts: List[str]) -> Dict[str, Any]:
+def evaluate(name: str, output: str, opts: list[str]) -> dict[str, Any]:
     """Detectron2's results of an official checkpoint on the validation set of its config, as train_net.py gets them."""
     weights = ["MODEL.WEIGHTS", PREFIX + name, "OUTPUT_DIR", os.path.join(output, name)]
     cfg = load_config(get_config_file(name), [*weights, *opts])
@@ -74,7 +74,7 @@ def evaluate(name: str, output: str, opts: List[str]) -> Dict[str, Any]:
     return Trainer.test(cfg, model)
 
 
-def verify(name: str, output: str, opts: List[str]) -> Row:
+def verify(name: str, output: str, opts: list[str]) -> Row:
     """Evaluate one checkpoint; what bad data, weights or options cause becomes a row, too."""
     metric, official = next(item for item in zoo_entry(name).metrics.items() if item[0] in METRICS)
     task, key = METRICS[metric]
@@ -87,7 +87,7 @@ def verify(name: str, output: str, opts: List[str]) -> Row:
         return Row(name, metric, official, math.nan, str(error))
 
 
-def table(rows: List[Row]) -> str:
+def table(rows: list[Row]) -> str:
     """For people; a reason for a failure stands below."""
     lines = [[row.name, row.metric, row.official, row.ours, row.difference] for row in rows]
     headers = ["model", "metric", "official", "ours", "difference"]
@@ -95,7 +95,7 @@ def table(rows: List[Row]) -> str:
     return "\n".join([text, *(f"{row.name}: {row.error}" for row in rows if row.error)])
 
 
-def run(args: argparse.Namespace, chosen: List[str]) -> Optional[List[Row]]:
+def run(args: argparse.Namespace, chosen: list[str]) -> list[Row] | None:
     """Evaluate the models; the main process prints the table after each.
 
     Returns:

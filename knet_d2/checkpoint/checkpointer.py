@@ -4,7 +4,8 @@ import errno
 import http.client
 import os
 import shutil
-from typing import Any, Callable, Dict, Optional
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -68,8 +69,8 @@ class Checkpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         partial: bool = False,
-        metadata: Optional[Dict[str, str]] = None,
-        save_to_disk: Optional[bool] = None,
+        metadata: dict[str, str] | None = None,
+        save_to_disk: bool | None = None,
         **checkpointables: Any,
     ):
         """
@@ -82,7 +83,7 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.partial = partial
         self.metadata = metadata or {}
-        self.report: Optional[LoadReport] = None
+        self.report: LoadReport | None = None
 
     def save(self, name: str, tag: bool = True, **extra: Any) -> None:
         """Write ``{name}.pth`` such that a reader finds the previous file or the whole new one.
@@ -114,7 +115,7 @@ class Checkpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, "last_checkpoint")
         write_atomically(path, lambda f: f.write(last_filename_basename), mode="w")
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """See Detectron2's; ``path`` may end in "?matching_heuristics=True" for weights with other names."""
         path, self._guess_names = path.removesuffix(_HEURISTICS), path.endswith(_HEURISTICS)
         if path and "://" not in path and not self.path_manager.isfile(path):
@@ -140,7 +141,7 @@ class Checkpointer(DetectionCheckpointer):
     def has_checkpoint(self) -> bool:
         return bool(resumable_checkpoints(self.save_dir))
 
-    def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """See Detectron2's; a damaged last checkpoint is passed over, with a warning, for the one before."""
         last = newest_whole_checkpoint(self.save_dir) if resume else None
         if last is None:
@@ -152,14 +153,14 @@ class Checkpointer(DetectionCheckpointer):
             raise CheckpointError(f"{last}: {unread} could not be restored.")
         return rest
 
-    def _load_file(self, f: str) -> Dict[str, Any]:
+    def _load_file(self, f: str) -> dict[str, Any]:
         checkpoint = as_checkpoint(load_file(f), f)
         checkpoint["file"] = f
         if self._guess_names:
             checkpoint["matching_heuristics"] = True
         return checkpoint
 
-    def _load_model(self, checkpoint: Dict[str, Any]) -> None:
+    def _load_model(self, checkpoint: dict[str, Any]) -> None:
         """Translate, check and load the parameters, and log what became of each (instead of returning it)."""
         path, state_dict = checkpoint.pop("file"), checkpoint["model"]
         guess, author = checkpoint.pop("matching_heuristics", False), checkpoint.get("__author__")

@@ -5,7 +5,8 @@ The description is a mapping of strings, as safetensors has room for: "config" (
 """
 
 import json
-from typing import Any, Dict, Mapping, NamedTuple, Optional
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
@@ -27,7 +28,7 @@ class ModelDescription(NamedTuple):
     classes: ClassTable
 
 
-def describe_model(cfg: CfgNode, classes: Optional[ClassTable] = None) -> Dict[str, str]:
+def describe_model(cfg: CfgNode, classes: ClassTable | None = None) -> dict[str, str]:
     """The description of a model of ``cfg``, with its classes resolved; None: as the data sets of ``cfg`` name them."""
     from .. import __version__  # the package imports this module first
 
@@ -81,9 +82,9 @@ def _default_config() -> CfgNode:
     return cfg
 
 
-def _differences(cfg: CfgNode, defaults: Mapping[str, Any], prefix: str = "") -> Dict[str, Any]:
+def _differences(cfg: CfgNode, defaults: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested plain values of ``cfg`` that are not the default's."""
-    found: Dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in cfg.items():
         if prefix + key in _LEFT_OUT:
             continue

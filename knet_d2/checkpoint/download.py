@@ -5,7 +5,7 @@ import http.client
 import os
 import re
 import tempfile
-from typing import IO, Any, List
+from typing import IO, Any
 
 from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.download import download
@@ -81,7 +81,7 @@ def _published_hash(path: str) -> str:
 class ZooPathHandler(PathHandler):
     """Resolves knet://<name of the model zoo> for Detectron2's PathManager."""
 
-    def _get_supported_prefixes(self) -> List[str]:
+    def _get_supported_prefixes(self) -> list[str]:
         return [PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:

@@ -1,7 +1,6 @@
 """Whether a weights file fits a model, and why not."""
 
 import re
-from typing import List
 
 from .layouts import Layout
 from .load_report import LoadReport, ShapePair, summarise
@@ -14,7 +13,7 @@ _TRAINING_ONLY = "auxiliary_head."
 _MOST_NAMES = 4
 
 
-def find_misfits(report: LoadReport, layout: Layout, partial: bool) -> List[str]:
+def find_misfits(report: LoadReport, layout: Layout, partial: bool) -> list[str]:
     """The reasons why a file can't be loaded into a model; none if it fits.
 
     Args:
@@ -58,7 +57,7 @@ def _has_stage_of(name: str, report: LoadReport, layout: Layout) -> bool:
     return any(loaded.startswith(layout.backbone_prefix + stage) for loaded in report.loaded)
 
 
-def _describe(missing: List[str], unexpected: List[str], other_shape: List[ShapePair]) -> List[str]:
+def _describe(missing: list[str], unexpected: list[str], other_shape: list[ShapePair]) -> list[str]:
     reasons = []
     if missing:
         reasons.append(f"{len(missing)} of the model's parameters are not in the file ({_some(missing)})")
@@ -73,6 +72,6 @@ def _describe(missing: List[str], unexpected: List[str], other_shape: List[Shape
     return reasons
 
 
-def _some(names: List[str]) -> str:
+def _some(names: list[str]) -> str:
     groups = summarise(names)
     return ", ".join(groups[:_MOST_NAMES]) + (", ..." if len(groups) > _MOST_NAMES else "")

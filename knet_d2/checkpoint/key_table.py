@@ -1,7 +1,8 @@
 """Tables that translate the keys of foreign state dicts into ours."""
 
 import re
-from typing import Any, Callable, Container, Dict, List, Mapping, NamedTuple, Optional, Sequence, Union
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,9 +14,9 @@ class KeyRule(NamedTuple):
 
     pattern: str
     """A regular expression."""
-    target: Union[str, Callable[[re.Match], str], None]
+    target: str | Callable[[re.Match], str] | None
     """Our key, as ``re.Match.expand`` or a function understands it; None: nothing here corresponds to the entry."""
-    transform: Optional[Transform] = None
+    transform: Transform | None = None
     """Brings the tensor into our layout."""
     optional: bool = False
     """Not every model has this entry: it is left out where the model has no place for it."""
@@ -24,21 +25,21 @@ class KeyRule(NamedTuple):
 class Translation(NamedTuple):
     """A state dict in our keys, and what became of the rest."""
 
-    state_dict: Dict[str, Any]
-    source_keys: Dict[str, str]
+    state_dict: dict[str, Any]
+    source_keys: dict[str, str]
     """Our key -> the key that it came from."""
-    ignored: List[str]
+    ignored: list[str]
     """Foreign keys that carry nothing the model needs."""
-    unknown: List[str]
+    unknown: list[str]
     """Foreign keys that no rule matches."""
 
 
-def find_rule(key: str, rules: Sequence[KeyRule]) -> Optional[KeyRule]:
+def find_rule(key: str, rules: Sequence[KeyRule]) -> KeyRule | None:
     """The first rule that matches the whole key."""
     return next((rule for rule in rules if re.fullmatch(rule.pattern, key)), None)
 
 
-def translate_key(key: str, rule: KeyRule) -> Optional[str]:
+def translate_key(key: str, rule: KeyRule) -> str | None:
     """Our key for a foreign one that the rule matches; None if nothing corresponds to it."""
     if rule.target is None:
         return None
@@ -47,7 +48,7 @@ def translate_key(key: str, rule: KeyRule) -> Optional[str]:
 
 
 def translate_state_dict(
-    state_dict: Mapping[str, Any], rules: Sequence[KeyRule], model_keys: Optional[Container[str]] = None
+    state_dict: Mapping[str, Any], rules: Sequence[KeyRule], model_keys: Container[str] | None = None
 ) -> Translation:
     """Translate every entry of a foreign state dict.
 

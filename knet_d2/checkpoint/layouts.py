@@ -1,6 +1,7 @@
 """Whose parameter names a state dict has, and its translation into ours."""
 
-from typing import Collection, List, Mapping, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -34,7 +35,7 @@ def recognise(state_dict: Mapping[str, torch.Tensor], model_keys: Collection[str
     has_fpn = any(key.startswith("backbone.bottom_up.") for key in model_keys)
     prefix = "backbone.bottom_up." if has_fpn else "backbone."
 
-    def layout(name: str, scope: str, rules: List[KeyRule]) -> Layout:
+    def layout(name: str, scope: str, rules: list[KeyRule]) -> Layout:
         return Layout(name, scope, translate_state_dict(state_dict, rules, model_keys), prefix)
 
     if any(key.startswith(_OFFICIAL_HEADS) for key in state_dict):
@@ -50,7 +51,7 @@ def recognise(state_dict: Mapping[str, torch.Tensor], model_keys: Collection[str
     return Layout("names of this project", "model" if is_whole else "unknown", unchanged, prefix)
 
 
-def _detectron2_backbone_rules(prefix: str) -> List[KeyRule]:
+def _detectron2_backbone_rules(prefix: str) -> list[KeyRule]:
     """Detectron2's names, which are ours without the prefix; some of its files also have the classifier."""
     return [
         KeyRule(r"stem\.fc\.(weight|bias)", None),

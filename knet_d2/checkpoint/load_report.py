@@ -1,14 +1,15 @@
 """What became of every parameter of a weights file and of a model."""
 
 import re
-from typing import Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from tabulate import tabulate
 
 from .layouts import Layout
 
-Shape = Tuple[int, ...]
+Shape = tuple[int, ...]
 
 
 class ShapePair(NamedTuple):
@@ -24,17 +25,17 @@ class LoadReport(NamedTuple):
 
     layout: str
     """Whose names the file has."""
-    loaded: List[str]
+    loaded: list[str]
     """Our names of what the model takes over."""
-    reshaped: List[ShapePair]
+    reshaped: list[ShapePair]
     """Those of them that the layout stores in another shape."""
-    other_shape: List[ShapePair]
+    other_shape: list[ShapePair]
     """Not loaded: the model has another number of classes or kernels, say; they keep their initialisation."""
-    missing: List[str]
+    missing: list[str]
     """In the model only; they keep their initialisation. Counters of batch norms, which nothing uses, are left out."""
-    unexpected: List[str]
+    unexpected: list[str]
     """In the file only; the file's names where we have none."""
-    ignored: List[str]
+    ignored: list[str]
     """In the file only, and known to carry nothing that the model needs (a classifier of ImageNet, counters)."""
 
     def as_text(self) -> str:
@@ -85,9 +86,9 @@ def is_counter(name: str) -> bool:
     return name.endswith(".num_batches_tracked")
 
 
-def summarise(names: Iterable[str]) -> List[str]:
+def summarise(names: Iterable[str]) -> list[str]:
     """Names that differ in numbers or in the last part only, as one: "res{2,3}.0.conv1.{weight,bias}"."""
-    groups: Dict[Tuple[str, ...], List[str]] = {}
+    groups: dict[tuple[str, ...], list[str]] = {}
     for name in names:
         groups.setdefault(tuple(re.sub(r"\d+", "#", part) for part in name.split(".")[:-1]), []).append(name)
     return [_merge([name.split(".") for name in group]) + _count(group) for group in groups.values()]
@@ -116,7 +117,7 @@ def _count(group: Sequence[str]) -> str:
 
 
 def _pairs(pairs: Sequence[ShapePair]) -> str:
-    by_shapes: Dict[Tuple[Shape, Shape], List[str]] = {}
+    by_shapes: dict[tuple[Shape, Shape], list[str]] = {}
     for pair in pairs:
         by_shapes.setdefault((pair.file_shape, pair.model_shape), []).append(pair.name)
     lines = []

@@ -9,7 +9,7 @@ import pickle
 import re
 import tarfile
 from collections import OrderedDict
-from typing import Any, Dict
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def _load_torch(f: mmap.mmap) -> Any:
     return torch.load(f, map_location="cpu", weights_only=True)  # type: ignore[arg-type]  # any file will do
 
 
-def _load_safetensors(path: str) -> Dict[str, Any]:
+def _load_safetensors(path: str) -> dict[str, Any]:
     try:
         from safetensors import safe_open
     except ImportError:
@@ -113,7 +113,7 @@ def _load_safetensors(path: str) -> Dict[str, Any]:
         return {"model": {name: f.get_tensor(name) for name in f.keys()}, "metadata": f.metadata() or {}}
 
 
-def as_checkpoint(raw: Any, path: str) -> Dict[str, Any]:
+def as_checkpoint(raw: Any, path: str) -> dict[str, Any]:
     """Bring what a weights file holds into Detectron2's layout.
 
     Args:
@@ -136,14 +136,14 @@ def as_checkpoint(raw: Any, path: str) -> Dict[str, Any]:
     return checkpoint
 
 
-def _bare_checkpoint(entries: Any) -> Dict[str, Any]:
+def _bare_checkpoint(entries: Any) -> dict[str, Any]:
     if isinstance(entries, dict) and any(re.search(r"_[wb]$", str(name)) for name in entries):
         arrays = {name: value for name, value in entries.items() if not str(name).endswith("_momentum")}
         return {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True}
     return {"model": entries}
 
 
-def _checked_state_dict(state_dict: Any, path: str) -> Dict[str, torch.Tensor]:
+def _checked_state_dict(state_dict: Any, path: str) -> dict[str, torch.Tensor]:
     """Tensors by name, without the prefix that DataParallel and DistributedDataParallel add."""
     if not isinstance(state_dict, dict) or not state_dict:
         raise CheckpointError(f"{path}: no parameters in it.")

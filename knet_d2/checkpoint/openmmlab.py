@@ -1,7 +1,7 @@
 """The official K-Net checkpoints (OpenMMLab): key tables for the heads, and the whole model's table."""
 
 import re
-from typing import List, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -43,7 +43,7 @@ def _matrix(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten(1)
 
 
-def _stage_rules(source: str) -> List[KeyRule]:
+def _stage_rules(source: str) -> list[KeyRule]:
     """One update head; ``source`` has one group, the index of the stage."""
     rules = [
         KeyRule(source + re.escape(theirs) + _WEIGHTS, rf"cascade.stages.\1.{ours}\2")
@@ -56,10 +56,10 @@ def _stage_rules(source: str) -> List[KeyRule]:
     ]
 
 
-def _semantic_fpn_rules() -> List[KeyRule]:
+def _semantic_fpn_rules() -> list[KeyRule]:
     source, target = r"rpn_head\.", "sem_seg_head."
 
-    def conv_rules(pattern: str, name) -> List[KeyRule]:
+    def conv_rules(pattern: str, name) -> list[KeyRule]:
         return [
             KeyRule(pattern + r"\.conv\.weight", lambda m: f"{name(m)}.weight"),
             KeyRule(pattern + rf"\.gn\.{_WEIGHTS}", lambda m: f"{name(m)}.norm.{m[m.re.groups]}"),
@@ -80,11 +80,11 @@ def _semantic_fpn_rules() -> List[KeyRule]:
     ]
 
 
-def _decode_head_rules(pyramid: bool) -> List[KeyRule]:
+def _decode_head_rules(pyramid: bool) -> list[KeyRule]:
     """FCN, PSP, ASPP and UPer heads; pyramid: it is UPer, whose "bottleneck" belongs to its pooling."""
     source, target = r"decode_head\.kernel_generate_head\.", "sem_seg_head."
 
-    def conv_rules(pattern: str, name: str) -> List[KeyRule]:
+    def conv_rules(pattern: str, name: str) -> list[KeyRule]:
         return [
             KeyRule(pattern + r"\.conv\.weight", name + ".weight"),
             KeyRule(pattern + rf"\.bn\.{_NORM_ENTRIES}", lambda m: f"{m.expand(name)}.norm.{m[m.re.groups]}"),
@@ -105,7 +105,7 @@ def _decode_head_rules(pyramid: bool) -> List[KeyRule]:
     ]
 
 
-def openmmlab_rules(state_dict: Mapping[str, torch.Tensor]) -> List[KeyRule]:
+def openmmlab_rules(state_dict: Mapping[str, torch.Tensor]) -> list[KeyRule]:
     """The table for an official K-Net of either release, detection or segmentation."""
     detection = any(key.startswith("neck.") for key in state_dict)
     pyramid = any(key.startswith("decode_head.kernel_generate_head.fpn_bottleneck.") for key in state_dict)

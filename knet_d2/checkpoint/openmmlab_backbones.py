@@ -4,7 +4,7 @@ Every function takes the prefix of our keys: "backbone.bottom_up." under an FPN,
 """
 
 import re
-from typing import Callable, Container, List, Optional
+from collections.abc import Callable, Container
 
 import torch
 
@@ -13,7 +13,7 @@ from .key_table import KeyRule
 _WEIGHTS = r"(weight|bias)"
 
 
-def _norm_rules(pattern: str, target: Callable[[re.Match], str]) -> List[KeyRule]:
+def _norm_rules(pattern: str, target: Callable[[re.Match], str]) -> list[KeyRule]:
     """Rules for a batch norm; its counter is optional, since a frozen one has none.
 
     Args:
@@ -30,7 +30,7 @@ def _norm_rules(pattern: str, target: Callable[[re.Match], str]) -> List[KeyRule
     ]
 
 
-def resnet_rules(source_prefix: str, target_prefix: str) -> List[KeyRule]:
+def resnet_rules(source_prefix: str, target_prefix: str) -> list[KeyRule]:
     """ResNets of torchvision, mmdet and mmseg (with deformable convolutions, with the V1c stem)."""
     source, target = re.escape(source_prefix), target_prefix
     block = source + r"layer([1-4])\.(\d+)"
@@ -51,7 +51,7 @@ def resnet_rules(source_prefix: str, target_prefix: str) -> List[KeyRule]:
     ]
 
 
-def swin_rules(source_prefix: str, target_prefix: str) -> List[KeyRule]:
+def swin_rules(source_prefix: str, target_prefix: str) -> list[KeyRule]:
     """Swin transformers of mmdet and mmseg."""
     source, target = re.escape(source_prefix), target_prefix
     block, ours = source + r"stages\.(\d)\.blocks\.(\d+)", target + r"stages.\1.blocks.\2"
@@ -86,7 +86,7 @@ def merging_from_swin_release(tensor: torch.Tensor) -> torch.Tensor:
     return by_x_y_channel.transpose(-1, -3).flatten(-3)  # by channel, y, x
 
 
-def swin_release_rules(target_prefix: str) -> List[KeyRule]:
+def swin_release_rules(target_prefix: str) -> list[KeyRule]:
     """The Swin release's classifiers; the norms of the outputs do not exist there."""
     target = target_prefix
     block, ours = r"layers\.(\d)\.blocks\.(\d+)", target + r"stages.\1.blocks.\2"
@@ -108,12 +108,12 @@ def swin_release_rules(target_prefix: str) -> List[KeyRule]:
     ]
 
 
-def openmmlab_backbone_rules(target_prefix: str) -> List[KeyRule]:
+def openmmlab_backbone_rules(target_prefix: str) -> list[KeyRule]:
     """The part "backbone." of an official K-Net, whatever the backbone."""
     return resnet_rules("backbone.", target_prefix) + swin_rules("backbone.", target_prefix)
 
 
-def openmmlab_neck_rules() -> List[KeyRule]:
+def openmmlab_neck_rules() -> list[KeyRule]:
     """The part "neck." of an official K-Net: an FPN on res2 .. res5."""
     return [
         KeyRule(
@@ -123,7 +123,7 @@ def openmmlab_neck_rules() -> List[KeyRule]:
     ]
 
 
-def pretrained_backbone_rules(keys: Container[str], target_prefix: str) -> Optional[List[KeyRule]]:
+def pretrained_backbone_rules(keys: Container[str], target_prefix: str) -> list[KeyRule] | None:
     """Rules for a bare pretrained backbone, recognised by its keys; None if it is of no known layout.
 
     Known are the Swin release and the ResNets of torchvision and OpenMMLab (V1c, without a prefix).

@@ -4,7 +4,6 @@ import logging
 import os
 import re
 import zipfile
-from typing import List, Optional, Tuple
 
 from ..errors import CheckpointError
 
@@ -13,18 +12,18 @@ logger = logging.getLogger(__name__)
 _PERIODIC = re.compile(r"model_\d{7,}\.pth")
 
 
-def periodic_checkpoints(folder: str) -> List[str]:
+def periodic_checkpoints(folder: str) -> list[str]:
     """Names of a run's periodic checkpoints, ``model_<iteration>.pth``, the newest first."""
     if not os.path.isdir(folder):
         return []
     return sorted((name for name in os.listdir(folder) if _PERIODIC.fullmatch(name)), key=_age, reverse=True)
 
 
-def _age(name: str) -> Tuple[int, str]:
+def _age(name: str) -> tuple[int, str]:
     return len(name), name  # at least 7 digits, and more for later iterations only
 
 
-def resumable_checkpoints(folder: str) -> List[str]:
+def resumable_checkpoints(folder: str) -> list[str]:
     """Names of the files that a run in a folder can continue from, the best first.
 
     It is the file that "last_checkpoint" names, then the periodic ones before it (all, where there is no such file).
@@ -42,7 +41,7 @@ def resumable_checkpoints(folder: str) -> List[str]:
     return [last, *before]
 
 
-def newest_whole_checkpoint(folder: str) -> Optional[str]:
+def newest_whole_checkpoint(folder: str) -> str | None:
     """Path of the last checkpoint in a folder; of the one before, with a warning, where the last one is damaged.
 
     Returns:
@@ -75,7 +74,7 @@ def remove_unfinished(folder: str) -> None:
             os.remove(os.path.join(folder, name))
 
 
-def find_damage(path: str) -> Optional[str]:
+def find_damage(path: str) -> str | None:
     """Why a checkpoint, as PyTorch writes it, can't be whole; None if its checksums are right. Reads all of it."""
     try:
         with zipfile.ZipFile(path) as archive:

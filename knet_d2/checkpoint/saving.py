@@ -1,6 +1,7 @@
 """Writing parameters alone, to share them."""
 
-from typing import Any, Callable, Dict, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from .checkpointer import write_atomically
 from .loading import SAFETENSORS_COMMAND
 
 
-def save_weights(path: str, state_dict: Mapping[str, torch.Tensor], metadata: Dict[str, str]) -> None:
+def save_weights(path: str, state_dict: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a file that MODEL.WEIGHTS takes; ``path`` is the old or the new file, whole.
 
     Args:

@@ -4,8 +4,9 @@ import difflib
 import functools
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -15,6 +16,7 @@ from torch import nn
 from ..config.files import get_config_file
 from ..config.options import add_knet_config
 from ..errors import ConfigError
+from ..tasks import get_task
 from .load_report import is_counter
 
 _TABLE = Path(__file__).resolve().parent.parent / "model_zoo.json"
@@ -25,23 +27,23 @@ class ZooEntry(NamedTuple):
 
     name: str
     """Path of its config below ``configs``, without ".yaml"."""
-    official_name: Optional[str]
+    official_name: str | None
     """What the official release calls it; None where only the paper has it."""
-    metrics: Dict[str, float]
+    metrics: dict[str, float]
     """On the validation set: "PQ"; "AP"; "mIoU" and "mIoU_ms" (several scales, flipped)."""
     note: str
     """On the metrics."""
-    url: Optional[str]
+    url: str | None
     """Of the official checkpoint; None where none was published."""
 
     @property
-    def checkpoint_file(self) -> Optional[str]:
+    def checkpoint_file(self) -> str | None:
         """The checkpoint's file name."""
         return self.url and self.url.rsplit("/", 1)[-1]
 
 
-@functools.lru_cache(maxsize=None)
-def zoo_entries() -> Dict[str, ZooEntry]:
+@functools.cache
+def zoo_entries() -> dict[str, ZooEntry]:
     """All entries by name, in the order of MODEL_ZOO.md."""
     table = json.loads(_TABLE.read_text(encoding="utf-8"))
     entries = []
@@ -64,22 +66,22 @@ def zoo_entry(name: str) -> ZooEntry:
     raise ConfigError(f"{name!r} is not in the model zoo. Did you mean {nearest!r}? knet_d2.model_zoo.names() has all.")
 
 
-def fitting_entries(state_dict: Mapping[str, torch.Tensor]) -> List[ZooEntry]:
+def fitting_entries(state_dict: Mapping[str, torch.Tensor]) -> list[ZooEntry]:
     """The entries whose model has exactly the parameters of a state dict in our names.
 
     Builds the models without memory for their parameters; takes seconds.
     """
     shapes = _shapes(state_dict)
-    is_semantic = not any(".class_branch." in name for name in shapes)
+    has_class_branch = any(".class_branch." in name for name in shapes)
     return [
         entry
         for entry in zoo_entries().values()
-        if (_entry_config(entry.name).MODEL.KNET.TASK == "semantic") == is_semantic
+        if get_task(_entry_config(entry.name)).has_class_branch == has_class_branch
         and _entry_shapes(entry.name) == shapes
     ]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _entry_config(name: str) -> CfgNode:
     cfg = get_cfg()
     add_knet_config(cfg)
@@ -87,8 +89,8 @@ def _entry_config(name: str) -> CfgNode:
     return cfg
 
 
-@functools.lru_cache(maxsize=None)
-def _entry_shapes(name: str) -> Dict[str, Tuple[int, ...]]:
+@functools.cache
+def _entry_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return _shapes(build_on_meta(_entry_config(name)).state_dict())
 
 
@@ -101,7 +103,7 @@ def build_on_meta(cfg: CfgNode) -> nn.Module:
         return build_model(cfg)
 
 
-def _shapes(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, Tuple[int, ...]]:
+def _shapes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state_dict.items() if not is_counter(name)}
 
 

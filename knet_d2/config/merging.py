@@ -7,7 +7,8 @@ import logging
 import os
 import re
 import traceback
-from typing import Any, Dict, Iterator, List, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import yaml
@@ -70,7 +71,7 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> No
             _refuse_null(cfg, defaults)
 
 
-def _refuse_null(cfg: CfgNode, defaults: Dict[str, Any]) -> None:
+def _refuse_null(cfg: CfgNode, defaults: dict[str, Any]) -> None:
     """Raise a ValueError where yacs has taken null for a value of a type that it isn't of."""
     for key, value in _flat_items(cfg).items():
         if value is None and defaults[key] is not None:
@@ -78,7 +79,7 @@ def _refuse_null(cfg: CfgNode, defaults: Dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _clear_errors(source: str, known: List[str]) -> Iterator[None]:
+def _clear_errors(source: str, known: list[str]) -> Iterator[None]:
     """Turn what yacs and the YAML reader raise into a ConfigError that names the key and the nearest known one."""
     yacs_logger = logging.getLogger("yacs.config")  # logs each failed assertion before it is raised
     level = yacs_logger.level
@@ -124,14 +125,14 @@ def _place_of(error: BaseException) -> str:
     return f"{os.path.basename(frame.filename)}, line {frame.lineno}, `{frame.line}`"
 
 
-def _suggestion(key: str, known: List[str]) -> str:
+def _suggestion(key: str, known: list[str]) -> str:
     last = key.rsplit(".", 1)[-1]
     same_name = [k for k in known if k.rsplit(".", 1)[-1] == last]
     nearest = difflib.get_close_matches(key, same_name or known, n=1, cutoff=0.0 if same_name else 0.6)
     return f" Did you mean {nearest[0]}?" if nearest else ""
 
 
-def _flat_items(cfg: CfgNode, prefix: str = "") -> Dict[str, Any]:
+def _flat_items(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
     """Values, and the nodes that hold them, by their whole key."""
     items = {}
     for key, value in cfg.items():

@@ -1,6 +1,7 @@
 """The classes of a model by name, as results and pictures show them and as its files carry them."""
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
@@ -13,9 +14,9 @@ from .categories import category_table
 class ClassTable(NamedTuple):
     """The K classes of a model, things first: names, contiguous ids in the data set's metadata, and colours."""
 
-    names: List[str]
-    category_ids: List[int]
-    colors: List[Tuple[int, int, int]]
+    names: list[str]
+    category_ids: list[int]
+    colors: list[tuple[int, int, int]]
     num_things: int
 
 
@@ -43,12 +44,12 @@ def class_table(cfg: CfgNode) -> ClassTable:
     return ClassTable(names, ids, colors, sizes[0])
 
 
-def _known_metadata(cfg: CfgNode) -> Optional[Metadata]:
+def _known_metadata(cfg: CfgNode) -> Metadata | None:
     registered = [name for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if name in MetadataCatalog]
     return MetadataCatalog.get(registered[0]) if registered else None
 
 
-def categories(classes: ClassTable) -> List[Dict[str, Any]]:
+def categories(classes: ClassTable) -> list[dict[str, Any]]:
     """The classes as COCO's "categories": id, name, isthing, color."""
     columns = enumerate(zip(classes.category_ids, classes.names, classes.colors))
     return [
@@ -57,7 +58,7 @@ def categories(classes: ClassTable) -> List[Dict[str, Any]]:
     ]
 
 
-def from_categories(records: Sequence[Dict[str, Any]]) -> ClassTable:
+def from_categories(records: Sequence[dict[str, Any]]) -> ClassTable:
     """The table that :func:`categories` was made from."""
     colors = [tuple(x["color"]) for x in records]
     num_things = sum(x["isthing"] for x in records)

@@ -1,6 +1,6 @@
 """An exponential moving average of the weights (SOLVER.EMA_DECAY), which is evaluated and saved as the model."""
 
-from typing import Any, Dict, Optional
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -41,16 +41,16 @@ class WeightAverage(HookBase):
     def after_step(self) -> None:
         self._averaged.update_parameters(self._model)
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"model": self._model.state_dict(), "num_steps": int(self._averaged.n_averaged)}
 
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._model.load_state_dict(state_dict["model"])
         self._averaged.n_averaged.fill_(state_dict["num_steps"])
         self._resumed = True
 
 
-def build_weight_average(cfg: CfgNode, model: nn.Module) -> Optional[WeightAverage]:
+def build_weight_average(cfg: CfgNode, model: nn.Module) -> WeightAverage | None:
     """The hook that SOLVER.EMA_DECAY asks for; None where it is 0."""
     decay = cfg.SOLVER.EMA_DECAY
     if not 0 <= decay < 1:

@@ -5,7 +5,7 @@ step: weights, optimiser, iteration) and the batch of every process, batch_rank<
 """
 
 import os
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 from detectron2.structures import BitMasks, Instances
@@ -14,7 +14,7 @@ from ..checkpoint import load_file, write_atomically
 from ..errors import DataError, KNetError
 from ..modeling.targets import instance_masks
 
-Batch = List[Dict[str, Any]]
+Batch = list[dict[str, Any]]
 
 
 def batch_file(folder: str, rank: int) -> str:
@@ -41,7 +41,7 @@ def load_batch(path: str) -> Batch:
         raise DataError(f"{path}: holds no training batch ({error!r}).") from error
 
 
-def _as_plain(sample: Dict[str, Any]) -> Dict[str, Any]:
+def _as_plain(sample: dict[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in sample.items() if isinstance(value, (torch.Tensor, str, int, float))}
     if "instances" in sample:
         instances = sample["instances"]
@@ -49,7 +49,7 @@ def _as_plain(sample: Dict[str, Any]) -> Dict[str, Any]:
     return plain
 
 
-def _from_plain(plain: Dict[str, Any]) -> Dict[str, Any]:
+def _from_plain(plain: dict[str, Any]) -> dict[str, Any]:
     sample = dict(plain)
     if "gt_classes" in sample:
         masks = sample.pop("gt_masks")

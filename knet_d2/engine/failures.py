@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import traceback
-from typing import Optional
 
 from torch import distributed
 
@@ -16,7 +15,7 @@ _NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 _CONTINUE = "The last checkpoint is intact: continue with --resume."
 
 
-def explain(error: BaseException) -> Optional[str]:
+def explain(error: BaseException) -> str | None:
     """One message that says what to do; None for a failure that only its traceback explains."""
     if isinstance(error, KNetError):
         return str(error)

@@ -9,7 +9,8 @@ import logging
 import math
 import os
 import re
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
@@ -30,10 +31,10 @@ def is_due(done: int, period: int, max_iter: int) -> bool:
 class LRScheduler(hooks.LRScheduler):
     """Detectron2's, with its state in every checkpoint: whether its own saves it depends on PyTorch's version."""
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return self.scheduler.state_dict()
 
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.scheduler.load_state_dict(state_dict)
 
 
@@ -41,7 +42,7 @@ class MetricsHistory(HookBase):
     """Keeps the recent values of all numbers in the checkpoint, so that a resumed run smooths over the same."""
 
     def __init__(self) -> None:
-        self._loaded: Dict[str, Dict[str, Any]] = {}
+        self._loaded: dict[str, dict[str, Any]] = {}
 
     def before_train(self) -> None:
         storage = self.trainer.storage
@@ -52,7 +53,7 @@ class MetricsHistory(HookBase):
                 storage.put_scalar(name, value, smoothing_hint=history["smoothed"])
         storage.iter = now
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         storage = self.trainer.storage
         state = {}
         for name, history in storage.histories().items():
@@ -63,7 +64,7 @@ class MetricsHistory(HookBase):
                 state[name] = {"values": values, "smoothed": smoothed}
         return state
 
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
 
 
@@ -90,7 +91,7 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 class StopHook(HookBase):
     """Ends the training after a stop signal to any of its processes, with a checkpoint of the iteration."""
 
-    def __init__(self, signals: StopSignals, checkpoints: Optional[PeriodicCheckpointer]):
+    def __init__(self, signals: StopSignals, checkpoints: PeriodicCheckpointer | None):
         """
         Args:
             checkpoints: writes the checkpoint; None on all but the main process.
@@ -123,7 +124,7 @@ class EvalHook(hooks.EvalHook):
     A stop signal ends it at the next image; a resumed run begins with it once more.
     """
 
-    def __init__(self, period: int, evaluate: Callable[[], Dict[str, Any]], stop: "StopHook"):
+    def __init__(self, period: int, evaluate: Callable[[], dict[str, Any]], stop: "StopHook"):
         super().__init__(period, evaluate)
         self._stop = stop
 
@@ -170,7 +171,7 @@ class BestCheckpointer(HookBase):
 class PictureHook(HookBase):
     """Puts pictures into the event storage, for TensorBoard, whenever the model is evaluated."""
 
-    def __init__(self, period: int, draw: Callable[[], Dict[str, Any]]):
+    def __init__(self, period: int, draw: Callable[[], dict[str, Any]]):
         """
         Args:
             draw: gives pictures by name, uint8 [H, W, 3] RGB.
@@ -190,9 +191,9 @@ class PictureHook(HookBase):
 class PeriodicWriter(HookBase):
     """Writes every ``period`` iterations, after an evaluation and at the end; a failed run adds nothing."""
 
-    def __init__(self, build_writers: Callable[[], List[EventWriter]], period: int, eval_period: int):
+    def __init__(self, build_writers: Callable[[], list[EventWriter]], period: int, eval_period: int):
         self._build_writers = build_writers
-        self._writers: List[EventWriter] = []
+        self._writers: list[EventWriter] = []
         self._periods = (period, eval_period)
 
     def before_train(self) -> None:
@@ -213,7 +214,7 @@ class PeriodicWriter(HookBase):
 class FinishIteration(HookBase):
     """Before a resumed run goes on: runs the hooks that come after the checkpoint for the checkpoint's iteration."""
 
-    def __init__(self, hooks_after_checkpoint: Sequence[HookBase], is_finished: Callable[[], Optional[bool]]):
+    def __init__(self, hooks_after_checkpoint: Sequence[HookBase], is_finished: Callable[[], bool | None]):
         """
         Args:
             is_finished: whether the iteration is in the metrics file; asked on the main process.

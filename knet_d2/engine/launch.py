@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.engine import launch
@@ -216,7 +217,7 @@ def _fail(message: str) -> int:
 def _signals_passed_on() -> Iterator[None]:
     """Pass the signals that stop a run on to the processes that this one has started."""
 
-    def pass_on(number: int, frame: Optional[FrameType]) -> None:
+    def pass_on(number: int, frame: FrameType | None) -> None:
         for child in multiprocessing.active_children():
             os.kill(child.pid, number)
 
@@ -231,7 +232,7 @@ def _signals_passed_on() -> Iterator[None]:
 # Where the environment places this process.
 
 
-def find_placement(environment: Mapping[str, str], num_gpus: int = 1, num_machines: int = 1) -> Optional[Placement]:
+def find_placement(environment: Mapping[str, str], num_gpus: int = 1, num_machines: int = 1) -> Placement | None:
     """The place that torchrun or srun gave this process; None where it has to start the others by itself.
 
     Args:

@@ -1,7 +1,8 @@
 """Optimiser, gradient clipping and learning rate schedule, as the SOLVER section of the config says."""
 
 import math
-from typing import Any, Callable, Dict, List, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -34,7 +35,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     raise ConfigError(f'SOLVER.OPTIMIZER is "{solver.OPTIMIZER}"; known are "ADAMW" and "SGD".')
 
 
-def parameter_groups(cfg: CfgNode, model: nn.Module) -> List[Dict[str, Any]]:
+def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     """Trainable parameters grouped by learning rate and weight decay.
 
     Norms and position tables decay by WEIGHT_DECAY_NORM, biases by WEIGHT_DECAY_BIAS (None: as weights). The

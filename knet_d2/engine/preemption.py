@@ -3,7 +3,7 @@
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any, Dict, Optional, Type
+from typing import Any
 
 from ..data.workers import STOP_SIGNALS
 from .failures import EXIT_FAILED, is_lost_connection
@@ -25,8 +25,8 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.received: Optional[str] = None
-        self._previous: Dict[int, Any] = {}
+        self.received: str | None = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         self.received = None
@@ -34,12 +34,12 @@ class StopSignals:
             self._previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException], _: TracebackType) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self.received and error is not None and is_lost_connection(error):
             # Whoever started the processes is ending them, after one failed, and knows why
             raise SystemExit(EXIT_FAILED) from error
 
-    def _receive(self, number: int, frame: Optional[FrameType]) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name

@@ -8,7 +8,6 @@ One process repeats the steps of all that there were, each with its own batch an
 import argparse
 import os
 import sys
-from typing import List
 
 from ..config.merging import load_config
 from ..errors import CheckpointError, KNetError, NonFiniteError
@@ -40,7 +39,7 @@ def _count_batches(folder: str) -> int:
     return number
 
 
-def _repeat(folder: str, rank: int, opts: List[str]) -> bool:
+def _repeat(folder: str, rank: int, opts: list[str]) -> bool:
     """Whether the losses of a process are finite."""
     trainer = Trainer(load_config(os.path.join(folder, "config.yaml"), opts))
     trainer.checkpointer.load(os.path.join(folder, "model.pth"))

@@ -4,8 +4,9 @@ import logging
 import math
 import re
 import time
-from contextlib import nullcontext
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 _STAGE_SUFFIX = re.compile(r"_s(\d+)$")
 
 
-def amp_dtype(enabled: bool, name: str, device: torch.device) -> Optional[torch.dtype]:
+def amp_dtype(enabled: bool, name: str, device: torch.device) -> torch.dtype | None:
     """The type of mixed precision (None = full precision); SOLVER.AMP.ENABLED and SOLVER.AMP.DTYPE are checked."""
     if not enabled:
         return None
@@ -48,7 +49,7 @@ class TrainStep(TrainerBase):
         *,
         clip_gradients: Callable[[Sequence[torch.Tensor]], torch.Tensor],
         seed: int,
-        dtype: Optional[torch.dtype] = None,
+        dtype: torch.dtype | None = None,
         non_finite_limit: int = 1,
         num_parts: int = 1,
     ):
@@ -64,8 +65,8 @@ class TrainStep(TrainerBase):
         model.train()
         self.model = model
         self.optimizer = optimizer
-        self.data_loader: Iterable[List[Dict[str, Any]]] = ()
-        self._data_iterator: Optional[Iterator] = None
+        self.data_loader: Iterable[list[dict[str, Any]]] = ()
+        self._data_iterator: Iterator | None = None
         self._clip_gradients = clip_gradients
         self._seed = seed
         self._dtype = dtype
@@ -80,7 +81,7 @@ class TrainStep(TrainerBase):
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats
             for buffer in module.buffers(recurse=False)
         ]
-        self.last_batch: List[Dict[str, Any]] = []
+        self.last_batch: list[dict[str, Any]] = []
         self.grad_scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
 
     def run_step(self) -> None:
@@ -106,7 +107,7 @@ class TrainStep(TrainerBase):
             self._non_finite_steps = 0
             self._put_metrics(metrics, data_time)
 
-    def _update(self, data: List[Dict[str, Any]]) -> Dict[str, float]:
+    def _update(self, data: list[dict[str, Any]]) -> dict[str, float]:
         """Returns all losses and the norm of the gradient by name."""
         torch.manual_seed(step_seed(self._seed, self.iter, self._rank))
         self.optimizer.zero_grad()
@@ -122,9 +123,9 @@ class TrainStep(TrainerBase):
         self.grad_scaler.update()
         return metrics
 
-    def _backward(self, data: List[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
+    def _backward(self, data: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Add up the gradients of all parts of a batch; returns the losses of the whole."""
-        sums: Dict[str, torch.Tensor] = {}
+        sums: dict[str, torch.Tensor] = {}
         bounds = [i * len(data) // self._num_parts for i in range(self._num_parts + 1)]
         for start, end in zip(bounds, bounds[1:]):
             with self._local_gradients() if end < len(data) else nullcontext():
@@ -136,23 +137,23 @@ class TrainStep(TrainerBase):
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         return sums
 
-    def _local_gradients(self) -> ContextManager:
+    def _local_gradients(self) -> AbstractContextManager:
         """Processes exchange gradients after the last part only."""
         return self.model.no_sync() if hasattr(self.model, "no_sync") else nullcontext()  # type: ignore[operator]
 
-    def _autocast(self) -> ContextManager:
+    def _autocast(self) -> AbstractContextManager:
         if self._dtype is None:
             return nullcontext()
         return torch.autocast(self._device.type, dtype=self._dtype)
 
-    def _forward(self, data: List[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
+    def _forward(self, data: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         try:
             losses = self.model(data)
         except NonFiniteError as e:  # in all processes
             raise NonFiniteError(f"{e} {self._where(comm.all_gather(_file_names(data))[e.rank])}") from e
         return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
 
-    def _check_finite(self, metrics: Dict[str, float], data: List[Dict[str, Any]]) -> None:
+    def _check_finite(self, metrics: dict[str, float], data: list[dict[str, Any]]) -> None:
         """Raise on all ranks when a number of any rank isn't finite."""
         checked = dict(metrics)
         if self.grad_scaler.is_enabled():
@@ -172,7 +173,7 @@ class TrainStep(TrainerBase):
             "Try a lower learning rate, gradient clipping or full precision."
         )
 
-    def _put_metrics(self, metrics: Dict[str, float], data_time: float) -> None:
+    def _put_metrics(self, metrics: dict[str, float], data_time: float) -> None:
         """Put the mean over ranks (data_time: the largest) into the event storage."""
         gathered = comm.gather({**metrics, "data_time": data_time})
         if not comm.is_main_process():
@@ -187,7 +188,7 @@ class TrainStep(TrainerBase):
             storage.put_scalar("total_loss", sum(mean.values()))
         storage.put_scalars(**mean)
 
-    def repeat(self, batch: List[Dict[str, Any]], iteration: int, rank: int) -> Dict[str, float]:
+    def repeat(self, batch: list[dict[str, Any]], iteration: int, rank: int) -> dict[str, float]:
         """Take the step that a process took in an iteration; returns the losses by name."""
         self.data_loader, self._data_iterator = [batch], None
         self.iter, self._rank = iteration, rank
@@ -195,14 +196,14 @@ class TrainStep(TrainerBase):
             self.run_step()
         return {name: value for name, (value, _) in storage.latest().items() if "loss" in name}
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         state["non_finite_steps"] = self._non_finite_steps
         state["optimizer"] = self.optimizer.state_dict()
         state["grad_scaler"] = self.grad_scaler.state_dict()
         return state
 
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._non_finite_steps = state_dict.get("non_finite_steps", 0)
         self.optimizer.load_state_dict(state_dict["optimizer"])
@@ -215,7 +216,7 @@ def step_seed(seed: int, iteration: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, iteration, rank)).generate_state(1, np.uint64)[0]) >> 1
 
 
-def _file_names(data: List[Dict[str, Any]]) -> List[str]:
+def _file_names(data: list[dict[str, Any]]) -> list[str]:
     return [str(sample.get("file_name", "?")) for sample in data]
 
 

@@ -3,7 +3,7 @@
 import logging
 import os
 import weakref
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -21,6 +21,7 @@ from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import build_evaluators
 from ..modeling.tta import KNetWithTTA
 from ..results.drawing import draw_validation_pictures
+from ..tasks import get_task
 from . import optimizer as optim
 from .averaging import build_weight_average
 from .dump import batch_file, save_batch
@@ -41,8 +42,6 @@ from .validation import mean_loss
 from .writers import ConsoleWriter, MetricsWriter, TensorBoardWriter, bounded_storage, cut_metrics
 
 logger = logging.getLogger(__name__)
-
-_BEST_METRICS = {"instance": "segm/AP", "panoptic": "panoptic_seg/PQ", "semantic": "sem_seg/mIoU"}
 
 
 class Trainer(DefaultTrainer):
@@ -84,7 +83,7 @@ class Trainer(DefaultTrainer):
         self._metrics_file = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
         self._last_written = -1
         self._signals = StopSignals()
-        self._last_eval_results: Optional[Dict[str, Any]] = None
+        self._last_eval_results: dict[str, Any] | None = None
         self.register_hooks(self.build_hooks())
 
     @property
@@ -120,12 +119,12 @@ class Trainer(DefaultTrainer):
             return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None):
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         return DatasetEvaluators(build_evaluators(cfg, dataset_name, output_folder))
 
     @classmethod
-    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """Evaluate with test-time augmentation (TEST.AUG); the keys of the results end in "_TTA"."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, os.path.join(folder, name)) for name in cfg.DATASETS.TEST]
@@ -136,12 +135,12 @@ class Trainer(DefaultTrainer):
         results = cls.test(cfg, augmented, evaluators)
         return {f"{name}_TTA": value for name, value in results.items()}
 
-    def build_hooks(self) -> List[HookBase]:
+    def build_hooks(self) -> list[HookBase]:
         """See knet_d2.engine.hooks for what their order guarantees."""
         cfg = self.cfg
         if cfg.TEST.PRECISE_BN.ENABLED:
             raise ConfigError("TEST.PRECISE_BN.ENABLED is not supported; set it to False.")
-        before: List[HookBase] = [hooks.IterationTimer(), LRScheduler(), MetricsHistory()]
+        before: list[HookBase] = [hooks.IterationTimer(), LRScheduler(), MetricsHistory()]
         if self._average is not None:
             before.append(self._average)
         checkpoints = None
@@ -153,7 +152,7 @@ class Trainer(DefaultTrainer):
             before.append(checkpoints)
         stop = StopHook(self._signals, checkpoints)
         before.append(stop)
-        after: List[HookBase] = [EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate, stop)]
+        after: list[HookBase] = [EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate, stop)]
         if comm.is_main_process():
             after.append(BestCheckpointer(self.checkpointer, best_metric(cfg), self._metrics_file))
             if cfg.TEST.NUM_PICTURES and cfg.DATASETS.TEST:
@@ -161,14 +160,14 @@ class Trainer(DefaultTrainer):
             after.append(PeriodicWriter(self.build_writers, cfg.SOLVER.LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
         return [*before, *after, FinishIteration(after, lambda: self._last_written == self.start_iter - 1)]
 
-    def build_writers(self) -> List[EventWriter]:
+    def build_writers(self) -> list[EventWriter]:
         return [
             ConsoleWriter(self.max_iter),
             MetricsWriter(self._metrics_file, self._last_written),
             TensorBoardWriter(self.cfg.OUTPUT_DIR, self.start_iter),
         ]
 
-    def _evaluate(self) -> Dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
         self._last_eval_results = self.test(self.cfg, self.evaluated_model)
         if self.cfg.TEST.VALIDATION_LOSS:
             model = getattr(self.evaluated_model, "module", self.evaluated_model)
@@ -180,7 +179,7 @@ class Trainer(DefaultTrainer):
             self._last_eval_results = {**self._last_eval_results, **augmented}
         return self._last_eval_results
 
-    def _draw(self) -> Dict[str, Any]:
+    def _draw(self) -> dict[str, Any]:
         model = getattr(self.evaluated_model, "module", self.evaluated_model)
         return draw_validation_pictures(self.cfg, model, self.cfg.TEST.NUM_PICTURES)
 
@@ -216,7 +215,7 @@ class Trainer(DefaultTrainer):
             f"{folder} has an earlier run; its metrics and periodic checkpoints are renamed: they end in _{number} now"
         )
 
-    def train(self) -> Optional[Dict[str, Any]]:
+    def train(self) -> dict[str, Any] | None:
         """Train from ``start_iter`` to SOLVER.MAX_ITER.
 
         Returns:
@@ -245,7 +244,7 @@ class Trainer(DefaultTrainer):
             verify_results(self.cfg, self._last_eval_results)
         return self._last_eval_results
 
-    def repeat_step(self, batch: List[Dict[str, Any]], rank: int) -> Dict[str, float]:
+    def repeat_step(self, batch: list[dict[str, Any]], rank: int) -> dict[str, float]:
         """Take the present iteration's step as process ``rank`` took it; returns the losses by name."""
         return self._trainer.repeat(batch, self.iter, rank)
 
@@ -264,13 +263,13 @@ class Trainer(DefaultTrainer):
         comm.synchronize()  # the first process that ends may end the others
         return f"To repeat it: python -m knet_d2.engine.replay {folder}"
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         state = TrainerBase.state_dict(self)
         state["_trainer"] = self._trainer.state_dict()
         state["seed"] = self.cfg.SEED
         return state
 
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "_trainer" not in state_dict:
             raise CheckpointError(
                 f"The last checkpoint in {self.cfg.OUTPUT_DIR} has no optimiser state, so it can't be resumed; "
@@ -297,5 +296,5 @@ def _number_of_parts(cfg: CfgNode) -> int:
 
 def best_metric(cfg: CfgNode) -> str:
     """Name of the scalar that decides on the best checkpoint: of the first test set, by task."""
-    metric = _BEST_METRICS[cfg.MODEL.KNET.TASK]
+    metric = get_task(cfg).best_metric
     return metric if len(cfg.DATASETS.TEST) <= 1 else f"{cfg.DATASETS.TEST[0]}/{metric}"

@@ -1,6 +1,7 @@
 """The training loss on validation images (TEST.VALIDATION_LOSS), to tell when a model begins to overfit."""
 
-from typing import Any, Dict, Iterable, List
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from detectron2.utils import comm
@@ -8,7 +9,7 @@ from torch import nn
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, loader: Iterable[List[Dict[str, Any]]], num_samples: int) -> float:
+def mean_loss(model: nn.Module, loader: Iterable[list[dict[str, Any]]], num_samples: int) -> float:
     """The mean of a model's total loss over all samples of all processes, with dropout off and batch norm fixed.
 
     Args:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
@@ -37,7 +37,7 @@ def cut_metrics(path: str, last_iteration: int) -> int:
     """
     if not os.path.isfile(path):
         return -1
-    kept: List[str] = []
+    kept: list[str] = []
     kept_iteration = -1
     with open(path) as f:
         for line in f:
@@ -53,7 +53,7 @@ def cut_metrics(path: str, last_iteration: int) -> int:
     return kept_iteration
 
 
-def read_metrics(path: str) -> List[Dict[str, Any]]:
+def read_metrics(path: str) -> list[dict[str, Any]]:
     """The records of a metrics file."""
     if not os.path.isfile(path):
         return []
@@ -154,8 +154,8 @@ class ConsoleWriter(EventWriter):
         seconds = storage.history("time").median(TIME_WINDOW) * (self._max_iter - storage.iter - 1)
         return str(datetime.timedelta(seconds=int(seconds)))
 
-    def _losses(self, storage: EventStorage) -> Dict[str, float]:
-        losses: Dict[str, float] = {}
+    def _losses(self, storage: EventStorage) -> dict[str, float]:
+        losses: dict[str, float] = {}
         for name, history in storage.histories().items():
             if "loss" in name:
                 stage = _LOSS_OF_STAGE.match(name)

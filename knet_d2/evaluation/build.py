@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..data import load_dataset, loaded_metadata
 from ..errors import ConfigError
-from ..modeling.meta_arch import model_outputs
+from ..tasks import get_task
 from .instance import InstanceEvaluator
 from .panoptic import PanopticEvaluator
 from .semantic import SemanticEvaluator
@@ -40,7 +40,7 @@ def _build_panoptic(cfg: CfgNode, name: str, output_folder: str | None) -> Datas
 def _build_semantic(cfg: CfgNode, name: str, output_folder: str | None) -> DatasetEvaluator:
     knet = cfg.MODEL.KNET
     # Data sets whose label maps show things as one class, or not at all, give no thing class an id of its own.
-    separated = knet.TASK == "panoptic" and "things" in loaded_metadata(name).stuff_classes[:1]
+    separated = knet.NUM_THING_CLASSES and "things" in loaded_metadata(name).stuff_classes[:1]
     things = [0] * knet.NUM_THING_CLASSES if separated else knet.THING_CATEGORY_IDS
     return SemanticEvaluator(name, class_ids=[*things, *knet.STUFF_CATEGORY_IDS], output_dir=output_folder)
 
@@ -84,7 +84,7 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None 
     if dataset_name not in DatasetCatalog:
         load_dataset(dataset_name, "DATASETS.TEST")  # raises with a suggestion
     metadata = loaded_metadata(dataset_name)
-    kind, outputs = metadata.get("evaluator_type"), model_outputs(cfg)
+    kind, outputs = metadata.get("evaluator_type"), get_task(cfg).checked_outputs(cfg.MODEL.KNET.TEST.OUTPUTS)
     if kind not in EVALUATORS:
         raise ConfigError(
             f"Data set {dataset_name} (DATASETS.TEST) has evaluator_type {kind!r} in its metadata; known are "

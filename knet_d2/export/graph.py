@@ -3,14 +3,13 @@
 Shapes: B images of one size, H x W in the network's input and h x w in the result; n rows of a table of results.
 """
 
-from typing import Dict, Tuple
-
 import torch
 from torch import nn
 
 from ..errors import ConfigError
 from ..modeling.backbone.deform_conv import DeformConv2d
 from ..modeling.backbone.swin import SwinTransformer
+from ..modeling.cascade import select_stage
 from ..modeling.meta_arch import KNet
 from ..modeling.postprocessing import ImageGeometry
 from . import results
@@ -27,7 +26,7 @@ OUTPUT_NAMES = {
 class ExportableKNet(nn.Module):
     """A K-Net in evaluation mode with tensors in and out, and its batch, height, width and result size dynamic.
 
-    The result is the first of ``model.outputs``; a row of a table is a candidate:
+    The result is the model's first output (MODEL.KNET.TEST.OUTPUTS); a row of a table is a candidate:
 
     * "instances": scores [B, n], falling; labels int64 [B, n]; boxes [B, n, 4] (x1, y1, x2, y2); masks bool
       [B, n, h, w]. n is TEST.DETECTIONS_PER_IMAGE at most; TEST.SCORE_THRESHOLD is left to the reader.
@@ -45,7 +44,7 @@ class ExportableKNet(nn.Module):
             ConfigError: it can't be exported.
         """
         super().__init__()
-        self.main_output = model.outputs[0]
+        self.main_output = model.postprocessor.options.outputs[0]
         if any(isinstance(module, DeformConv2d) for module in model.modules()):
             raise ConfigError(
                 "MODEL.RESNETS.DEFORM_ON_PER_STAGE: a model with deformable convolutions can't be exported, as "
@@ -61,13 +60,13 @@ class ExportableKNet(nn.Module):
                 "MODEL.KNET.TEST.OUTPUTS begins with 'sem_seg', which can't be exported for kernels that are matched "
                 "to instances. Put 'panoptic_seg' or 'instances' first."
             )
-        if self.main_output == "instances" and model.max_instances == 0:
+        if self.main_output == "instances" and model.postprocessor.options.max_instances == 0:
             raise ConfigError("TEST.DETECTIONS_PER_IMAGE = 0: there would be no result. Use 1 or more.")
         self.model = model
 
     def forward(
         self, image: torch.Tensor, image_size: torch.Tensor, output_size: torch.Tensor
-    ) -> Tuple[torch.Tensor, ...]:
+    ) -> tuple[torch.Tensor, ...]:
         """
         Args:
             image: uint8 [B, 3, H, W] in the order of INPUT.FORMAT, H and W multiples of ``model.size_divisibility``;
@@ -80,21 +79,21 @@ class ExportableKNet(nn.Module):
         """
         model = self.model
         geometry = _checked_geometry(image, image_size, output_size)
-        state = model.sem_seg_head(model.backbone(self._normalise(image, geometry)))
-        stage = model.select_stage(state, model.cascade(state))
+        options = model.postprocessor.options
+        stage = select_stage(model.network(self._normalise(image, geometry)), options.stage)
         if self.main_output == "instances":
             matched, things = slice(model.bank.num_matched), slice(model.bank.num_things)
             class_logits, mask_logits = stage.class_logits[:, matched, things], stage.mask_logits[:, matched]
-            return results.instances(class_logits, mask_logits, geometry, max_instances=model.max_instances)
+            return results.instances(class_logits, mask_logits, geometry, max_instances=options.max_instances)
         if self.main_output == "panoptic_seg":
             return results.panoptic(
                 stage.class_logits,
                 stage.mask_logits,
-                model.class_mask,
+                model.postprocessor.class_mask,
                 geometry,
                 num_things=model.bank.num_things,
-                thing_score_threshold=model.thing_score_threshold,
-                overlap_threshold=model.overlap_threshold,
+                thing_score_threshold=options.thing_score_threshold,
+                overlap_threshold=options.overlap_threshold,
             )
         return (results.label_map(stage.mask_logits, geometry),)
 
@@ -107,7 +106,7 @@ class ExportableKNet(nn.Module):
         return pixels.to(next(self.model.backbone.parameters()).dtype)
 
 
-def example_inputs(model: KNet) -> Dict[str, torch.Tensor]:
+def example_inputs(model: KNet) -> dict[str, torch.Tensor]:
     """Inputs to trace :class:`ExportableKNet` with; two images, so that their number is not taken for a constant."""
     step = max(model.size_divisibility, 1)
     size = [-(-length // step) * step for length in (96, 128)]

@@ -4,7 +4,7 @@
 Shapes: B images, N kernels, h x w pixels of the result; n rows of a table.
 """
 
-from typing import Iterator, Tuple
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ def label_map(mask_logits: torch.Tensor, geometry: ImageGeometry) -> torch.Tenso
 def boxes_of(masks: torch.Tensor) -> torch.Tensor:
     """Tight boxes of bool masks: [B, n, h, w] -> float32 [B, n, 4] (x1, y1, x2, y2), 0 for an empty mask."""
 
-    def extent(occupied: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         length = occupied.shape[-1]
         index = torch.arange(length, device=occupied.device)
         first = torch.where(occupied, index, length).amin(dim=-1)
@@ -49,7 +49,7 @@ def boxes_of(masks: torch.Tensor) -> torch.Tensor:
 
 def instances(
     class_logits: torch.Tensor, mask_logits: torch.Tensor, geometry: ImageGeometry, *, max_instances: int
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The best (kernel, class) pairs, however low their scores are.
 
     Args:
@@ -78,7 +78,7 @@ def panoptic(
     num_things: int,
     thing_score_threshold: float,
     overlap_threshold: float,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """One map without overlaps; for the arguments see :func:`knet_d2.modeling.postprocessing.panoptic_inference`.
 
     Args:
@@ -105,7 +105,7 @@ def panoptic(
 
 def _assign_pixels(
     scores: torch.Tensor, mask_logits: torch.Tensor, geometry: ImageGeometry
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel with the largest score * probability at each pixel, int64 [B, h, w]; areas of masks, int64 [B, N]."""
     best, owners, areas = None, None, []
     for chunk in _chunks(mask_logits.shape[1]):

@@ -2,7 +2,6 @@
 
 import io
 import json
-from typing import Dict
 
 import torch
 from detectron2.config import CfgNode
@@ -44,7 +43,7 @@ def trace(model: KNet) -> ExportedProgram:
         return torch.export.export(ExportableKNet(model).eval(), (), inputs, dynamic_shapes=shapes, strict=False)
 
 
-def export_metadata(cfg: CfgNode, classes: ClassTable, model: KNet) -> Dict[str, str]:
+def export_metadata(cfg: CfgNode, classes: ClassTable, model: KNet) -> dict[str, str]:
     """What travels in an exported file: the model's description, its task and output, and how to prepare an image."""
     step = max(model.size_divisibility, 1)
     preprocessing = {
@@ -58,13 +57,13 @@ def export_metadata(cfg: CfgNode, classes: ClassTable, model: KNet) -> Dict[str,
     return {
         **describe_model(cfg, classes),
         "task": cfg.MODEL.KNET.TASK,
-        "output": model.outputs[0],
+        "output": model.postprocessor.options.outputs[0],
         "preprocessing": json.dumps(preprocessing),
         "score_threshold": str(cfg.MODEL.KNET.TEST.SCORE_THRESHOLD),
     }
 
 
-def save_onnx(program: ExportedProgram, path: str, metadata: Dict[str, str]) -> None:
+def save_onnx(program: ExportedProgram, path: str, metadata: dict[str, str]) -> None:
     """Write a traced model as one ONNX file, with the metadata among its properties."""
     try:
         import onnx  # noqa: F401
@@ -78,7 +77,7 @@ def save_onnx(program: ExportedProgram, path: str, metadata: Dict[str, str]) -> 
     write_atomically(path, lambda f: f.write(content))
 
 
-def save_pt2(program: ExportedProgram, path: str, metadata: Dict[str, str]) -> None:
+def save_pt2(program: ExportedProgram, path: str, metadata: dict[str, str]) -> None:
     """Write a traced model for torch.export.load, with the metadata as the extra file METADATA_FILE."""
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(metadata)})

@@ -4,7 +4,8 @@ Shapes: N kernels, of which the first M are matched to instances; K classes; pic
 """
 
 import math
-from typing import Any, Dict, Iterable, List, NamedTuple, Tuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -13,9 +14,8 @@ from PIL import Image, ImageDraw
 
 from ..data.classes import ClassTable
 from ..errors import ConfigError, DataError
-from ..modeling.cascade import static_predictions
 from ..modeling.meta_arch import KNet
-from ..modeling.postprocessing import ImageGeometry, mask_probabilities
+from ..modeling.postprocessing import mask_probabilities
 from ..modeling.precision import no_autocast
 from ..results.drawing import picture_sheet
 
@@ -53,7 +53,7 @@ class AverageMasks(NamedTuple):
 
 
 @torch.no_grad()
-def stage_masks(model: KNet, sample: Dict[str, Any], output_size: Tuple[int, int]) -> List[KernelMasks]:
+def stage_masks(model: KNet, sample: dict[str, Any], output_size: tuple[int, int]) -> list[KernelMasks]:
     """Masks of one image before the first update, then after each stage.
 
     Args:
@@ -70,20 +70,19 @@ def stage_masks(model: KNet, sample: Dict[str, Any], output_size: Tuple[int, int
             "MODEL.KNET.TEST.STAGE gives those of each stage. Use a model for instances or panoptic segmentation."
         )
     images = model.preprocess_image([sample])
-    state = model.sem_seg_head(model.backbone(images.tensor))
-    stages = [static_predictions(state), *model.cascade(state)]
-    (rows, columns), (height, width) = images.tensor.shape[-2:], images.image_sizes[0]
-    geometry = ImageGeometry((rows, columns), (height, width), output_size)
+    output = model.network(images.tensor)
+    sized = {**sample, "height": output_size[0], "width": output_size[1]}
     found = []
     with no_autocast(images.tensor):
-        for stage in stages:
-            scores, labels = stage.class_logits[0].sigmoid().masked_fill(~model.class_mask, -1).max(dim=1)
-            masks = mask_probabilities(stage.mask_logits[0], geometry)
+        for stage in range(len(output.stages) + 1):
+            class_logits, mask_logits, geometry = model.image_predictions(output, [sized], images, stage)[0]
+            scores, labels = class_logits.sigmoid().masked_fill(~model.postprocessor.class_mask, -1).max(dim=1)
+            masks = mask_probabilities(mask_logits, geometry)
             found.append(KernelMasks(*(x.cpu().numpy() for x in (masks, scores, labels))))
     return found
 
 
-def average_masks(model: KNet, samples: Iterable[Dict[str, Any]], score_threshold: float) -> AverageMasks:
+def average_masks(model: KNet, samples: Iterable[dict[str, Any]], score_threshold: float) -> AverageMasks:
     """Average masks of the instance kernels after the last stage.
 
     Args:
@@ -119,7 +118,7 @@ def draw_average_masks(average: AverageMasks) -> np.ndarray:
     return picture_sheet(cells, math.ceil(math.sqrt(len(cells))), title)
 
 
-def draw_stages(image: np.ndarray, stages: List[KernelMasks], classes: ClassTable, number: int) -> np.ndarray:
+def draw_stages(image: np.ndarray, stages: list[KernelMasks], classes: ClassTable, number: int) -> np.ndarray:
     """The kernels with the best scores in the end: a row for each, a column for each stage.
 
     Args:

@@ -1,7 +1,7 @@
 """From one file to a predictor."""
 
 import os
-from typing import Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 
@@ -19,8 +19,8 @@ def load(
     path: "str | os.PathLike[str]",
     *,
     confidence_threshold: float = 0.3,
-    device: Optional[str] = None,
-    config_file: Optional[str] = None,
+    device: str | None = None,
+    config_file: str | None = None,
     opts: Sequence[str] = (),
 ) -> ImagePredictor:
     """A predictor from a weights file, which brings its config and its class names.
@@ -45,7 +45,7 @@ def load(
     return ImagePredictor(*resolve_model(config_file, [*opts, "MODEL.WEIGHTS", os.fspath(path)]))
 
 
-def resolve_model(config_file: Optional[str], opts: Sequence[str]) -> Tuple[CfgNode, ClassTable]:
+def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode, ClassTable]:
     """The config and the classes of a model.
 
     Args:

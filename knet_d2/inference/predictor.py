@@ -3,7 +3,8 @@
 import copy
 import logging
 import os
-from typing import Any, Iterator, Optional, Sequence, Tuple, Union
+from collections.abc import Iterator, Sequence
+from typing import Any, Union
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -11,8 +12,8 @@ from detectron2.config import CfgNode
 from ..data.classes import ClassTable
 from ..data.files import find_images, read_image
 from ..errors import ConfigError, DataError
-from ..modeling.meta_arch import TASK_OUTPUTS
 from ..results.prediction import Prediction
+from ..tasks import get_task
 from .default_predictor import Predictor
 from .tiles import predict_tiles
 from .trace import Trace
@@ -41,15 +42,15 @@ class ImagePredictor:
         self.cfg = cfg
         self.model = self._predictor.network
         self.classes = classes
-        self.outputs = TASK_OUTPUTS[cfg.MODEL.KNET.TASK]
+        self.outputs = get_task(cfg).outputs
 
     def __call__(
         self,
         image: Union[str, "os.PathLike[str]", np.ndarray],
-        order: Optional[str] = None,
+        order: str | None = None,
         *,
-        tile_size: Optional[int] = None,
-        tile_overlap: Optional[int] = None,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
     ) -> Prediction:
         """
         Args:
@@ -68,7 +69,7 @@ class ImagePredictor:
             return self._predict(pixels)
         return predict_tiles(self._predict, pixels, tile_size, tile_size // 4 if tile_overlap is None else tile_overlap)
 
-    def trace(self, image: Union[str, "os.PathLike[str]", np.ndarray], order: Optional[str] = None) -> Trace:
+    def trace(self, image: Union[str, "os.PathLike[str]", np.ndarray], order: str | None = None) -> Trace:
         """Send an image through the network once, to look at the results of every stage.
 
         Args:
@@ -83,7 +84,7 @@ class ImagePredictor:
         tracing.model = lambda samples: [Trace(self.model, samples[0], self.classes, self.outputs)]
         return tracing(_bgr_pixels(image, order))
 
-    def images(self, paths: Union[str, Sequence[str]], **options: Any) -> Iterator[Tuple[str, Prediction]]:
+    def images(self, paths: str | Sequence[str], **options: Any) -> Iterator[tuple[str, Prediction]]:
         """The predictions of many files, one by one; those that can't be read are logged and left out.
 
         Args:
@@ -106,7 +107,7 @@ class ImagePredictor:
         return Prediction.from_outputs(self._predictor(pixels), pixels.shape[:2], self.classes)
 
 
-def _bgr_pixels(image: Union[str, "os.PathLike[str]", np.ndarray], order: Optional[str]) -> np.ndarray:
+def _bgr_pixels(image: Union[str, "os.PathLike[str]", np.ndarray], order: str | None) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return _checked_array(image, order)
     if order is not None:
@@ -120,7 +121,7 @@ def _checked_file(path: str) -> str:
     return path
 
 
-def _checked_array(image: np.ndarray, order: Optional[str]) -> np.ndarray:
+def _checked_array(image: np.ndarray, order: str | None) -> np.ndarray:
     """The array in BGR order."""
     if order not in ORDERS:
         raise DataError(

@@ -4,8 +4,9 @@ Each pixel's result comes from the one tile in which it is farthest from the bor
 What neighbouring tiles see in the strip that they share tells which of their objects are the same.
 """
 
+from collections.abc import Callable
 from itertools import combinations
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -26,7 +27,7 @@ class Span(NamedTuple):
     own_stop: int
 
 
-def tile_spans(length: int, tile_size: int, overlap: int) -> List[Span]:
+def tile_spans(length: int, tile_size: int, overlap: int) -> list[Span]:
     """The fewest equal tiles that cover ``length`` pixels, neighbours sharing at least ``overlap``."""
     if length <= tile_size:
         return [Span(0, length, 0, length)]
@@ -40,7 +41,7 @@ class _Part(NamedTuple):
     """What one tile sees of a segment: the whole of it, and the part whose pixels are the tile's own."""
 
     seen: Segment
-    own: Optional[Segment]
+    own: Segment | None
 
 
 def predict_tiles(
@@ -59,7 +60,7 @@ def predict_tiles(
     if len(rows) == len(columns) == 1:
         return predict(image)
     tiles = [(y, x) for y in rows for x in columns]
-    parts: List[List[_Part]] = []
+    parts: list[list[_Part]] = []
     for y, x in tiles:
         prediction = predict(image[y.start : y.stop, x.start : x.stop])
         parts.append([_place(segment, y, x, image.shape[:2]) for segment in prediction.segments])
@@ -67,12 +68,12 @@ def predict_tiles(
     return Prediction(image.shape[:2], segments, prediction.classes)
 
 
-def _place(segment: Segment, y: Span, x: Span, size: Tuple[int, int]) -> _Part:
+def _place(segment: Segment, y: Span, x: Span, size: tuple[int, int]) -> _Part:
     seen = segment._replace(corner=(segment.corner[0] + y.start, segment.corner[1] + x.start), size=size)
     return _Part(seen, _clip(seen, (y.own_start, y.own_stop), (x.own_start, x.own_stop)))
 
 
-def _clip(segment: Segment, y: Tuple[int, int], x: Tuple[int, int]) -> Optional[Segment]:
+def _clip(segment: Segment, y: tuple[int, int], x: tuple[int, int]) -> Segment | None:
     """The part of a segment in the rectangle of rows and columns [start, stop); None where it has none there."""
     (top, left), (height, width) = segment.corner, segment.crop.shape
     first, last = (max(y[0], top), max(x[0], left)), (min(y[1], top + height), min(x[1], left + width))
@@ -82,16 +83,16 @@ def _clip(segment: Segment, y: Tuple[int, int], x: Tuple[int, int]) -> Optional[
     return Segment.from_mask(crop, segment.label, segment.score, corner=first, size=segment.size)
 
 
-def _join(tiles: List[Tuple[Span, Span]], parts: List[List[_Part]], num_things: int) -> List[Segment]:
+def _join(tiles: list[tuple[Span, Span]], parts: list[list[_Part]], num_things: int) -> list[Segment]:
     """One segment for all parts of an object, and for all parts of a stuff class; by falling score."""
     owner = {(t, i): (t, i) for t, found in enumerate(parts) for i in range(len(found))}
 
-    def root(key: Tuple[int, int]) -> Tuple[int, int]:
+    def root(key: tuple[int, int]) -> tuple[int, int]:
         while owner[key] != key:
             key = owner[key]
         return key
 
-    first_of_stuff: Dict[int, Tuple[int, int]] = {}
+    first_of_stuff: dict[int, tuple[int, int]] = {}
     for key in owner:
         label = parts[key[0]][key[1]].seen.label
         if label >= num_things:
@@ -102,7 +103,7 @@ def _join(tiles: List[Tuple[Span, Span]], parts: List[List[_Part]], num_things: 
             for i, j in _same_objects(parts[a], parts[b], strip, num_things):
                 owner[root((b, j))] = root((a, i))
 
-    groups: Dict[Tuple[int, int], List[_Part]] = {}
+    groups: dict[tuple[int, int], list[_Part]] = {}
     for key in owner:
         groups.setdefault(root(key), []).append(parts[key[0]][key[1]])
     joined = [_union(group) for group in groups.values() if any(part.own is not None for part in group)]
@@ -110,8 +111,8 @@ def _join(tiles: List[Tuple[Span, Span]], parts: List[List[_Part]], num_things: 
 
 
 def _same_objects(
-    a: List[_Part], b: List[_Part], strip: List[Tuple[int, int]], num_things: int
-) -> List[Tuple[int, int]]:
+    a: list[_Part], b: list[_Part], strip: list[tuple[int, int]], num_things: int
+) -> list[tuple[int, int]]:
     """Pairs of things of two tiles with the same class and masks that agree in the strip that both tiles see."""
     clipped = [[(i, _clip(part.seen, *strip)) for i, part in enumerate(found)] for found in (a, b)]
     rows, columns = ([(i, s) for i, s in found if s is not None and s.label < num_things] for found in clipped)
@@ -131,7 +132,7 @@ def _iou(a: Segment, b: Segment) -> float:
     return common / (a.area + b.area - common)
 
 
-def _union(group: List[_Part]) -> Segment:
+def _union(group: list[_Part]) -> Segment:
     """The own parts of a group in one segment, with the best score."""
     own = [part.own for part in group if part.own is not None]
     top, left = (min(segment.corner[axis] for segment in own) for axis in (0, 1))

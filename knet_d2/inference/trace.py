@@ -1,13 +1,12 @@
 """One image's pass through the network, kept, so that the results of every stage can be looked at."""
 
-import copy
-from typing import Any, Dict, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ..data.classes import ClassTable
 from ..errors import ConfigError
-from ..modeling.fast_convolution import channels_last
 from ..modeling.meta_arch import KNet
 from ..results.prediction import Prediction
 
@@ -20,7 +19,7 @@ class Trace:
     """
 
     @torch.no_grad()
-    def __init__(self, model: KNet, sample: Dict[str, Any], classes: ClassTable, outputs: Sequence[str]):
+    def __init__(self, model: KNet, sample: dict[str, Any], classes: ClassTable, outputs: Sequence[str]):
         """
         Args:
             model: in evaluation mode.
@@ -29,9 +28,8 @@ class Trace:
         """
         self._model, self._sample, self._classes, self._outputs = model, sample, classes, tuple(outputs)
         self._images = model.preprocess_image([sample])
-        self._state = model.sem_seg_head(model.backbone(channels_last(self._images.tensor)))
-        self._stages = model.cascade(self._state)
-        self.num_stages = len(self._stages)
+        self._output = model.network(self._images.tensor)
+        self.num_stages = len(self._output.stages)
 
     @torch.no_grad()
     def prediction(self, confidence_threshold: float, *, stage: int = -1, output: str = "") -> Prediction:
@@ -49,9 +47,12 @@ class Trace:
             raise ConfigError(f"stage = {stage}: this model has 0 (static kernels) to {self.num_stages}, or -1 (last).")
         if output and output not in self._outputs:
             raise ConfigError(f"output = {output!r}: this model gives {' and '.join(self._outputs)}.")
-        # The same network, with other settings of its post-processing
-        model = copy.copy(self._model)
-        model.outputs, model.output_stage = (output or self._outputs[0],), stage
-        model.score_threshold = model.thing_score_threshold = confidence_threshold
-        results = model.postprocess(self._state, self._stages, [self._sample], self._images)
-        return Prediction.from_outputs(results[0], (self._sample["height"], self._sample["width"]), self._classes)
+        model, sample = self._model, self._sample
+        predictions = model.image_predictions(self._output, [sample], self._images, stage)
+        options = model.postprocessor.options._replace(
+            outputs=(output or self._outputs[0],),
+            score_threshold=confidence_threshold,
+            thing_score_threshold=confidence_threshold,
+        )
+        results = model.postprocessor(predictions[0], options)
+        return Prediction.from_outputs(results, (sample["height"], sample["width"]), self._classes)

@@ -1,16 +1,18 @@
 """The cascade of kernel update heads (paper, Fig. 3)."""
 
-from typing import List
-
 import torch
 from detectron2.config import configurable
 from torch import nn
 
 from ..errors import ConfigError
+from ..tasks import get_task
 from .kernel_update import gather_group_features
 from .precision import full_precision, no_autocast
-from .structures import KernelState, StageOutput
+from .structures import KernelState, NetworkOutput, StageOutput
 from .update_head import KernelUpdateHead
+
+# The paper tries up to 7; a typing error must not fill the memory
+MOST_STAGES = 100
 
 
 class KernelUpdateCascade(nn.Module):
@@ -40,12 +42,17 @@ class KernelUpdateCascade(nn.Module):
                 )
         if head.INIT not in ("xavier", "default"):
             raise ConfigError(f"MODEL.KNET.UPDATE_HEAD.INIT = {head.INIT!r}: use 'xavier' or 'default'.")
-        semantic = knet.TASK == "semantic"
+        task = get_task(cfg)
+        if not task.min_stages <= knet.NUM_STAGES <= MOST_STAGES:
+            raise ConfigError(
+                f"MODEL.KNET.NUM_STAGES = {knet.NUM_STAGES}: use {task.min_stages} to {MOST_STAGES} for {task.name} "
+                "segmentation."
+            )
         return {
             "num_stages": knet.NUM_STAGES,
             "dim": dim,
-            "num_classes": None if semantic else num_classes,
-            "soft_gather": semantic,
+            "num_classes": num_classes if task.has_class_branch else None,
+            "soft_gather": task.soft_gather,
             "update_dim": head.FEATURE_DIM,
             "num_heads": head.NUM_HEADS,
             "ffn_dim": head.FFN_DIM,
@@ -54,7 +61,7 @@ class KernelUpdateCascade(nn.Module):
             "xavier_init": head.INIT == "xavier",
         }
 
-    def forward(self, state: KernelState) -> List[StageOutput]:
+    def forward(self, state: KernelState) -> list[StageOutput]:
         """The predictions of all stages, in order."""
         with no_autocast(state.feature):
             feature = full_precision(state.feature)
@@ -64,6 +71,12 @@ class KernelUpdateCascade(nn.Module):
                 outputs.append(stage(feature, kernels, mask_logits))
                 kernels, mask_logits = outputs[-1].kernels, outputs[-1].mask_logits
         return outputs
+
+
+def select_stage(output: NetworkOutput, stage: int) -> StageOutput:
+    """Predictions of one stage: 0 the static kernels', 1 to S a stage's, -1 the last one's (MODEL.KNET.TEST.STAGE)."""
+    number = stage % (len(output.stages) + 1)
+    return output.stages[number - 1] if number else static_predictions(output.state)
 
 
 def static_predictions(state: KernelState) -> StageOutput:

@@ -1,6 +1,10 @@
 """K-Net's training objective for every bank of kernels (paper, Sec. 3.4)."""
 
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import configurable
@@ -8,25 +12,14 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..errors import ConfigError, NonFiniteError
+from ..tasks import get_task
 from .losses import dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
-from .matcher import HungarianMatcher, Prediction
+from .matcher import Candidates, HungarianMatcher
 from .precision import full_precision, no_autocast
 from .resize import upsample_masks
 from .structures import KernelBank, KernelState, Match, StageOutput, Targets
 
-
-class LossWeights(NamedTuple):
-    """Weight of every term; mask, dice and rank are left out, with their keys, where it is 0."""
-
-    class_: float
-    mask: float
-    dice: float
-    rank: float
-    dense: float
-    auxiliary: float
-
-
-# Pixels of the rank target that no kernel owns; an index that no kernel has
+# Pixels of the rank loss's targets that no kernel owns
 UNOWNED = -1
 
 
@@ -40,7 +33,7 @@ class Positives(NamedTuple):
         masks: [P, h, w].
     """
 
-    counts: List[int]
+    counts: list[int]
     images: torch.Tensor
     kernels: torch.Tensor
     classes: torch.Tensor
@@ -59,14 +52,16 @@ class KNetCriterion(nn.Module):
         *,
         bank: KernelBank,
         matcher: HungarianMatcher,
-        weights: LossWeights,
+        weights: dict[str, float],
         focal_alpha: float,
         focal_gamma: float,
         ignore_value: int,
+        auxiliary_weight: float = 0.0,
         global_normalizers: bool = False,
     ):
         """
         Args:
+            weights: of the terms, names of TERMS, in the order of their sum.
             global_normalizers: whether every term is normalised by a count over all processes, such that their mean
                 loss is what one process computes for their batches together. False, as in the official release:
                 only the class losses are, by the mean over the processes; the other terms by each process's own.
@@ -77,6 +72,7 @@ class KNetCriterion(nn.Module):
         self.weights = weights
         self.focal = {"alpha": focal_alpha, "gamma": focal_gamma}
         self.ignore_value = ignore_value
+        self.auxiliary_weight = auxiliary_weight
         self.global_normalizers = global_normalizers
         self.register_buffer("class_mask", bank.class_mask(), persistent=False)
         kernel_of_class = torch.full((bank.num_classes,), -1)
@@ -84,14 +80,13 @@ class KNetCriterion(nn.Module):
         self.register_buffer("kernel_of_class", kernel_of_class, persistent=False)
 
     @classmethod
-    def from_config(cls, cfg, bank: KernelBank):
+    def from_config(cls, cfg, bank: KernelBank) -> dict[str, Any]:
         loss, matcher = cfg.MODEL.KNET.LOSS, cfg.MODEL.KNET.MATCHER
         ignore_value = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
         if bank.fixed_class_ids and 0 <= ignore_value < bank.num_classes:
             raise ConfigError(
                 f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE = {ignore_value} is one of the {bank.num_classes} classes' labels."
             )
-        matched = bank.num_matched > 0
         return {
             "bank": bank,
             "matcher": HungarianMatcher(
@@ -101,17 +96,11 @@ class KNetCriterion(nn.Module):
                 focal_alpha=loss.FOCAL_ALPHA,
                 focal_gamma=loss.FOCAL_GAMMA,
             ),
-            "weights": LossWeights(
-                class_=loss.CLASS_WEIGHT if matched else 0.0,
-                mask=loss.MASK_WEIGHT if matched else 0.0,
-                dice=loss.DICE_WEIGHT if matched else 0.0,
-                rank=loss.RANK_WEIGHT,
-                dense=loss.DENSE_WEIGHT if matched else 0.0,
-                auxiliary=loss.AUXILIARY_WEIGHT,
-            ),
+            "weights": {name: loss[TERMS[name].weight_key] for name in get_task(cfg).losses},
             "focal_alpha": loss.FOCAL_ALPHA,
             "focal_gamma": loss.FOCAL_GAMMA,
             "ignore_value": ignore_value,
+            "auxiliary_weight": loss.AUXILIARY_WEIGHT,
             "global_normalizers": loss.GLOBAL_NORMALIZERS,
         }
 
@@ -120,8 +109,8 @@ class KNetCriterion(nn.Module):
         state: KernelState,
         stages: Sequence[StageOutput],
         targets: Sequence[Targets],
-        auxiliary_logits: Optional[torch.Tensor] = None,
-    ) -> Dict[str, torch.Tensor]:
+        auxiliary_logits: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """
         Args:
             state: the static kernels.
@@ -132,18 +121,21 @@ class KNetCriterion(nn.Module):
         Returns:
             "loss_<term>_s<stage>" -> weighted scalar, and "loss_auxiliary".
         """
+        losses = {}
         with no_autocast(state.feature):
-            if self.bank.num_matched:
-                losses = self._matched_losses(state, stages, targets)
-            else:
-                losses = self._semantic_losses(state, stages, targets)
+            batch = Batch(self, state, stages, targets)
+            for stage in range(len(stages) + 1):
+                for name, weight in self.weights.items():
+                    term = TERMS[name]
+                    if term.applies(stage, weight):
+                        losses[f"loss_{term.key}_s{stage}"] = term.compute(self, batch, stage, weight)
             if auxiliary_logits is not None:
-                labels = _labels(targets)
+                labels = batch.labels
                 loss = kernel_cross_entropy(full_precision(auxiliary_logits), labels, self.ignore_value)
-                losses["loss_auxiliary"] = self.weights.auxiliary * loss * self._share(labels.numel(), loss)
+                losses["loss_auxiliary"] = self.auxiliary_weight * loss * self.share(labels.numel(), loss)
         return losses
 
-    def _share(self, count: "int | torch.Tensor", like: torch.Tensor) -> "float | torch.Tensor":
+    def share(self, count: int | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
         """What a mean over ``count`` things of this process has to be multiplied with, see ``global_normalizers``."""
         if not self.global_normalizers:
             return 1.0
@@ -151,57 +143,86 @@ class KNetCriterion(nn.Module):
         total = average_over_ranks(count, like).clamp(min=1 / comm.get_world_size())
         return scalar_like(count, like).clamp(min=1) / total
 
-    # Semantic: every kernel is its class, so that the label map is the target of the cross entropy over kernels
 
-    def _semantic_losses(self, state, stages, targets) -> Dict[str, torch.Tensor]:
-        labels = _labels(targets)
-        all_logits = [full_precision(state.mask_logits), *(stage.mask_logits for stage in stages)]
-        weight = self.weights.rank * self._share(labels.numel(), all_logits[0])
-        return {
-            f"loss_rank_s{i}": weight * kernel_cross_entropy(logits, labels, self.ignore_value)
-            for i, logits in enumerate(all_logits)
-        }
+class Batch:
+    """Predictions and ground truth of a batch, and what several terms need of them, computed when first asked for.
 
-    # Instance and panoptic
+    Stage 0 is the static kernels; of these only the matched ones are trained, before stuff joins them.
+    """
 
-    def _matched_losses(self, state, stages, targets) -> Dict[str, torch.Tensor]:
-        num_matched = self.bank.num_matched
-        static_masks = upsample_masks(full_precision(state.mask_logits[:, :num_matched]))
-        stage_masks = [upsample_masks(stage.mask_logits) for stage in stages]
-        matches = self._match(static_masks, stage_masks, stages, targets)
+    def __init__(
+        self,
+        criterion: KNetCriterion,
+        state: KernelState,
+        stages: Sequence[StageOutput],
+        targets: Sequence[Targets],
+    ):
+        self.state, self.stages, self.targets = state, stages, targets
+        self._bank, self._matcher = criterion.bank, criterion.matcher
+        self._kernel_of_class = criterion.kernel_of_class
+        self._masks: dict[int, torch.Tensor] = {}
+        self._positives: dict[int, Positives] = {}
+        self._positive_logits: dict[int, torch.Tensor] = {}
 
-        losses = self._mask_losses(static_masks, self._positives(matches[0], targets, with_stuff=False), stage=0)
-        semantic_logits = upsample_masks(full_precision(state.semantic_logits))
-        losses["loss_dense_s0"] = self._dense_loss(semantic_logits, matches[0], targets)
-        for i, (stage, masks) in enumerate(zip(stages, stage_masks), start=1):
-            # A stage answers for the instances that its input kernels were matched to
-            positives = self._positives(matches[i - 1], targets, with_stuff=True)
-            losses[f"loss_class_s{i}"] = self._class_loss(stage.class_logits, positives)
-            losses.update(self._mask_losses(masks, positives, stage=i))
-        return losses
+    @functools.cached_property
+    def labels(self) -> torch.Tensor:
+        """Class of every pixel: int64 [B, Hp, Wp]."""
+        return torch.stack([target.sem_seg for target in self.targets])
 
-    def _match(self, static_masks, stage_masks, stages, targets) -> List[List[Match]]:
-        """Matches of the static kernels and of all stages but the last one, which no loss needs."""
-        num_matched, num_things = self.bank.num_matched, self.bank.num_things
-        predictions = [[Prediction(masks, None) for masks in static_masks]]
-        for stage, masks in list(zip(stages, stage_masks))[:-1]:
-            class_logits = stage.class_logits[:, :num_matched, :num_things]
-            predictions.append([Prediction(*item) for item in zip(masks[:, :num_matched], class_logits)])
+    def mask_logits(self, stage: int) -> torch.Tensor:
+        """All kernels' masks of a stage at the head's resolution: [B, N, H, W]."""
+        return self.stages[stage - 1].mask_logits if stage else full_precision(self.state.mask_logits)
+
+    def masks(self, stage: int) -> torch.Tensor:
+        """The masks of a stage at the resolution of the mask losses: [B, N, h, w]."""
+        if stage not in self._masks:
+            logits = self.mask_logits(stage)
+            self._masks[stage] = upsample_masks(logits if stage else logits[:, : self._bank.num_matched])
+        return self._masks[stage]
+
+    def positives(self, stage: int) -> Positives:
+        """What the kernels of a stage have to segment: the instances that the *input* of the stage was matched to."""
+        if stage not in self._positives:
+            matches = self.matches[max(stage - 1, 0)]
+            self._positives[stage] = self._build_positives(matches, with_stuff=stage > 0)
+        return self._positives[stage]
+
+    def positive_logits(self, stage: int) -> torch.Tensor:
+        """The masks of the positive kernels: [P, h, w]."""
+        if stage not in self._positive_logits:
+            positives = self.positives(stage)
+            self._positive_logits[stage] = self.masks(stage)[positives.images, positives.kernels]
+        return self._positive_logits[stage]
+
+    @functools.cached_property
+    def matches(self) -> list[list[Match]]:
+        """Per stage, per image: the matches of all stages but the last one, which no loss needs."""
+        candidates = self._candidates()
         matches, failure = [], None
         try:
-            matches = self.matcher.match(predictions, [t.classes for t in targets], [t.masks for t in targets])
+            classes, masks = [t.classes for t in self.targets], [t.masks for t in self.targets]
+            matches = self._matcher.match(candidates, classes, masks)
         except NonFiniteError as error:
             failure = error
         _raise_in_all_processes(failure)
         return matches
 
-    def _positives(self, matches: Sequence[Match], targets: Sequence[Targets], *, with_stuff: bool) -> Positives:
+    def _candidates(self) -> list[list[Candidates]]:
+        """Per stage, per image: what is matched to the instances. The static kernels have no classes."""
+        num_matched, num_things = self._bank.num_matched, self._bank.num_things
+        candidates = [[Candidates(masks, None) for masks in self.masks(0)]]
+        for i, stage in enumerate(self.stages[:-1], start=1):
+            class_logits = stage.class_logits[:, :num_matched, :num_things]
+            candidates.append([Candidates(*item) for item in zip(self.masks(i)[:, :num_matched], class_logits)])
+        return candidates
+
+    def _build_positives(self, matches: Sequence[Match], *, with_stuff: bool) -> Positives:
         counts, images, kernels, classes, masks = [], [], [], [], []
-        for b, ((matched, instances), target) in enumerate(zip(matches, targets)):
+        for b, ((matched, instances), target) in enumerate(zip(matches, self.targets)):
             image_kernels, image_classes = [matched], [target.classes[instances]]
             masks.append(target.masks[instances])
             if with_stuff:
-                image_kernels.append(self.kernel_of_class[target.stuff_classes])
+                image_kernels.append(self._kernel_of_class[target.stuff_classes])
                 image_classes.append(target.stuff_classes)
                 masks.append(target.stuff_masks)
             kernels.extend(image_kernels)
@@ -210,40 +231,93 @@ class KNetCriterion(nn.Module):
             images.append(matched.new_full((counts[-1],), b))
         return Positives(counts, *map(torch.cat, (images, kernels, classes, masks)))
 
-    def _class_loss(self, logits: torch.Tensor, positives: Positives) -> torch.Tensor:
-        one_hot = torch.zeros_like(logits)
-        index = (positives.images, positives.kernels, positives.classes)
-        one_hot.index_put_(index, logits.new_ones(()))  # made on the device; a number would be copied there
-        total = focal_loss(logits, one_hot, self.class_mask.to(logits.dtype), **self.focal)
-        count = len(positives.kernels)
-        if self.global_normalizers:
-            return self.weights.class_ * total / max(count, 1) * self._share(count, logits)
-        return self.weights.class_ * total / average_over_ranks(count, logits).clamp(min=1)
 
-    def _mask_losses(self, mask_logits: torch.Tensor, positives: Positives, stage: int) -> Dict[str, torch.Tensor]:
-        losses = {}
-        logits = mask_logits[positives.images, positives.kernels]
-        if self.weights.mask:
-            loss = mask_loss(logits, positives.masks)
-            losses[f"loss_mask_s{stage}"] = self.weights.mask * loss * self._share(logits.numel(), logits)
-        if self.weights.dice:
-            loss = dice_loss(logits, positives.masks)
-            losses[f"loss_dice_s{stage}"] = self.weights.dice * loss * self._share(len(logits), logits)
-        if self.weights.rank:
-            labels = rank_targets(positives)
-            loss = kernel_cross_entropy(mask_logits, labels, UNOWNED)
-            losses[f"loss_rank_s{stage}"] = self.weights.rank * loss * self._share(labels.numel(), logits)
-        return losses
-
-    def _dense_loss(self, logits: torch.Tensor, matches: Sequence[Match], targets: Sequence[Targets]) -> torch.Tensor:
-        background = self.bank.num_classes
-        labels = torch.stack([dense_labels(*item, background) for item in zip(targets, matches)])
-        total = dense_focal_loss(logits, labels, **self.focal)
-        count = (labels != background).sum()
-        return self.weights.dense * total / count.clamp(min=1) * self._share(count, logits)
+# The terms: each gives the weighted scalar of one stage
 
 
-def _raise_in_all_processes(failure: Optional[NonFiniteError]) -> None:
+def _class_term(criterion: KNetCriterion, batch: Batch, stage: int, weight: float) -> torch.Tensor:
+    """Focal loss on the kernels' classes, over the classes that each kernel can take."""
+    logits, positives = batch.stages[stage - 1].class_logits, batch.positives(stage)
+    one_hot = torch.zeros_like(logits)
+    index = (positives.images, positives.kernels, positives.classes)
+    one_hot.index_put_(index, logits.new_ones(()))  # made on the device; a number would be copied there
+    total = focal_loss(logits, one_hot, criterion.class_mask.to(logits.dtype), **criterion.focal)
+    count = len(positives.kernels)
+    if criterion.global_normalizers:
+        return weight * total / max(count, 1) * criterion.share(count, logits)
+    return weight * total / average_over_ranks(count, logits).clamp(min=1)
+
+
+def _mask_term(criterion: KNetCriterion, batch: Batch, stage: int, weight: float) -> torch.Tensor:
+    """Binary cross entropy on the masks of the positive kernels."""
+    logits = batch.positive_logits(stage)
+    return weight * mask_loss(logits, batch.positives(stage).masks) * criterion.share(logits.numel(), logits)
+
+
+def _dice_term(criterion: KNetCriterion, batch: Batch, stage: int, weight: float) -> torch.Tensor:
+    """Dice loss on the masks of the positive kernels."""
+    logits = batch.positive_logits(stage)
+    return weight * dice_loss(logits, batch.positives(stage).masks) * criterion.share(len(logits), logits)
+
+
+def _rank_term(criterion: KNetCriterion, batch: Batch, stage: int, weight: float) -> torch.Tensor:
+    """Cross entropy over the kernels at the pixels that a positive kernel owns."""
+    labels = rank_targets(batch.positives(stage))
+    loss = kernel_cross_entropy(batch.masks(stage), labels, UNOWNED)
+    return weight * loss * criterion.share(labels.numel(), loss)
+
+
+def _dense_term(criterion: KNetCriterion, batch: Batch, stage: int, weight: float) -> torch.Tensor:
+    """Focal loss on the static semantic logits at every pixel."""
+    logits = upsample_masks(full_precision(batch.state.semantic_logits))
+    background = criterion.bank.num_classes
+    labels = torch.stack([dense_labels(*item, background) for item in zip(batch.targets, batch.matches[0])])
+    total = dense_focal_loss(logits, labels, **criterion.focal)
+    count = (labels != background).sum()
+    return weight * total / count.clamp(min=1) * criterion.share(count, logits)
+
+
+def _label_map_term(criterion: KNetCriterion, batch: Batch, stage: int, weight: float) -> torch.Tensor:
+    """Cross entropy over kernels that each stand for a class, whose target is the label map itself."""
+    logits = batch.mask_logits(stage)
+    loss = kernel_cross_entropy(logits, batch.labels, criterion.ignore_value)
+    return weight * criterion.share(batch.labels.numel(), logits) * loss
+
+
+class Term(NamedTuple):
+    """A term of the loss.
+
+    Attributes:
+        key: names it in "loss_<key>_s<stage>".
+        weight_key: its weight in MODEL.KNET.LOSS.
+        compute: (criterion, batch, stage, weight) -> weighted scalar.
+        at_static, at_updates: whether it is computed for stage 0, and for the stages 1 to S.
+        is_optional: whether a weight of 0 leaves it out, with its key.
+    """
+
+    key: str
+    weight_key: str
+    compute: Callable[[KNetCriterion, Batch, int, float], torch.Tensor]
+    at_static: bool = True
+    at_updates: bool = True
+    is_optional: bool = False
+
+    def applies(self, stage: int, weight: float) -> bool:
+        """Whether there is this term at a stage."""
+        return (self.at_updates if stage else self.at_static) and (weight != 0 or not self.is_optional)
+
+
+TERMS: dict[str, Term] = {
+    "class": Term("class", "CLASS_WEIGHT", _class_term, at_static=False),
+    "mask": Term("mask", "MASK_WEIGHT", _mask_term, is_optional=True),
+    "dice": Term("dice", "DICE_WEIGHT", _dice_term, is_optional=True),
+    "rank": Term("rank", "RANK_WEIGHT", _rank_term, is_optional=True),
+    "dense": Term("dense", "DENSE_WEIGHT", _dense_term, at_updates=False),
+    "label_map": Term("rank", "RANK_WEIGHT", _label_map_term),
+}
+
+
+def _raise_in_all_processes(failure: NonFiniteError | None) -> None:
     """Raise the failure of any process in every one: the others would wait for its losses and gradients."""
     if comm.get_world_size() == 1:
         if failure is not None:
@@ -259,12 +333,12 @@ def _raise_in_all_processes(failure: Optional[NonFiniteError]) -> None:
     raise error from failure
 
 
-def scalar_like(value: "float | torch.Tensor", like: torch.Tensor) -> torch.Tensor:
+def scalar_like(value: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A number as a scalar of the given tensor's type and device, where it is made, not copied to."""
     return value.to(like) if isinstance(value, torch.Tensor) else like.new_full((), value)
 
 
-def average_over_ranks(value: "float | torch.Tensor", like: torch.Tensor) -> torch.Tensor:
+def average_over_ranks(value: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Mean of a number over all processes, as a scalar of the given tensor's type and device."""
     mean = scalar_like(value, like)
     if comm.get_world_size() > 1:
@@ -305,7 +379,3 @@ def dense_labels(targets: Targets, match: Match, background: int) -> torch.Tenso
     masks = torch.cat([targets.stuff_masks, targets.masks[instances]])
     classes = torch.cat([targets.stuff_classes, targets.classes[instances]])
     return last_nonzero(masks, classes, background)
-
-
-def _labels(targets: Sequence[Targets]) -> torch.Tensor:
-    return torch.stack([target.sem_seg for target in targets])

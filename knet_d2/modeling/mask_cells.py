@@ -11,7 +11,8 @@ probabilities.
 """
 
 import math
-from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +33,9 @@ CHUNK_ELEMENTS = 1 << 22
 class ImageGeometry(NamedTuple):
     """Sizes (height, width) that one image goes through."""
 
-    padded: Tuple[int, int]  # of the batch, the network's input
-    image: Tuple[int, int]  # of the image in it, at the top left
-    output: Tuple[int, int]  # of the result
+    padded: tuple[int, int]  # of the batch, the network's input
+    image: tuple[int, int]  # of the image in it, at the top left
+    output: tuple[int, int]  # of the result
 
 
 def upsampled_probabilities(mask_logits: torch.Tensor) -> torch.Tensor:
@@ -105,9 +106,7 @@ class Cells:
         self._corners = (rows[:, :1] + columns[:, 0]).flatten()
         self._window = (rows[0] - rows[0, 0])[:, None, None] + columns[0] - columns[0, 0]
 
-    def resize(
-        self, kernels: torch.Tensor, cells: torch.Tensor, factors: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
+    def resize(self, kernels: torch.Tensor, cells: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
         """Probabilities of some kernels in some cells.
 
         Args:
@@ -171,7 +170,7 @@ class Cells:
             yield slice(start, stop)
             start = stop
 
-    def _split(self, cells: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _split(self, cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Numbers of cells to those of their rows and columns."""
         count = len(self.columns.pixels)
         return cells.div(count, rounding_mode="floor"), cells.remainder(count)
@@ -209,7 +208,7 @@ def _axis(like: torch.Tensor, length: int, padded: int, image: int, output: int)
     return Axis(int(first[0]), step, borders.tolist(), *(tensor.to(like.device) for tensor in tensors))
 
 
-def _taps(length: int, padded: int, image: int, output: int) -> Tuple[np.ndarray, np.ndarray]:
+def _taps(length: int, padded: int, image: int, output: int) -> tuple[np.ndarray, np.ndarray]:
     """Which of ``length`` probabilities a pixel of the result is a mean of: indices and weights, [output, 4] each."""
     outer, outer_weight = _neighbours(image, output)
     inner, inner_weight = _neighbours(length, padded)
@@ -218,7 +217,7 @@ def _taps(length: int, padded: int, image: int, output: int) -> Tuple[np.ndarray
     return np.where(weight > 0, index, index[:, :1]), weight
 
 
-def _neighbours(source: int, target: int) -> Tuple[np.ndarray, np.ndarray]:
+def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     """What F.interpolate(mode="bilinear", align_corners=False) reads: indices and weights, [target, 2] each."""
     position = ((np.arange(target) + 0.5) * source / target - 0.5).clip(min=0)
     low = position.astype(np.int64)

@@ -1,6 +1,7 @@
 """One-to-one matching of kernels and instances (paper, Sec. 3.4)."""
 
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ from .losses import dice_coefficient
 from .structures import Match
 
 
-class Prediction(NamedTuple):
-    """What one stage predicts for one image's matched kernels.
+class Candidates(NamedTuple):
+    """What one stage predicts for one image's matched kernels: the candidates for its instances.
 
     Attributes:
         mask_logits: [N, h, w], at the targets' resolution.
@@ -20,7 +21,7 @@ class Prediction(NamedTuple):
     """
 
     mask_logits: torch.Tensor
-    class_logits: Optional[torch.Tensor]
+    class_logits: torch.Tensor | None
 
 
 def focal_cost(class_logits: torch.Tensor, classes: torch.Tensor, *, alpha: float, gamma: float) -> torch.Tensor:
@@ -32,7 +33,7 @@ def focal_cost(class_logits: torch.Tensor, classes: torch.Tensor, *, alpha: floa
     return (positive - negative)[:, classes]
 
 
-def mask_costs(probs: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
+def mask_costs(probs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
     """Negative pixel agreement ("mask") and negative dice ("dice"): [N, h, w], [G, h, w] -> [N, G] each."""
     probs, targets = probs.flatten(1), targets.flatten(1)
     intersection = probs @ targets.T
@@ -59,7 +60,7 @@ class HungarianMatcher:
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
 
-    def cost_terms(self, prediction: Prediction, classes: torch.Tensor, masks: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def cost_terms(self, prediction: Candidates, classes: torch.Tensor, masks: torch.Tensor) -> dict[str, torch.Tensor]:
         """Weighted cost terms of one image: name -> [N, G]."""
         terms = mask_costs(prediction.mask_logits.sigmoid(), masks)
         if prediction.class_logits is not None:
@@ -70,8 +71,8 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def match(
-        self, stages: Sequence[Sequence[Prediction]], classes: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
-    ) -> List[List[Match]]:
+        self, stages: Sequence[Sequence[Candidates]], classes: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
+    ) -> list[list[Match]]:
         """Match all stages of all images, with one transfer to the CPU.
 
         Args:
@@ -99,7 +100,7 @@ class HungarianMatcher:
         return [[tuple(next(matches)) for _ in images] for images in costs]
 
     @staticmethod
-    def _assign(costs: torch.Tensor, shapes: Sequence[Tuple[int, int]]) -> Optional[List[np.ndarray]]:
+    def _assign(costs: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray] | None:
         """Solve for each of the cost matrices [N, G] in a flat tensor on the CPU: int64 [2, min(N, G)] each.
 
         None where a cost is not finite.

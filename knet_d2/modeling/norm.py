@@ -1,6 +1,6 @@
 """Batch norm as K-Net's models use it: in eval mode with trainable affine weights, or synchronised."""
 
-from typing import Callable, Union
+from collections.abc import Callable
 
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
@@ -35,7 +35,7 @@ def sync_batch_norm(num_features: int) -> nn.Module:
     return NaiveSyncBatchNorm(num_features)
 
 
-def resolve_norm(name: str) -> Union[str, Callable[[int], nn.Module]]:
+def resolve_norm(name: str) -> str | Callable[[int], nn.Module]:
     """The ``norm`` argument of Detectron2's layers for a name in a config.
 
     Adds "EvalBN" to Detectron2's names and makes "SyncBN" work on any number of processes and any device.

@@ -1,17 +1,138 @@
 """From the last stage's logits to instances, a panoptic map or semantic logits: pure functions of tensors."""
 
-from typing import Dict, List, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling.postprocessing import sem_seg_postprocess
 from detectron2.structures import Boxes, Instances
+from torch import nn
 
+from ..errors import ConfigError
+from ..tasks import get_task
 from .mask_cells import Cells, ImageGeometry, upsampled_probabilities
+from .precision import no_autocast
+from .structures import KernelBank
 
 MASK_THRESHOLD = 0.5
 # Bounds the memory of semantic_inference beside its result
 CLASSES_AT_ONCE = 8
+
+
+class ImagePrediction(NamedTuple):
+    """What the network says of one image, before post-processing.
+
+    Attributes:
+        class_logits: [N, K], or None without a class branch.
+        mask_logits: [N, h, w], at the head's resolution.
+        geometry: sizes of the image.
+    """
+
+    class_logits: torch.Tensor | None
+    mask_logits: torch.Tensor
+    geometry: ImageGeometry
+
+
+class ResultOptions(NamedTuple):
+    """Which results are made of a prediction, and how.
+
+    Attributes:
+        outputs: keys of the results: "instances", "panoptic_seg", "sem_seg".
+        stage: whose predictions these are, see :func:`knet_d2.modeling.cascade.select_stage`.
+        max_instances, score_threshold: see :func:`instance_inference`.
+        thing_score_threshold, overlap_threshold: see :func:`panoptic_inference`.
+    """
+
+    outputs: tuple[str, ...]
+    stage: int = -1
+    max_instances: int = 100
+    score_threshold: float = 0.0
+    thing_score_threshold: float = 0.3
+    overlap_threshold: float = 0.6
+
+
+class PostProcessor(nn.Module):
+    """Makes the results of an image from what the network predicts for it."""
+
+    class_mask: torch.Tensor
+
+    @configurable
+    def __init__(self, *, bank: KernelBank, category_ids: Sequence[int], options: ResultOptions):
+        """
+        Args:
+            bank: groups of the kernels.
+            category_ids: what the data set's metadata calls each of the K classes in panoptic results.
+            options: those of results that are asked for without any.
+        """
+        super().__init__()
+        self.bank = bank
+        self.category_ids = list(category_ids)
+        self.options = options
+        self.register_buffer("class_mask", bank.class_mask(), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, bank: KernelBank) -> dict[str, Any]:
+        knet, test = cfg.MODEL.KNET, cfg.MODEL.KNET.TEST
+        if not -1 <= test.STAGE <= knet.NUM_STAGES:
+            stages = f"-1, or 0 to {knet.NUM_STAGES} (MODEL.KNET.NUM_STAGES)"
+            raise ConfigError(f"MODEL.KNET.TEST.STAGE = {test.STAGE}: use {stages}.")
+        if cfg.TEST.DETECTIONS_PER_IMAGE < 0:
+            raise ConfigError(f"TEST.DETECTIONS_PER_IMAGE = {cfg.TEST.DETECTIONS_PER_IMAGE}: use 0 or more.")
+        options = ResultOptions(
+            outputs=get_task(cfg).checked_outputs(test.OUTPUTS),
+            stage=test.STAGE,
+            max_instances=cfg.TEST.DETECTIONS_PER_IMAGE,
+            score_threshold=test.SCORE_THRESHOLD,
+            thing_score_threshold=test.THING_SCORE_THRESHOLD,
+            overlap_threshold=test.OVERLAP_THRESHOLD,
+        )
+        return {
+            "bank": bank,
+            "category_ids": [*knet.THING_CATEGORY_IDS, *knet.STUFF_CATEGORY_IDS],
+            "options": options,
+        }
+
+    def forward(self, prediction: ImagePrediction, options: ResultOptions | None = None) -> dict[str, Any]:
+        """The results of one image by their keys, see :meth:`knet_d2.modeling.meta_arch.KNet.forward`.
+
+        Args:
+            options: other ones than the model's own; their ``stage`` is not read here.
+        """
+        options = options or self.options
+        makers = {"instances": self._instances, "panoptic_seg": self._panoptic_seg, "sem_seg": self._sem_seg}
+        with no_autocast(prediction.mask_logits):
+            return {key: makers[key](*prediction, options) for key in options.outputs}
+
+    def _instances(self, class_logits, mask_logits, geometry: ImageGeometry, options: ResultOptions) -> Instances:
+        matched = slice(self.bank.num_matched)
+        return instance_inference(
+            class_logits[matched, : self.bank.num_things],
+            mask_logits[matched],
+            geometry,
+            max_instances=options.max_instances,
+            score_threshold=options.score_threshold,
+        )
+
+    def _panoptic_seg(self, class_logits, mask_logits, geometry: ImageGeometry, options: ResultOptions):
+        return panoptic_inference(
+            class_logits,
+            mask_logits,
+            self.class_mask,
+            geometry,
+            num_things=self.bank.num_things,
+            category_ids=self.category_ids,
+            thing_score_threshold=options.thing_score_threshold,
+            overlap_threshold=options.overlap_threshold,
+        )
+
+    def _sem_seg(self, class_logits, mask_logits, geometry: ImageGeometry, options: ResultOptions) -> torch.Tensor:
+        if class_logits is not None:
+            return semantic_inference(class_logits, mask_logits, self.class_mask, geometry)
+        logits = F.interpolate(mask_logits[None], geometry.padded, mode="bilinear", align_corners=False)[0]
+        return sem_seg_postprocess(logits, geometry.image, *geometry.output)
 
 
 def mask_probabilities(mask_logits: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
@@ -26,7 +147,7 @@ def _resize(maps: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
     return F.interpolate(maps, geometry.output, mode="bilinear", align_corners=False)[0]
 
 
-def _zeros(shape: Tuple[int, ...], dtype: np.dtype, device: torch.device) -> torch.Tensor:
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: torch.device) -> torch.Tensor:
     """Zeros for a large result. NumPy asks for huge pages: on a CPU up to 4 times as fast as torch.zeros."""
     if device.type == "cpu":
         return torch.from_numpy(np.zeros(shape, dtype))
@@ -39,7 +160,7 @@ def binary_masks(mask_logits: torch.Tensor, copies: torch.Tensor, geometry: Imag
 
     Args:
         mask_logits: [N, h, w].
-        copies: int64 [M], in 0 .. N - 1: whose mask each one of the result is.
+        copies: int64 [M], in 0 .. N - 1: index of the kernel that each output mask shows.
 
     Returns:
         bool [M, H, W].
@@ -60,7 +181,7 @@ def binary_masks(mask_logits: torch.Tensor, copies: torch.Tensor, geometry: Imag
 def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
     """Tight boxes of bool masks: [n, H, W] -> float32 [n, 4] (x1, y1, x2, y2), 0 for an empty mask."""
 
-    def extent(occupied: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         length = occupied.shape[1]
         index = torch.arange(length, device=occupied.device)
         first = torch.where(occupied, index, length).amin(dim=1)
@@ -135,8 +256,8 @@ def assign_pixels(scores: torch.Tensor, cells: Cells) -> torch.Tensor:
         place = torch.arange(most, device=scores.device).minimum(counts[part, None] - 1)
         kernels = kernels_by_cell[stops[chosen, None] - counts[part, None] + place]
         claims = cells.resize(kernels, chosen, scores[kernels])
-        # Codes fall, so that of those that tie the largest is the first kernel's: on a CPU, amax is ten times as fast
-        # as max with indices
+        # Descending codes make amax() pick the first kernel on ties; on a CPU, amax() is ten times as fast as max()
+        # with indices
         codes = torch.arange(most, 0, -1, dtype=torch.float, device=scores.device)
         winning = claims.ge_(claims.amax(dim=1, keepdim=True)).float()
         winners = most - winning.mul_(codes[:, None]).amax(dim=1).clamp_(min=1)  # where something is NaN nobody wins
@@ -169,7 +290,7 @@ def panoptic_inference(
     category_ids: Sequence[int],
     thing_score_threshold: float = 0.3,
     overlap_threshold: float = 0.6,
-) -> Tuple[torch.Tensor, List[Dict]]:
+) -> tuple[torch.Tensor, list[dict]]:
     """Merge all kernels' masks into one map without overlaps (paper, Sec. 3.3).
 
     Args:

@@ -1,7 +1,5 @@
 """The one resolution step between the head and the masks that are trained and returned."""
 
-from typing import Tuple
-
 import torch
 import torch.nn.functional as F
 
@@ -14,6 +12,6 @@ def upsample_masks(mask_logits: torch.Tensor) -> torch.Tensor:
     return F.interpolate(mask_logits, scale_factor=SCALE, mode="bilinear", align_corners=False)
 
 
-def upsampled_size(mask_logits: torch.Tensor) -> Tuple[int, int]:
+def upsampled_size(mask_logits: torch.Tensor) -> tuple[int, int]:
     """Height and width of :func:`upsample_masks`'s result."""
     return SCALE * mask_logits.shape[-2], SCALE * mask_logits.shape[-1]

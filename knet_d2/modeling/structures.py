@@ -5,8 +5,9 @@ Shape legend (used in every docstring of this project):
     C: channels of the feature      H, W: feature size     S: kernel update stages
 """
 
+from collections.abc import Sequence
 from enum import Enum
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
 import torch
 
@@ -33,14 +34,7 @@ class KernelGroup(NamedTuple):
 
 
 class KernelBank:
-    """All kernels of a K-Net, as groups: what distinguishes one task from another (paper, Sec. 3.1).
-
-    | task     | groups                                                          |
-    |----------|-----------------------------------------------------------------|
-    | instance | N kernels matched to things                                     |
-    | panoptic | N kernels matched to things, then one kernel per stuff class    |
-    | semantic | one kernel per class                                            |
-    """
+    """All kernels of a K-Net, as groups; :mod:`knet_d2.tasks` has those of each task (paper, Sec. 3.1)."""
 
     def __init__(self, groups: Sequence[KernelGroup], num_classes: int):
         """
@@ -55,17 +49,6 @@ class KernelBank:
             raise ValueError("only the first group of a kernel bank can be matched to instances")
         self.groups = tuple(groups)
         self.num_classes = num_classes
-
-    @classmethod
-    def for_task(cls, task: str, *, num_kernels: int, num_things: int, num_stuff: int) -> "KernelBank":
-        """The bank of one of the paper's three tasks."""
-        if task == "semantic":
-            num_things = 0
-        things, stuff = range(num_things), range(num_things, num_things + num_stuff)
-        matched = KernelGroup(num_kernels, Assignment.HUNGARIAN, things)
-        fixed = KernelGroup(num_stuff, Assignment.IDENTITY, stuff)
-        groups = {"instance": (matched,), "panoptic": (matched, fixed), "semantic": (fixed,)}[task]
-        return cls(groups, num_classes=sum(len(group.class_ids) for group in groups))
 
     @property
     def num_kernels(self) -> int:
@@ -83,11 +66,11 @@ class KernelBank:
         return sum(len(group.class_ids) for group in self.groups if group.assignment is Assignment.HUNGARIAN)
 
     @property
-    def fixed_class_ids(self) -> List[int]:
-        """Class of every kernel behind the matched ones, in kernel order."""
+    def fixed_class_ids(self) -> list[int]:
+        """Class of each of the fixed kernels, which follow the matched ones."""
         return [c for group in self.groups if group.assignment is Assignment.IDENTITY for c in group.class_ids]
 
-    def class_mask(self, device: Optional[torch.device] = None) -> torch.Tensor:
+    def class_mask(self, device: torch.device | None = None) -> torch.Tensor:
         """Which classes each kernel can take: bool [N, K]. Other columns are neither trained nor read."""
         mask = torch.zeros(self.num_kernels, self.num_classes, dtype=torch.bool, device=device)
         mask[: self.num_matched, : self.num_things] = True
@@ -110,7 +93,7 @@ class KernelState(NamedTuple):
     feature: torch.Tensor
     kernels: torch.Tensor
     mask_logits: torch.Tensor
-    semantic_logits: Optional[torch.Tensor] = None
+    semantic_logits: torch.Tensor | None = None
 
 
 class StageOutput(NamedTuple):
@@ -124,7 +107,21 @@ class StageOutput(NamedTuple):
 
     kernels: torch.Tensor
     mask_logits: torch.Tensor
-    class_logits: Optional[torch.Tensor] = None
+    class_logits: torch.Tensor | None = None
+
+
+class NetworkOutput(NamedTuple):
+    """What one pass through the network gives.
+
+    Attributes:
+        features: the backbone's, by name.
+        state: the static kernels.
+        stages: predictions of the S kernel update stages.
+    """
+
+    features: dict[str, torch.Tensor]
+    state: KernelState
+    stages: list[StageOutput]
 
 
 class Targets(NamedTuple):
@@ -142,8 +139,8 @@ class Targets(NamedTuple):
     masks: torch.Tensor
     stuff_classes: torch.Tensor
     stuff_masks: torch.Tensor
-    sem_seg: Optional[torch.Tensor] = None
+    sem_seg: torch.Tensor | None = None
 
 
 # (indices of kernels, indices of instances), both int64 [min(N, G)], the first one ascending
-Match = Tuple[torch.Tensor, torch.Tensor]
+Match = tuple[torch.Tensor, torch.Tensor]

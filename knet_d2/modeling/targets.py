@@ -1,6 +1,6 @@
 """Ground truth as the losses need it: padded like the batch, and resized to the masks' resolution."""
 
-from typing import Any, Dict, Tuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,9 @@ from .structures import KernelBank, Targets
 
 
 def build_targets(
-    x: Dict[str, Any],
-    padded_size: Tuple[int, int],
-    mask_size: Tuple[int, int],
+    x: dict[str, Any],
+    padded_size: tuple[int, int],
+    mask_size: tuple[int, int],
     bank: KernelBank,
     ignore_value: int,
     like: torch.Tensor,
@@ -51,7 +51,7 @@ def build_targets(
     )
 
 
-def _instance_targets(x: Dict[str, Any], bank: KernelBank) -> Tuple[torch.Tensor, torch.Tensor]:
+def _instance_targets(x: dict[str, Any], bank: KernelBank) -> tuple[torch.Tensor, torch.Tensor]:
     instances = _require(x, "instances")
     classes = instances.gt_classes
     if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < bank.num_things:
@@ -67,7 +67,7 @@ def _instance_targets(x: Dict[str, Any], bank: KernelBank) -> Tuple[torch.Tensor
     return classes, masks
 
 
-def _semantic_labels(x: Dict[str, Any], bank: KernelBank, ignore_value: int) -> torch.Tensor:
+def _semantic_labels(x: dict[str, Any], bank: KernelBank, ignore_value: int) -> torch.Tensor:
     labels = _require(x, "sem_seg").long()
     image_size = tuple(x["image"].shape[-2:])
     if tuple(labels.shape) != image_size:
@@ -81,11 +81,11 @@ def _semantic_labels(x: Dict[str, Any], bank: KernelBank, ignore_value: int) -> 
     return labels
 
 
-def _name(x: Dict[str, Any]) -> str:
+def _name(x: dict[str, Any]) -> str:
     return x.get("file_name", "A training example")
 
 
-def _require(x: Dict[str, Any], key: str) -> Any:
+def _require(x: dict[str, Any], key: str) -> Any:
     if key not in x:
         raise DataError(
             f"{_name(x)} has no {key!r}, which MODEL.KNET.TASK needs: check the data sets in DATASETS.TRAIN."
@@ -104,7 +104,7 @@ def instance_masks(instances: Instances) -> torch.Tensor:
 
 
 def resize_masks(
-    masks: torch.Tensor, padded_size: Tuple[int, int], mask_size: Tuple[int, int], like: torch.Tensor
+    masks: torch.Tensor, padded_size: tuple[int, int], mask_size: tuple[int, int], like: torch.Tensor
 ) -> torch.Tensor:
     """Pad with 0 to the batch's size, then bilinear to the masks' size: [G, H, W] -> [G, h, w], soft at the borders."""
     if len(masks) == 0:

@@ -9,7 +9,8 @@ Views are computed one after the other. Only the plain one, another one and the 
 resolution (semantic models: the sum, at the result's).
 """
 
-from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from ..errors import ConfigError
-from .meta_arch import ImagePrediction
-from .postprocessing import ImageGeometry
+from ..tasks import get_task
+from .postprocessing import ImageGeometry, ImagePrediction
 from .precision import no_autocast
 from .structures import KernelBank
 
@@ -37,7 +38,7 @@ class View(NamedTuple):
         flipped: whether it is mirrored, left to right.
     """
 
-    size: Tuple[int, int]
+    size: tuple[int, int]
     flipped: bool
 
 
@@ -65,8 +66,10 @@ class KNetWithTTA(nn.Module):
         self._plain = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         self._others = [(size, augmentation.MAX_SIZE) for size in sizes]
         self._flip = augmentation.FLIP
+        # Kernels that each stand for a class, without a class branch, need no merging: their results are averaged
+        self._merges_kernels = get_task(cfg).has_class_branch
 
-    def forward(self, batched_inputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """
         Args:
             batched_inputs: as for the model; an "image" is best given in its original size, since it is resized to
@@ -74,14 +77,14 @@ class KNetWithTTA(nn.Module):
         """
         return [self._predict(x) for x in batched_inputs]
 
-    def views(self, height: int, width: int) -> List[View]:
+    def views(self, height: int, width: int) -> list[View]:
         """The views of an image of this size: the plain one first, then the others, from large to small."""
         plain = View(_resized(height, width, *self._plain), False)
         sizes = [_resized(height, width, *limits) for limits in self._others]
         others = {View(size, flipped) for size in sizes for flipped in (False, True)[: 1 + self._flip]} - {plain}
         return [plain, *sorted(others, key=lambda view: (-view.size[0] * view.size[1], view))]
 
-    def _predict(self, x: Dict[str, Any]) -> Dict[str, Any]:
+    def _predict(self, x: dict[str, Any]) -> dict[str, Any]:
         # As it was read: what Detectron2's predictor gives is float
         pixels = x["image"].permute(1, 2, 0).cpu().numpy().round().astype(np.uint8)
         height, width = pixels.shape[:2]
@@ -90,20 +93,20 @@ class KNetWithTTA(nn.Module):
         shown = ({**x, **output_size, "image": _show(pixels, view)} for view in views)
         predictions = (self.model([sample], do_postprocess=False)[0] for sample in shown)
         flips = [view.flipped for view in views]
-        if self.model.bank.num_matched == 0:
+        if not self._merges_kernels:
             return {"sem_seg": self._mean_probabilities(predictions, flips)}
-        return self.model.results(merge_views(predictions, flips, self.model.bank))
+        return self.model.postprocessor(merge_views(predictions, flips, self.model.bank))
 
-    def _mean_probabilities(self, predictions: Iterator[ImagePrediction], flips: List[bool]) -> torch.Tensor:
+    def _mean_probabilities(self, predictions: Iterator[ImagePrediction], flips: list[bool]) -> torch.Tensor:
         """[K, H, W]."""
         total: Any = 0.0
         for prediction, flipped in zip(predictions, flips):
-            probs = self.model.results(prediction)["sem_seg"].softmax(dim=0)
+            probs = self.model.postprocessor(prediction)["sem_seg"].softmax(dim=0)
             total += probs.flip(-1) if flipped else probs
         return total / len(flips)
 
 
-def _resized(height: int, width: int, shorter: int, longest: int) -> Tuple[int, int]:
+def _resized(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
     """Size of a resized image; 0 for the shorter side leaves it as it is, as in Detectron2."""
     return T.ResizeShortestEdge.get_output_shape(height, width, shorter, longest) if shorter else (height, width)
 
@@ -119,7 +122,7 @@ def _show(pixels: np.ndarray, view: View) -> torch.Tensor:
 # ---- instance and panoptic models ------------------------------------------------------------------------------
 
 
-def merge_views(predictions: Iterator[ImagePrediction], flips: List[bool], bank: KernelBank) -> ImagePrediction:
+def merge_views(predictions: Iterator[ImagePrediction], flips: list[bool], bank: KernelBank) -> ImagePrediction:
     """The mean of an image's views.
 
     Args:
@@ -203,7 +206,7 @@ class _LogitMean:
 
 def match_kernels(
     masks: torch.Tensor, scores: torch.Tensor, other_masks: torch.Tensor, other_scores: torch.Tensor
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One-to-one matches of the kernels of two views, by the IoU of their masks times the agreement of their classes.
 
     The agreement is the product of the class probabilities, summed over the classes. So where several kernels share an
@@ -228,7 +231,7 @@ def match_kernels(
 def resample_masks(
     mask_logits: torch.Tensor,
     source: ImageGeometry,
-    size: Tuple[int, ...],
+    size: tuple[int, ...],
     target: ImageGeometry,
     flipped: bool,
 ) -> torch.Tensor:

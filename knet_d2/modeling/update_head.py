@@ -1,7 +1,6 @@
 """One stage of the cascade: gather, update, interact, classify, segment (paper, Sec. 3.2 and Fig. 3)."""
 
 import math
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +51,7 @@ class KernelUpdateHead(nn.Module):
         self,
         *,
         dim: int,
-        num_classes: Optional[int],
+        num_classes: int | None,
         soft_gather: bool,
         update_dim: int = 256,
         num_heads: int = 8,

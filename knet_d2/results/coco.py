@@ -1,6 +1,7 @@
 """A model's outputs as plain data for JSON and PNG files. The schema is described in demo/README.md."""
 
-from typing import Any, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -8,7 +9,7 @@ import torch
 from detectron2.structures import BoxMode, Instances
 
 
-def instance_results(instances: Instances, category_ids: Sequence[int]) -> List[Dict[str, Any]]:
+def instance_results(instances: Instances, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """Instances as in COCO's result format: category_id, score, bbox (x, y, width, height) and RLE."""
     boxes = BoxMode.convert(instances.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
     columns = zip(instances.pred_classes.tolist(), instances.scores.tolist(), boxes, instances.pred_masks)
@@ -18,7 +19,7 @@ def instance_results(instances: Instances, category_ids: Sequence[int]) -> List[
     ]
 
 
-def semantic_results(sem_seg: torch.Tensor, category_ids: Sequence[int]) -> List[Dict[str, Any]]:
+def semantic_results(sem_seg: torch.Tensor, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """The classes in a semantic map, each with its pixels.
 
     Args:
@@ -38,7 +39,7 @@ def panoptic_png(segment_ids: torch.Tensor) -> np.ndarray:
     return np.stack([ids & 255, (ids >> 8) & 255, (ids >> 16) & 255], axis=-1).astype(np.uint8)
 
 
-def encode_mask(mask: torch.Tensor) -> Dict[str, Any]:
+def encode_mask(mask: torch.Tensor) -> dict[str, Any]:
     """A bool mask [H, W] as COCO's compressed RLE, with text instead of bytes."""
     rle = mask_util.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}

@@ -2,7 +2,8 @@
 
 import gc
 import os
-from typing import Any, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ def output_metadata(classes: ClassTable, output: str) -> Metadata:
     )
 
 
-def main_output(outputs: Dict[str, Any]) -> str:
+def main_output(outputs: dict[str, Any]) -> str:
     """Which of a model's outputs is drawn."""
     return next(key for key in ("panoptic_seg", "instances", "sem_seg") if key in outputs)
 
@@ -56,7 +57,7 @@ class Drawable(Protocol):
     def label(self) -> int: ...
 
     @property
-    def score(self) -> Optional[float]: ...
+    def score(self) -> float | None: ...
 
 
 class Segment(NamedTuple):
@@ -70,10 +71,10 @@ class Segment(NamedTuple):
 
     mask: np.ndarray
     label: int
-    score: Optional[float] = None
+    score: float | None = None
 
 
-def prediction_segments(outputs: Dict[str, Any], classes: ClassTable) -> List[Segment]:
+def prediction_segments(outputs: dict[str, Any], classes: ClassTable) -> list[Segment]:
     """What to draw of a model's outputs for one image."""
     kind = main_output(outputs)
     result = to_cpu(outputs)[kind]
@@ -87,7 +88,7 @@ def prediction_segments(outputs: Dict[str, Any], classes: ClassTable) -> List[Se
     return _label_segments(result.argmax(dim=0).numpy(), len(classes.names))
 
 
-def ground_truth_segments(cfg: CfgNode, record: Dict[str, Any]) -> List[Segment]:
+def ground_truth_segments(cfg: CfgNode, record: dict[str, Any]) -> list[Segment]:
     """What to draw of those annotations of a data set's record that the model of ``cfg`` learns from."""
     options = {**KNetDatasetMapper.from_config(cfg, True), "augmentations": [], "pad_size": None}
     example = KNetDatasetMapper(**options)(record)
@@ -102,7 +103,7 @@ def ground_truth_segments(cfg: CfgNode, record: Dict[str, Any]) -> List[Segment]
     return segments
 
 
-def _label_segments(labels: np.ndarray, end: int) -> List[Segment]:
+def _label_segments(labels: np.ndarray, end: int) -> list[Segment]:
     return [Segment(labels == label, int(label)) for label in np.unique(labels) if label < end]
 
 
@@ -126,7 +127,7 @@ def draw_segments(image: np.ndarray, segments: Sequence[Drawable], classes: Clas
     return visualizer.get_output().get_image()
 
 
-def _vary(color: Tuple[int, int, int], number: int) -> Tuple[float, ...]:
+def _vary(color: tuple[int, int, int], number: int) -> tuple[float, ...]:
     """A colour in 0 .. 1, darker or lighter such that neighbours of one class can be told apart."""
     lightness = (0.0, -0.3, 0.3, -0.15, 0.15)[number % 5]
     return tuple(c / 255 * (1 + lightness) if lightness < 0 else c / 255 + (1 - c / 255) * lightness for c in color)
@@ -136,12 +137,12 @@ def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
     return array.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def draw_prediction(image: np.ndarray, outputs: Dict[str, Any], classes: ClassTable) -> np.ndarray:
+def draw_prediction(image: np.ndarray, outputs: dict[str, Any], classes: ClassTable) -> np.ndarray:
     """Draw the model's outputs for one image: the panoptic map, else the instances, else the semantic map."""
     return draw_segments(image, prediction_segments(outputs, classes), classes)
 
 
-def to_cpu(outputs: Dict[str, Any]) -> Dict[str, Any]:
+def to_cpu(outputs: dict[str, Any]) -> dict[str, Any]:
     """A model's outputs for one image with all tensors on the CPU."""
     outputs = dict(outputs)
     for key in ("instances", "sem_seg"):
@@ -153,7 +154,7 @@ def to_cpu(outputs: Dict[str, Any]) -> Dict[str, Any]:
     return outputs
 
 
-def draw_validation_pictures(cfg: CfgNode, model: nn.Module, number: int) -> Dict[str, np.ndarray]:
+def draw_validation_pictures(cfg: CfgNode, model: nn.Module, number: int) -> dict[str, np.ndarray]:
     """Ground truth beside prediction for ``number`` images, evenly spread over the first test set.
 
     Returns:

@@ -1,6 +1,6 @@
 """What is seen in one image: segments with masks as arrays, COCO RLE or polygons."""
 
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -26,21 +26,21 @@ class Segment(NamedTuple):
     """
 
     label: int
-    score: Optional[float]
+    score: float | None
     crop: np.ndarray
-    corner: Tuple[int, int]
-    size: Tuple[int, int]
+    corner: tuple[int, int]
+    size: tuple[int, int]
 
     @classmethod
     def from_mask(
         cls,
         mask: np.ndarray,
         label: int,
-        score: Optional[float] = None,
+        score: float | None = None,
         *,
-        corner: Tuple[int, int] = (0, 0),
-        size: Optional[Tuple[int, int]] = None,
-    ) -> "Optional[Segment]":
+        corner: tuple[int, int] = (0, 0),
+        size: tuple[int, int] | None = None,
+    ) -> "Segment | None":
         """The segment of a bool mask that lies at ``corner`` of an image of ``size``; None where the mask is empty."""
         rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
         if not len(rows):
@@ -57,13 +57,13 @@ class Segment(NamedTuple):
         return mask
 
     @property
-    def window(self) -> Tuple[slice, slice]:
+    def window(self) -> tuple[slice, slice]:
         """Where the bounding box is in the image."""
         (top, left), (height, width) = self.corner, self.crop.shape
         return slice(top, top + height), slice(left, left + width)
 
     @property
-    def box(self) -> Tuple[int, int, int, int]:
+    def box(self) -> tuple[int, int, int, int]:
         """Tight bounding box (x, y, width, height)."""
         return self.corner[1], self.corner[0], self.crop.shape[1], self.crop.shape[0]
 
@@ -72,11 +72,11 @@ class Segment(NamedTuple):
         """Number of pixels."""
         return int(self.crop.sum())
 
-    def rle(self) -> Dict[str, Any]:
+    def rle(self) -> dict[str, Any]:
         """The mask as COCO's compressed run-length encoding, with text instead of bytes."""
         return encode_mask(torch.from_numpy(self.mask))
 
-    def polygons(self) -> List[List[float]]:
+    def polygons(self) -> list[list[float]]:
         """The mask's outlines as COCO's polygons [x1, y1, x2, y2, ...], one for each connected part.
 
         pycocotools makes the mask from them again, but for holes: COCO's polygons have none, so they are filled.
@@ -97,12 +97,12 @@ class Prediction(NamedTuple):
         classes: what their labels mean.
     """
 
-    size: Tuple[int, int]
-    segments: List[Segment]
+    size: tuple[int, int]
+    segments: list[Segment]
     classes: ClassTable
 
     @classmethod
-    def from_outputs(cls, outputs: Dict[str, Any], size: Tuple[int, int], classes: ClassTable) -> "Prediction":
+    def from_outputs(cls, outputs: dict[str, Any], size: tuple[int, int], classes: ClassTable) -> "Prediction":
         """From a model's outputs for one image: its panoptic map, else its instances, else its semantic scores."""
         segments = (Segment.from_mask(x.mask, x.label, x.score) for x in prediction_segments(outputs, classes))
         return cls(size, [segment for segment in segments if segment is not None], classes)
@@ -122,7 +122,7 @@ class Prediction(NamedTuple):
             found[segment.window][segment.crop] = number
         return found
 
-    def to_coco(self, masks: str = "rle") -> List[Dict[str, Any]]:
+    def to_coco(self, masks: str = "rle") -> list[dict[str, Any]]:
         """The segments as in COCO's result format, ready for JSON.
 
         Args:

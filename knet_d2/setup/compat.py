@@ -6,7 +6,8 @@ Each entry says why it is there and when it can go.
 import contextlib
 import functools
 import warnings
-from typing import Any, Callable, Dict, Iterator, Tuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 __all__ = ["NUMPY_PICKLE_FUNCTIONS", "create_local_process_group", "quiet_torchscript", "under_name"]
 
@@ -20,7 +21,7 @@ except ImportError:
 # The functions that pickled numpy arrays name, by (module, name) in the file.
 # Reason: a file written with numpy 1 or 2 is read with the other.
 # Goes with: files of numpy 1.
-NUMPY_PICKLE_FUNCTIONS: Dict[Tuple[str, str], Callable] = {
+NUMPY_PICKLE_FUNCTIONS: dict[tuple[str, str], Callable] = {
     (module, name): getattr(_multiarray, name)
     for module in ("numpy.core.multiarray", "numpy._core.multiarray")
     for name in ("_reconstruct", "scalar")

@@ -3,7 +3,7 @@
 Standard library only; setup.py runs this file by itself.
 """
 
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 PYTHON = (3, 11)
 TORCH_COMMAND = "python -m pip install --upgrade torch torchvision"
@@ -19,13 +19,13 @@ class Dependency(NamedTuple):
 
     module: str
     distribution: str
-    minimum: Optional[str] = None
+    minimum: str | None = None
     # What installs it; None = pip, by the distribution's name.
-    command: Optional[str] = None
+    command: str | None = None
     # False: pip can't install it as one of our dependencies (see the comments below).
     declared: bool = True
     # Modules to import as well, where the first alone would not show that it works.
-    probes: Tuple[str, ...] = ()
+    probes: tuple[str, ...] = ()
 
 
 DEPENDENCIES = (

@@ -9,7 +9,8 @@ import re
 import subprocess
 import sys
 import textwrap
-from typing import NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from .dependencies import DEPENDENCIES, PYTHON, Dependency
 
@@ -149,7 +150,7 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 1 when something that is required is missing, too old or broken."""
     if argv if argv is not None else sys.argv[1:]:
         print("usage: python -m knet_d2.doctor", file=sys.stderr)

@@ -20,8 +20,9 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 from ..errors import KNetError
 from .dependencies import DETECTRON2_PROBES, PANOPTICAPI_PROBES

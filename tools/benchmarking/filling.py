@@ -1,7 +1,8 @@
 """Random weights that give a model as much to do as trained ones would, and what it then finds."""
 
 import contextlib
-from typing import Any, Dict, Iterator, List
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
@@ -21,7 +22,7 @@ MASK_LOGITS = (-6.0, 3.0)
 CLASS_LOGITS = (-4.0, 1.5)
 
 
-def fill(subject: Subject, inputs: List[Dict[str, Any]]) -> None:
+def fill(subject: Subject, inputs: list[dict[str, Any]]) -> None:
     """Make a model in evaluation mode do full work on these inputs."""
     model = subject.model
     for block in model.modules():
@@ -36,9 +37,9 @@ def fill(subject: Subject, inputs: List[Dict[str, Any]]) -> None:
             _set_thresholds(subject, inputs)
 
 
-def _fill_stage(model: nn.Module, stage: nn.Module, inputs: List[Dict[str, Any]]) -> None:
+def _fill_stage(model: nn.Module, stage: nn.Module, inputs: list[dict[str, Any]]) -> None:
     """Make a stage's kernels differ: each claims a few pixels, and has classes of its own."""
-    seen: Dict[str, torch.Tensor] = {}
+    seen: dict[str, torch.Tensor] = {}
 
     def remember(module: nn.Module, name: str):
         return module.register_forward_pre_hook(lambda module, args: seen.__setitem__(name, args[0][0].float()))
@@ -74,7 +75,7 @@ def _fit(linear: nn.Linear, inputs: torch.Tensor, outputs: torch.Tensor, offset:
     linear.bias.copy_(offset - weight @ center)
 
 
-def _set_thresholds(subject: Subject, inputs: List[Dict[str, Any]]) -> None:
+def _set_thresholds(subject: Subject, inputs: list[dict[str, Any]]) -> None:
     """Let so many candidates through that every image has as many detections as it may have."""
     model, wanted = subject.model, subject.cfg.TEST.DETECTIONS_PER_IMAGE
     model.combine_instances_score_thresh = 0.0  # Panoptic FPN: all of them enter the map
@@ -95,9 +96,9 @@ def _set_score_threshold(model: nn.Module, threshold: float) -> None:
 
 
 @contextlib.contextmanager
-def candidate_scores() -> Iterator[List[torch.Tensor]]:
+def candidate_scores() -> Iterator[list[torch.Tensor]]:
     """Collects, per image, the [R, K] scores of all boxes and classes that the peers choose detections from."""
-    collected: List[torch.Tensor] = []
+    collected: list[torch.Tensor] = []
     original = fast_rcnn.fast_rcnn_inference
 
     def collecting(boxes, scores, *args):
@@ -111,10 +112,10 @@ def candidate_scores() -> Iterator[List[torch.Tensor]]:
         fast_rcnn.fast_rcnn_inference = cascade_rcnn.fast_rcnn_inference = original
 
 
-def count_findings(subject: Subject, inputs: List[Dict[str, Any]]) -> Dict[str, int]:
+def count_findings(subject: Subject, inputs: list[dict[str, Any]]) -> dict[str, int]:
     """What the model finds in the first image: the more of "candidates", "kernels", "masks", "segments" it has."""
     model, counts = subject.model, {}
-    seen: List[StageOutput] = []
+    seen: list[StageOutput] = []
     hooks = [model.cascade.register_forward_hook(lambda *args: seen.extend(args[2]))] if subject.is_knet else []
     with torch.no_grad(), candidate_scores() as scores:
         results = model(inputs)

@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ def mapper_seconds(subject: Subject, rounds: int) -> float:
         return median(interleave([lambda: mapper(record)], rounds, 1, torch.device("cpu"))[0])
 
 
-def _write_example(cfg: Any, folder: Path) -> Dict[str, Any]:
+def _write_example(cfg: Any, folder: Path) -> dict[str, Any]:
     """Write an image and its panoptic PNG; returns their record, as a registered data set has it."""
     x = draw_image(_SIZE, seed=0)
     knet, ids, segments = cfg.MODEL.KNET, x.stuff.numpy() + 1, []

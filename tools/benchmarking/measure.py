@@ -6,8 +6,10 @@ import gc
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.structures import Boxes, Instances
@@ -36,7 +38,7 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
     dtype = PRECISIONS[name]
-    autocast: ContextManager = contextlib.nullcontext()
+    autocast: AbstractContextManager = contextlib.nullcontext()
     if dtype is not None:
         autocast = torch.autocast(device.type, dtype=dtype)
     try:
@@ -49,7 +51,7 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
 class Run:
     """One model on one batch: a prediction, or a training step. ``measure`` calls the parts behind the forward."""
 
-    def __init__(self, subject: Subject, inputs: List[Dict[str, Any]], *, train: bool):
+    def __init__(self, subject: Subject, inputs: list[dict[str, Any]], *, train: bool):
         self.subject, self.inputs, self.train = subject, inputs, train
         if train:
             self.optimizer, self.clip_gradients = subject.optimizer()
@@ -75,9 +77,9 @@ class Run:
         self.optimizer.zero_grad()
 
 
-def interleave(runs: Sequence[Callable[[], None]], rounds: int, warmup: int, device: torch.device) -> List[List[float]]:
+def interleave(runs: Sequence[Callable[[], None]], rounds: int, warmup: int, device: torch.device) -> list[list[float]]:
     """Seconds of every run in every round; in a round each is called once, so that all see the same disturbances."""
-    seconds: List[List[float]] = [[] for _ in runs]
+    seconds: list[list[float]] = [[] for _ in runs]
     for i in range(warmup + rounds):
         for run, samples in zip(runs, seconds):
             synchronize(device)
@@ -96,7 +98,7 @@ class Memory(NamedTuple):
     returned: float
 
 
-def measure_memory(run: Callable[[], Any], device: torch.device) -> Optional[Memory]:
+def measure_memory(run: Callable[[], Any], device: torch.device) -> Memory | None:
     """The memory of a run, its result included; None where that can't be found out.
 
     On CUDA this is PyTorch's memory; on Linux' CPUs the resident memory of the process.

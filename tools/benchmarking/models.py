@@ -1,6 +1,7 @@
 """The models that are compared: K-Net's of any config beside Detectron2's own."""
 
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
@@ -36,7 +37,7 @@ class BackboneOnly(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(cfg.MODEL.PIXEL_STD).view(-1, 1, 1), persistent=False)
 
-    def forward(self, batched_inputs: List[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images = [(x["image"].to(self.pixel_mean.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         return self.backbone(ImageList.from_tensors(images, self.backbone.size_divisibility).tensor)
 
@@ -61,14 +62,14 @@ class Subject(NamedTuple):
     def can_train(self) -> bool:
         return not isinstance(self.model, BackboneOnly)
 
-    def inputs(self, size: Tuple[int, int], batch: int, output_size: Tuple[int, int]) -> List[Dict[str, Any]]:
+    def inputs(self, size: tuple[int, int], batch: int, output_size: tuple[int, int]) -> list[dict[str, Any]]:
         """A batch as this model reads it; see :func:`make_batch`."""
         if self.is_knet:
             num_things = self.model.bank.num_things
             return make_batch(size, batch, output_size, first_stuff_label=num_things, merge_things=False)
         return make_batch(size, batch, output_size, first_stuff_label=1, merge_things=True)
 
-    def optimizer(self) -> Tuple[torch.optim.Optimizer, Callable[[Sequence[torch.Tensor]], Any]]:
+    def optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[Sequence[torch.Tensor]], Any]]:
         """The config's optimiser, and what clips the gradients before its steps."""
         if self.is_knet:
             return build_optimizer(self.cfg, self.model), build_gradient_clipper(self.cfg)

@@ -2,7 +2,8 @@
 
 import time
 from collections import defaultdict
-from typing import Any, Callable, Dict, List, Tuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -17,9 +18,9 @@ class PartTimer:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds: Dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = defaultdict(float)
         self._inner = [0.0]
-        self._undo: List[Callable[[], None]] = []
+        self._undo: list[Callable[[], None]] = []
 
     def measure(self, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Call a function; its time counts under ``name``."""
@@ -45,7 +46,7 @@ class PartTimer:
             self._undo.pop()()
 
 
-def timed_methods(subject: Subject) -> List[Tuple[Any, str, str]]:
+def timed_methods(subject: Subject) -> list[tuple[Any, str, str]]:
     """The parts of a model: (owner, method, name)."""
     model = subject.model
     methods = [(model.backbone, "forward", "backbone")]
@@ -61,9 +62,9 @@ def timed_methods(subject: Subject) -> List[Tuple[Any, str, str]]:
     return methods + [(getattr(model, x), "forward", name) for x, name in names.items() if hasattr(model, x)]
 
 
-def time_parts(run: Run, device: torch.device, repeats: int) -> Dict[str, float]:
+def time_parts(run: Run, device: torch.device, repeats: int) -> dict[str, float]:
     """Seconds of every part of a run, medians over repeats; "rest" is what belongs to none."""
-    samples: Dict[str, List[float]] = defaultdict(list)
+    samples: dict[str, list[float]] = defaultdict(list)
     for _ in range(repeats):
         timer = PartTimer(device)
         for owner, method, name in timed_methods(run.subject):

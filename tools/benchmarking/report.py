@@ -3,9 +3,10 @@
 import json
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -15,7 +16,7 @@ from .parts import REST
 _PACKAGES = ("torch", "torchvision", "detectron2", "knet_d2", "numpy")
 
 
-def environment(device: torch.device) -> Dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """The machine, without its name, and the versions of what was run on it."""
     found = {
         "machine": f"{os.cpu_count()} CPU cores, {torch.backends.cpu.get_cpu_capability()}",
@@ -30,14 +31,14 @@ def environment(device: torch.device) -> Dict[str, Any]:
     return found
 
 
-def _version(name: str) -> Optional[str]:
+def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
 
 
-def main_table(rows: List[Dict[str, Any]]) -> str:
+def main_table(rows: list[dict[str, Any]]) -> str:
     """One line per model and setting; a ratio above 1 means faster than the first model of the same setting."""
     lines = []
     for row in rows:
@@ -61,7 +62,7 @@ def _by(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
 
 
-def parts_table(rows: List[Dict[str, Any]]) -> str:
+def parts_table(rows: list[dict[str, Any]]) -> str:
     """Milliseconds of every part, and its share of the model's sum; parts in columns would differ between models."""
     lines = []
     for row in rows:
@@ -75,7 +76,7 @@ def parts_table(rows: List[Dict[str, Any]]) -> str:
     return tabulate(lines, headers=["model", "mode", "size", "batch", "ms by part"], tablefmt="pipe")
 
 
-def write_json(path: str, arguments: List[str], rows: List[Dict[str, Any]], device: torch.device) -> None:
+def write_json(path: str, arguments: list[str], rows: list[dict[str, Any]], device: torch.device) -> None:
     """All that was measured, with the command, the machine and the versions."""
     command = " ".join(["python", "tools/benchmark.py", *arguments])
     content = {"command": command, "environment": environment(device), "rows": rows}

@@ -1,7 +1,7 @@
 """Inputs for every model: generated scenes at any size, with the ground truth that each family of models reads."""
 
 import functools
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class LabelledImage(NamedTuple):
 
 
 @functools.lru_cache(maxsize=_NUM_SCENES)
-def draw_image(size: Tuple[int, int], seed: int) -> LabelledImage:
+def draw_image(size: tuple[int, int], seed: int) -> LabelledImage:
     """A scene with at least five things, stretched to (height, width)."""
     rng = np.random.default_rng(seed)
     scene = draw_scene(rng, _DRAWN_SIZE)
@@ -44,8 +44,8 @@ def draw_image(size: Tuple[int, int], seed: int) -> LabelledImage:
 
 
 def make_batch(
-    size: Tuple[int, int], batch: int, output_size: Tuple[int, int], *, first_stuff_label: int, merge_things: bool
-) -> List[Dict[str, Any]]:
+    size: tuple[int, int], batch: int, output_size: tuple[int, int], *, first_stuff_label: int, merge_things: bool
+) -> list[dict[str, Any]]:
     """Inputs of a Detectron2 model, with ground truth.
 
     Args:

@@ -3,7 +3,8 @@
 import json
 import os
 import random
-from typing import Any, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import yaml
 
@@ -65,7 +66,7 @@ class Configs:
         self._marker = os.path.join(folder, "code_has_run")
 
     def make(self, draw: random.Random) -> None:
-        content: Dict[str, Any] = {}
+        content: dict[str, Any] = {}
         for path in self._changed:
             _set(content, path, _get(self._valid, path))
         for _ in range(draw.choice((1, 1, 2))):
@@ -93,24 +94,24 @@ class Configs:
                 raise RuntimeError("code in a config has run")
 
 
-def _leaves(tree: Dict[str, Any], prefix: Sequence[str] = ()) -> List[List[str]]:
+def _leaves(tree: dict[str, Any], prefix: Sequence[str] = ()) -> list[list[str]]:
     found = []
     for key, value in tree.items():
         found += _leaves(value, [*prefix, key]) if isinstance(value, dict) else [[*prefix, key]]
     return found
 
 
-def _is_read(path: List[str]) -> bool:
+def _is_read(path: list[str]) -> bool:
     return path[0] in SECTIONS and not ".".join(path).startswith(OTHERS) and path != ["DATASETS", "CUSTOM"]
 
 
-def _get(tree: Dict[str, Any], path: List[str]) -> Any:
+def _get(tree: dict[str, Any], path: list[str]) -> Any:
     for key in path:
         tree = tree[key]
     return tree
 
 
-def _set(tree: Dict[str, Any], path: List[str], value: Any) -> None:
+def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value

@@ -4,7 +4,8 @@ import itertools
 import json
 import os
 import random
-from typing import Any, Callable, Dict, List
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -58,10 +59,10 @@ class Files:
     def path(self, *names: str) -> str:
         return os.path.join(self.folder, *names)
 
-    def images(self) -> List[Dict[str, Any]]:
+    def images(self) -> list[dict[str, Any]]:
         return [{"id": 5 * i, "file_name": f"{i}.png", "height": SIZE, "width": SIZE} for i in range(2)]
 
-    def instances(self) -> Dict[str, Any]:
+    def instances(self) -> dict[str, Any]:
         """Polygons, both kinds of RLE and a crowd."""
         mask = np.asfortranarray((self.ids == 300).astype(np.uint8))
         rle = mask_util.encode(mask)
@@ -79,7 +80,7 @@ class Files:
         ]
         return {"images": self.images(), "annotations": annotations, "categories": CATEGORIES[:2]}
 
-    def panoptic(self) -> Dict[str, Any]:
+    def panoptic(self) -> dict[str, Any]:
         segments = [
             {"id": id_, "category_id": category, "iscrowd": crowd, "area": int((self.ids == id_).sum())}
             for id_, category, crowd in ((7, 7, 0), (300, 1, 0), (70000, 4, 1))
@@ -141,7 +142,7 @@ class Annotations:
         next(iter(loader))
 
 
-def _predict_something(inputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def _predict_something(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     masks = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
     masks[:, 2:9, 2:9] = True
     fields = {"scores": torch.ones(1), "pred_classes": torch.zeros(1, dtype=torch.int64), "pred_masks": masks}
@@ -211,7 +212,7 @@ class Images:
     def __init__(self, folder: str) -> None:
         files = Files(folder)
         image = Image.fromarray(files.pixels[0])
-        self._valid: Dict[str, bytes] = {}
+        self._valid: dict[str, bytes] = {}
         for suffix, options in {
             "jpg": {"quality": 90, "exif": _exif()},
             "png": {},

@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections import Counter
 from multiprocessing.connection import Connection
-from typing import Dict, NamedTuple
+from typing import NamedTuple
 
 from knet_d2.errors import KNetError
 
@@ -38,7 +38,7 @@ class Summary(NamedTuple):
 
     counts: "Counter[str]"
     reached: int
-    faults: Dict[str, Outcome]
+    faults: dict[str, Outcome]
     """The first of each fault."""
 
 

@@ -4,11 +4,12 @@ import copy
 import random
 import struct
 import zlib
-from typing import Any, Callable, List, Tuple, Union
+from collections.abc import Callable
+from typing import Any
 
-Key = Union[str, int]
+Key = str | int
 
-ODD_VALUES: Tuple[Callable[[random.Random], Any], ...] = (
+ODD_VALUES: tuple[Callable[[random.Random], Any], ...] = (
     lambda draw: None,
     lambda draw: draw.choice((True, False)),
     lambda draw: draw.choice((0, 1, -1, 2, 3, 255, 256, 2**15, 2**31, 2**32, 2**63, 10**30, -(2**31))),
@@ -20,8 +21,8 @@ ODD_VALUES: Tuple[Callable[[random.Random], Any], ...] = (
 )
 
 
-def nested(depth: int) -> List[Any]:
-    value: List[Any] = []
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
     for _ in range(depth):
         value = [value]
     return value
@@ -51,7 +52,7 @@ def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
-def places(value: Any, prefix: Tuple[Key, ...] = ()) -> List[Tuple[Key, ...]]:
+def places(value: Any, prefix: tuple[Key, ...] = ()) -> list[tuple[Key, ...]]:
     """Paths to everything in nested dicts and lists, but not to the whole."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     found = []
@@ -105,7 +106,7 @@ def nudge(value: Any, draw: random.Random) -> Any:
     return odd_value(draw)
 
 
-def _parent(tree: Any, path: Tuple[Key, ...]) -> Tuple[Any, Key]:
+def _parent(tree: Any, path: tuple[Key, ...]) -> tuple[Any, Key]:
     for key in path[:-1]:
         tree = tree[key]
     return tree, path[-1]
@@ -114,7 +115,7 @@ def _parent(tree: Any, path: Tuple[Key, ...]) -> Tuple[Any, Key]:
 # PNG: changes that only a right checksum lets through.
 
 
-def png_chunks(content: bytes) -> List[Tuple[bytes, bytes]]:
+def png_chunks(content: bytes) -> list[tuple[bytes, bytes]]:
     """(type, data) of each chunk."""
     chunks, place = [], 8
     while place + 8 <= len(content):
@@ -124,7 +125,7 @@ def png_chunks(content: bytes) -> List[Tuple[bytes, bytes]]:
     return chunks
 
 
-def join_png(chunks: List[Tuple[bytes, bytes]]) -> bytes:
+def join_png(chunks: list[tuple[bytes, bytes]]) -> bytes:
     parts = [b"\x89PNG\r\n\x1a\n"]
     for kind, data in chunks:
         parts += [struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(kind + data))]

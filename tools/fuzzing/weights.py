@@ -7,7 +7,7 @@ import pickle
 import random
 import struct
 import zipfile
-from typing import Any, Dict
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,8 +72,8 @@ class Weights:
         with open(self._path, "wb") as f:
             f.write(data)
 
-    def _content(self, draw: random.Random, form: float) -> Dict[str, Any]:
-        content: Dict[str, Any] = {
+    def _content(self, draw: random.Random, form: float) -> dict[str, Any]:
+        content: dict[str, Any] = {
             "model": dict(self._step.model.state_dict()),
             "metadata": dict(self._metadata),
             "iteration": 4,
@@ -108,7 +108,7 @@ class Weights:
         )
         return draw.choice(choices)()
 
-    def _encode(self, content: Dict[str, Any], draw: random.Random, form: float) -> bytes:
+    def _encode(self, content: dict[str, Any], draw: random.Random, form: float) -> bytes:
         stream = io.BytesIO()
         if self._format == "pickle":
             pickle.dump(_as_arrays(content), stream, protocol=draw.choice((0, 2, 4)))

@@ -8,8 +8,9 @@ import gzip
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,14 +75,14 @@ def architecture_of(case: str) -> str:
     return case.split("_", 1)[1].rsplit("_", 1)[0]
 
 
-def find_cases(folder: Path) -> List[str]:
+def find_cases(folder: Path) -> list[str]:
     """Names of the reference files in a folder, those of one architecture together."""
     cases = [path.stem for pattern in ("ref_*.npz", "train_*.npz") for path in folder.glob(pattern)]
     order = list(CONFIGS)
     return sorted(cases, key=lambda case: (order.index(architecture_of(case)), case))
 
 
-def load_case(folder: Path, case: str) -> Dict[str, np.ndarray]:
+def load_case(folder: Path, case: str) -> dict[str, np.ndarray]:
     """The arrays of a reference file; "info" is its decoded description."""
     with np.load(folder / f"{case}.npz", allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
@@ -89,13 +90,13 @@ def load_case(folder: Path, case: str) -> Dict[str, np.ndarray]:
     return arrays
 
 
-def not_compared(arrays: Iterable[str], results: Iterable[Result]) -> List[str]:
+def not_compared(arrays: Iterable[str], results: Iterable[Result]) -> list[str]:
     """Names of the recorded entries that no result is about."""
     compared = {re.sub(r"^float\d+ |:.*", "", result.name) for result in results}
     return [name for name in arrays if name not in compared and not _DESCRIPTIONS.fullmatch(name)]
 
 
-def load_manifests(folder: Path) -> Dict[str, Dict[str, Any]]:
+def load_manifests(folder: Path) -> dict[str, dict[str, Any]]:
     """Architecture -> {"num_params", "num_trainable", "state_dict": {official name: shape}}."""
     packed = folder / "manifests.json.gz"
     if packed.exists():
@@ -122,7 +123,7 @@ def zoo_config(path: str, device: str = "cpu") -> CfgNode:
     return cfg
 
 
-def filled_model(architecture: str, shapes: Dict[str, List[int]]) -> torch.nn.Module:
+def filled_model(architecture: str, shapes: dict[str, list[int]]) -> torch.nn.Module:
     """A model with the official weights of the rule, without dropout; every key has to find its place."""
     cfg = zoo_config(CONFIGS[architecture])
     cfg.MODEL.KNET.DROPOUT = 0.0
@@ -135,7 +136,7 @@ def filled_model(architecture: str, shapes: Dict[str, List[int]]) -> torch.nn.Mo
     return model
 
 
-def relative_difference(ours, recorded, scale: Optional[float] = None) -> float:
+def relative_difference(ours, recorded, scale: float | None = None) -> float:
     """Largest difference over the largest recorded value (or ``scale``); infinite where the shapes differ."""
     ours = ours.detach().double().numpy() if isinstance(ours, torch.Tensor) else np.asarray(ours, np.float64)
     recorded = np.asarray(recorded, np.float64)

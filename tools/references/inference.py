@@ -2,12 +2,12 @@
 
 import re
 from contextlib import ExitStack
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 import torch
 
-from knet_d2 import postprocessing
+from knet_d2.modeling import postprocessing
 
 from .cases import Result, not_compared, relative_difference, share_of_different
 
@@ -20,7 +20,7 @@ VOID = 133  # of the official panoptic maps
 INDEX_STEP = 1000  # official panoptic maps: class + 1000 * running index
 
 
-def _outputs_of(model: torch.nn.Module, names: Dict[str, str], stack: ExitStack) -> Dict[str, Any]:
+def _outputs_of(model: torch.nn.Module, names: dict[str, str], stack: ExitStack) -> dict[str, Any]:
     """A dict that fills with what the named modules return: {our key: module name}."""
     outputs = {}
     for key, name in names.items():
@@ -29,7 +29,7 @@ def _outputs_of(model: torch.nn.Module, names: Dict[str, str], stack: ExitStack)
     return outputs
 
 
-def run_inference(model: torch.nn.Module, arrays: Dict[str, Any]) -> Dict[str, Any]:
+def run_inference(model: torch.nn.Module, arrays: dict[str, Any]) -> dict[str, Any]:
     """All tensors of one image, by the names of the recordings; "result" is the model's own."""
     height, width = arrays["info"]["img_meta"]["ori_shape"][:2]
     image = torch.from_numpy(arrays["image"]).permute(2, 0, 1)
@@ -56,10 +56,10 @@ def run_inference(model: torch.nn.Module, arrays: Dict[str, Any]) -> Dict[str, A
     for prefix in ("backbone", "neck"):
         for i, value in enumerate(outputs.get(prefix, {}).values()):
             tensors[f"{prefix}{i}"] = value
-    return {**tensors, "class_mask": model.class_mask, "result": outputs["result"]}
+    return {**tensors, "class_mask": model.postprocessor.class_mask, "result": outputs["result"]}
 
 
-def _detection_tensors(model, outputs) -> Dict[str, torch.Tensor]:
+def _detection_tensors(model, outputs) -> dict[str, torch.Tensor]:
     state = outputs["state"]
     tensors = {key: outputs[key] for key in ("semantic_fpn0", "semantic_fpn1", "loc_feats", "seg_feats")}
     tensors.update(x_feats=state.feature, mask_preds=state.mask_logits, seg_preds=state.semantic_logits)
@@ -71,7 +71,7 @@ def _detection_tensors(model, outputs) -> Dict[str, torch.Tensor]:
     return tensors
 
 
-def _boundary_differences(model, outputs) -> Dict[str, float]:
+def _boundary_differences(model, outputs) -> dict[str, float]:
     """Logits of exactly 0, which no image has: they belong to no mask, neither of the static kernels nor of a stage."""
     weight, state, stage = model.sem_seg_head.instance_kernels.weight, outputs["state"], model.cascade.stages[0]
     kept = weight.clone()
@@ -86,7 +86,7 @@ def _boundary_differences(model, outputs) -> Dict[str, float]:
     }
 
 
-def _semantic_tensors(outputs) -> Dict[str, torch.Tensor]:
+def _semantic_tensors(outputs) -> dict[str, torch.Tensor]:
     state, final = outputs["state"], outputs["result"]["sem_seg"]
     tensors = {"gen_feats": state.feature, "gen_logits": state.mask_logits}
     tensors["gen_kernels"] = state.kernels[..., None, None]
@@ -97,7 +97,7 @@ def _semantic_tensors(outputs) -> Dict[str, torch.Tensor]:
     return tensors
 
 
-def check_inference(model: torch.nn.Module, case: str, arrays: Dict[str, Any]) -> List[Result]:
+def check_inference(model: torch.nn.Module, case: str, arrays: dict[str, Any]) -> list[Result]:
     """Everything that a file of inference records, beside ours."""
     tensors, boundary = run_inference(model, arrays), []
     finals = {"instance": _check_instances, "panoptic": _check_panoptic, "semantic": _check_semantic}
@@ -133,12 +133,12 @@ def _part(tensor: torch.Tensor, part: str, recorded: np.ndarray, arrays) -> torc
     return tensor[:, :: int(part[len("_every") :])] if part else tensor
 
 
-def _soft_masks(case: str, probabilities: torch.Tensor, arrays) -> List[Result]:
+def _soft_masks(case: str, probabilities: torch.Tensor, arrays) -> list[Result]:
     ours = {"soft_masks_sub": probabilities[:, ::8, ::8], "soft_masks_area": probabilities.mean((1, 2))}
     return [Result(case, name, relative_difference(value, arrays[name]), TOLERANCE) for name, value in ours.items()]
 
 
-def _check_instances(case: str, arrays, tensors) -> List[Result]:
+def _check_instances(case: str, arrays, tensors) -> list[Result]:
     instances = tensors["result"]["instances"]
     count, height, width = (int(n) for n in arrays["masks_shape"])
     scores, labels = instances.scores.numpy(), instances.pred_classes.numpy()
@@ -167,7 +167,7 @@ def _check_instances(case: str, arrays, tensors) -> List[Result]:
     return results + _soft_masks(case, probabilities[torch.from_numpy(inverse)], arrays)
 
 
-def _check_panoptic(case: str, arrays, tensors) -> List[Result]:
+def _check_panoptic(case: str, arrays, tensors) -> list[Result]:
     segment_map, segments = tensors["result"]["panoptic_seg"]
     ours = np.full(segment_map.shape, VOID)
     for i, segment in enumerate(segments):
@@ -184,7 +184,7 @@ def _check_panoptic(case: str, arrays, tensors) -> List[Result]:
     ]
 
 
-def _check_semantic(case: str, arrays, tensors) -> List[Result]:
+def _check_semantic(case: str, arrays, tensors) -> list[Result]:
     probabilities = tensors["final_prob"][0]
     best = probabilities.topk(2, dim=0)
     wrong = share_of_different(best.indices[0].numpy(), arrays["argmax"])

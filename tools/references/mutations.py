@@ -1,14 +1,14 @@
 """Wrong versions of parts of the model: each of them has to make the comparison fail."""
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Callable, Iterator, NamedTuple, Sequence, Tuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-from knet_d2 import postprocessing, sampling
-from knet_d2.modeling import criterion, kernel_update, position_encoding, update_head
+from knet_d2.modeling import criterion, kernel_update, mask_cells, position_encoding, postprocessing, update_head
 from knet_d2.modeling.backbone import swin
 from knet_d2.modeling.losses import dice_coefficient
 from knet_d2.modeling.resize import upsample_masks
@@ -16,7 +16,7 @@ from knet_d2.modeling.static_kernels import semantic_fpn
 from knet_d2.modeling.structures import Match, Targets
 
 # What to replace: (owner, attribute, replacement)
-Patch = Tuple[Any, str, Any]
+Patch = tuple[Any, str, Any]
 
 INSTANCE, PANOPTIC = "ref_ins_r50_b", "ref_pan_r50_b"
 SWIN = "ref_seg_uper_swint_b"
@@ -58,7 +58,7 @@ def _at_least(model) -> Sequence[Patch]:
 
 def _padding_not_cropped(model) -> Sequence[Patch]:
     def cells(mask_logits, geometry):
-        return sampling.Cells(mask_logits, geometry._replace(image=geometry.padded))
+        return mask_cells.Cells(mask_logits, geometry._replace(image=geometry.padded))
 
     return [(postprocessing, "Cells", cells)]
 
@@ -67,7 +67,7 @@ def _sigmoid_first(model) -> Sequence[Patch]:
     def probabilities(mask_logits: torch.Tensor) -> torch.Tensor:
         return upsample_masks(mask_logits.sigmoid()[:, None])[:, 0]
 
-    return [(module, "upsampled_probabilities", probabilities) for module in (postprocessing, sampling)]
+    return [(module, "upsampled_probabilities", probabilities) for module in (postprocessing, mask_cells)]
 
 
 def _stuff_over_things(model) -> Sequence[Patch]:
@@ -92,13 +92,14 @@ def _things_over_stuff(model) -> Sequence[Patch]:
 
 
 def _normalised_by_things(model) -> Sequence[Patch]:
-    original = criterion.KNetCriterion._class_loss
+    original = criterion.TERMS["class"]
 
-    def loss(self, logits, positives):
+    def loss(self, batch, stage, weight):
+        positives = batch.positives(stage)
         things = int((positives.kernels < self.bank.num_matched).sum())
-        return original(self, logits, positives) * max(1, len(positives.kernels)) / max(1, things)
+        return original.compute(self, batch, stage, weight) * max(1, len(positives.kernels)) / max(1, things)
 
-    return [(criterion.KNetCriterion, "_class_loss", loss)]
+    return [(criterion, "TERMS", {**criterion.TERMS, "class": original._replace(compute=loss)})]
 
 
 def _encoding_x_first(model) -> Sequence[Patch]:
@@ -148,20 +149,20 @@ def _mean_over_owned(model) -> Sequence[Patch]:
 
 
 def _own_matches(model) -> Sequence[Patch]:
-    original = criterion.KNetCriterion._match
+    original, num_matched = criterion.Batch._candidates, model.bank.num_matched
 
-    def match(self, static_masks, stage_masks, stages, targets):
-        first = stage_masks[0][:, : self.bank.num_matched]
-        return original(self, first, stage_masks, stages, targets)
+    def candidates(self):
+        own = [criterion.Candidates(masks, None) for masks in self.masks(1)[:, :num_matched]]
+        return [own, *original(self)[1:]]
 
-    return [(criterion.KNetCriterion, "_match", match)]
+    return [(criterion.Batch, "_candidates", candidates)]
 
 
 def _only_confident_compete(model) -> Sequence[Patch]:
     original = postprocessing.assign_pixels
 
     def assign(scores, cells):
-        return original(scores.where(scores >= model.thing_score_threshold, 0), cells)
+        return original(scores.where(scores >= model.postprocessor.options.thing_score_threshold, 0), cells)
 
     return [(postprocessing, "assign_pixels", assign)]
 
@@ -184,7 +185,7 @@ MUTATIONS = {
     "mean for sum in the gather": Mutation(_mean_gather, (INSTANCE, PANOPTIC)),
     "at least for greater than": Mutation(_at_least, (INSTANCE, TRAINING)),
     "padding not cropped": Mutation(_padding_not_cropped, (INSTANCE, PANOPTIC)),
-    "up-sampling after the sigmoid": Mutation(_sigmoid_first, (INSTANCE, PANOPTIC)),
+    "up-mask_cells after the sigmoid": Mutation(_sigmoid_first, (INSTANCE, PANOPTIC)),
     "position encoding x first": Mutation(_encoding_x_first, (INSTANCE, PANOPTIC)),
     "position encoding from 0": Mutation(_encoding_from_zero, (INSTANCE, PANOPTIC)),
     "static kernels without the learned ones": Mutation(_without_bank, (INSTANCE, PANOPTIC)),

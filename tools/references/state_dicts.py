@@ -1,6 +1,6 @@
 """The official state dicts: names, shapes and numbers of parameters."""
 
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 from detectron2.modeling import build_model
@@ -14,7 +14,7 @@ from .cases import CONFIGS, Result, zoo_config
 CONSTANT = "relative_position_index"
 
 
-def check_state_dict(architecture: str, manifest: Dict[str, Any]) -> List[Result]:
+def check_state_dict(architecture: str, manifest: dict[str, Any]) -> list[Result]:
     """How many entries of an official state dict don't find their place, and ours that it leaves empty.
 
     The model is built without memory for its weights.

@@ -1,17 +1,17 @@
 """Recorded training: losses, targets, costs, assignments and gradients of a batch of two images."""
 
 from contextlib import ExitStack
-from typing import Any, Dict, List
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from detectron2.structures import BitMasks, Instances
 
-from knet_d2 import meta_arch
 from knet_d2.checkpoint.key_table import find_rule, translate_key
 from knet_d2.checkpoint.openmmlab import openmmlab_rules
 from knet_d2.modeling import criterion as criterion_module
+from knet_d2.modeling import meta_arch
 from knet_d2.modeling.matcher import HungarianMatcher
 
 from .cases import Result, relative_difference, share_of_different
@@ -30,7 +30,7 @@ TARGET_TOLERANCE = 1e-6
 UNOWNED = 255  # of the official rank targets
 
 
-def make_batch(arrays: Dict[str, Any], task: str) -> List[Dict[str, Any]]:
+def make_batch(arrays: dict[str, Any], task: str) -> list[dict[str, Any]]:
     """The recorded images and ground truth as the model takes them."""
     batch = []
     for i in range(2):
@@ -47,7 +47,7 @@ def make_batch(arrays: Dict[str, Any], task: str) -> List[Dict[str, Any]]:
     return batch
 
 
-def _record_calls(stack: ExitStack, owner: Any, name: str) -> List[Any]:
+def _record_calls(stack: ExitStack, owner: Any, name: str) -> list[Any]:
     """A list that fills with (arguments, result) of every call of ``owner.name``."""
     calls, function = [], getattr(owner, name)
 
@@ -69,7 +69,7 @@ def _recorded_loss_name(name: str) -> str:
     return f"loss_rpn_{term}" if stage == "0" else f"s{int(stage) - 1}_loss_{term}"
 
 
-def _official_losses(losses: Dict[str, torch.Tensor], task: str, arrays) -> Dict[str, torch.Tensor]:
+def _official_losses(losses: dict[str, torch.Tensor], task: str, arrays) -> dict[str, torch.Tensor]:
     if task == "semantic":
         names = {name: f"decode.loss_ce.s{name[-1]}" for name in losses if name != "loss_auxiliary"}
         names["loss_auxiliary"] = "aux.loss_ce"
@@ -83,8 +83,8 @@ def _official_losses(losses: Dict[str, torch.Tensor], task: str, arrays) -> Dict
 
 
 def check_training(
-    model: torch.nn.Module, case: str, arrays: Dict[str, Any], dtype: torch.dtype = torch.float64
-) -> List[Result]:
+    model: torch.nn.Module, case: str, arrays: dict[str, Any], dtype: torch.dtype = torch.float64
+) -> list[Result]:
     """Everything that a file of training records, beside ours in one precision."""
     task = "semantic" if "gt_semantic_seg" in arrays else "panoptic" if "loss/s0_loss_rank" in arrays else "instance"
     model = model.to(dtype).train()
@@ -93,7 +93,7 @@ def check_training(
     checked = _check_running_statistics(model, case, arrays)
     with ExitStack() as stack:
         calls = {name: _record_calls(stack, criterion_module, name) for name in ("dense_labels", "rank_targets")}
-        calls["positives"] = _record_calls(stack, criterion_module.KNetCriterion, "_positives")
+        calls["positives"] = _record_calls(stack, criterion_module.Batch, "_build_positives")
         calls["match"] = _record_calls(stack, HungarianMatcher, "match")
         calls["cross_entropy"] = _record_calls(stack, criterion_module, "kernel_cross_entropy")
         calls["criterion"] = _record_calls(stack, criterion_module.KNetCriterion, "forward")
@@ -126,7 +126,7 @@ def _percentage(correct: torch.Tensor) -> float:
     return 100 * float(correct.double().mean()) if correct.numel() else 0.0
 
 
-def _accuracies(calls, task: str) -> Dict[str, float]:
+def _accuracies(calls, task: str) -> dict[str, float]:
     """What the official code reports beside its losses: percentages of pixels or positive kernels that are right."""
     if task == "semantic":
         accuracies = []
@@ -143,7 +143,7 @@ def _accuracies(calls, task: str) -> Dict[str, float]:
     }
 
 
-def _check_running_statistics(model, case: str, arrays) -> List[Result]:
+def _check_running_statistics(model, case: str, arrays) -> list[Result]:
     """Batch norm's statistics as they were filled: the recorded step left them as they are."""
     results = []
     for name in (name for name in arrays if name.startswith("after_step/")):
@@ -159,7 +159,7 @@ def _ours(model: torch.nn.Module, official_name: str, buffers: bool = False) -> 
     return model.get_buffer(name) if buffers else model.get_parameter(name)
 
 
-def _check_targets(model, case: str, arrays, calls) -> List[Result]:
+def _check_targets(model, case: str, arrays, calls) -> list[Result]:
     results = []
     ((matcher, stages, classes, masks), matches) = calls["match"][0]
     names = ("rpn", "s0", "s1", "s2")
@@ -188,7 +188,7 @@ def _check_targets(model, case: str, arrays, calls) -> List[Result]:
     return results
 
 
-def _check_kernel_targets(model, case: str, arrays, prefix: str, positives) -> List[Result]:
+def _check_kernel_targets(model, case: str, arrays, prefix: str, positives) -> list[Result]:
     """Class, class weights and mask area of every kernel of the batch."""
     bank, batch_size = model.bank, 2
     index = positives.images * bank.num_kernels + positives.kernels
@@ -196,7 +196,7 @@ def _check_kernel_targets(model, case: str, arrays, prefix: str, positives) -> L
     labels[index] = positives.classes
     areas = torch.zeros(len(labels), dtype=positives.masks.dtype)
     areas[index] = positives.masks.sum(dim=(1, 2))
-    weights = model.class_mask.repeat(batch_size, 1)
+    weights = model.postprocessor.class_mask.repeat(batch_size, 1)
     return [
         Result(case, prefix + "labels", share_of_different(labels, arrays[prefix + "labels"]), 0.0),
         Result(case, prefix + "label_weights", share_of_different(weights, arrays[prefix + "label_weights"]), 0.0),
@@ -209,7 +209,7 @@ def _check_kernel_targets(model, case: str, arrays, prefix: str, positives) -> L
     ]
 
 
-def _check_gradients(model, case: str, arrays, dtype: torch.dtype, task: str) -> List[Result]:
+def _check_gradients(model, case: str, arrays, dtype: torch.dtype, task: str) -> list[Result]:
     tolerance = NORM_TOLERANCES[dtype][task]
     gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
     missing = sum(p.requires_grad and p.grad is None for p in model.parameters())

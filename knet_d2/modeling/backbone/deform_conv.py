@@ -1,7 +1,5 @@
 """Deformable convolution without a compiled extension."""
 
-from typing import Optional
-
 import torch
 from detectron2.layers import Conv2d
 from torch import nn
@@ -52,7 +50,7 @@ class DeformConv2d(Conv2d):
             x = self.activation(x)
         return x
 
-    def _sample(self, x: torch.Tensor, offset: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
+    def _sample(self, x: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The deformable convolution proper, in float32 at least: not every device has it in half precision."""
         x, offset, weight, bias, mask = map(full_precision, (x, offset, self.weight, self.bias, mask))
         with no_autocast(x):

@@ -4,7 +4,8 @@ The modules and parameter names are Detectron2's; what its own builder has no ro
 in eval mode, the V1c stem, contracted dilation and deformable convolution without an extension.
 """
 
-from typing import Any, Dict, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ class DeformBottleneck(BottleneckBlock):
         self.conv2.weight = plain.weight
 
 
-def contracted_dilations(num_blocks: int, dilation: int) -> List[int]:
+def contracted_dilations(num_blocks: int, dilation: int) -> list[int]:
     """The dilation of each block of a stage: its first block, which would stride, has half of it."""
     return [max(dilation // 2, 1)] + [dilation] * (num_blocks - 1)
 
@@ -88,7 +89,7 @@ def build_resnet(
     norm="BN",
     dilations: Sequence[int] = (1, 1, 1, 1),
     deformable: Sequence[bool] = (False, False, False, False),
-    out_features: Optional[List[str]] = None,
+    out_features: list[str] | None = None,
     freeze_at: int = 0,
     **bottleneck,
 ) -> ResNet:
@@ -146,7 +147,7 @@ def _bottleneck_arguments(
     stride_in_1x1: bool = False,
     deform_modulated: bool = False,
     deform_num_groups: int = 1,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """What ``ResNet.make_stage`` needs for bottleneck blocks; width_per_group is that of res2 (stage 0)."""
     arguments = {
         "bottleneck_channels": num_groups * width_per_group * 2**stage,

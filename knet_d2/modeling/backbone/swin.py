@@ -3,8 +3,8 @@
 Shapes: B images, C channels, H x W positions, w window size, L = w * w, N windows of an image, h heads.
 """
 
+from collections.abc import Sequence
 from itertools import islice
-from typing import Dict, Optional, Sequence
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def relative_position_index(window_size: int) -> torch.Tensor:
 
 
 def shifted_window_mask(
-    height: int, width: int, window_size: int, shift: int, device: Optional[torch.device] = None
+    height: int, width: int, window_size: int, shift: int, device: torch.device | None = None
 ) -> torch.Tensor:
     """What to add to the attention logits in windows of a rolled map.
 
@@ -92,7 +92,7 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", relative_position_index(window_size), persistent=False)
 
-    def forward(self, windows: torch.Tensor, mask: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def forward(self, windows: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
             windows: [B * N, L, C].
@@ -182,7 +182,7 @@ class SwinStage(nn.Module):
         window_size: int,
         mlp_ratio: float,
         drop_paths: Sequence[float],
-        merge_from: Optional[int] = None,
+        merge_from: int | None = None,
     ):
         """
         Args:
@@ -278,7 +278,7 @@ class SwinTransformer(Backbone):
             module.requires_grad_(False)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict:
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         swin = cfg.MODEL.SWIN
         _check_config(swin)
         return {
@@ -293,7 +293,7 @@ class SwinTransformer(Backbone):
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
         }
 
-    def forward(self, image: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """[B, 3, H, W] -> {name: [B, C, ceil(H / stride), ceil(W / stride)]}."""
         x = self.patch_embed(image)
         outputs = {}

@@ -1,7 +1,5 @@
 """The auxiliary FCN head of semantic models."""
 
-from typing import Dict, Optional
-
 import torch
 from detectron2.layers import ShapeSpec
 from torch import nn
@@ -20,12 +18,12 @@ class AuxiliaryHead(nn.Module):
         self.conv = conv_norm_relu(in_channels, conv_dim, 3, norm)
         self.classifier = Classifier(conv_dim, num_classes, dropout)
 
-    def forward(self, features: Dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """[B, K, H, W] logits at the feature's own resolution."""
         return self.classifier(self.conv(features[self.in_feature]))
 
 
-def build_auxiliary_head(cfg, input_shape: Dict[str, ShapeSpec], bank: KernelBank) -> Optional[AuxiliaryHead]:
+def build_auxiliary_head(cfg, input_shape: dict[str, ShapeSpec], bank: KernelBank) -> AuxiliaryHead | None:
     """The auxiliary head that the config asks for, or None."""
     knet = cfg.MODEL.KNET
     if knet.LOSS.AUXILIARY_WEIGHT == 0:

@@ -1,7 +1,5 @@
 """The producer of static kernels that a config names."""
 
-from typing import Dict
-
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
@@ -10,7 +8,7 @@ from ...errors import ConfigError
 from ..structures import KernelBank
 
 
-def build_static_kernels(cfg, input_shape: Dict[str, ShapeSpec], bank: KernelBank) -> nn.Module:
+def build_static_kernels(cfg, input_shape: dict[str, ShapeSpec], bank: KernelBank) -> nn.Module:
     """The producer MODEL.SEM_SEG_HEAD.NAME for the features of a backbone.
 
     Producers are registered as Detectron2's semantic heads; they take (cfg, input_shape, bank), return a

@@ -1,6 +1,6 @@
 """Static kernels for semantic segmentation: a decode head's classifier (paper, Sec. 3.3)."""
 
-from typing import Dict, Sequence
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import configurable
@@ -25,7 +25,7 @@ class DecodeKernelHead(nn.Module):
 
     @configurable
     def __init__(
-        self, input_shape: Dict[str, ShapeSpec], *, num_classes: int, conv_dim: int, norm: str, dropout: float
+        self, input_shape: dict[str, ShapeSpec], *, num_classes: int, conv_dim: int, norm: str, dropout: float
     ):
         """
         Args:
@@ -41,7 +41,7 @@ class DecodeKernelHead(nn.Module):
         self.classifier = Classifier(conv_dim, num_classes, dropout)
 
     @classmethod
-    def from_config(cls, cfg, input_shape: Dict[str, ShapeSpec], bank: KernelBank):
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec], bank: KernelBank):
         head = cfg.MODEL.SEM_SEG_HEAD
         if bank.num_matched:
             raise ConfigError(f"MODEL.SEM_SEG_HEAD.NAME = {head.NAME!r} is for MODEL.KNET.TASK = 'semantic'.")
@@ -61,7 +61,7 @@ class DecodeKernelHead(nn.Module):
         """Feature maps in the order of ``self.in_features`` -> [B, C, H, W]."""
         raise TypeError(f"{type(self).__name__} has to define decode")
 
-    def forward(self, features: Dict[str, torch.Tensor]) -> KernelState:
+    def forward(self, features: dict[str, torch.Tensor]) -> KernelState:
         """The classifier's weights as kernels, its logits as their masks."""
         feature = self.decode([features[name] for name in self.in_features])
         kernels = self.classifier.conv.weight.flatten(1).expand(feature.shape[0], -1, -1)

@@ -1,6 +1,6 @@
 """Layers that the decode heads and the auxiliary head are made of."""
 
-from typing import List, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,6 @@ class PyramidPooling(nn.Module):
         self.scales = tuple(scales)
         self.convs = nn.ModuleList(conv_norm_relu(in_channels, out_channels, 1, norm) for _ in scales)
 
-    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """[B, C, H, W] -> a [B, C', H, W] for every scale."""
         return [resize_like(conv(adaptive_average_pool(x, scale)), x) for conv, scale in zip(self.convs, self.scales)]

@@ -1,7 +1,6 @@
 """Static kernels for instance and panoptic segmentation: semantic FPN and learned kernels (paper, Sec. 3.3)."""
 
 import math
-from typing import Dict, List
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +38,7 @@ class SemanticFPN(nn.Module):
 
     def __init__(
         self,
-        input_shape: Dict[str, ShapeSpec],
+        input_shape: dict[str, ShapeSpec],
         *,
         conv_dim: int,
         common_stride: int,
@@ -70,7 +69,7 @@ class SemanticFPN(nn.Module):
     def _build_level(channels: int, stride: int, conv_dim: int, common_stride: int, norm: str) -> nn.Sequential:
         if stride <= common_stride:
             return nn.Sequential(_conv_norm_relu(channels, conv_dim, norm, stride=common_stride // stride))
-        layers: List[nn.Module] = []
+        layers: list[nn.Module] = []
         for _ in range(int(math.log2(stride // common_stride))):
             layers.append(_conv_norm_relu(channels, conv_dim, norm))
             layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
@@ -78,7 +77,7 @@ class SemanticFPN(nn.Module):
         layers.append(_conv_norm_relu(channels, conv_dim, norm))
         return nn.Sequential(*layers)
 
-    def forward(self, features: Dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """The sum of all levels: [B, C, H, W]."""
         outputs = []
         for name in self.in_features:
@@ -105,7 +104,7 @@ class SemanticFPNKernelHead(nn.Module):
 
     @configurable
     def __init__(
-        self, input_shape: Dict[str, ShapeSpec], *, bank: KernelBank, conv_dim: int, norm: str, **semantic_fpn_arguments
+        self, input_shape: dict[str, ShapeSpec], *, bank: KernelBank, conv_dim: int, norm: str, **semantic_fpn_arguments
     ):
         """
         Args:
@@ -139,7 +138,7 @@ class SemanticFPNKernelHead(nn.Module):
         nn.init.constant_(self.classifier.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
 
     @classmethod
-    def from_config(cls, cfg, input_shape: Dict[str, ShapeSpec], bank: KernelBank):
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec], bank: KernelBank):
         head, encoding = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.KNET.POSITION_ENCODING
         if encoding not in POSITION_ENCODINGS:
             raise ConfigError(f"MODEL.KNET.POSITION_ENCODING = {encoding!r}: use one of {POSITION_ENCODINGS}.")
@@ -159,7 +158,7 @@ class SemanticFPNKernelHead(nn.Module):
         """Image sides must be multiples of this for the levels to add up."""
         return self.semantic_fpn.coarsest_stride
 
-    def forward(self, features: Dict[str, torch.Tensor]) -> KernelState:
+    def forward(self, features: dict[str, torch.Tensor]) -> KernelState:
         """The static kernels, their masks, and the semantic logits of all classes."""
         fused = self.semantic_fpn(features)
         localization_feature = self.localization_branch(fused)

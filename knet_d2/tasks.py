@@ -1,0 +1,142 @@
+"""What a task of segmentation is: its kernels, classes, annotations, losses, results and metric.
+
+Nothing else in the package asks which task a model is for; it asks the :class:`Task` for what it needs to know. A new
+task is a new entry of ``TASKS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from detectron2.config import CfgNode
+
+from .errors import ConfigError
+from .modeling.structures import Assignment, KernelBank, KernelGroup
+
+
+class Task(NamedTuple):
+    """A task of segmentation (paper, Sec. 3.1).
+
+    Attributes:
+        name: value of MODEL.KNET.TASK.
+        groups: (number of matched kernels, thing classes, stuff classes) -> the groups of kernels.
+        things, stuff: what the thing and the stuff classes of a model are among those of a data set's metadata:
+            "things", "stuff" (what is stuff only), "all", or None for no such classes.
+        annotations: what is learned from: "instances" (masks and classes of things), "sem_seg" (a class per pixel).
+        annotation_files: what a data set must have for that, in words.
+        losses: terms of the loss in the order of their sum, see :data:`knet_d2.modeling.criterion.TERMS`.
+        soft_gather: whether group features are assembled by a softmax over the kernels instead of hard masks.
+        has_class_branch: whether a stage classifies its kernels; without, each kernel is its class.
+        pads_images: whether images of several sizes may share a padded batch in evaluation.
+        min_stages: fewest kernel update stages that give a result.
+        outputs: results that a model can give; the first one is the default.
+        best_metric: scalar by which ``model_best.pth`` is chosen.
+    """
+
+    name: str
+    groups: Callable[[int, Sequence[int], Sequence[int]], tuple[KernelGroup, ...]]
+    things: str | None
+    stuff: str | None
+    annotations: tuple[str, ...]
+    annotation_files: str
+    losses: tuple[str, ...]
+    soft_gather: bool
+    has_class_branch: bool
+    pads_images: bool
+    min_stages: int
+    outputs: tuple[str, ...]
+    best_metric: str
+
+    def bank(self, *, num_kernels: int, num_things: int, num_stuff: int) -> KernelBank:
+        """The kernels of a model.
+
+        Args:
+            num_kernels: N of the group that is matched to instances, where the task has one.
+            num_things, num_stuff: numbers of classes; those of a kind that the task does not have are not counted.
+        """
+        num_things, num_stuff = num_things if self.things else 0, num_stuff if self.stuff else 0
+        num_classes = num_things + num_stuff
+        groups = self.groups(num_kernels, range(num_things), range(num_things, num_classes))
+        return KernelBank(groups, num_classes)
+
+    def checked_outputs(self, outputs: Sequence[str]) -> tuple[str, ...]:
+        """The results that MODEL.KNET.TEST.OUTPUTS asks for; none stands for the default.
+
+        Raises:
+            ConfigError: the task does not have one of them.
+        """
+        unknown = sorted(set(outputs) - set(self.outputs))
+        if unknown:
+            raise ConfigError(f"MODEL.KNET.TEST.OUTPUTS has {unknown}: a {self.name} model gives {self.outputs}.")
+        return tuple(outputs) or self.outputs[:1]
+
+
+def _matched(count: int, things: Sequence[int]) -> KernelGroup:
+    return KernelGroup(count, Assignment.HUNGARIAN, things)
+
+
+def _fixed(classes: Sequence[int]) -> KernelGroup:
+    return KernelGroup(len(classes), Assignment.IDENTITY, classes)
+
+
+_TASKS = (
+    Task(
+        name="instance",
+        groups=lambda count, things, stuff: (_matched(count, things),),
+        things="things",
+        stuff=None,
+        annotations=("instances",),
+        annotation_files="annotations with instance masks",
+        losses=("class", "mask", "dice", "rank", "dense"),
+        soft_gather=False,
+        has_class_branch=True,
+        pads_images=True,
+        min_stages=1,
+        outputs=("instances",),
+        best_metric="segm/AP",
+    ),
+    Task(
+        name="panoptic",
+        groups=lambda count, things, stuff: (_matched(count, things), _fixed(stuff)),
+        things="things",
+        stuff="stuff",
+        annotations=("instances", "sem_seg"),
+        annotation_files="a panoptic PNG with segments, or instance masks and a label map",
+        losses=("class", "mask", "dice", "rank", "dense"),
+        soft_gather=False,
+        has_class_branch=True,
+        pads_images=True,
+        min_stages=1,
+        outputs=("panoptic_seg", "instances", "sem_seg"),
+        best_metric="panoptic_seg/PQ",
+    ),
+    Task(
+        name="semantic",
+        groups=lambda count, things, stuff: (_fixed(stuff),),
+        things=None,
+        stuff="all",
+        annotations=("sem_seg",),
+        annotation_files="a label map or a panoptic PNG",
+        losses=("label_map",),
+        soft_gather=True,
+        has_class_branch=False,
+        pads_images=False,
+        min_stages=0,
+        outputs=("sem_seg",),
+        best_metric="sem_seg/mIoU",
+    ),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+
+
+def get_task(cfg: CfgNode) -> Task:
+    """The task of a config.
+
+    Raises:
+        ConfigError: MODEL.KNET.TASK names none.
+    """
+    name = cfg.MODEL.KNET.TASK
+    if name not in TASKS:
+        raise ConfigError(f"MODEL.KNET.TASK = {name!r}: use one of {', '.join(TASKS)}.")
+    return TASKS[name]
