@@ -9,7 +9,8 @@ from PIL import Image
 
 from knet_d2.engine import Predictor, load_config
 from knet_d2.errors import ConfigError, errors_in_one_line
-from knet_d2.results.drawing import draw_validation_pictures, picture_sheet
+from knet_d2.results.comparison import draw_validation_pictures
+from knet_d2.results.pictures import picture_sheet
 
 
 def get_parser() -> argparse.ArgumentParser:

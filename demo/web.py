@@ -18,14 +18,14 @@ import numpy as np
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
-from knet_d2.data.classes import categories
 from knet_d2.data.files import read_image
 from knet_d2.errors import ConfigError, DataError, errors_in_one_line
 from knet_d2.inference import ImagePredictor, Prediction, Trace, load
+from knet_d2.results.outputs import OUTPUTS
+from knet_d2.results.writers import coco_file
 
 # What an upload may be: formats that Pillow reads itself, without the help of other programs
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-OUTPUT_TITLES = {"instances": "instances", "panoptic_seg": "panoptic", "sem_seg": "semantic"}
 COLUMNS = ("class", "score", "pixels", "x", "y", "width", "height")
 # Pixels of an upload, which are unpacked before it is made smaller
 MAX_PIXELS = 100_000_000
@@ -85,7 +85,7 @@ class Viewer:
     def choices(self) -> dict[str, tuple[str, str]]:
         """Name of a model and one of its outputs, by what visitors see."""
         return {
-            OUTPUT_TITLES[output] + (f" ({name})" if len(self._models) > 1 else ""): (name, output)
+            OUTPUTS[output].title + (f" ({name})" if len(self._models) > 1 else ""): (name, output)
             for name, model in self._models.items()
             for output in model.outputs
         }
@@ -166,16 +166,6 @@ def table(prediction: Prediction) -> list[list[Any]]:
         [prediction.classes.names[x.label], "" if x.score is None else round(x.score, 3), x.area, *x.box]
         for x in prediction.segments
     ]
-
-
-def coco_file(prediction: Prediction, file_name: str) -> dict[str, Any]:
-    """A COCO file of one image, as pycocotools reads it, the segments as annotations with scores."""
-    records = enumerate(prediction.to_coco(), start=1)
-    return {
-        "images": [{"id": 1, "file_name": file_name, "height": prediction.size[0], "width": prediction.size[1]}],
-        "categories": categories(prediction.classes),
-        "annotations": [{"id": i, "image_id": 1, "iscrowd": 0, **record} for i, record in records],
-    }
 
 
 def load_models(paths: Sequence[str], config_file: str | None, opts: Sequence[str]) -> dict[str, ImagePredictor]:

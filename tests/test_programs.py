@@ -24,13 +24,10 @@ from program_helpers import NUM_IMAGES, ROOT, SIZE, Program, load_program, shape
 from knet_d2.data.classes import class_table
 from knet_d2.engine import Predictor, Trainer, load_config, replay
 from knet_d2.errors import CheckpointError, ConfigError, DataError, KNetError, NonFiniteError
-from knet_d2.results.drawing import (
-    Segment,
-    draw_segments,
-    draw_validation_pictures,
-    ground_truth_segments,
-    picture_sheet,
-)
+from knet_d2.inference.sources import Video
+from knet_d2.results import Segment
+from knet_d2.results.comparison import draw_validation_pictures, ground_truth
+from knet_d2.results.pictures import draw_segments, picture_sheet
 
 train_net = load_program(ROOT / "train_net.py")
 demo = load_program(ROOT / "demo" / "demo.py")
@@ -285,10 +282,13 @@ def test_demo_on_a_video(tmp_path, models, shapes, task):
         writer.write(frame)
     writer.release()
     (tmp_path / "out").mkdir()
-    assert run_demo(models, task, "--video-input", source, "--output", tmp_path / "out") == 0
-    video = cv2.VideoCapture(str(tmp_path / "out" / "in_knet.mp4"))
-    drawn = list(demo.frames_of(video))
-    assert len(drawn) == 3 and drawn[0].shape == (SIZE, SIZE, 3) and video.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+    results = tmp_path / "r.json"
+    assert run_demo(models, task, "--video-input", source, "--output", tmp_path / "out", "--json", results) == 0
+    names = [image["file_name"] for image in json.loads(results.read_text())["images"]]
+    assert names == [f"{source}#{i}" for i in range(3)]
+    video = Video(str(tmp_path / "out" / "in_knet.mp4"))
+    drawn = [frame.image for frame in video]
+    assert len(drawn) == 3 and drawn[0].shape == (SIZE, SIZE, 3) and video.rate == pytest.approx(10)
     if task == "semantic":  # every pixel is painted; few instances of an untrained model may be
         assert np.abs(drawn[0].astype(int) - frames[0][:, :, ::-1]).mean() > 5
 
@@ -335,7 +335,7 @@ def test_comparison_sheet(tmp_path, models, task):
 def test_ground_truth_is_what_was_annotated(models, shapes):
     cfg = load_config(models["panoptic"][0])
     record = Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]).dataset._records[0]
-    segments = ground_truth_segments(cfg, record)
+    segments = ground_truth(cfg, record).segments
     annotation = json.loads((shapes / "panoptic.json").read_text())["annotations"][0]
     expected = [s["area"] for s in annotation["segments_info"] if not s["iscrowd"]]
     names = class_table(cfg).names
@@ -355,7 +355,7 @@ def test_drawing_paints_masks_and_nothing_else(models):
     image = np.full((400, 400, 3), 100, np.uint8)
     mask = np.zeros((400, 400), bool)
     mask[100:300, 100:300] = True
-    drawn = draw_segments(image, [Segment(mask, 0)], classes)
+    drawn = draw_segments(image, [Segment.from_mask(mask, 0)], classes)
     assert drawn.shape == image.shape
     assert (drawn[110:150, 110:290] != 100).any(axis=-1).all()
     assert (drawn[:95] == 100).all() and (drawn[305:] == 100).all() and (drawn[:, :95] == 100).all()

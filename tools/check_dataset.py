@@ -26,7 +26,8 @@ from knet_d2.data import load_dataset, register_custom_datasets, resolve_classes
 from knet_d2.data.check import Fault, check_datasets  # noqa: E402
 from knet_d2.data.files import read_image  # noqa: E402
 from knet_d2.errors import KNetError, errors_in_one_line  # noqa: E402
-from knet_d2.results.drawing import class_table, draw_segments, ground_truth_segments, picture_sheet  # noqa: E402
+from knet_d2.results.comparison import ground_truth, spread  # noqa: E402
+from knet_d2.results.pictures import picture_sheet  # noqa: E402
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -45,11 +46,11 @@ def draw_ground_truth(cfg: CfgNode, name: str, number: int, columns: int, faults
 
     What keeps an image from being read for training is added to ``faults``.
     """
-    records, classes, pictures = load_dataset(name), class_table(cfg), []
-    for i in np.unique(np.linspace(0, len(records) - 1, min(number, len(records))).astype(int)):
-        path = records[i]["file_name"]
+    pictures = []
+    for record in spread(load_dataset(name), number):
+        path = record["file_name"]
         try:
-            pictures.append(draw_segments(read_image(path, "RGB"), ground_truth_segments(cfg, records[i]), classes))
+            pictures.append(ground_truth(cfg, record).draw(read_image(path, "RGB")))
         except KNetError as error:
             faults.append(Fault("unusable", path, "", str(error)))
     return picture_sheet(pictures, columns, f"{name}: ground truth") if pictures else None

@@ -26,7 +26,7 @@ import torch
 from knet_d2.data.files import find_images, read_image
 from knet_d2.errors import ConfigError, errors_in_one_line
 from knet_d2.export import OUTPUT_NAMES
-from knet_d2.inference.loading import load
+from knet_d2.inference.resolve import load
 from knet_d2.modeling.meta_arch import KNet
 
 SIZES = ((128, 128), (96, 160), (100, 140), (150, 90))

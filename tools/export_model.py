@@ -12,7 +12,7 @@ from detectron2.utils.logger import setup_logger
 
 from knet_d2.errors import ConfigError, errors_in_one_line
 from knet_d2.export import export_metadata, halve, save_onnx, save_pt2, trace
-from knet_d2.inference.loading import load
+from knet_d2.inference.resolve import load
 
 WRITERS = {".onnx": save_onnx, ".pt2": save_pt2}
 

@@ -15,7 +15,7 @@ from knet_d2.data import build_mapper
 from knet_d2.data.files import find_images, read_image
 from knet_d2.errors import errors_in_one_line
 from knet_d2.inference.insight import average_masks, draw_average_masks, draw_stages, stage_masks
-from knet_d2.inference.loading import load
+from knet_d2.inference.resolve import load
 
 
 def get_parser() -> argparse.ArgumentParser:

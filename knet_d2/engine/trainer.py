@@ -20,7 +20,7 @@ from ..data import build_loss_loader, build_test_loader, build_train_loader
 from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import build_evaluators
 from ..modeling.tta import KNetWithTTA
-from ..results.drawing import draw_validation_pictures
+from ..results.comparison import draw_validation_pictures
 from ..tasks import get_task
 from . import optimizer as optim
 from .averaging import build_weight_average

@@ -1,5 +1,11 @@
-"""From a config and weights to a function that segments one image."""
+"""From a config and weights to a function that segments one image, as Detectron2's DefaultPredictor does."""
 
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
@@ -27,3 +33,16 @@ class Predictor(DefaultPredictor):
             self.model, shorter = KNetWithTTA(cfg, self.network).eval(), 0  # it resizes images itself
         self.aug = Resize([shorter, shorter], cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT
+
+    @torch.no_grad()
+    def __call__(self, original_image: np.ndarray) -> dict[str, Any]:
+        """The model's outputs for one image, BGR."""
+        return self.model([self.sample(original_image)])[0]
+
+    def sample(self, original_image: np.ndarray) -> dict[str, Any]:
+        """The model's input for one image, BGR; results have the size of that image."""
+        height, width = original_image.shape[:2]
+        image = original_image[:, :, ::-1] if self.input_format == "RGB" else original_image
+        image = self.aug.get_transform(image).apply_image(image)
+        tensor = torch.as_tensor(image.astype("float32").transpose(2, 0, 1))
+        return {"image": tensor, "height": height, "width": width}

@@ -17,7 +17,7 @@ from ..errors import ConfigError, DataError
 from ..modeling.meta_arch import KNet
 from ..modeling.postprocessing import mask_probabilities
 from ..modeling.precision import no_autocast
-from ..results.drawing import picture_sheet
+from ..results.pictures import picture_sheet
 
 # Side of the square to which the paper resizes all masks, and of the pictures' cells
 SIDE = 200

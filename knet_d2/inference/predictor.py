@@ -1,24 +1,24 @@
 """A model with its classes, ready for image files, folders and arrays."""
 
-import copy
-import logging
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
 
 from ..data.classes import ClassTable
-from ..data.files import find_images, read_image
+from ..data.files import read_image
 from ..errors import ConfigError, DataError
+from ..results.outputs import main_prediction, predictions_of
 from ..results.prediction import Prediction
 from ..tasks import get_task
 from .default_predictor import Predictor
+from .sources import ImageFiles
 from .tiles import predict_tiles
 from .trace import Trace
-
-logger = logging.getLogger(__name__)
 
 ORDERS = ("RGB", "BGR")
 
@@ -46,7 +46,7 @@ class ImagePredictor:
 
     def __call__(
         self,
-        image: Union[str, "os.PathLike[str]", np.ndarray],
+        image: str | os.PathLike[str] | np.ndarray,
         order: str | None = None,
         *,
         tile_size: int | None = None,
@@ -64,12 +64,24 @@ class ImagePredictor:
         Raises:
             DataError: the file can't be read, or the array is no image.
         """
-        pixels = _bgr_pixels(image, order)
+        pixels = _rgb_pixels(image, order)
         if tile_size is None:
-            return self._predict(pixels)
-        return predict_tiles(self._predict, pixels, tile_size, tile_size // 4 if tile_overlap is None else tile_overlap)
+            return self._main_prediction(pixels)
+        overlap = tile_size // 4 if tile_overlap is None else tile_overlap
+        return predict_tiles(self._main_prediction, pixels, tile_size, overlap)
 
-    def trace(self, image: Union[str, "os.PathLike[str]", np.ndarray], order: str | None = None) -> Trace:
+    def predict(self, image: np.ndarray) -> dict[str, Prediction]:
+        """All results that MODEL.KNET.TEST.OUTPUTS asks for, by the keys of the model's outputs.
+
+        Args:
+            image: uint8 RGB [H, W, 3].
+
+        Returns:
+            The one to be shown comes first.
+        """
+        return predictions_of(self._predictor(image[:, :, ::-1]), self.classes)
+
+    def trace(self, image: str | os.PathLike[str] | np.ndarray, order: str | None = None) -> Trace:
         """Send an image through the network once, to look at the results of every stage.
 
         Args:
@@ -79,10 +91,9 @@ class ImagePredictor:
             ConfigError: the config asks for test-time augmentation, which is more than one pass.
         """
         if self.cfg.TEST.AUG.ENABLED:
-            raise ConfigError("TEST.AUG.ENABLED: there is no trace of several views; set it to False.")
-        tracing = copy.copy(self._predictor)
-        tracing.model = lambda samples: [Trace(self.model, samples[0], self.classes, self.outputs)]
-        return tracing(_bgr_pixels(image, order))
+            raise ConfigError("TEST.AUG.ENABLED = True: there is no trace of several views; set it to False.")
+        sample = self._predictor.sample(_rgb_pixels(image, order)[:, :, ::-1])
+        return Trace(self.model, sample, self.classes, self.outputs)
 
     def images(self, paths: str | Sequence[str], **options: Any) -> Iterator[tuple[str, Prediction]]:
         """The predictions of many files, one by one; those that can't be read are logged and left out.
@@ -94,35 +105,27 @@ class ImagePredictor:
         Yields:
             path of the file, and what is in it.
         """
-        for path in find_images([paths] if isinstance(paths, str) else paths):
-            try:
-                prediction = self(path, **options)
-            except DataError as error:
-                logger.error(f"Skipped: {error}")
-                continue
-            yield path, prediction
+        for name, image in ImageFiles([paths] if isinstance(paths, str) else paths):
+            if image is not None:
+                yield name, self(image, "RGB", **options)
 
-    def _predict(self, pixels: np.ndarray) -> Prediction:
-        """pixels: BGR."""
-        return Prediction.from_outputs(self._predictor(pixels), pixels.shape[:2], self.classes)
+    def _main_prediction(self, image: np.ndarray) -> Prediction:
+        return main_prediction(self._predictor(image[:, :, ::-1]), self.classes)
 
 
-def _bgr_pixels(image: Union[str, "os.PathLike[str]", np.ndarray], order: str | None) -> np.ndarray:
+def _rgb_pixels(image: str | os.PathLike[str] | np.ndarray, order: str | None) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return _checked_array(image, order)
     if order is not None:
         raise DataError(f"{image}: order = {order!r} is for arrays; that of a file is known. Leave it out.")
-    return read_image(_checked_file(os.fspath(image)), "BGR")
-
-
-def _checked_file(path: str) -> str:
+    path = os.fspath(image)
     if os.path.isdir(path):
         raise DataError(f"{path}: is a folder; use predictor.images(folder), which gives its images one by one.")
-    return path
+    return read_image(path, "RGB")
 
 
 def _checked_array(image: np.ndarray, order: str | None) -> np.ndarray:
-    """The array in BGR order."""
+    """The array in RGB order."""
     if order not in ORDERS:
         raise DataError(
             f"order = {order!r}: say how an array's channels are ordered, order='RGB' (as from Pillow, imageio) or "
@@ -133,4 +136,4 @@ def _checked_array(image: np.ndarray, order: str | None) -> np.ndarray:
             f"The image is an array {image.dtype} {list(image.shape)}, expected uint8 [height, width, 3] with values "
             "0 to 255. Scale floats by 255, repeat the one channel of grey images, leave out alpha."
         )
-    return image[:, :, ::-1] if order == "RGB" else image
+    return image[:, :, ::-1] if order == "BGR" else image

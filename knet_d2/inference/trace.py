@@ -8,6 +8,7 @@ import torch
 from ..data.classes import ClassTable
 from ..errors import ConfigError
 from ..modeling.meta_arch import KNet
+from ..results.outputs import main_prediction
 from ..results.prediction import Prediction
 
 
@@ -55,4 +56,4 @@ class Trace:
             thing_score_threshold=confidence_threshold,
         )
         results = model.postprocessor(predictions[0], options)
-        return Prediction.from_outputs(results, (sample["height"], sample["width"]), self._classes)
+        return main_prediction(results, self._classes)

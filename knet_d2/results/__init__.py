@@ -1,1 +1,6 @@
-"""What a model finds in an image: segments, their files and their pictures."""
+"""What is found in an image: segments, their files (COCO, JSON, PNG, polygons) and their pictures."""
+
+from .outputs import draw_prediction, main_prediction, predictions_of
+from .prediction import Prediction, Segment
+
+__all__ = ["Prediction", "Segment", "draw_prediction", "main_prediction", "predictions_of"]

@@ -1,15 +1,16 @@
-"""What is seen in one image: segments with masks as arrays, COCO RLE or polygons."""
+"""What is found in one image: segments with masks as arrays, COCO RLE or polygons."""
+
+from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-import torch
+import pycocotools.mask as mask_util
 
 from ..data.classes import ClassTable
 from ..errors import ConfigError
-from .coco import encode_mask
-from .drawing import draw_segments, prediction_segments
+from .pictures import draw_segments
 
 MASK_FORMATS = ("rle", "polygons")
 
@@ -19,7 +20,7 @@ class Segment(NamedTuple):
 
     Attributes:
         label: index in the model's :class:`ClassTable`.
-        score: None for semantic segmentation.
+        score: None for semantic segmentation and ground truth.
         crop: bool [h, w], the mask within its tight bounding box.
         corner: (top, left) of the crop in the image.
         size: (height, width) of the image.
@@ -40,7 +41,7 @@ class Segment(NamedTuple):
         *,
         corner: tuple[int, int] = (0, 0),
         size: tuple[int, int] | None = None,
-    ) -> "Segment | None":
+    ) -> Segment | None:
         """The segment of a bool mask that lies at ``corner`` of an image of ``size``; None where the mask is empty."""
         rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
         if not len(rows):
@@ -74,7 +75,8 @@ class Segment(NamedTuple):
 
     def rle(self) -> dict[str, Any]:
         """The mask as COCO's compressed run-length encoding, with text instead of bytes."""
-        return encode_mask(torch.from_numpy(self.mask))
+        rle = mask_util.encode(np.asfortranarray(self.mask.astype(np.uint8)))
+        return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
     def polygons(self) -> list[list[float]]:
         """The mask's outlines as COCO's polygons [x1, y1, x2, y2, ...], one for each connected part.
@@ -101,11 +103,11 @@ class Prediction(NamedTuple):
     segments: list[Segment]
     classes: ClassTable
 
-    @classmethod
-    def from_outputs(cls, outputs: dict[str, Any], size: tuple[int, int], classes: ClassTable) -> "Prediction":
-        """From a model's outputs for one image: its panoptic map, else its instances, else its semantic scores."""
-        segments = (Segment.from_mask(x.mask, x.label, x.score) for x in prediction_segments(outputs, classes))
-        return cls(size, [segment for segment in segments if segment is not None], classes)
+    def confident(self, threshold: float) -> Prediction:
+        """Without things whose score is below a threshold."""
+        things = self.classes.num_things
+        kept = [x for x in self.segments if x.label >= things or x.score is None or x.score >= threshold]
+        return self._replace(segments=kept)
 
     def masks(self) -> np.ndarray:
         """Bool [n, H, W]."""

@@ -1,0 +1,105 @@
+"""Where images to be segmented come from: files, folders, videos, a webcam."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import cv2
+import numpy as np
+
+from ..data.files import find_images, read_image
+from ..errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+class Frame(NamedTuple):
+    """An image and its name.
+
+    Attributes:
+        name: its file, or its video with the number of the frame behind "#".
+        image: uint8 RGB [H, W, 3]; None where it can't be read, which has been logged.
+    """
+
+    name: str
+    image: np.ndarray | None
+
+
+class Source(Protocol):
+    """Gives frames one by one.
+
+    Attributes:
+        unit: what one of them is called.
+        count: how many there are; None: that is not known.
+        failed: how many could not be read so far.
+    """
+
+    unit: str
+    count: int | None
+    failed: int
+
+    def __iter__(self) -> Iterator[Frame]: ...
+
+
+class ImageFiles:
+    """A :class:`Source` of image files."""
+
+    unit = "image"
+
+    def __init__(self, paths: Sequence[str]):
+        """
+        Args:
+            paths: files, folders (whose images are taken, not those of folders in them), or patterns as "a/*.jpg".
+        """
+        self.paths = find_images(paths)
+        self.count = len(self.paths)
+        self.failed = 0
+
+    def __iter__(self) -> Iterator[Frame]:
+        for path in self.paths:
+            try:
+                image = read_image(path, "RGB")
+            except DataError as error:
+                self.failed += 1
+                logger.error(f"Skipped: {error}")
+                image = None
+            yield Frame(path, image)
+
+
+class Video:
+    """A :class:`Source` of the frames of a video file, or of the webcam.
+
+    Attributes:
+        rate: frames in a second.
+    """
+
+    unit = "frame"
+    failed = 0
+
+    def __init__(self, path: str | None):
+        """
+        Args:
+            path: None: the webcam.
+        """
+        if path is not None and not os.path.isfile(path):
+            raise DataError(f"--video-input {path}: there is no such file.")
+        self._capture = cv2.VideoCapture(0 if path is None else path)
+        if not self._capture.isOpened():
+            raise DataError(f"{path or 'The webcam'} can't be read as a video.")
+        self.name = path or "webcam"
+        self.rate = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
+        self.count = None if path is None else int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
+
+    def __iter__(self) -> Iterator[Frame]:
+        try:
+            for number in itertools.count():
+                success, frame = self._capture.read()
+                if not success:
+                    return
+                yield Frame(f"{self.name}#{number}", np.ascontiguousarray(frame[:, :, ::-1]))
+        finally:
+            self._capture.release()

@@ -1,0 +1,71 @@
+"""Ground truth beside prediction, for pictures of a data set."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+
+from ..data import KNetDatasetMapper, build_mapper, load_dataset
+from ..data.classes import class_table
+from ..data.files import read_image
+from .outputs import label_masks, main_prediction
+from .prediction import Prediction, Segment
+
+_GAP = 4
+# Things below this score are left out of validation pictures
+_PICTURE_SCORE = 0.3
+
+
+def ground_truth(cfg: CfgNode, record: dict[str, Any]) -> Prediction:
+    """Those annotations of a data set's record that the model of ``cfg`` learns from."""
+    options = {**KNetDatasetMapper.from_config(cfg, True), "augmentations": [], "pad_size": None}
+    example, classes = KNetDatasetMapper(**options)(record), class_table(cfg)
+    found: list[Segment | None] = []
+    if "sem_seg" in example:
+        # The ignore value lies behind all classes
+        masks = label_masks(example["sem_seg"].numpy(), len(classes.names))
+        found += [Segment.from_mask(*item) for item in masks if item[1] >= classes.num_things]
+    if "instances" in example:
+        things = example["instances"]
+        found += [Segment.from_mask(*x) for x in zip(things.gt_masks.tensor.numpy(), things.gt_classes.tolist())]
+    segments = [segment for segment in found if segment is not None]
+    return Prediction(tuple(example["image"].shape[-2:]), segments, classes)
+
+
+def spread(records: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """At most ``number`` records, evenly spread over all."""
+    places = np.linspace(0, len(records) - 1, min(number, len(records))).astype(int)
+    return [records[i] for i in np.unique(places)]
+
+
+def draw_validation_pictures(cfg: CfgNode, model: nn.Module, number: int) -> dict[str, np.ndarray]:
+    """Ground truth beside prediction for ``number`` images, evenly spread over the first test set.
+
+    Returns:
+        Pictures by the names of the image files.
+    """
+    mapper, classes = build_mapper(cfg, False), class_table(cfg)
+    pictures = {}
+    training = model.training
+    model.eval()
+    try:
+        for record in spread(load_dataset(cfg.DATASETS.TEST[0], "DATASETS.TEST"), number):
+            with torch.no_grad():
+                outputs = model([mapper(record)])[0]
+            image = read_image(record["file_name"], "RGB")
+            truth = ground_truth(cfg, record).draw(image)
+            drawn = main_prediction(outputs, classes).confident(_PICTURE_SCORE).draw(image)
+            gap = np.full((truth.shape[0], _GAP, 3), 255, np.uint8)
+            pictures[os.path.basename(record["file_name"])] = np.concatenate([truth, gap, drawn], axis=1)
+    finally:
+        model.train(training)
+    # Matplotlib's figures refer to themselves; Python by itself would keep them for hundreds of pictures
+    gc.collect()
+    return pictures

@@ -1,0 +1,82 @@
+"""The one place that knows what a model's outputs ("instances", "panoptic_seg", "sem_seg") mean as predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from detectron2.structures import Instances
+
+from ..data.classes import ClassTable
+from .prediction import Prediction, Segment
+
+
+class Output(NamedTuple):
+    """One of the outputs that a model can have.
+
+    Attributes:
+        title: its name for people, and in JSON files.
+        masks: (output, classes) -> (bool mask [H, W], label, score) of each segment.
+        size: output -> (height, width).
+    """
+
+    title: str
+    masks: Callable[[Any, ClassTable], Iterator[tuple[np.ndarray, int, float | None]]]
+    size: Callable[[Any], tuple[int, int]]
+
+
+def _panoptic_masks(output: tuple[torch.Tensor, list[dict[str, Any]]], classes: ClassTable):
+    ids, segments = output[0].cpu().numpy(), output[1]
+    # Thing and stuff ids may overlap
+    keys = ((i < classes.num_things, category) for i, category in enumerate(classes.category_ids))
+    label_of = {key: i for i, key in enumerate(keys)}
+    for x in segments:
+        yield ids == x["id"], label_of[bool(x["isthing"]), x["category_id"]], x["score"]
+
+
+def _instance_masks(output: Instances, classes: ClassTable):
+    output = output.to("cpu")
+    yield from zip(output.pred_masks.numpy(), output.pred_classes.tolist(), output.scores.tolist())
+
+
+def _semantic_masks(output: torch.Tensor, classes: ClassTable):
+    # Planes behind the classes, as one for the background, are no segments
+    yield from label_masks(output.argmax(dim=0).cpu().numpy(), len(classes.names))
+
+
+def label_masks(labels: np.ndarray, num_classes: int) -> Iterator[tuple[np.ndarray, int, None]]:
+    """Mask and label of each class below ``num_classes`` that is in a label map [H, W]."""
+    for label in np.unique(labels):
+        if label < num_classes:
+            yield labels == label, int(label), None
+
+
+# In the order in which one is chosen where only one can be shown
+OUTPUTS: dict[str, Output] = {
+    "panoptic_seg": Output("panoptic", _panoptic_masks, lambda output: tuple(output[0].shape)),
+    "instances": Output("instances", _instance_masks, lambda output: output.image_size),
+    "sem_seg": Output("semantic", _semantic_masks, lambda output: tuple(output.shape[-2:])),
+}
+
+
+def predictions_of(outputs: Mapping[str, Any], classes: ClassTable) -> dict[str, Prediction]:
+    """A model's outputs for one image as predictions, by their keys; the one to be shown comes first."""
+    return {key: _prediction(key, outputs[key], classes) for key in OUTPUTS if key in outputs}
+
+
+def main_prediction(outputs: Mapping[str, Any], classes: ClassTable) -> Prediction:
+    """The prediction to be shown: the panoptic map, else the instances, else the semantic map."""
+    key = next(key for key in OUTPUTS if key in outputs)
+    return _prediction(key, outputs[key], classes)
+
+
+def _prediction(key: str, output: Any, classes: ClassTable) -> Prediction:
+    segments = (Segment.from_mask(*item) for item in OUTPUTS[key].masks(output, classes))
+    return Prediction(OUTPUTS[key].size(output), [segment for segment in segments if segment is not None], classes)
+
+
+def draw_prediction(image: np.ndarray, outputs: Mapping[str, Any], classes: ClassTable) -> np.ndarray:
+    """Draw a model's outputs for one image, uint8 [H, W, 3] RGB; see :func:`main_prediction`."""
+    return main_prediction(outputs, classes).draw(image)

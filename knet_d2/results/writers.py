@@ -1,0 +1,101 @@
+"""Predictions as files: the JSON and PNG files of the demo, and COCO files. demo/README.md describes the schema."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..data.classes import ClassTable, categories
+from .outputs import OUTPUTS
+from .prediction import Prediction
+
+
+def coco_file(prediction: Prediction, file_name: str) -> dict[str, Any]:
+    """A COCO file of one image, as pycocotools reads it, the segments as annotations with scores."""
+    records = enumerate(prediction.to_coco(), start=1)
+    return {
+        "images": [{"id": 1, "file_name": file_name, "height": prediction.size[0], "width": prediction.size[1]}],
+        "categories": categories(prediction.classes),
+        "annotations": [{"id": i, "image_id": 1, "iscrowd": 0, **record} for i, record in records],
+    }
+
+
+def panoptic_png(segment_map: np.ndarray) -> np.ndarray:
+    """A map of segment ids [H, W] as the RGB picture of COCO's format: id = R + 256 G + 65536 B."""
+    ids = segment_map.astype(np.uint32)
+    return np.stack([ids & 255, (ids >> 8) & 255, (ids >> 16) & 255], axis=-1).astype(np.uint8)
+
+
+class JsonWriter:
+    """Writes the results of images as they come, with panoptic PNGs in a folder beside the JSON file.
+
+    The file is valid after each image, also where the run ends early.
+    """
+
+    def __init__(self, path: str, info: Mapping[str, Any], classes: ClassTable):
+        """
+        Args:
+            info: about the model.
+        """
+        self._png_folder = os.path.splitext(path)[0] + "_panoptic"
+        self._count = 0
+        self._file = open(path, "w")
+        head = json.dumps({"info": dict(info), "categories": categories(classes), "images": []})
+        self._file.write(head)
+        self._end = len(head) - len("]}")
+
+    def write(self, file_name: str, predictions: Mapping[str, Prediction]) -> None:
+        """Add one image: its predictions by the keys of the model's outputs."""
+        height, width = next(iter(predictions.values())).size
+        record: dict[str, Any] = {"file_name": file_name, "height": height, "width": width}
+        for key, prediction in predictions.items():
+            record[OUTPUTS[key].title] = _RECORDS[key](self, prediction)
+        text = (", " if self._count else "") + json.dumps(record)
+        self._file.seek(self._end)
+        self._file.write(text + "]}")
+        self._file.flush()
+        self._end += len(text)
+        self._count += 1
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _instances(self, prediction: Prediction) -> list[dict[str, Any]]:
+        ids = prediction.classes.category_ids
+        return [
+            {"category_id": ids[x.label], "score": x.score, "bbox": list(x.box), "segmentation": x.rle()}
+            for x in prediction.segments
+        ]
+
+    def _panoptic(self, prediction: Prediction) -> dict[str, Any]:
+        os.makedirs(self._png_folder, exist_ok=True)
+        name = f"{self._count:06d}.png"
+        Image.fromarray(panoptic_png(prediction.segment_map())).save(os.path.join(self._png_folder, name))
+        classes = prediction.classes
+        segments = [
+            {
+                "id": i,
+                "category_id": classes.category_ids[x.label],
+                "isthing": x.label < classes.num_things,
+                "score": x.score,
+                "area": x.area,
+            }
+            for i, x in enumerate(prediction.segments, start=1)
+        ]
+        return {"file_name": name, "segments_info": segments}
+
+    def _semantic(self, prediction: Prediction) -> list[dict[str, Any]]:
+        ids = prediction.classes.category_ids
+        return [{"category_id": ids[x.label], "area": x.area, "segmentation": x.rle()} for x in prediction.segments]
+
+
+_RECORDS: dict[str, Callable[[JsonWriter, Prediction], Any]] = {
+    "instances": JsonWriter._instances,
+    "panoptic_seg": JsonWriter._panoptic,
+    "sem_seg": JsonWriter._semantic,
+}
