@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Evaluate official checkpoints on COCO or ADE20K and print our figures beside the official ones.
 
 Checkpoints are downloaded on first use. The data sets lie below DETECTRON2_DATASETS, as MODEL_ZOO.md shows.
@@ -18,12 +17,12 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
-from knet_d2.checkpoint import Checkpointer
-from knet_d2.checkpoint.download import PREFIX
-from knet_d2.checkpoint.zoo import zoo_entry
-from knet_d2.engine import Trainer, load_config
-from knet_d2.errors import CheckpointError, KNetError, errors_in_one_line
-from knet_d2.model_zoo import get_checkpoint_url, get_config_file, names
+from ..checkpoint import Checkpointer
+from ..checkpoint.download import PREFIX
+from ..checkpoint.zoo import zoo_entry
+from ..engine import Trainer, load_config
+from ..errors import CheckpointError, KNetError
+from ..model_zoo import get_checkpoint_url, get_config_file, names
 
 # Name of a metric in the zoo's table -> task and key of Detectron2's results
 METRICS = {"PQ": ("panoptic_seg", "PQ"), "AP": ("segm", "AP"), "mIoU": ("sem_seg", "mIoU")}
@@ -95,7 +94,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join([text, *(f"{row.name}: {row.error}" for row in rows if row.error)])
 
 
-def run(args: argparse.Namespace, chosen: list[str]) -> list[Row] | None:
+def verify_all(args: argparse.Namespace, chosen: list[str]) -> list[Row] | None:
     """Evaluate the models; the main process prints the table after each.
 
     Returns:
@@ -119,7 +118,5 @@ def run(args: argparse.Namespace, chosen: list[str]) -> list[Row] | None:
     return rows
 
 
-if __name__ == "__main__":
-    arguments = get_parser().parse_args()
-    with errors_in_one_line():
-        launch(run, arguments.num_gpus, dist_url="auto", args=(arguments, selected_names(arguments)))
+def main(args: argparse.Namespace) -> None:
+    launch(verify_all, args.num_gpus, dist_url="auto", args=(args, selected_names(args)))

@@ -7,23 +7,23 @@
         --compile no yes --batch 1 2 8 16 max --json benchmark_gpu.json
 
 Every combination of mode, precision, compilation, size and batch is one comparison. Weights are random, but such that
-all models do their work: see benchmarking/filling.py, and the column "finds". "speed" is relative to the first model.
+all models do their work: see filling.py in knet_d2/programs/benchmark, and the column "finds". "speed" is relative to
+the first model.
 """
 
 import argparse
 import itertools
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # from a source tree that is not installed, too
+import torch
 
-import torch  # noqa: E402
-from benchmarking import report  # noqa: E402
-from benchmarking.filling import count_findings, fill  # noqa: E402
-from benchmarking.mapping import mapper_seconds  # noqa: E402
-from benchmarking.measure import (  # noqa: E402
+from ...errors import ConfigError
+from . import tables
+from .filling import count_findings, fill
+from .mapping import mapper_seconds
+from .measure import (
     PRECISIONS,
     Run,
     count_operations,
@@ -35,10 +35,8 @@ from benchmarking.measure import (  # noqa: E402
     median,
     precision,
 )
-from benchmarking.models import BACKBONE, PEERS, Subject, build_subject  # noqa: E402
-from benchmarking.parts import time_parts  # noqa: E402
-
-from knet_d2.errors import ConfigError, errors_in_one_line  # noqa: E402
+from .models import BACKBONE, PEERS, Subject, build_subject
+from .parts import time_parts
 
 INSTANCE, PANOPTIC = "coco/instance/knet_r50_fpn_1x.yaml", "coco/panoptic/knet_r50_fpn_1x.yaml"
 MAX_BATCH = "max"
@@ -53,7 +51,7 @@ def _batch(text: str) -> "int | str":
     return text if text == MAX_BATCH else int(text)
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = [BACKBONE, INSTANCE, "mask_rcnn", "cascade_mask_rcnn", PANOPTIC, "panoptic_fpn"]
     names = ", ".join([*PEERS, BACKBONE])
@@ -70,7 +68,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them")
     parser.add_argument("--channels-last-peers", action="store_true", help="lay out the peers' weights so, too")
     parser.add_argument("--json", help="file for the raw results")
-    return parser.parse_args(argv)
+    return parser
 
 
 def compare(args: argparse.Namespace, setting: dict[str, Any]) -> list[dict[str, Any]]:
@@ -129,8 +127,7 @@ def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield dict(zip(names, values))
 
 
-def main(argv: list[str]) -> int:
-    args = parse_arguments(argv)
+def main(args: argparse.Namespace) -> None:
     if MAX_BATCH in args.batch and not args.device.startswith("cuda"):
         raise ConfigError(f"--batch {MAX_BATCH} needs --device cuda: only there running out of memory is an error.")
     if "fp16" in args.precision and args.device == "cpu":
@@ -140,12 +137,6 @@ def main(argv: list[str]) -> int:
     for setting in settings(args):
         rows += compare(args, setting)
         if args.json:
-            report.write_json(args.json, argv, rows, torch.device(args.device))
+            tables.write_json(args.json, rows, torch.device(args.device))
         print(f"{setting} done", file=sys.stderr, flush=True)
-    print(f"{report.main_table(rows)}\n\n{report.parts_table(rows)}")
-    return 0
-
-
-if __name__ == "__main__":
-    with errors_in_one_line():
-        sys.exit(main(sys.argv[1:]))
+    print(f"{tables.main_table(rows)}\n\n{tables.parts_table(rows)}")

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Check the data sets of a config before training: counts by class and size, and everything that is wrong.
 
     python tools/check_dataset.py --config-file my_config.yaml --output check
@@ -10,23 +9,18 @@ The exit code is 1 if training or evaluation would fail or be wrong.
 import argparse
 import json
 import os
-import sys
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # from a source tree that is not installed, too
+import numpy as np
+from detectron2.config import CfgNode, get_cfg
+from PIL import Image
 
-import numpy as np  # noqa: E402
-from detectron2.config import CfgNode, get_cfg  # noqa: E402
-from detectron2.utils.logger import setup_logger  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from knet_d2.config import add_knet_config  # noqa: E402
-from knet_d2.config.merging import merge_config  # noqa: E402
-from knet_d2.data import load_dataset, register_custom_datasets, resolve_classes  # noqa: E402
-from knet_d2.data.check import Fault, check_datasets  # noqa: E402
-from knet_d2.data.files import read_image  # noqa: E402
-from knet_d2.errors import KNetError, errors_in_one_line  # noqa: E402
-from knet_d2.results.drawing import class_table, draw_segments, ground_truth_segments, picture_sheet  # noqa: E402
+from ..config import add_knet_config
+from ..config.merging import merge_config
+from ..data import load_dataset, register_custom_datasets, resolve_classes
+from ..data.check import Fault, check_datasets
+from ..data.files import read_image
+from ..errors import KNetError
+from ..results.drawing import class_table, draw_segments, ground_truth_segments, picture_sheet
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -77,9 +71,3 @@ def main(args: argparse.Namespace) -> int:
     if args.output:
         print(f"Wrote {', '.join([*sheets, os.path.join(args.output, 'report.json')])}")
     return int(report.failed)
-
-
-if __name__ == "__main__":
-    setup_logger(name="fvcore")
-    with errors_in_one_line():
-        sys.exit(main(get_parser().parse_args()))

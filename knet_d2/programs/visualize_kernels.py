@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Show what the kernels of a trained K-Net have learned, as in the paper's Figure 4.
 
 Writes two pictures: the average mask of every instance kernel over a folder of images, and for one image the masks and
@@ -11,11 +10,10 @@ import os
 import numpy as np
 from PIL import Image
 
-from knet_d2.data import build_mapper
-from knet_d2.data.files import find_images, read_image
-from knet_d2.errors import errors_in_one_line
-from knet_d2.inference.insight import average_masks, draw_average_masks, draw_stages, stage_masks
-from knet_d2.inference.loading import load
+from ..data import build_mapper
+from ..data.files import find_images, read_image
+from ..inference.insight import average_masks, draw_average_masks, draw_stages, stage_masks
+from ..inference.loading import load
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -48,8 +46,3 @@ def write(picture: np.ndarray, path: str) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     Image.fromarray(picture).save(path)
     print(f"Wrote {path}")
-
-
-if __name__ == "__main__":
-    with errors_in_one_line():
-        main(get_parser().parse_args())

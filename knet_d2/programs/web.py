@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """A web page on which one uploads an image and looks at what K-Net finds, stage by stage. See docs/DEPLOYMENT.md."""
 
 import argparse
@@ -15,13 +14,12 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
-from detectron2.utils.logger import setup_logger
 from PIL import Image
 
-from knet_d2.data.classes import categories
-from knet_d2.data.files import read_image
-from knet_d2.errors import ConfigError, DataError, errors_in_one_line
-from knet_d2.inference import ImagePredictor, Prediction, Trace, load
+from ..data.classes import categories
+from ..data.files import read_image
+from ..errors import ConfigError, DataError
+from ..inference import ImagePredictor, Prediction, Trace, load
 
 # What an upload may be: formats that Pillow reads itself, without the help of other programs
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -292,10 +290,3 @@ def main(args: argparse.Namespace) -> None:
         address = serve(page, args.host, args.port)
         print(f"Open {address} in a browser; Ctrl+C ends the page.", flush=True)
         page.block_thread()
-
-
-if __name__ == "__main__":
-    setup_logger(name="fvcore")
-    setup_logger(name="knet_d2", abbrev_name="knet")
-    with errors_in_one_line():
-        main(get_parser().parse_args())

@@ -1,15 +1,13 @@
-#!/usr/bin/env python
 """Draw ground truth (left) beside prediction (right) for some images of a config's first test set, on one sheet."""
 
 import argparse
 import os
 
-from detectron2.utils.logger import setup_logger
 from PIL import Image
 
-from knet_d2.engine import Predictor, load_config
-from knet_d2.errors import ConfigError, errors_in_one_line
-from knet_d2.results.drawing import draw_validation_pictures, picture_sheet
+from ..engine import Predictor, load_config
+from ..errors import ConfigError
+from ..results.drawing import draw_validation_pictures, picture_sheet
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -31,10 +29,3 @@ def main(args: argparse.Namespace) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     Image.fromarray(picture_sheet(pictures, args.columns, title)).save(args.output)
     print(f"Wrote {args.output}")
-
-
-if __name__ == "__main__":
-    setup_logger(name="fvcore")
-    setup_logger(name="knet_d2", abbrev_name="knet")
-    with errors_in_one_line():
-        main(get_parser().parse_args())

@@ -6,22 +6,17 @@ python tools/analyze_model.py coco/instance/knet_r50_fpn_1x.yaml MODEL.KNET.NUM_
 
 import argparse
 import logging
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # from a source tree that is not installed, too
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.analysis import FlopCountAnalysis
+from fvcore.nn import flop_count_table
+from fvcore.nn.jit_handles import get_shape
+from torch import nn
 
-import torch  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
-from detectron2.utils.analysis import FlopCountAnalysis  # noqa: E402
-from fvcore.nn import flop_count_table  # noqa: E402
-from fvcore.nn.jit_handles import get_shape  # noqa: E402
-from torch import nn  # noqa: E402
-
-from knet_d2.config.files import get_config_file  # noqa: E402
-from knet_d2.engine import load_config  # noqa: E402
-from knet_d2.errors import errors_in_one_line  # noqa: E402
+from ..config.files import get_config_file
+from ..engine import load_config
 
 
 def count_matmul(inputs: list[Any], outputs: list[Any]) -> int:
@@ -47,13 +42,13 @@ class NetworkAlone(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.__dict__["_model"] = model
+        self.__dict__["_model"] = model  # no child: the children keep their names
         for name, child in model.named_children():
             self.add_module(name, child)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         # What belongs to no output is not traced
-        return [x for stage in self._model.network(images).stages for x in stage if x is not None]
+        return [x for stage in self.__dict__["_model"].network(images).stages for x in stage if x is not None]
 
 
 def analyze(config: str, opts: list[str], size: tuple[int, int]) -> FlopCountAnalysis:
@@ -67,19 +62,16 @@ def analyze(config: str, opts: list[str], size: tuple[int, int]) -> FlopCountAna
     return flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
 
 
-def main(argv: list[str]) -> int:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="path below configs/")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs that change the config")
     parser.add_argument("--size", default="800x1216", help="of the network's input, HxW")
     parser.add_argument("--depth", type=int, default=3, help="of the modules that get a line")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     height, width = (int(number) for number in args.size.split("x"))
     print(flop_count_table(analyze(args.config, args.opts, (height, width)), max_depth=args.depth))
-    return 0
-
-
-if __name__ == "__main__":
-    with errors_in_one_line():
-        sys.exit(main(sys.argv[1:]))

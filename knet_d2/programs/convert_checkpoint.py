@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Write an official K-Net checkpoint (OpenMMLab), or one of a training, as a file to share: .pth or .safetensors.
 
 MODEL.WEIGHTS takes the official files as they are; converted ones are smaller (they hold no optimiser state), have our
@@ -10,15 +9,15 @@ import os
 
 import torch
 
-from knet_d2.checkpoint import LoadReport, as_checkpoint, describe_model, has_description, load_file, read_description
-from knet_d2.checkpoint.fit import find_misfits
-from knet_d2.checkpoint.layouts import recognise
-from knet_d2.checkpoint.load_report import build_report
-from knet_d2.checkpoint.saving import save_weights
-from knet_d2.checkpoint.zoo import build_on_meta, fitting_entries, fitting_hint
-from knet_d2.engine import load_config
-from knet_d2.errors import CheckpointError, errors_in_one_line
-from knet_d2.model_zoo import get_config_file, names
+from ..checkpoint import LoadReport, as_checkpoint, describe_model, has_description, load_file, read_description
+from ..checkpoint.fit import find_misfits
+from ..checkpoint.layouts import recognise
+from ..checkpoint.load_report import build_report
+from ..checkpoint.saving import save_weights
+from ..checkpoint.zoo import build_on_meta, fitting_entries, fitting_hint
+from ..engine import load_config
+from ..errors import CheckpointError
+from ..model_zoo import get_config_file, names
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -82,8 +81,3 @@ def main(args: argparse.Namespace) -> None:
     save_weights(args.output, converted, metadata)
     print(report.as_text())
     print(f"Wrote {args.output}")
-
-
-if __name__ == "__main__":
-    with errors_in_one_line():
-        main(get_parser().parse_args())

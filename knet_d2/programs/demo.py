@@ -1,11 +1,9 @@
-#!/usr/bin/env python
 """Run K-Net on images, a video or a webcam; the command line is that of Detectron2's demo. See demo/README.md."""
 
 import argparse
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,17 +11,16 @@ import cv2
 import numpy as np
 import tqdm
 from detectron2.config import CfgNode
-from detectron2.utils.logger import setup_logger
 from detectron2.utils.video_visualizer import VideoVisualizer
 from PIL import Image
 
-from knet_d2.data.classes import ClassTable, categories
-from knet_d2.data.files import IMAGE_TYPES, find_images, read_image
-from knet_d2.engine import Predictor
-from knet_d2.errors import ConfigError, DataError, errors_in_one_line
-from knet_d2.inference.loading import resolve_model
-from knet_d2.results.coco import instance_results, panoptic_png, semantic_results
-from knet_d2.results.drawing import draw_prediction, main_output, output_metadata, to_cpu
+from ..data.classes import ClassTable, categories
+from ..data.files import IMAGE_TYPES, find_images, read_image
+from ..engine import Predictor
+from ..errors import ConfigError, DataError
+from ..inference.loading import resolve_model
+from ..results.coco import instance_results, panoptic_png, semantic_results
+from ..results.drawing import draw_prediction, main_output, output_metadata, to_cpu
 
 ESCAPE = 27
 
@@ -212,7 +209,7 @@ def open_video(args: argparse.Namespace, video: cv2.VideoCapture, size: tuple[in
         name = os.path.basename(args.video_input) if args.video_input else "webcam"
         path = os.path.join(path, os.path.splitext(name)[0] + "_knet.mp4")
     rate = video.get(cv2.CAP_PROP_FPS) or 25.0
-    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), rate, (size[1], size[0]))
+    writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), rate, (size[1], size[0]))
     if not writer.isOpened():
         raise ConfigError(f"--output {path}: OpenCV can't write a video there; give a folder or a file ending in .mp4.")
     return writer
@@ -225,10 +222,3 @@ def main(args: argparse.Namespace) -> int:
         return 1 if run_on_images(args, cfg, classes) else 0
     run_on_video(args, cfg, classes)
     return 0
-
-
-if __name__ == "__main__":
-    setup_logger(name="fvcore")
-    setup_logger(name="knet_d2", abbrev_name="knet")
-    with errors_in_one_line():
-        sys.exit(main(get_parser().parse_args()))

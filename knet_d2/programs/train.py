@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Train or evaluate K-Net; the command line is Detectron2's.
 
 python train_net.py --config-file configs/... [--num-gpus N] [--resume | --eval-only] [KEY VALUE ...]
@@ -7,7 +6,6 @@ torchrun and srun start it as well, see docs/CLUSTERS.md.
 """
 
 import argparse
-import sys
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -15,9 +13,8 @@ from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from knet_d2.checkpoint import Checkpointer
-from knet_d2.engine import Trainer, setup
-from knet_d2.engine.launch import add_launch_arguments, run
+from ..checkpoint import Checkpointer
+from ..engine import Trainer, launch, setup
 
 
 def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
@@ -32,7 +29,8 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     return results
 
 
-def main(args: argparse.Namespace) -> dict[str, Any] | None:
+def train(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Train or evaluate in this process, one of those that :func:`main` starts; returns the last metrics."""
     cfg = setup(args)
     if args.eval_only:
         return evaluate(cfg, args.resume)
@@ -41,5 +39,9 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     return trainer.train()
 
 
-if __name__ == "__main__":
-    sys.exit(run(main, add_launch_arguments(default_argument_parser()).parse_args()))
+def get_parser() -> argparse.ArgumentParser:
+    return launch.add_launch_arguments(default_argument_parser())
+
+
+def main(args: argparse.Namespace) -> int:
+    return launch.run(train, args)

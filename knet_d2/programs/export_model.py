@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Export a trained K-Net as one graph, from the image to the final result: to ONNX (.onnx) or torch.export (.pt2).
 
 See docs/DEPLOYMENT.md; tools/onnx_runner.py runs the ONNX file, tools/check_export.py compares it with the model.
@@ -8,11 +7,11 @@ import argparse
 import logging
 import os
 
-from detectron2.utils.logger import setup_logger
+from ..errors import ConfigError
+from ..export import export_metadata, halve, save_onnx, save_pt2, trace
+from ..inference.loading import load
 
-from knet_d2.errors import ConfigError, errors_in_one_line
-from knet_d2.export import export_metadata, halve, save_onnx, save_pt2, trace
-from knet_d2.inference.loading import load
+logger = logging.getLogger("knet_d2")
 
 WRITERS = {".onnx": save_onnx, ".pt2": save_pt2}
 
@@ -30,6 +29,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    logger.setLevel(logging.WARNING)
     for path in args.outputs:
         if os.path.splitext(path)[1] not in WRITERS:
             raise ConfigError(f"{path}: the name of an exported model must end in .onnx or .pt2.")
@@ -47,9 +47,3 @@ def main(args: argparse.Namespace) -> None:
         WRITERS[os.path.splitext(path)[1]](program, path, metadata)
         megabytes = os.path.getsize(path) / 2**20
         print(f"Wrote {path}: {metadata['task']} model, output {metadata['output']}, {megabytes:.1f} MB")
-
-
-if __name__ == "__main__":
-    setup_logger(name="knet_d2", abbrev_name="knet").setLevel(logging.WARNING)
-    with errors_in_one_line():
-        main(get_parser().parse_args())
