@@ -1,41 +1,12 @@
 #!/usr/bin/env python
-"""Draw ground truth (left) beside prediction (right) for some images of a config's first test set, on one sheet."""
+"""Draw ground truth beside predictions; see demo/README.md."""
 
-import argparse
-import os
+import sys
+from pathlib import Path
 
-from detectron2.utils.logger import setup_logger
-from PIL import Image
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
-from knet_d2.engine import Predictor, load_config
-from knet_d2.errors import ConfigError, errors_in_one_line
-from knet_d2.results.comparison import draw_validation_pictures
-from knet_d2.results.pictures import picture_sheet
-
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="path to config file")
-    parser.add_argument("--output", default="comparison.png", metavar="FILE", help="the picture to write")
-    parser.add_argument("--number", type=int, default=8, help="number of images")
-    parser.add_argument("--columns", type=int, default=2, help="images side by side")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
-    return parser
-
-
-def main(args: argparse.Namespace) -> None:
-    cfg = load_config(args.config_file, args.opts)
-    if not cfg.DATASETS.TEST:
-        raise ConfigError("DATASETS.TEST is empty; name the data set to draw.")
-    pictures = list(draw_validation_pictures(cfg, Predictor(cfg).model, args.number).values())
-    title = f"{cfg.DATASETS.TEST[0]}: ground truth (left) and prediction (right)"
-    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    Image.fromarray(picture_sheet(pictures, args.columns, title)).save(args.output)
-    print(f"Wrote {args.output}")
-
+from knet_d2.programs import run_program
 
 if __name__ == "__main__":
-    setup_logger(name="fvcore")
-    setup_logger(name="knet_d2", abbrev_name="knet")
-    with errors_in_one_line():
-        main(get_parser().parse_args())
+    sys.exit(run_program("compare"))

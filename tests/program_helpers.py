@@ -1,6 +1,5 @@
 """Running the repository's programs with tiny models on a few generated images."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -20,14 +19,6 @@ from endurance.runs import (  # noqa: E402, F401
 from knet_d2.data.shapes.writer import write_shapes  # noqa: E402
 
 NUM_IMAGES = 4
-
-
-def load_program(path):
-    """A program of the repository as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

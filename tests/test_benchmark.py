@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Of Detectron2's main branch it needs pkg_resources, which setuptools has no more
 pytest.importorskip("detectron2.model_zoo", exc_type=ModuleNotFoundError)
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
-import analyze_model
-import benchmark
-from benchmarking import measure, models, parts
-from benchmarking.filling import count_findings, fill
-from benchmarking.models import build_subject
 
 from knet_d2 import KNet
 from knet_d2.errors import ConfigError
+from knet_d2.programs import analyze_model, benchmark
+from knet_d2.programs.benchmark import measure, models, parts
+from knet_d2.programs.benchmark.filling import count_findings, fill
+from knet_d2.programs.benchmark.models import build_subject
 
 SIZE = (96, 128)
 # A panoptic K-Net that is small, but not in what it returns
@@ -34,6 +31,10 @@ OPTIONS = {
 SMALL = ",".join(f"{key}={value}" for key, value in OPTIONS.items())
 INSTANCE, PANOPTIC = (f"coco/{task}/knet_r50_fpn_1x.yaml,{SMALL}" for task in ("instance", "panoptic"))
 SMALL_PEER = f"panoptic_fpn,{','.join(list(SMALL.split(','))[:3])},MODEL.RPN.POST_NMS_TOPK_TEST=300"
+
+
+def run_benchmark(argv):
+    benchmark.main(benchmark.get_parser().parse_args(argv))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_comparison_of_two_models_in_both_modes(tmp_path, capsys):
     options = ["--rounds", "1", "--warmup", "0", "--size", "96x128", "--output-size", "48x64", "--threads", "1"]
     compared = [PANOPTIC, f"{PANOPTIC},MODEL.KNET.NUM_STAGES=1"]
     argv = ["--models", *compared, "--mode", "inference", "training", *options, "--json", str(path)]
-    assert benchmark.main(argv) == 0
+    run_benchmark(argv)
     content = json.loads(path.read_text())
     assert torch.__version__.startswith(content["environment"]["torch"])
     rows = content["rows"]
@@ -144,7 +145,7 @@ def test_the_gpu_s_comparison_on_fake_tensors(monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, name, lambda *args: None)
     options = ["--device", "cuda", "--rounds", "1", "--warmup", "0", "--size", "96x128", "--batch", "2"]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        benchmark.main(["--models", PANOPTIC, "backbone_fpn", *options, "--precision", "tf32", "bf16"])
+        run_benchmark(["--models", PANOPTIC, "backbone_fpn", *options, "--precision", "tf32", "bf16"])
     assert capsys.readouterr().out.count("| 3 ") >= 4  # MiB
     assert not torch.backends.cuda.matmul.allow_tf32
 
@@ -173,7 +174,7 @@ def test_largest_batch(most):
 )
 def test_wrong_options(argv, message):
     with pytest.raises(ConfigError, match=message):
-        benchmark.main(argv)
+        run_benchmark(argv)
 
 
 def test_analysis_counts_what_fvcore_does_not_know(capsys):
@@ -186,5 +187,6 @@ def test_analysis_counts_what_fvcore_does_not_know(capsys):
     assert by_operator[stage]["baddbmm"] == kernels * pixels * dim
     interaction = by_operator[f"{stage}.interaction"]
     assert interaction["scaled_dot_product_attention"] == 2 * kernels * kernels * dim
-    assert analyze_model.main(["coco/panoptic/knet_r50_fpn_1x.yaml", *options, "--size", "64x96"]) == 0
+    arguments = ["coco/panoptic/knet_r50_fpn_1x.yaml", *options, "--size", "64x96"]
+    analyze_model.main(analyze_model.get_parser().parse_args(arguments))
     assert "cascade" in capsys.readouterr().out

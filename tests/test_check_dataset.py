@@ -11,12 +11,10 @@ from data_helpers import custom_entry, data_cfg, unique_name
 from dataset_damages import DAMAGES, ERROR, IMAGE, SIZE, make_damage
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
-from program_helpers import ROOT, load_program
 
 from knet_d2.data.check import KINDS, check_datasets
 from knet_d2.data.shapes import write_shapes
-
-program = load_program(ROOT / "tools" / "check_dataset.py")
+from knet_d2.programs import check_dataset
 
 TASKS = {"coco_instance": "instance", "coco_panoptic": "panoptic", "sem_seg": "semantic"}
 
@@ -223,13 +221,13 @@ def test_program(root, tmp_path, capsys):
     config = tmp_path / "config.yaml"
     content = {"MODEL": {"KNET": {"TASK": "panoptic"}}, "DATASETS": {"CUSTOM": [entry], "TRAIN": [entry["name"]]}}
     config.write_text(yaml.safe_dump({**content, "DATASETS": {**content["DATASETS"], "TEST": []}}))
-    args = program.get_parser().parse_args(["--config-file", str(config), "--output", str(tmp_path / "out")])
-    assert program.main(args) == 0
+    args = check_dataset.get_parser().parse_args(["--config-file", str(config), "--output", str(tmp_path / "out")])
+    assert check_dataset.main(args) == 0
     sheet = np.asarray(Image.open(tmp_path / "out" / f"{entry['name']}.jpg"))
     assert sheet.shape[1] == 4 * (336 + 8) + 8 and sheet.std() > 20
     assert json.loads((tmp_path / "out" / "report.json").read_text())["faults"] == []
     assert "0 errors, 0 warnings." in capsys.readouterr().out
     os.remove(os.path.join(root, IMAGE))
-    assert program.main(args) == 1
+    assert check_dataset.main(args) == 1
     assert "missing image (1)" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "report.json").read_text())["faults"][0]["kind"] == "missing image"

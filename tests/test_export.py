@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from checkpoint_helpers import ROOT, load_tool
+from checkpoint_helpers import ROOT
 from helpers import spread_scores, tiny_config, tiny_model
 from PIL import Image
 
@@ -24,13 +24,12 @@ from knet_d2.errors import ConfigError
 from knet_d2.export import OUTPUT_NAMES, ExportableKNet, trace
 from knet_d2.export.writing import METADATA_FILE
 from knet_d2.inference import ImagePredictor
+from knet_d2.programs import export_model
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-check_export = load_tool("check_export")
-export_model = load_tool("export_model")
-onnx_runner = load_tool("onnx_runner")
+from tools import check_export, onnx_runner
 
 OUTPUTS = {"instance": "instances", "panoptic": "panoptic_seg", "semantic": "sem_seg"}
 OPTIONS = {

@@ -8,15 +8,14 @@ import torch
 import yaml
 from data_helpers import custom_entry, edit_json
 from detectron2.engine import default_argument_parser
-from program_helpers import ROOT, TINY_MODEL, load_program
+from program_helpers import TINY_MODEL
 
 from knet_d2.checkpoint.zoo import zoo_entry
 from knet_d2.config.files import get_config_file
 from knet_d2.data.shapes import write_shapes
 from knet_d2.engine import Trainer, load_config
 from knet_d2.errors import ConfigError
-
-train_net = load_program(ROOT / "train_net.py")
+from knet_d2.programs import train
 
 TYPES = {"instance": "coco_instance", "panoptic": "coco_panoptic", "semantic": "sem_seg"}
 
@@ -87,7 +86,7 @@ def test_other_classes_with_one_command(tmp_path, task):
     names = (f"('{entry['name']}_{part}',)" for part in ("train", "val"))
     opts = ["DATASETS.CUSTOM", str([entry]), "DATASETS.TRAIN", next(names), "DATASETS.TEST", next(names)]
     opts += ["MODEL.WEIGHTS", str(tmp_path / "own.pth"), "OUTPUT_DIR", str(tmp_path / "out")]
-    train_net.main(default_argument_parser().parse_args(["--config-file", str(config), *opts]))
+    train.train(default_argument_parser().parse_args(["--config-file", str(config), *opts]))
 
     cfg = load_config(str(tmp_path / "out" / "config.yaml"))
     expected = {"instance": ((4, 0), (3, 0)), "panoptic": ((4, 3), (3, 3)), "semantic": ((0, 7), (0, 4))}[task]

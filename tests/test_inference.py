@@ -8,7 +8,6 @@ import pycocotools.mask as mask_util
 import pytest
 import torch
 import yaml
-from checkpoint_helpers import load_tool
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import spread_scores, tiny_config, tiny_model
 from PIL import Image
@@ -21,6 +20,7 @@ from knet_d2.data.classes import ClassTable
 from knet_d2.errors import CheckpointError, ConfigError, DataError
 from knet_d2.inference import Prediction, Segment
 from knet_d2.inference.tiles import predict_tiles, tile_spans
+from knet_d2.programs import convert_checkpoint
 
 NAMES = {"things": ["cup", "fork", "spoon"], "stuff": ["table", "wall"]}
 OPTIONS = {
@@ -120,9 +120,10 @@ def test_checkpoints_of_a_training_are_self_contained(tmp_path):
     Checkpointer(model, str(tmp_path), metadata=describe_model(cfg)).save("model", iteration=3)
     predictor = knet_d2.load(tmp_path / "model.pth", device="cpu", confidence_threshold=0.0)
     assert predictor.cfg.MODEL.KNET.TASK == "instance"
-    tool = load_tool("convert_checkpoint")
     assert "iteration" in load_file(str(tmp_path / "model.pth"))
-    tool.main(tool.get_parser().parse_args([str(tmp_path / "model.pth"), str(tmp_path / "small.pth")]))
+    convert_checkpoint.main(
+        convert_checkpoint.get_parser().parse_args([str(tmp_path / "model.pth"), str(tmp_path / "small.pth")])
+    )
     assert set(load_file(str(tmp_path / "small.pth"))) == {"model", "metadata"}
     assert knet_d2.load(tmp_path / "small.pth", device="cpu").classes == predictor.classes
 

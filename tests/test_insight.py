@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from checkpoint_helpers import load_tool
 from helpers import spread_scores, tiny_config, tiny_model
 from PIL import Image
 
@@ -21,8 +20,7 @@ from knet_d2.inference.insight import (
     draw_stages,
     stage_masks,
 )
-
-visualize_kernels = load_tool("visualize_kernels")
+from knet_d2.programs import visualize_kernels
 
 # Places in a sheet: margins and the title's line of picture_sheet, and the captions
 LEFT, TOP, CAPTION, GAP = 8, 24, 14, 8

@@ -11,7 +11,7 @@ from urllib import request
 
 import pytest
 import torch
-from checkpoint_helpers import ROOT, Exploit, assert_same_state, load_tool, randomised, save
+from checkpoint_helpers import ROOT, Exploit, assert_same_state, randomised, save
 from data_helpers import custom_entry
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
@@ -24,6 +24,7 @@ from knet_d2.data import resolve_classes
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
 from knet_d2.engine import Trainer
 from knet_d2.errors import CheckpointError, ConfigError
+from knet_d2.programs import verify_zoo
 
 # ---------------------------------------------------------------- table
 
@@ -179,19 +180,18 @@ def test_model_without_a_checkpoint(published, monkeypatch):
 
 
 def test_verify_zoo(monkeypatch, capsys):
-    tool = load_tool("verify_zoo")
-    assert len(tool.selected_names(tool.get_parser().parse_args([]))) == 14
+    assert len(verify_zoo.selected_names(verify_zoo.get_parser().parse_args([]))) == 14
     with pytest.raises(CheckpointError, match="n256: no checkpoint"):
-        tool.selected_names(tool.get_parser().parse_args(["coco/instance/knet_r50_fpn_3x_n256"]))
+        verify_zoo.selected_names(verify_zoo.get_parser().parse_args(["coco/instance/knet_r50_fpn_3x_n256"]))
     with pytest.raises(ConfigError, match="Did you mean"):
-        tool.selected_names(tool.get_parser().parse_args(["knet_r50"]))
+        verify_zoo.selected_names(verify_zoo.get_parser().parse_args(["knet_r50"]))
 
     results = {
         "coco/panoptic/knet_r50_fpn_1x": {"panoptic_seg": {"PQ": 44.27, "SQ": 80.0}},
         "coco/instance/knet_r50_fpn_1x": {"bbox": {"AP": 1.0}, "segm": {"AP": 34.04}},
         "ade20k/semantic/knet_fcn_r50_d8_80k": {"sem_seg": {"mIoU": 40.0}},
     }
-    arguments = tool.get_parser().parse_args([*results, "--opts", "MODEL.DEVICE", "cpu"])
+    arguments = verify_zoo.get_parser().parse_args([*results, "--opts", "MODEL.DEVICE", "cpu"])
     seen = []
 
     def evaluate(name, output, opts):
@@ -200,19 +200,19 @@ def test_verify_zoo(monkeypatch, capsys):
             raise CheckpointError("it is broken")
         return results[name]
 
-    monkeypatch.setattr(tool, "evaluate", evaluate)
-    chosen = tool.selected_names(arguments)
-    rows = tool.run(arguments, chosen[:2])
+    monkeypatch.setattr(verify_zoo, "evaluate", evaluate)
+    chosen = verify_zoo.selected_names(arguments)
+    rows = verify_zoo.verify_all(arguments, chosen[:2])
     assert [(row.metric, row.official, row.ours) for row in rows] == [("PQ", 44.3, 44.27), ("AP", 34.0, 34.04)]
     assert seen[0] == (chosen[0], "output/verify_zoo", ["MODEL.DEVICE", "cpu"])
     text = capsys.readouterr().out
     assert re.search(r"knet_r50_fpn_1x +\| PQ +\| +44.30 \| +44.27 \| +-0.03", text)
     with pytest.raises(ValueError, match=r"1 of 3 differ by more than 0.1: ade20k"):
-        tool.run(arguments, chosen)
-    row = tool.verify("coco/panoptic/knet_r101_fpn_3x", "x", [])
-    assert math.isnan(row.ours) and "knet_r101_fpn_3x: it is broken" in tool.table([row])
+        verify_zoo.verify_all(arguments, chosen)
+    row = verify_zoo.verify("coco/panoptic/knet_r101_fpn_3x", "x", [])
+    assert math.isnan(row.ours) and "knet_r101_fpn_3x: it is broken" in verify_zoo.table([row])
     with pytest.raises(ValueError, match="1 of 1 differ"):
-        tool.run(arguments, ["coco/panoptic/knet_r101_fpn_3x"])
+        verify_zoo.verify_all(arguments, ["coco/panoptic/knet_r101_fpn_3x"])
 
 
 def test_verify_zoo_evaluates_what_it_downloads(tmp_path, monkeypatch):
@@ -222,7 +222,7 @@ def test_verify_zoo_evaluates_what_it_downloads(tmp_path, monkeypatch):
     cfg = tiny_config("semantic", options)
     cfg.DATASETS.CUSTOM, cfg.DATASETS.TEST, cfg.INPUT.MIN_SIZE_TEST = [data], (data["name"],), 64
     entry, model = publish(tmp_path, monkeypatch, cfg, "mIoU")
-    row = load_tool("verify_zoo").verify(entry.name, str(tmp_path / "output"), ["MODEL.DEVICE", "cpu"])
+    row = verify_zoo.verify(entry.name, str(tmp_path / "output"), ["MODEL.DEVICE", "cpu"])
     resolve_classes(cfg)
     expected = Trainer.test(cfg, model)["sem_seg"]["mIoU"]
     assert row.error == "" and row.ours == pytest.approx(expected) and expected > 0.1

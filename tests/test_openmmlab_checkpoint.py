@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbone_helpers import TINY_SWIN
-from checkpoint_helpers import Exploit, assert_same_state, load_tool, randomised, save
+from checkpoint_helpers import Exploit, assert_same_state, randomised, save
 from helpers import tiny_config, tiny_model
 from official_layout import official_checkpoint, official_state_dict
 
@@ -20,11 +20,16 @@ from knet_d2.checkpoint.saving import save_weights
 from knet_d2.checkpoint.zoo import build_on_meta
 from knet_d2.errors import CheckpointError
 from knet_d2.model_zoo import get_config
+from knet_d2.programs import convert_checkpoint
 
 SWIN = {
     **{TINY_SWIN[i]: TINY_SWIN[i + 1] for i in range(0, len(TINY_SWIN), 2)},
     "MODEL.BACKBONE.NAME": "build_knet_swin_fpn_backbone",
 }
+
+
+def run_convert(*arguments):
+    convert_checkpoint.main(convert_checkpoint.get_parser().parse_args([str(x) for x in arguments]))
 
 
 def refusal(model, path, **kwargs):
@@ -139,7 +144,7 @@ def test_weights_of_another_zoo_model_are_refused_by_its_name(tmp_path):
     assert "none of the" in message
     assert message.endswith("It is a checkpoint for configs/ade20k/semantic/knet_fcn_r50_d8_80k.yaml.")
     with pytest.raises(CheckpointError, match="does not fit coco/instance/knet_r50_fpn_1x.*knet_r50_fpn_3x.yaml.$"):
-        load_tool("convert_checkpoint").convert(panoptic, "coco/instance/knet_r50_fpn_1x", ())
+        convert_checkpoint.convert(panoptic, "coco/instance/knet_r50_fpn_1x", ())
 
 
 # ---------------------------------------------------------------- pretrained backbones
@@ -274,7 +279,7 @@ def test_code_in_a_file_never_runs(tmp_path, form):
             torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
         assert "mkdir" in refusal(model, str(path)) and not os.path.exists(Exploit.target)
         with pytest.raises(CheckpointError, match="mkdir"):
-            load_tool("convert_checkpoint").convert(str(path), None, ())
+            convert_checkpoint.convert(str(path), None, ())
         assert not os.path.exists(Exploit.target)
 
 
@@ -310,13 +315,12 @@ def test_truncated_files(tmp_path, legacy):
 
 
 def test_convert_tool(tmp_path, capsys):
-    tool = load_tool("convert_checkpoint")
     model = randomised(tiny_model("panoptic"))
     source = save(tmp_path, official_checkpoint(model.state_dict()), "official.pth")
     config = tmp_path / "tiny.yaml"
     config.write_text(tiny_config("panoptic").dump())
     output = str(tmp_path / "ours.pth")
-    tool.main(tool.get_parser().parse_args([source, output, "--config", str(config)]))
+    run_convert(source, output, "--config", config)
     assert "loaded" in capsys.readouterr().out
     content = torch.load(output, weights_only=True)
     assert content["metadata"]["source"] == "official.pth"
@@ -327,23 +331,23 @@ def test_convert_tool(tmp_path, capsys):
     Checkpointer(target).load(output)
     assert_same_state(model.state_dict(), target.state_dict())
     with pytest.raises(CheckpointError, match="does not fit coco/panoptic/knet_r50_fpn_1x"):
-        tool.convert(source, "coco/panoptic/knet_r50_fpn_1x", ())
+        convert_checkpoint.convert(source, "coco/panoptic/knet_r50_fpn_1x", ())
     absent = str(tmp_path / "absent" / "x.pth")
     with pytest.raises(CheckpointError, match=f"{absent}: can't be written"):
-        tool.main(tool.get_parser().parse_args([source, absent, "--config", str(config)]))
+        run_convert(source, absent, "--config", config)
     with pytest.raises(CheckpointError, match="must end in"):
-        tool.main(tool.get_parser().parse_args([source, str(tmp_path / "x.bin"), "--config", str(config)]))
+        run_convert(source, str(tmp_path / "x.bin"), "--config", config)
 
 
 def test_convert_tool_reads_what_it_wrote(tmp_path):
     pytest.importorskip("safetensors")
-    tool, model = load_tool("convert_checkpoint"), randomised(tiny_model("instance"))
+    model = randomised(tiny_model("instance"))
     config = tmp_path / "tiny.yaml"
     config.write_text(tiny_config("instance").dump())
     path = save(tmp_path, official_checkpoint(model.state_dict()), "official.pth")
-    for name, options in (("a.pth", ["--config", str(config)]), ("b.safetensors", []), ("c.pth", [])):
+    for name, options in (("a.pth", ["--config", config]), ("b.safetensors", []), ("c.pth", [])):
         output = str(tmp_path / name)
-        tool.main(tool.get_parser().parse_args([path, output, *options]))
+        run_convert(path, output, *options)
         path = output
     state = load_file(path)["model"]
     assert_same_state(model.state_dict(), state)
@@ -351,12 +355,11 @@ def test_convert_tool_reads_what_it_wrote(tmp_path):
 
 
 def test_convert_tool_finds_the_config(tmp_path):
-    tool = load_tool("convert_checkpoint")
     state = official_state_dict(build_on_meta(get_config("coco/instance/knet_r50_fpn_1x")).state_dict())
     with pytest.raises(CheckpointError, match="knet_r50_fpn_1x or coco/instance/knet_r50_fpn_3x. Give one"):
-        tool.find_config("weights.pth", state)
+        convert_checkpoint.find_config("weights.pth", state)
     name = "knet_s3_r50_fpn_1x_coco_20211016_113017-8a8645d4.pth"
-    assert tool.find_config(str(tmp_path / name), state) == "coco/instance/knet_r50_fpn_1x"
+    assert convert_checkpoint.find_config(str(tmp_path / name), state) == "coco/instance/knet_r50_fpn_1x"
 
 
 def test_safetensors(tmp_path):

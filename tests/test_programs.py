@@ -19,19 +19,16 @@ from detectron2.utils.visualizer import Visualizer
 from helpers import spread_scores
 from matplotlib.figure import Figure
 from PIL import Image
-from program_helpers import NUM_IMAGES, ROOT, SIZE, Program, load_program, shapes, write_config  # noqa: F401
+from program_helpers import NUM_IMAGES, ROOT, SIZE, Program, shapes, write_config  # noqa: F401
 
 from knet_d2.data.classes import class_table
 from knet_d2.engine import Predictor, Trainer, load_config, replay
 from knet_d2.errors import CheckpointError, ConfigError, DataError, KNetError, NonFiniteError
 from knet_d2.inference.sources import Video
+from knet_d2.programs import compare, demo, train
 from knet_d2.results import Segment
 from knet_d2.results.comparison import draw_validation_pictures, ground_truth
 from knet_d2.results.pictures import draw_segments, picture_sheet
-
-train_net = load_program(ROOT / "train_net.py")
-demo = load_program(ROOT / "demo" / "demo.py")
-compare = load_program(ROOT / "demo" / "compare.py")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +93,7 @@ def check_evaluation_only(folder, config, last_record):
     """--eval-only on the final weights gives the numbers that the end of the training gave."""
     weights = str(folder / "whole" / "model_final.pth")
     arguments = ["--eval-only", "--config-file", config, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(folder / "eval")]
-    results = train_net.main(default_argument_parser().parse_args(arguments))
+    results = train.train(default_argument_parser().parse_args(arguments))
     assert "panoptic_seg/PQ" in last_record
     for name, value in results["panoptic_seg"].items():
         assert value == pytest.approx(last_record[f"panoptic_seg/{name}"], nan_ok=True)
@@ -106,7 +103,7 @@ def check_evaluation_only(folder, config, last_record):
 def test_training_of_the_other_tasks(tmp_path, shapes, task, metric):
     config = write_config(tmp_path, shapes, task, MAX_ITER=2)
     arguments = ["--config-file", config, "OUTPUT_DIR", str(tmp_path), "TEST.NUM_PICTURES", "1", "SEED", "-1"]
-    results = train_net.main(default_argument_parser().parse_args(arguments))
+    results = train.train(default_argument_parser().parse_args(arguments))
     group, name = metric.split("/")
     assert np.isfinite(results[group][name]) or task == "instance"
     record = json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])
@@ -139,7 +136,7 @@ def test_step_that_is_not_finite_can_be_repeated(tmp_path, shapes, capsys):
     config = write_config(tmp_path, shapes, "panoptic", MAX_ITER=20, BASE_LR=1e6, WARMUP_ITERS=0, NON_FINITE_STEPS=2)
     arguments = ["--config-file", config, "OUTPUT_DIR", str(tmp_path / "run")]
     with pytest.raises(NonFiniteError) as error:
-        train_net.main(default_argument_parser().parse_args(arguments))
+        train.train(default_argument_parser().parse_args(arguments))
     what, command = str(error.value).split("To repeat it: python -m knet_d2.engine.replay ")
     assert re.search(r"not finite.*Iteration \d+, learning rate .*, images: .*\.jpg", what, re.IGNORECASE)
 

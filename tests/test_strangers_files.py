@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from program_helpers import ROOT, load_program
+from program_helpers import ROOT
 from toys import ToyNet
 
 import knet_d2
@@ -19,8 +19,8 @@ from knet_d2.checkpoint.zoo import zoo_entries
 from knet_d2.engine import load_config
 from knet_d2.engine.dump import load_batch
 from knet_d2.errors import CheckpointError, ConfigError
+from knet_d2.programs import convert_checkpoint
 
-convert_checkpoint = load_program(ROOT / "tools" / "convert_checkpoint.py")
 SHAPES_CONFIG = str(ROOT / "configs" / "shapes" / "instance.yaml")
 
 

@@ -10,7 +10,6 @@ import torch
 from data_helpers import custom_entry, data_cfg
 from helpers import spread_scores, tiny_config, tiny_model
 from PIL import Image
-from program_helpers import ROOT, load_program
 
 from knet_d2 import model_zoo
 from knet_d2.data import resolve_classes
@@ -20,6 +19,7 @@ from knet_d2.errors import ConfigError
 from knet_d2.modeling.meta_arch import KNet
 from knet_d2.modeling.postprocessing import ImageGeometry, ImagePrediction
 from knet_d2.modeling.tta import KNetWithTTA, View, match_kernels, merge_views, resample_masks
+from knet_d2.programs import train
 from knet_d2.tasks import TASKS
 
 SIZES = {"INPUT.MIN_SIZE_TEST": 40, "INPUT.MAX_SIZE_TEST": 70}
@@ -295,6 +295,6 @@ def test_in_a_run(tmp_path):
     assert sorted(set(seen[:-12])) == [48, 64] and seen[-12:] == [48, 64, 64, 48] * 3
 
     cfg.MODEL.WEIGHTS = str(tmp_path / "out" / "model_final.pth")
-    again = load_program(ROOT / "train_net.py").evaluate(cfg, resume=False)
+    again = train.evaluate(cfg, resume=False)
     for key in ("panoptic_seg", "panoptic_seg_TTA"):
         assert again[key] == pytest.approx(results[key], nan_ok=True)

@@ -14,16 +14,15 @@ import pytest
 import torch
 from helpers import spread_scores, tiny_config
 from PIL import Image
+from program_helpers import ROOT
 from pycocotools.coco import COCO
-from test_programs import ROOT, load_program
 
 import knet_d2
 from knet_d2.checkpoint import describe_model
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.data import resolve_classes
 from knet_d2.errors import ConfigError
-
-web = load_program(ROOT / "demo" / "web.py")
+from knet_d2.programs import web
 
 NUM_STAGES = {"panoptic": 2, "semantic": 1}
 

@@ -1,55 +1,12 @@
 #!/usr/bin/env python
-"""Export a trained K-Net as one graph, from the image to the final result: to ONNX (.onnx) or torch.export (.pt2).
+"""Export a trained model to ONNX or torch.export; see docs/DEPLOYMENT.md."""
 
-See docs/DEPLOYMENT.md; tools/onnx_runner.py runs the ONNX file, tools/check_export.py compares it with the model.
-"""
+import sys
+from pathlib import Path
 
-import argparse
-import logging
-import os
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
-from detectron2.utils.logger import setup_logger
-
-from knet_d2.errors import ConfigError, errors_in_one_line
-from knet_d2.export import export_metadata, halve, save_onnx, save_pt2, trace
-from knet_d2.inference.resolve import load
-
-WRITERS = {".onnx": save_onnx, ".pt2": save_pt2}
-
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", help="the trained model, a .pth or .safetensors file")
-    parser.add_argument("outputs", nargs="+", metavar="output", help="files to write, ending in .onnx or .pt2")
-    parser.add_argument("--config-file", metavar="FILE", help="for weights that bring no config")
-    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="as of knet_d2.load; stays in the file")
-    parser.add_argument("--fp16", action="store_true", help="compute backbone and static kernels in float16")
-    parser.add_argument("--device", default="cpu", help="where a .pt2 file is going to run: cpu, cuda, ...")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
-    return parser
-
-
-def main(args: argparse.Namespace) -> None:
-    for path in args.outputs:
-        if os.path.splitext(path)[1] not in WRITERS:
-            raise ConfigError(f"{path}: the name of an exported model must end in .onnx or .pt2.")
-    predictor = load(
-        args.weights,
-        confidence_threshold=args.confidence_threshold,
-        device=args.device,
-        config_file=args.config_file,
-        opts=args.opts,
-    )
-    model = halve(predictor.model) if args.fp16 else predictor.model
-    metadata = export_metadata(predictor.cfg, predictor.classes, model)
-    program = trace(model)
-    for path in args.outputs:
-        WRITERS[os.path.splitext(path)[1]](program, path, metadata)
-        megabytes = os.path.getsize(path) / 2**20
-        print(f"Wrote {path}: {metadata['task']} model, output {metadata['output']}, {megabytes:.1f} MB")
-
+from knet_d2.programs import run_program
 
 if __name__ == "__main__":
-    setup_logger(name="knet_d2", abbrev_name="knet").setLevel(logging.WARNING)
-    with errors_in_one_line():
-        main(get_parser().parse_args())
+    sys.exit(run_program("export_model"))

@@ -1,55 +1,12 @@
 #!/usr/bin/env python
-"""Show what the kernels of a trained K-Net have learned, as in the paper's Figure 4.
+"""Draw what the kernels of a trained model have learned; see docs/DEPLOYMENT.md."""
 
-Writes two pictures: the average mask of every instance kernel over a folder of images, and for one image the masks and
-scores of its best kernels before the first update and after each stage. See docs/DEPLOYMENT.md.
-"""
+import sys
+from pathlib import Path
 
-import argparse
-import os
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
-import numpy as np
-from PIL import Image
-
-from knet_d2.data import build_mapper
-from knet_d2.data.files import find_images, read_image
-from knet_d2.errors import errors_in_one_line
-from knet_d2.inference.insight import average_masks, draw_average_masks, draw_stages, stage_masks
-from knet_d2.inference.resolve import load
-
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", help="the trained model, a .pth or .safetensors file")
-    parser.add_argument("--images", nargs="+", required=True, help="image files, folders, or quoted patterns")
-    parser.add_argument("--average", default="kernels.jpg", metavar="FILE", help="picture of the average masks")
-    parser.add_argument("--stages", default="stages.jpg", metavar="FILE", help="picture of one image's stages")
-    parser.add_argument("--image", metavar="FILE", help="that image; by default the first one of --images")
-    parser.add_argument("--kernels", type=int, default=6, help="number of kernels in the picture of the stages")
-    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="score from which an object counts")
-    parser.add_argument("--config-file", metavar="FILE", help="for weights that bring no config")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
-    return parser
-
-
-def main(args: argparse.Namespace) -> None:
-    predictor = load(args.weights, config_file=args.config_file, opts=args.opts)
-    mapper = build_mapper(predictor.cfg, False)
-    files = find_images(args.images)
-    average = average_masks(predictor.model, (mapper({"file_name": x}) for x in files), args.confidence_threshold)
-    write(draw_average_masks(average), args.average)
-    shown = args.image or files[0]
-    image = read_image(shown, "RGB")
-    stages = stage_masks(predictor.model, mapper({"file_name": shown}), image.shape[:2])
-    write(draw_stages(image, stages, predictor.classes, args.kernels), args.stages)
-
-
-def write(picture: np.ndarray, path: str) -> None:
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    Image.fromarray(picture).save(path)
-    print(f"Wrote {path}")
-
+from knet_d2.programs import run_program
 
 if __name__ == "__main__":
-    with errors_in_one_line():
-        main(get_parser().parse_args())
+    sys.exit(run_program("visualize_kernels"))

@@ -11,11 +11,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from detectron2.engine import default_argument_parser
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_net  # noqa: E402
-from knet_d2.engine.launch import add_launch_arguments, run  # noqa: E402
+from knet_d2.programs import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 64
@@ -115,8 +112,7 @@ class Training:
         """
         self._log = Path(log)
         self._log.touch()
-        parser = add_launch_arguments(default_argument_parser())
-        args = parser.parse_args(["--resume", "--config-file", config, *opts, "OUTPUT_DIR", str(folder)])
+        args = train.get_parser().parse_args(["--resume", "--config-file", config, *opts, "OUTPUT_DIR", str(folder)])
         self.process = multiprocessing.get_context("fork").Process(target=self._work, args=(args,))
         self.process.start()
 
@@ -124,7 +120,7 @@ class Training:
         log = os.open(self._log, os.O_WRONLY | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        sys.exit(run(train_net.main, args))
+        sys.exit(train.main(args))
 
     def output(self):
         """All that it, and those before with the same log, have printed."""

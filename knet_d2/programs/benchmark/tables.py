@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -76,9 +77,9 @@ def parts_table(rows: list[dict[str, Any]]) -> str:
     return tabulate(lines, headers=["model", "mode", "size", "batch", "ms by part"], tablefmt="pipe")
 
 
-def write_json(path: str, arguments: list[str], rows: list[dict[str, Any]], device: torch.device) -> None:
+def write_json(path: str, rows: list[dict[str, Any]], device: torch.device) -> None:
     """All that was measured, with the command, the machine and the versions."""
-    command = " ".join(["python", "tools/benchmark.py", *arguments])
+    command = " ".join(["python", *sys.argv])
     content = {"command": command, "environment": environment(device), "rows": rows}
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

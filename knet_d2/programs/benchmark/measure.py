@@ -77,7 +77,7 @@ class Run:
         self.optimizer.zero_grad()
 
 
-def interleave(runs: Sequence[Callable[[], None]], rounds: int, warmup: int, device: torch.device) -> list[list[float]]:
+def interleave(runs: Sequence[Callable[[], Any]], rounds: int, warmup: int, device: torch.device) -> list[list[float]]:
     """Seconds of every run in every round; in a round each is called once, so that all see the same disturbances."""
     seconds: list[list[float]] = [[] for _ in runs]
     for i in range(warmup + rounds):
@@ -139,7 +139,7 @@ def _process_status(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
-def count_operations(run: Callable[[], None]) -> float:
+def count_operations(run: Callable[[], Any]) -> float:
     """Multiply-adds of a run's convolutions and matrix products, in 10^9."""
     with FlopCounterMode(display=False) as counter:
         run()
@@ -167,7 +167,7 @@ def largest_batch(fits: Callable[[int], bool], limit: int = 1024) -> int:
     return low
 
 
-def fits_in_memory(make_run: Callable[[int], Callable[[], None]]) -> Callable[[int], bool]:
+def fits_in_memory(make_run: Callable[[int], Callable[[], Any]]) -> Callable[[int], bool]:
     """Whether a run of some batch size ends without running out of GPU memory."""
 
     def fits(batch: int) -> bool:

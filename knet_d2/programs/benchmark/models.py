@@ -10,12 +10,11 @@ from detectron2.solver import build_optimizer as build_peer_optimizer
 from detectron2.structures import ImageList
 from torch import nn
 
-from knet_d2 import KNet
-from knet_d2.config.files import get_config_file
-from knet_d2.engine import load_config
-from knet_d2.engine.optimizer import build_gradient_clipper, build_optimizer
-from knet_d2.errors import ConfigError
-
+from ... import KNet
+from ...config.files import get_config_file
+from ...engine import load_config
+from ...engine.optimizer import build_gradient_clipper, build_optimizer
+from ...errors import ConfigError
 from .workload import make_batch
 
 # The peers, by their names on the command line
@@ -47,7 +46,7 @@ class Subject(NamedTuple):
 
     name: str
     cfg: CfgNode
-    model: nn.Module
+    model: Any  # a Detectron2 model, or BackboneOnly
 
     @property
     def is_knet(self) -> bool:

@@ -9,8 +9,7 @@ import torch
 from panopticapi.utils import id2rgb
 from PIL import Image
 
-from knet_d2.data.mapper import build_mapper
-
+from ...data.mapper import build_mapper
 from .measure import interleave, median
 from .models import Subject
 from .workload import draw_image

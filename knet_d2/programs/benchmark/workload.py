@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.structures import BitMasks, Instances
 
-from knet_d2.data.shapes.drawing import draw_scene
+from ...data.shapes.drawing import draw_scene
 
 # Scenes are drawn at this size and stretched: drawing at photo size takes seconds
 _DRAWN_SIZE = 256

@@ -9,8 +9,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.modeling.roi_heads import cascade_rcnn, fast_rcnn
 from torch import nn
 
-from knet_d2.modeling.structures import StageOutput
-
+from ...modeling.structures import StageOutput
 from .models import Subject
 
 # At 1 the norms in eval mode of an untrained ResNet make it explode, and it finds nothing
@@ -37,7 +36,7 @@ def fill(subject: Subject, inputs: list[dict[str, Any]]) -> None:
             _set_thresholds(subject, inputs)
 
 
-def _fill_stage(model: nn.Module, stage: nn.Module, inputs: list[dict[str, Any]]) -> None:
+def _fill_stage(model: nn.Module, stage: Any, inputs: list[dict[str, Any]]) -> None:
     """Make a stage's kernels differ: each claims a few pixels, and has classes of its own."""
     seen: dict[str, torch.Tensor] = {}
 
@@ -89,7 +88,7 @@ def _set_thresholds(subject: Subject, inputs: list[dict[str, Any]]) -> None:
             return
 
 
-def _set_score_threshold(model: nn.Module, threshold: float) -> None:
+def _set_score_threshold(model: Any, threshold: float) -> None:
     predictors = model.roi_heads.box_predictor
     for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
         predictor.test_score_thresh = threshold
@@ -123,7 +122,7 @@ def count_findings(subject: Subject, inputs: list[dict[str, Any]]) -> dict[str, 
         hook.remove()
     if scores:
         predictors = model.roi_heads.box_predictor
-        last = predictors[-1] if isinstance(predictors, nn.ModuleList) else predictors
+        last: Any = predictors[-1] if isinstance(predictors, nn.ModuleList) else predictors
         counts["candidates"] = int((scores[0] > last.test_score_thresh).sum())
     result = results[0] if isinstance(results, list) else {}
     if "instances" in result:

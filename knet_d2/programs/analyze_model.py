@@ -1,0 +1,77 @@
+"""Parameters and multiply-adds of a K-Net by module, without post-processing.
+
+python tools/analyze_model.py coco/panoptic/knet_r50_fpn_1x.yaml --size 800x1216 --depth 3
+python tools/analyze_model.py coco/instance/knet_r50_fpn_1x.yaml MODEL.KNET.NUM_KERNELS 256
+"""
+
+import argparse
+import logging
+from typing import Any
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.analysis import FlopCountAnalysis
+from fvcore.nn import flop_count_table
+from fvcore.nn.jit_handles import get_shape
+from torch import nn
+
+from ..config.files import get_config_file
+from ..engine import load_config
+
+
+def count_matmul(inputs: list[Any], outputs: list[Any]) -> int:
+    """Multiply-adds of x @ y; fvcore's own count fails where y is a vector."""
+    return torch.Size(get_shape(outputs[0])).numel() * get_shape(inputs[0])[-1]
+
+
+def count_baddbmm(inputs: list[Any], outputs: list[Any]) -> int:
+    """b + x @ y for batches of matrices, which fvcore does not know: multiply-adds of x @ y."""
+    batch, rows, inner = get_shape(inputs[1])
+    return batch * rows * inner * get_shape(inputs[2])[2]
+
+
+def count_attention(inputs: list[Any], outputs: list[Any]) -> int:
+    """Multiply-adds of q @ k.T and of the weights @ v; fvcore does not know PyTorch's fused attention."""
+    *batch, queries, dim = get_shape(inputs[0])
+    keys, value_dim = get_shape(inputs[2])[-2:]
+    return int(torch.Size(batch).numel()) * queries * keys * (dim + value_dim)
+
+
+class NetworkAlone(nn.Module):
+    """A K-Net's modules under their own names, without pre- and post-processing; all its tensors are outputs."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.__dict__["_model"] = model  # no child: the children keep their names
+        for name, child in model.named_children():
+            self.add_module(name, child)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        # What belongs to no output is not traced
+        return [x for stage in self.__dict__["_model"].network(images).stages for x in stage if x is not None]
+
+
+def analyze(config: str, opts: list[str], size: tuple[int, int]) -> FlopCountAnalysis:
+    """Count the multiply-adds of one prediction, without post-processing, for an image of this height and width."""
+    cfg = load_config(get_config_file(config), ["MODEL.WEIGHTS", "", *opts, "MODEL.DEVICE", "cpu"])
+    model = build_model(cfg).eval()
+    flops = FlopCountAnalysis(NetworkAlone(model), torch.zeros(1, 3, *size))
+    flops.set_op_handle("aten::matmul", count_matmul)
+    flops.set_op_handle("aten::baddbmm", count_baddbmm)
+    flops.set_op_handle("aten::scaled_dot_product_attention", count_attention)
+    return flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="path below configs/")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs that change the config")
+    parser.add_argument("--size", default="800x1216", help="of the network's input, HxW")
+    parser.add_argument("--depth", type=int, default=3, help="of the modules that get a line")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    height, width = (int(number) for number in args.size.split("x"))
+    print(flop_count_table(analyze(args.config, args.opts, (height, width)), max_depth=args.depth))

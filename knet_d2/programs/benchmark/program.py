@@ -1,0 +1,142 @@
+"""Compare K-Net with Detectron2's own models: all in one process, in turns, on the same generated images.
+
+    python tools/benchmark.py --threads 2 --json docs/benchmarks/cpu_inference.json
+    python tools/benchmark.py --models coco/instance/knet_r50_fpn_1x.yaml,MODEL.KNET.NUM_KERNELS=50 \\
+        coco/instance/knet_r50_fpn_1x.yaml,MODEL.KNET.NUM_KERNELS=400
+    python tools/benchmark.py --device cuda --mode inference training --precision fp32 tf32 fp16 bf16 \\
+        --compile no yes --batch 1 2 8 16 max --json benchmark_gpu.json
+
+Every combination of mode, precision, compilation, size and batch is one comparison. Weights are random, but such that
+all models do their work: see filling.py in knet_d2/programs/benchmark, and the column "finds". "speed" is relative to
+the first model.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ...errors import ConfigError
+from . import tables
+from .filling import count_findings, fill
+from .mapping import mapper_seconds
+from .measure import (
+    PRECISIONS,
+    Run,
+    count_operations,
+    fits_in_memory,
+    interleave,
+    largest_batch,
+    matrix_rate,
+    measure_memory,
+    median,
+    precision,
+)
+from .models import BACKBONE, PEERS, Subject, build_subject
+from .parts import time_parts
+
+INSTANCE, PANOPTIC = "coco/instance/knet_r50_fpn_1x.yaml", "coco/panoptic/knet_r50_fpn_1x.yaml"
+MAX_BATCH = "max"
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, width = (int(number) for number in text.split("x"))
+    return height, width
+
+
+def _batch(text: str) -> "int | str":
+    return text if text == MAX_BATCH else int(text)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [BACKBONE, INSTANCE, "mask_rcnn", "cascade_mask_rcnn", PANOPTIC, "panoptic_fpn"]
+    names = ", ".join([*PEERS, BACKBONE])
+    parser.add_argument("--models", nargs="+", default=default, help=f"{names}, or configs[,KEY=VALUE...]")
+    parser.add_argument("--mode", nargs="+", default=["inference"], choices=["inference", "training"])
+    parser.add_argument("--size", nargs="+", type=_size, default=[(800, 1216)], help="of the network's input, HxW")
+    parser.add_argument("--output-size", type=_size, help="of the results, HxW; default: the input's")
+    parser.add_argument("--batch", nargs="+", type=_batch, default=[1], help=f'images, or "{MAX_BATCH}" (CUDA)')
+    parser.add_argument("--precision", nargs="+", default=["fp32"], choices=list(PRECISIONS))
+    parser.add_argument("--compile", nargs="+", default=["no"], choices=["no", "yes"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=10, help="of which the median is taken")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before them")
+    parser.add_argument("--channels-last-peers", action="store_true", help="lay out the peers' weights so, too")
+    parser.add_argument("--json", help="file for the raw results")
+    return parser
+
+
+def compare(args: argparse.Namespace, setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measure all models in one setting of mode, precision, compilation, size and batch."""
+    device, train = torch.device(args.device), setting["mode"] == "training"
+    output_size = args.output_size or setting["size"]
+    subjects = [build_subject(name, args.device, channels_last=args.channels_last_peers) for name in args.models]
+    subjects = [subject for subject in subjects if subject.can_train or not train]
+    runs, rows = [], []
+    with precision(setting["precision"], device):
+        for subject in subjects:
+            run, findings = _prepare(subject, setting, output_size, train)
+            runs.append(run)
+            row = {**setting, "model": subject.name, "batch": len(run.inputs), "output": output_size}
+            row["parameters"] = sum(p.numel() for p in subject.model.parameters())
+            row["giga_multiply_adds"] = count_operations(run)
+            row["findings"], row["parts"] = findings, time_parts(run, device, args.rounds)
+            if train and subject.reads_panoptic_files:
+                row["parts"]["mapper, per image"] = mapper_seconds(subject, args.rounds)
+            if setting["compiled"]:
+                subject.compile()
+            rows.append(row)
+        seconds = interleave(runs, args.rounds, args.warmup, device)
+        rate = matrix_rate(device, setting["precision"])
+        for row, run, samples in zip(rows, runs, seconds):
+            row["seconds"], row["all_seconds"] = median(samples), samples
+            # In this order it is exactly 1 for the first model
+            row["speed"] = (row["batch"] * rows[0]["seconds"]) / (rows[0]["batch"] * row["seconds"])
+            row["share_of_matrix_rate"] = row["giga_multiply_adds"] / row["seconds"] / rate
+            memory = measure_memory(run, device)
+            row["peak_mib"], row["returned_mib"] = memory or (None, None)
+    return rows
+
+
+def _prepare(
+    subject: Subject, setting: dict[str, Any], output_size: tuple[int, int], train: bool
+) -> tuple[Run, dict[str, int]]:
+    """Fill a model; returns its run, and what it finds."""
+
+    def make_run(batch: int) -> Run:
+        return Run(subject, subject.inputs(setting["size"], batch, output_size), train=train)
+
+    one = subject.inputs(setting["size"], 1, output_size)
+    subject.model.eval()
+    fill(subject, one)
+    findings = count_findings(subject, one)
+    batch = setting["batch"]
+    return make_run(largest_batch(fits_in_memory(make_run)) if batch == MAX_BATCH else batch), findings
+
+
+def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every combination of the options."""
+    names = ("mode", "precision", "compiled", "size", "batch")
+    compiled = [choice == "yes" for choice in args.compile]
+    for values in itertools.product(args.mode, args.precision, compiled, args.size, args.batch):
+        yield dict(zip(names, values))
+
+
+def main(args: argparse.Namespace) -> None:
+    if MAX_BATCH in args.batch and not args.device.startswith("cuda"):
+        raise ConfigError(f"--batch {MAX_BATCH} needs --device cuda: only there running out of memory is an error.")
+    if "fp16" in args.precision and args.device == "cpu":
+        raise ConfigError("--precision fp16 needs --device cuda; on the CPU use bf16.")
+    torch.set_num_threads(args.threads)
+    rows: list[dict[str, Any]] = []
+    for setting in settings(args):
+        rows += compare(args, setting)
+        if args.json:
+            tables.write_json(args.json, rows, torch.device(args.device))
+        print(f"{setting} done", file=sys.stderr, flush=True)
+    print(f"{tables.main_table(rows)}\n\n{tables.parts_table(rows)}")

@@ -1,0 +1,83 @@
+"""Run K-Net on images, a video or a webcam; the command line is that of Detectron2's demo. See demo/README.md."""
+
+import argparse
+import contextlib
+import os
+
+import tqdm
+
+from ..data.files import IMAGE_TYPES
+from ..inference.predictor import ImagePredictor
+from ..inference.resolve import resolve_model
+from ..inference.sinks import JsonFile, PictureFiles, Sink, Stop, VideoFile, VideoWindow, Window
+from ..inference.sources import ImageFiles, Source, Video
+from ..results.writers import JsonWriter
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Segment images or videos with K-Net.")
+    parser.add_argument("--config-file", metavar="FILE", help="path to config file; default: the one in the weights")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", help="image files, folders of images, or quoted patterns as 'a/*.jpg'")
+    source.add_argument("--video-input", metavar="FILE", help="video file")
+    source.add_argument("--webcam", action="store_true", help="take pictures from the webcam")
+    parser.add_argument("--output", help="folder or file for the pictures; without it a window shows them")
+    parser.add_argument("--json", metavar="FILE", help="write the results, of each image or frame")
+    parser.add_argument(
+        "--confidence-threshold", type=float, default=0.3, help="lowest score of an instance or thing segment"
+    )
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    return parser
+
+
+def build_predictor(args: argparse.Namespace) -> ImagePredictor:
+    """The model, with the confidence threshold where post-processing reads it."""
+    cfg, classes = resolve_model(args.config_file, args.opts)
+    cfg.MODEL.KNET.TEST.SCORE_THRESHOLD = args.confidence_threshold
+    cfg.MODEL.KNET.TEST.THING_SCORE_THRESHOLD = args.confidence_threshold
+    cfg.freeze()
+    return ImagePredictor(cfg, classes)
+
+
+def build_sinks(args: argparse.Namespace, source: Source, predictor: ImagePredictor) -> list[Sink]:
+    """Where the command line wants the results: files, or a window where it names none."""
+    sinks: list[Sink] = []
+    if args.json:
+        info = {"task": predictor.cfg.MODEL.KNET.TASK, "weights": predictor.cfg.MODEL.WEIGHTS}
+        sinks.append(JsonFile(JsonWriter(args.json, info, predictor.classes)))
+    if isinstance(source, Video):
+        if args.output:
+            sinks.append(VideoFile(video_path(args.output, source.name), source.rate, predictor.classes))
+        else:
+            sinks.append(VideoWindow(predictor.classes))
+    elif args.output:
+        is_one_file = len(args.input) == 1 and os.path.isfile(args.input[0])
+        sinks.append(PictureFiles(args.output, is_file=is_one_file and args.output.lower().endswith(IMAGE_TYPES)))
+    elif not sinks:
+        sinks.append(Window(milliseconds=0))
+    return sinks
+
+
+def video_path(output: str, name: str) -> str:
+    """--output itself, or a file in the folder that it names."""
+    if not os.path.isdir(output):
+        return output
+    return os.path.join(output, os.path.splitext(os.path.basename(name))[0] + "_knet.mp4")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit code: 1 where an image could not be read."""
+    source = ImageFiles(args.input) if args.input else Video(args.video_input)
+    predictor = build_predictor(args)
+    with contextlib.ExitStack() as stack:
+        sinks = build_sinks(args, source, predictor)
+        for sink in sinks:
+            stack.callback(sink.close)
+        stack.enter_context(contextlib.suppress(Stop))
+        for frame in tqdm.tqdm(source, total=source.count, unit=source.unit, disable=source.count == 1):
+            if frame.image is None:
+                continue
+            predictions = predictor.predict(frame.image)
+            for sink in sinks:
+                sink.write(frame, predictions)
+    return 1 if source.failed else 0

@@ -1,0 +1,47 @@
+"""Train or evaluate K-Net; the command line is Detectron2's.
+
+python train_net.py --config-file configs/... [--num-gpus N] [--resume | --eval-only] [KEY VALUE ...]
+
+torchrun and srun start it as well, see docs/CLUSTERS.md.
+"""
+
+import argparse
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from ..checkpoint import Checkpointer
+from ..engine import Trainer, launch, setup
+
+
+def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
+    """Evaluate MODEL.WEIGHTS (with ``resume``: the last checkpoint in OUTPUT_DIR) on DATASETS.TEST."""
+    model = Trainer.build_model(cfg)
+    Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def train(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Train or evaluate in this process, one of those that :func:`main` starts; returns the last metrics."""
+    cfg = setup(args)
+    if args.eval_only:
+        return evaluate(cfg, args.resume)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def get_parser() -> argparse.ArgumentParser:
+    return launch.add_launch_arguments(default_argument_parser())
+
+
+def main(args: argparse.Namespace) -> int:
+    return launch.run(train, args)

@@ -1,0 +1,282 @@
+"""A web page on which one uploads an image and looks at what K-Net finds, stage by stage. See docs/DEPLOYMENT.md."""
+
+import argparse
+import functools
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..data.files import read_image
+from ..errors import ConfigError, DataError
+from ..inference import ImagePredictor, Prediction, Trace, load
+from ..results.outputs import OUTPUTS
+from ..results.writers import coco_file
+
+# What an upload may be: formats that Pillow reads itself, without the help of other programs
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+COLUMNS = ("class", "score", "pixels", "x", "y", "width", "height")
+# Pixels of an upload, which are unpacked before it is made smaller
+MAX_PIXELS = 100_000_000
+# Images whose passes through the network are kept, for those who move the sliders
+NUM_KEPT = 4
+# Size of an upload, and how many requests may wait for the model
+MAX_FILE_SIZE = "64mb"
+MAX_WAITING = 32
+# Seconds after which files of visitors are deleted
+MAX_FILE_AGE = 3600
+
+logger = logging.getLogger("knet_d2.demo")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Show a page on which K-Net segments images.")
+    parser.add_argument("--weights", nargs="+", required=True, metavar="FILE", help="weights of one or more models")
+    parser.add_argument("--config-file", metavar="FILE", help="config of weights that bring none")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on")
+    parser.add_argument("--max-megapixels", type=float, default=2, help="larger images are made smaller")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    return parser
+
+
+class View(NamedTuple):
+    """What the page shows.
+
+    Attributes:
+        message: a line of text: what is seen, or what is wrong.
+        picture: uint8 RGB [h, w, 3], the segments over the image.
+        rows: for each segment, what COLUMNS says.
+        coco: a COCO file, see :func:`coco_file`.
+        num_stages: of the model.
+    """
+
+    message: str
+    picture: np.ndarray | None
+    rows: list[list[Any]]
+    coco: dict[str, Any] | None
+    num_stages: int
+
+
+class Viewer:
+    """What the page does, without the page."""
+
+    def __init__(self, models: dict[str, ImagePredictor], max_megapixels: float):
+        """
+        Args:
+            models: by the names that visitors see.
+            max_megapixels: larger images are made smaller.
+        """
+        self._models = models
+        self._max_megapixels = max_megapixels
+        self._trace = functools.lru_cache(maxsize=NUM_KEPT)(self._new_trace)
+
+    def choices(self) -> dict[str, tuple[str, str]]:
+        """Name of a model and one of its outputs, by what visitors see."""
+        return {
+            OUTPUTS[output].title + (f" ({name})" if len(self._models) > 1 else ""): (name, output)
+            for name, model in self._models.items()
+            for output in model.outputs
+        }
+
+    def num_stages(self, choice: str) -> int:
+        """S of the model behind a choice."""
+        return len(self._models[self.choices()[choice][0]].model.cascade.stages)
+
+    def view(self, path: str | None, choice: str, threshold: float, stage: int) -> View:
+        """What is to be seen; whatever is wrong with the file is a message, too.
+
+        Args:
+            path: of an uploaded file; None: there is none.
+            choice: one of :meth:`choices`.
+            threshold: lowest score of an instance or thing segment.
+            stage: 0 is the static kernels; the last one stands in for those that the model has not.
+        """
+        name, output = self.choices()[choice]
+        num_stages = self.num_stages(choice)
+        if path is None:
+            return View("Upload an image.", None, [], None, num_stages)
+        try:
+            image, trace = self._trace(path, name)
+        except DataError as error:
+            return View(f"**Error:** {error}", None, [], None, num_stages)
+        except Exception:  # no memory for it, an image one pixel high: the page goes on
+            logger.exception("An uploaded image could not be segmented")
+            return View("**Error:** this image can't be segmented; the log says why.", None, [], None, num_stages)
+        stage = min(stage, num_stages)
+        prediction = trace.prediction(threshold, stage=stage, output=output)
+        height, width = prediction.size
+        where = "the static kernels, before any update" if stage == 0 else f"stage {stage} of {num_stages}"
+        message = f"{len(prediction.segments)} segments by {where}; {width} x {height} pixels."
+        coco = coco_file(prediction, PurePath(path).name)
+        return View(message, prediction.draw(image), table(prediction), coco, num_stages)
+
+    def _new_trace(self, path: str, name: str) -> tuple[np.ndarray, Trace]:
+        image = read_upload(path, self._max_megapixels)
+        return image, self._models[name].trace(image, "RGB")
+
+
+def read_upload(path: str, max_megapixels: float) -> np.ndarray:
+    """The image that somebody uploaded, uint8 RGB [H, W, 3]; its size is looked at before its pixels are.
+
+    Args:
+        max_megapixels: a larger one is made smaller, as masks of many pixels take long.
+
+    Raises:
+        DataError: it is none of FORMATS, damaged or larger than MAX_PIXELS. The message tells no folder.
+    """
+    name = PurePath(path).name
+    Image.init()  # Pillow knows some of FORMATS only after that
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
+            with Image.open(path, formats=FORMATS) as file:
+                width, height = file.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{name} is no image that can be read; use one of {', '.join(FORMATS)}.") from error
+    except Image.DecompressionBombError:
+        width = height = MAX_PIXELS
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{name} is too large; this page takes up to {MAX_PIXELS // 1_000_000} megapixels.")
+    try:
+        image = read_image(path, "RGB")
+    except DataError as error:
+        raise DataError(f"{name} is damaged; its pixels can't be read.") from error
+    scale = (max_megapixels * 1e6 / (width * height)) ** 0.5
+    if scale >= 1:
+        return image
+    size = [max(1, int(side * scale)) for side in (image.shape[1], image.shape[0])]
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+
+
+def table(prediction: Prediction) -> list[list[Any]]:
+    """A row of COLUMNS for each segment; the score of a semantic class is empty."""
+    return [
+        [prediction.classes.names[x.label], "" if x.score is None else round(x.score, 3), x.area, *x.box]
+        for x in prediction.segments
+    ]
+
+
+def load_models(paths: Sequence[str], config_file: str | None, opts: Sequence[str]) -> dict[str, ImagePredictor]:
+    """The models by the last two parts of their paths, which tell enough; where these are the same, with a number."""
+    models: dict[str, ImagePredictor] = {}
+    for path in paths:
+        short = "/".join(PurePath(path).parts[-2:])
+        name, number = short, 1
+        while name in models:
+            number += 1
+            name = f"{short} {number}"
+        models[name] = load(path, config_file=config_file, opts=[*opts, "TEST.AUG.ENABLED", "False"])
+    return models
+
+
+def build_page(viewer: Viewer, folder: str) -> Any:
+    """The page, a gradio.Blocks.
+
+    Args:
+        folder: for what visitors upload and download; the only one whose files can be asked for.
+
+    Raises:
+        ConfigError: Gradio is missing.
+    """
+    # It reads these when it is imported; it sends messages home unless told not to.
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=folder)
+    try:
+        import gradio
+    except ImportError as error:
+        raise ConfigError(f"The page needs Gradio ({error}). Install it: pip install 'gradio>=6'") from error
+
+    choices = list(viewer.choices())
+    last = viewer.num_stages(choices[0])
+
+    def update(path: str | None, choice: str, threshold: float, stage: int) -> list[Any]:
+        view = viewer.view(path, choice, threshold, stage)
+        slider = gradio.Slider(maximum=view.num_stages, value=min(stage, view.num_stages), info=_stage_info(view))
+        return [view.message, view.picture, view.rows, _download(gradio, view, folder), slider]
+
+    with gradio.Blocks(title="K-Net", analytics_enabled=False, delete_cache=(MAX_FILE_AGE, MAX_FILE_AGE)) as page:
+        gradio.Markdown("# K-Net\nUpload an image to see its segments; the stages show how the kernels find them.")
+        with gradio.Row():
+            with gradio.Column(scale=1):
+                upload = gradio.File(label="Image", file_types=["image"])
+                choice = gradio.Radio(choices, value=choices[0], label="Task")
+                threshold = gradio.Slider(
+                    0, 1, 0.3, step=0.01, label="Score threshold", info="of instances and things; stuff is always shown"
+                )
+                stage = gradio.Slider(0, last, last, step=1, label="Stage")
+            with gradio.Column(scale=2):
+                message = gradio.Markdown()
+                # Without the button that would send the picture to a server elsewhere
+                picture = gradio.Image(label="Segments", format="png", buttons=["download", "fullscreen"])
+                download = gradio.DownloadButton("Download masks (COCO JSON)", interactive=False)
+                rows = gradio.Dataframe(headers=list(COLUMNS), label="List of segments", interactive=False)
+        inputs = [upload, choice, threshold, stage]
+        gradio.on(
+            [page.load, upload.change, choice.input, threshold.input, stage.input],
+            update,
+            inputs,
+            [message, picture, rows, download, stage],
+            trigger_mode="always_last",
+            api_name="segment",
+        )
+    return page
+
+
+def _stage_info(view: View) -> str:
+    return f"0: static kernels, before any update; {view.num_stages}: the last stage"
+
+
+def _download(gradio: Any, view: View, folder: str) -> Any:
+    if view.coco is None:
+        return gradio.DownloadButton(value=None, interactive=False)
+    stem = PurePath(view.coco["images"][0]["file_name"]).stem
+    path = os.path.join(tempfile.mkdtemp(dir=folder), f"{stem}_masks.json")
+    with open(path, "w") as f:
+        json.dump(view.coco, f)
+    return gradio.DownloadButton(value=path, interactive=True)
+
+
+def serve(page: Any, host: str, port: int) -> str:
+    """Begin to show the page; returns its address.
+
+    Raises:
+        ConfigError: the port is taken, or can't be had.
+    """
+    try:
+        _, address, _ = page.queue(max_size=MAX_WAITING).launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            allowed_paths=[],
+            max_file_size=MAX_FILE_SIZE,
+            enable_monitoring=False,
+            mcp_server=False,
+            run_history=False,
+            ssr_mode=False,
+            footer_links=[],
+            prevent_thread_lock=True,
+            quiet=True,
+        )
+    except OSError as error:
+        raise ConfigError(f"The page can't listen on --host {host} --port {port}; try another port.") from error
+    return address
+
+
+def main(args: argparse.Namespace) -> None:
+    # As service managers stop it: the folder with the uploads goes as after Ctrl+C
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    viewer = Viewer(load_models(args.weights, args.config_file, args.opts), args.max_megapixels)
+    with tempfile.TemporaryDirectory(prefix="knet_d2_web_") as folder:
+        page = build_page(viewer, folder)
+        address = serve(page, args.host, args.port)
+        print(f"Open {address} in a browser; Ctrl+C ends the page.", flush=True)
+        page.block_thread()
