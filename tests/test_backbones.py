@@ -36,7 +36,7 @@ from knet_d2.checkpoint.openmmlab_backbones import (
 )
 from knet_d2.errors import ConfigError
 from knet_d2.modeling.backbone.resnet import contracted_dilations
-from knet_d2.modeling.norm import EvalBatchNorm2d, resolve_norm, sync_batch_norm
+from knet_d2.modeling.layers import EvalBatchNorm2d, resolve_norm, sync_batch_norm
 
 DATA = Path(__file__).parent / "data"
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]

@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from knet_d2.modeling.fast_convolution import channels_last, fold_norms
-from knet_d2.modeling.norm import EvalBatchNorm2d
+from knet_d2.modeling.layers import EvalBatchNorm2d, channels_last, fold_norms
 
 NORMS = {"BN": nn.BatchNorm2d, "EvalBN": EvalBatchNorm2d, "FrozenBN": FrozenBatchNorm2d}
 

@@ -9,10 +9,15 @@ from helpers import sigmoid, slow_bilinear, tiny_config
 from torch import nn
 
 from knet_d2.errors import ConfigError
-from knet_d2.modeling.cascade import KernelUpdateCascade
-from knet_d2.modeling.kernel_update import AdaptiveKernelUpdate, LinearKernelUpdate, gather_group_features
+from knet_d2.modeling.cascade import (
+    AdaptiveKernelUpdate,
+    KernelInteraction,
+    KernelUpdateCascade,
+    KernelUpdateHead,
+    LinearKernelUpdate,
+    gather_group_features,
+)
 from knet_d2.modeling.structures import KernelState
-from knet_d2.modeling.update_head import KernelInteraction, KernelUpdateHead
 
 B, N, K = 2, 5, 3
 

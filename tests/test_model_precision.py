@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_leaves
 from knet_d2.engine.optimizer import build_gradient_clipper, build_optimizer
 from knet_d2.engine.train_step import TrainStep
 from knet_d2.modeling.cascade import KernelUpdateCascade
+from knet_d2.modeling.layers import full_precision
 from knet_d2.modeling.matcher import HungarianMatcher
 from knet_d2.modeling.postprocessing import ImageGeometry, mask_probabilities
-from knet_d2.modeling.precision import full_precision
 from knet_d2.modeling.structures import KernelState, NetworkOutput, Targets
 from knet_d2.modeling.targets import build_targets
 from knet_d2.tasks import TASKS

@@ -7,7 +7,7 @@ from helpers import IGNORE, make_example, tiny_model
 from official_layout import official_state_dict
 from plain_knet import PlainKNet, bilinear
 
-from knet_d2.modeling.fast_convolution import channels_last  # the backbone rounds as in the model
+from knet_d2.modeling.layers import channels_last  # the backbone rounds as in the model
 
 SIZES = [(61, 83), (97, 50), (64, 64)]
 OUTPUTS = [(68, 80), (97, 50), (31, 129)]

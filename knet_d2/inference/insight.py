@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 
 from ..data.classes import ClassTable
 from ..errors import ConfigError, DataError
+from ..modeling.layers import no_autocast
 from ..modeling.meta_arch import KNet
 from ..modeling.postprocessing import mask_probabilities
-from ..modeling.precision import no_autocast
 from ..results.pictures import picture_sheet
 
 # Side of the square to which the paper resizes all masks, and of the pictures' cells

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..errors import ConfigError, NonFiniteError
 from ..tasks import get_task
+from .layers import full_precision, no_autocast
 from .losses import dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
 from .matcher import Candidates, HungarianMatcher
-from .precision import full_precision, no_autocast
 from .resize import upsample_masks
 from .structures import KernelBank, KernelState, Match, StageOutput, Targets
 

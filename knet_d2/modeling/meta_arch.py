@@ -16,7 +16,7 @@ from ..errors import ConfigError, DataError
 from ..tasks import get_task
 from .cascade import KernelUpdateCascade, select_stage
 from .criterion import KNetCriterion
-from .fast_convolution import channels_last, fold_norms
+from .layers import channels_last, fold_norms
 from .postprocessing import ImageGeometry, ImagePrediction, PostProcessor
 from .resize import upsampled_size
 from .static_kernels import build_auxiliary_head, build_static_kernels

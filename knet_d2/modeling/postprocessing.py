@@ -13,8 +13,8 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..tasks import get_task
+from .layers import no_autocast
 from .mask_cells import Cells, ImageGeometry, upsampled_probabilities
-from .precision import no_autocast
 from .structures import KernelBank
 
 MASK_THRESHOLD = 0.5

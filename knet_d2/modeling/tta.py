@@ -22,8 +22,8 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..tasks import get_task
+from .layers import no_autocast
 from .postprocessing import ImageGeometry, ImagePrediction
-from .precision import no_autocast
 from .structures import KernelBank
 
 # Kernels of two views are the same object only if their masks agree at least so much.

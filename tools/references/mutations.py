@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from knet_d2.modeling import criterion, kernel_update, mask_cells, position_encoding, postprocessing, update_head
+from knet_d2.modeling import cascade, criterion, mask_cells, postprocessing
 from knet_d2.modeling.backbone import swin
 from knet_d2.modeling.losses import dice_coefficient
 from knet_d2.modeling.resize import upsample_masks
@@ -45,11 +45,13 @@ def mutated(mutation: Mutation, model: torch.nn.Module) -> Iterator[None]:
 
 
 def _mean_gather(model) -> Sequence[Patch]:
+    original = cascade.gather_group_features
+
     def gather(weights: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
         area = weights.sum(dim=(2, 3)).clamp(min=1)[..., None]
-        return kernel_update.gather_group_features(weights, feature) / area
+        return original(weights, feature) / area
 
-    return [(module, "gather_group_features", gather) for module in (semantic_fpn, update_head)]
+    return [(module, "gather_group_features", gather) for module in (semantic_fpn, cascade)]
 
 
 def _at_least(model) -> Sequence[Patch]:
@@ -103,20 +105,22 @@ def _normalised_by_things(model) -> Sequence[Patch]:
 
 
 def _encoding_x_first(model) -> Sequence[Patch]:
+    original = semantic_fpn.sine_position_encoding
+
     def encoding(x):
-        return torch.cat(position_encoding.sine_position_encoding(x).chunk(2, dim=1)[::-1], dim=1)
+        return torch.cat(original(x).chunk(2, dim=1)[::-1], dim=1)
 
     return [(semantic_fpn, "sine_position_encoding", encoding)]
 
 
 def _encoding_from_zero(model) -> Sequence[Patch]:
-    original = position_encoding._normalised_positions
+    original = semantic_fpn._normalised_positions
 
     def positions(length, x):
         values = original(length, x)
         return values - values[0]
 
-    return [(position_encoding, "_normalised_positions", positions)]
+    return [(semantic_fpn, "_normalised_positions", positions)]
 
 
 def _without_bank(model) -> Sequence[Patch]:

@@ -5,7 +5,7 @@ from detectron2.layers import Conv2d
 from torch import nn
 from torchvision.ops import deform_conv2d
 
-from ..precision import full_precision, no_autocast
+from ..layers import full_precision, no_autocast
 
 
 class DeformConv2d(Conv2d):

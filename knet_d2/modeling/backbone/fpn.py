@@ -6,7 +6,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, Backbone
 from torch import nn
 
-from ..norm import resolve_norm
+from ..layers import resolve_norm
 from .resnet import build_knet_resnet_backbone
 from .swin import build_knet_swin_backbone
 

@@ -17,7 +17,7 @@ from fvcore.nn import weight_init
 from torch import nn
 
 from ...errors import ConfigError
-from ..norm import EvalBatchNorm2d, resolve_norm
+from ..layers import EvalBatchNorm2d, resolve_norm
 from .deform_conv import DeformConv2d
 
 BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}

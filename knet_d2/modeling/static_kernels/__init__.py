@@ -1,8 +1,7 @@
 """Producers of static kernels: Detectron2 SEM_SEG heads that return a :class:`~..structures.KernelState`."""
 
-from .auxiliary_head import AuxiliaryHead, build_auxiliary_head
-from .build import build_static_kernels
-from .decode_heads import ASPPKernelHead, DecodeKernelHead, FCNKernelHead, PSPKernelHead, UPerKernelHead
+from .build import build_auxiliary_head, build_static_kernels
+from .decode_heads import ASPPKernelHead, AuxiliaryHead, DecodeKernelHead, FCNKernelHead, PSPKernelHead, UPerKernelHead
 from .semantic_fpn import SemanticFPN, SemanticFPNKernelHead
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The producer of static kernels that a config names."""
+"""The producer of static kernels and the auxiliary head that a config names."""
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
@@ -6,6 +6,7 @@ from torch import nn
 
 from ...errors import ConfigError
 from ..structures import KernelBank
+from .decode_heads import AuxiliaryHead
 
 
 def build_static_kernels(cfg, input_shape: dict[str, ShapeSpec], bank: KernelBank) -> nn.Module:
@@ -27,3 +28,26 @@ def build_static_kernels(cfg, input_shape: dict[str, ShapeSpec], bank: KernelBan
     if missing:
         raise ConfigError(f"MODEL.SEM_SEG_HEAD.IN_FEATURES has {missing}: the backbone gives {sorted(input_shape)}.")
     return producers[name](cfg, input_shape, bank)
+
+
+def build_auxiliary_head(cfg, input_shape: dict[str, ShapeSpec], bank: KernelBank) -> AuxiliaryHead | None:
+    """The auxiliary head that the config asks for, or None."""
+    knet = cfg.MODEL.KNET
+    if knet.LOSS.AUXILIARY_WEIGHT == 0:
+        return None
+    if not bank.fixed_class_ids:
+        raise ConfigError("MODEL.KNET.LOSS.AUXILIARY_WEIGHT must be 0 for instance segmentation: it has no label map.")
+    name = knet.AUXILIARY_HEAD.IN_FEATURE
+    if name not in input_shape:
+        raise ConfigError(
+            f"MODEL.KNET.AUXILIARY_HEAD.IN_FEATURE = {name!r}: the backbone gives {sorted(input_shape)}; "
+            "choose one of them or set MODEL.KNET.LOSS.AUXILIARY_WEIGHT 0."
+        )
+    return AuxiliaryHead(
+        name,
+        input_shape[name].channels,
+        knet.AUXILIARY_HEAD.CONV_DIM,
+        bank.num_classes,
+        cfg.MODEL.SEM_SEG_HEAD.NORM,
+        knet.DROPOUT,
+    )

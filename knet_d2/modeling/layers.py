@@ -1,10 +1,73 @@
-"""What makes convolutions faster and changes no result beyond rounding."""
+"""Layers and tensor helpers that all parts of the network share: precision, batch norm, fast convolutions."""
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from torch import nn
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
+from detectron2.utils import comm
+from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+# Where mixed precision ends: sums over thousands of pixels overflow float16 and round too much in bfloat16
+
+
+def full_precision(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x in float32 if it is of a half type; float64 stays float64, None stays None."""
+    if x is None or x.dtype not in (torch.float16, torch.bfloat16):
+        return x
+    return x.float()
+
+
+def no_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """A context in which operations on x's device keep the type of their inputs."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+# Batch norm as K-Net's models use it: in eval mode with trainable affine weights, or synchronised
+
+
+class EvalBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that always normalises with its running statistics and never changes them.
+
+    Unlike Detectron2's FrozenBatchNorm2d its affine weights are parameters, so they train.
+    """
+
+    def __init__(self, num_features: int, **kwargs):
+        super().__init__(num_features, **kwargs)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "EvalBatchNorm2d":
+        """Stays in eval mode, whatever mode the model is in."""
+        return super().train(False)
+
+
+def sync_batch_norm(num_features: int) -> nn.Module:
+    """Batch norm over all processes; plain batch norm where there is only one.
+
+    torch.nn.SyncBatchNorm refuses tensors on a CPU, so it is used with NCCL only. All three kinds have the
+    same state dict, so a checkpoint of one loads into the others.
+    """
+    if comm.get_world_size() == 1:
+        return nn.BatchNorm2d(num_features)
+    if distributed.get_backend() == "nccl":
+        return nn.SyncBatchNorm(num_features)
+    return NaiveSyncBatchNorm(num_features)
+
+
+def resolve_norm(name: str) -> str | Callable[[int], nn.Module]:
+    """The ``norm`` argument of Detectron2's layers for a name in a config.
+
+    Adds "EvalBN" to Detectron2's names and makes "SyncBN" work on any number of processes and any device.
+    """
+    return {"EvalBN": EvalBatchNorm2d, "SyncBN": sync_batch_norm}.get(name, name)
+
+
+# What makes convolutions faster and changes no result beyond rounding
 
 
 def channels_last(images: torch.Tensor) -> torch.Tensor:
