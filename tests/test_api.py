@@ -39,4 +39,6 @@ def test_the_page_has_what_was_documented_from_the_start():
         ("knet_d2.model_zoo", "get"),
     }
     assert earlier <= set(NAMES)
-    assert {"knet_d2.doctor", "knet_d2.install_detectron2", "knet_d2.data.shapes", "knet_d2.engine.replay"} <= {*PROGRAMS}
+    assert {"knet_d2.doctor", "knet_d2.install_detectron2", "knet_d2.data.shapes", "knet_d2.engine.replay"} <= {
+        *PROGRAMS
+    }

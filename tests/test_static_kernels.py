@@ -15,8 +15,8 @@ from knet_d2.modeling.cascade import static_predictions
 from knet_d2.modeling.static_kernels import FCNKernelHead, SemanticFPN, SemanticFPNKernelHead, build_auxiliary_head
 from knet_d2.modeling.static_kernels.decode_heads import adaptive_average_pool
 from knet_d2.modeling.static_kernels.semantic_fpn import coordinate_channels, sine_position_encoding
-from knet_d2.modeling.structures import Assignment, KernelBank, KernelGroup, KernelState
-from knet_d2.tasks import TASKS
+from knet_d2.modeling.structures import KernelState
+from knet_d2.tasks import TASKS, Assignment, KernelBank, KernelGroup
 
 DIM = 32
 LEVELS = {f"p{i}": ShapeSpec(channels=8, stride=2**i) for i in (2, 3, 4, 5)}

@@ -12,12 +12,12 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..errors import ConfigError, NonFiniteError
-from ..tasks import get_task
+from ..tasks import KernelBank, get_task
 from .layers import full_precision, no_autocast
 from .losses import dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
 from .matcher import Candidates, HungarianMatcher
 from .resize import upsample_masks
-from .structures import KernelBank, KernelState, Match, StageOutput, Targets
+from .structures import KernelState, Match, StageOutput, Targets
 
 # Pixels of the rank loss's targets that no kernel owns
 UNOWNED = -1

@@ -12,10 +12,9 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from ..errors import ConfigError
-from ..tasks import get_task
+from ..tasks import KernelBank, get_task
 from .layers import no_autocast
 from .mask_cells import Cells, ImageGeometry, upsampled_probabilities
-from .structures import KernelBank
 
 MASK_THRESHOLD = 0.5
 # Bounds the memory of semantic_inference beside its result

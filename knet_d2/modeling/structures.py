@@ -5,79 +5,9 @@ Shape legend (used in every docstring of this project):
     C: channels of the feature      H, W: feature size     S: kernel update stages
 """
 
-from collections.abc import Sequence
-from enum import Enum
 from typing import NamedTuple
 
 import torch
-
-
-class Assignment(Enum):
-    """How the kernels of a group find what they have to segment in training."""
-
-    HUNGARIAN = "hungarian"  # one-to-one matching to the image's instances
-    IDENTITY = "identity"  # kernel i segments the group's i-th class, in every image
-
-
-class KernelGroup(NamedTuple):
-    """Consecutive kernels of one kind.
-
-    Attributes:
-        count: number of kernels.
-        assignment: how its kernels are assigned to targets.
-        class_ids: the classes that its kernels can take; with identity assignment, one per kernel.
-    """
-
-    count: int  # type: ignore[assignment]  # NamedTuple has a method of this name
-    assignment: Assignment
-    class_ids: Sequence[int]
-
-
-class KernelBank:
-    """All kernels of a K-Net, as groups; :mod:`knet_d2.tasks` has those of each task (paper, Sec. 3.1)."""
-
-    def __init__(self, groups: Sequence[KernelGroup], num_classes: int):
-        """
-        Args:
-            groups: in the order of the kernel axis; a matched group, if there is one, comes first.
-            num_classes: K.
-        """
-        for group in groups:
-            if group.assignment is Assignment.IDENTITY and len(group.class_ids) != group.count:
-                raise ValueError(f"{group.count} kernels can't stand for {len(group.class_ids)} classes one by one")
-        if any(group.assignment is Assignment.HUNGARIAN for group in groups[1:]):
-            raise ValueError("only the first group of a kernel bank can be matched to instances")
-        self.groups = tuple(groups)
-        self.num_classes = num_classes
-
-    @property
-    def num_kernels(self) -> int:
-        """N."""
-        return sum(group.count for group in self.groups)
-
-    @property
-    def num_matched(self) -> int:
-        """Number of kernels that are matched to instances; they come first."""
-        return sum(group.count for group in self.groups if group.assignment is Assignment.HUNGARIAN)
-
-    @property
-    def num_things(self) -> int:
-        """Number of thing classes; their ids come first."""
-        return sum(len(group.class_ids) for group in self.groups if group.assignment is Assignment.HUNGARIAN)
-
-    @property
-    def fixed_class_ids(self) -> list[int]:
-        """Class of each of the fixed kernels, which follow the matched ones."""
-        return [c for group in self.groups if group.assignment is Assignment.IDENTITY for c in group.class_ids]
-
-    def class_mask(self, device: torch.device | None = None) -> torch.Tensor:
-        """Which classes each kernel can take: bool [N, K]. Other columns are neither trained nor read."""
-        mask = torch.zeros(self.num_kernels, self.num_classes, dtype=torch.bool, device=device)
-        mask[: self.num_matched, : self.num_things] = True
-        fixed = range(self.num_matched, self.num_kernels)
-        for kernel, class_id in zip(fixed, self.fixed_class_ids):
-            mask[kernel, class_id] = True
-        return mask
 
 
 class KernelState(NamedTuple):

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 
 from ..errors import DataError
-from .structures import KernelBank, Targets
+from ..tasks import KernelBank
+from .structures import Targets
 
 
 def build_targets(

@@ -21,10 +21,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from ..errors import ConfigError
-from ..tasks import get_task
+from ..tasks import KernelBank, get_task
 from .layers import no_autocast
 from .postprocessing import ImageGeometry, ImagePrediction
-from .structures import KernelBank
 
 # Kernels of two views are the same object only if their masks agree at least so much.
 MIN_IOU = 0.5

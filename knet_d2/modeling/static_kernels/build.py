@@ -5,7 +5,7 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
 from ...errors import ConfigError
-from ..structures import KernelBank
+from ...tasks import KernelBank
 from .decode_heads import AuxiliaryHead
 
 

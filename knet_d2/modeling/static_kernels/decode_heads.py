@@ -10,8 +10,9 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
 from ...errors import ConfigError
+from ...tasks import KernelBank
 from ..layers import resolve_norm
-from ..structures import KernelBank, KernelState
+from ..structures import KernelState
 
 # Bins per side of pyramid pooling (PSPNet)
 POOLING_SCALES = (1, 2, 3, 6)

@@ -10,9 +10,10 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
 from ...errors import ConfigError
+from ...tasks import KernelBank
 from ..cascade import PRIOR_PROBABILITY, gather_group_features
 from ..layers import full_precision, no_autocast, resolve_norm
-from ..structures import KernelBank, KernelState
+from ..structures import KernelState
 
 POSITION_ENCODINGS = ("sine", "coordinates", "none")
 # Of the sine encoding
