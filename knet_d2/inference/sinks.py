@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import cv2
@@ -11,11 +12,12 @@ import numpy as np
 from PIL import Image
 
 from ..data.classes import ClassTable
-from ..errors import ConfigError
+from ..data.files import IMAGE_TYPES
+from ..errors import ConfigError, DataError
 from ..results.prediction import Prediction
 from ..results.video import VideoDrawer
 from ..results.writers import JsonWriter
-from .sources import Frame
+from .sources import Frame, Video
 
 _ESCAPE = 27
 
@@ -37,30 +39,48 @@ class Sink(Protocol):
 
 
 class PictureFiles:
-    """A :class:`Sink` that draws each image into a file: ``path`` itself if that names one, else a new file in it."""
+    """A :class:`Sink` that draws each image into a file of its own."""
 
-    def __init__(self, path: str, *, is_file: bool):
-        self._path, self._is_file = path, is_file
-        self._written: set[str] = set()
+    def __init__(self, path: str, inputs: Sequence[str]):
+        """
+        Args:
+            path: a folder; for one input also the name of an image file.
+            inputs: the images that are going to be written; their names are those of the pictures.
+
+        Raises:
+            ConfigError: a picture would replace one of the inputs.
+            OSError: nothing can be written there.
+        """
+        is_file = len(inputs) == 1 and path.lower().endswith(IMAGE_TYPES) and not os.path.isdir(path)
+        self._paths = {inputs[0]: path} if is_file else _picture_paths(path, inputs)
+        originals = {os.path.realpath(x) for x in inputs}
+        replaced = next((x for x in self._paths.values() if os.path.realpath(x) in originals), None)
+        if replaced is not None:
+            raise ConfigError(f"--output {path}: the picture of {replaced} would replace it. Use another folder.")
+        folder = os.path.dirname(os.path.abspath(path)) if is_file else path
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # raises where nothing can be written
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
-        path = self._path if self._is_file else self._new_path(frame.name)
         picture = next(iter(predictions.values())).draw(frame.image)
-        Image.fromarray(picture).save(path)
-
-    def _new_path(self, name: str) -> str:
-        os.makedirs(self._path, exist_ok=True)
-        stem, ending = os.path.splitext(os.path.basename(name))
-        ending = ending if ending.lower() in (".jpg", ".jpeg", ".png") else ".png"
-        path, number = os.path.join(self._path, stem + ending), 0
-        while path in self._written:  # images of one name from several folders
-            number += 1
-            path = os.path.join(self._path, f"{stem}_{number}{ending}")
-        self._written.add(path)
-        return path
+        Image.fromarray(picture).save(self._paths[frame.name])
 
     def close(self) -> None:
         pass
+
+
+def _picture_paths(folder: str, inputs: Sequence[str]) -> dict[str, str]:
+    """A file in the folder for each input; inputs of one name are numbered."""
+    paths: dict[str, str] = {}
+    for path in inputs:
+        stem, ending = os.path.splitext(os.path.basename(path))
+        ending = ending if ending.lower() in (".jpg", ".jpeg", ".png") else ".png"
+        target, number = os.path.join(folder, stem + ending), 0
+        while target in paths.values():
+            number += 1
+            target = os.path.join(folder, f"{stem}_{number}{ending}")
+        paths[path] = target
+    return paths
 
 
 class JsonFile:
@@ -118,29 +138,36 @@ class VideoWindow(Window):
 class VideoFile:
     """A :class:`Sink` that draws into the frames of an MP4 file."""
 
-    def __init__(self, path: str, rate: float, classes: ClassTable):
+    def __init__(self, path: str, source: Video, classes: ClassTable):
         """
         Args:
-            rate: frames in a second.
+            path: the file; its size and rate are the source's.
+
+        Raises:
+            ConfigError: no video can be written there, or it would replace the source.
         """
-        self._path, self._rate = path, rate
+        if os.path.realpath(path) == os.path.realpath(source.name):
+            raise ConfigError(f"--output {path}: the video would replace its source. Use another name.")
+        self._path, self._count = path, 0
         self._drawer = VideoDrawer(classes)
-        self._writer: cv2.VideoWriter | None = None
+        height, width = source.size
+        self._writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), source.rate, (width, height))
+        if not self._writer.isOpened():
+            raise ConfigError(
+                f"--output {path}: OpenCV can't write a video there; give a folder or a file ending in .mp4."
+            )
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
         picture = self._drawer.draw(frame.image, *next(iter(predictions.items())))
-        if self._writer is None:
-            self._writer = self._open(picture.shape[1], picture.shape[0])
         self._writer.write(picture[:, :, ::-1])
-
-    def _open(self, width: int, height: int) -> cv2.VideoWriter:
-        writer = cv2.VideoWriter(self._path, cv2.VideoWriter.fourcc(*"mp4v"), self._rate, (width, height))
-        if not writer.isOpened():
-            raise ConfigError(
-                f"--output {self._path}: OpenCV can't write a video there; give a folder or a file ending in .mp4."
-            )
-        return writer
+        self._count += 1
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.release()
+        """
+        Raises:
+            DataError: the file is not whole. OpenCV does not say when the disk is full.
+        """
+        self._writer.release()
+        written = int(cv2.VideoCapture(self._path).get(cv2.CAP_PROP_FRAME_COUNT))
+        if written < self._count:
+            raise DataError(f"{self._path}: {written} of {self._count} frames were written. Is the disk full?")

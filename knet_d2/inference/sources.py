@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,9 @@ from ..data.files import find_images, read_image
 from ..errors import DataError
 
 logger = logging.getLogger(__name__)
+
+# Counts in the headers of whole videos are too large by up to so many frames, or this part of them
+_FEW_FRAMES, _FEW_PART = 3, 0.05
 
 
 class Frame(NamedTuple):
@@ -74,32 +76,43 @@ class Video:
     """A :class:`Source` of the frames of a video file, or of the webcam.
 
     Attributes:
+        name: the file.
         rate: frames in a second.
+        size: (height, width) of a frame.
     """
 
     unit = "frame"
-    failed = 0
 
     def __init__(self, path: str | None):
         """
         Args:
             path: None: the webcam.
+
+        Raises:
+            DataError: there is no such file, or no frame can be read from it.
         """
         if path is not None and not os.path.isfile(path):
             raise DataError(f"--video-input {path}: there is no such file.")
-        self._capture = cv2.VideoCapture(0 if path is None else path)
-        if not self._capture.isOpened():
-            raise DataError(f"{path or 'The webcam'} can't be read as a video.")
         self.name = path or "webcam"
+        self._capture = cv2.VideoCapture(0 if path is None else path)
+        success, self._first = self._capture.read()
+        if not success:
+            raise DataError(f"{path or 'The webcam'} can't be read as a video.")
+        self.size = self._first.shape[:2]
         self.rate = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
         self.count = None if path is None else int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        self.failed = 0
 
     def __iter__(self) -> Iterator[Frame]:
+        frame, number, success = self._first, 0, True
         try:
-            for number in itertools.count():
-                success, frame = self._capture.read()
-                if not success:
-                    return
+            while success:
                 yield Frame(f"{self.name}#{number}", np.ascontiguousarray(frame[:, :, ::-1]))
+                number += 1
+                success, frame = self._capture.read()
         finally:
             self._capture.release()
+        missing = (self.count or 0) - number
+        if missing > max(_FEW_FRAMES, _FEW_PART * number):
+            self.failed = missing
+            logger.error(f"{self.name}: {number} of {self.count} frames could be read. Is the file cut off?")

@@ -6,11 +6,10 @@ import os
 
 import tqdm
 
-from ..data.files import IMAGE_TYPES
 from ..inference.predictor import ImagePredictor
 from ..inference.resolve import resolve_model
 from ..inference.sinks import JsonFile, PictureFiles, Sink, Stop, VideoFile, VideoWindow, Window
-from ..inference.sources import ImageFiles, Source, Video
+from ..inference.sources import ImageFiles, Video
 from ..results.writers import JsonWriter
 
 
@@ -39,20 +38,19 @@ def build_predictor(args: argparse.Namespace) -> ImagePredictor:
     return ImagePredictor(cfg, classes)
 
 
-def build_sinks(args: argparse.Namespace, source: Source, predictor: ImagePredictor) -> list[Sink]:
-    """Where the command line wants the results: files, or a window where it names none."""
+def build_sinks(args: argparse.Namespace, source: ImageFiles | Video, predictor: ImagePredictor) -> list[Sink]:
+    """Where the command line wants the results: files, or a window where it names none. Files are tried at once."""
     sinks: list[Sink] = []
     if args.json:
         info = {"task": predictor.cfg.MODEL.KNET.TASK, "weights": predictor.cfg.MODEL.WEIGHTS}
         sinks.append(JsonFile(JsonWriter(args.json, info, predictor.classes)))
     if isinstance(source, Video):
         if args.output:
-            sinks.append(VideoFile(video_path(args.output, source.name), source.rate, predictor.classes))
+            sinks.append(VideoFile(video_path(args.output, source.name), source, predictor.classes))
         else:
             sinks.append(VideoWindow(predictor.classes))
     elif args.output:
-        is_one_file = len(args.input) == 1 and os.path.isfile(args.input[0])
-        sinks.append(PictureFiles(args.output, is_file=is_one_file and args.output.lower().endswith(IMAGE_TYPES)))
+        sinks.append(PictureFiles(args.output, source.paths))
     elif not sinks:
         sinks.append(Window(milliseconds=0))
     return sinks
@@ -66,7 +64,7 @@ def video_path(output: str, name: str) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns the exit code: 1 where an image could not be read."""
+    """Returns the exit code: 1 where an image or the rest of a video could not be read."""
     source = ImageFiles(args.input) if args.input else Video(args.video_input)
     predictor = build_predictor(args)
     with contextlib.ExitStack() as stack:

@@ -15,6 +15,7 @@ from ..data.classes import ClassTable
 _READABLE_SIZE = 320
 _MARGIN = 8
 _TITLE_HEIGHT = 20
+_LONGEST_TEXT = 40
 
 
 class Drawable(Protocol):
@@ -36,7 +37,7 @@ def draw_segments(image: np.ndarray, segments: Sequence[Drawable], classes: Clas
     visualizer = Visualizer(_enlarge(image, factor))
     for number, segment in enumerate(sorted(segments, key=lambda x: -x.mask.sum())):
         is_thing = segment.label < classes.num_things
-        text = classes.names[segment.label]
+        text = drawable_text(classes.names[segment.label])
         visualizer.draw_binary_mask(
             _enlarge(segment.mask, factor).astype(np.uint8),
             color=_vary(classes.colors[segment.label], number if is_thing else 0),
@@ -46,6 +47,14 @@ def draw_segments(image: np.ndarray, segments: Sequence[Drawable], classes: Clas
             area_threshold=0,
         )
     return visualizer.get_output().get_image()
+
+
+def drawable_text(text: str) -> str:
+    """A name from data such that Matplotlib draws its characters: one line, not too long, no formula."""
+    line = "".join(x if x.isprintable() else " " for x in text)
+    if len(line) > _LONGEST_TEXT:
+        line = line[: _LONGEST_TEXT - 3] + "..."
+    return line.replace("$", r"\$")
 
 
 def _vary(color: tuple[int, int, int], number: int) -> tuple[float, ...]:

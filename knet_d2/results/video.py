@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 
 from ..data.classes import ClassTable
+from .pictures import drawable_text
 from .prediction import Prediction
 
 
@@ -19,7 +20,7 @@ class VideoDrawer:
     """Detectron2's VideoVisualizer for predictions."""
 
     def __init__(self, classes: ClassTable):
-        names, colors = classes.names, classes.colors
+        names, colors = [drawable_text(name) for name in classes.names], classes.colors
         metadata = Metadata().set(thing_classes=names, stuff_classes=names, thing_colors=colors, stuff_colors=colors)
         self._visualizer = VideoVisualizer(metadata)
 

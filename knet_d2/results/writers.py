@@ -47,6 +47,7 @@ class JsonWriter:
         self._file = open(path, "w")
         head = json.dumps({"info": dict(info), "categories": categories(classes), "images": []})
         self._file.write(head)
+        self._file.flush()
         self._end = len(head) - len("]}")
 
     def write(self, file_name: str, predictions: Mapping[str, Prediction]) -> None:

@@ -1,0 +1,189 @@
+"""Predictions, their files and pictures; sources of images and sinks of results, with hostile names and bad places."""
+
+import json
+import os
+
+import cv2
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from detectron2.structures import Instances
+from PIL import Image
+
+from knet_d2.data.classes import ClassTable
+from knet_d2.errors import ConfigError, DataError
+from knet_d2.inference.sinks import PictureFiles, VideoFile
+from knet_d2.inference.sources import Frame, ImageFiles, Video
+from knet_d2.results import Prediction, Segment, main_prediction, predictions_of
+from knet_d2.results.pictures import draw_segments
+from knet_d2.results.video import VideoDrawer
+from knet_d2.results.writers import JsonWriter
+
+HOSTILE_NAMES = [
+    "$10_bill_$20_bill",
+    "$x",
+    r"\alpha",
+    "<script>alert(1)</script>",
+    "two\nlines",
+    "\u202eright to left",
+    "🙂",
+    "x" * 300,
+    "../../etc/passwd",
+    "{brace",
+    "",
+]
+SIZE = (40, 50)
+
+
+def table(names, num_things=None):
+    colors = [(10 * i % 255, 100, 200) for i in range(len(names))]
+    return ClassTable(list(names), list(range(len(names))), colors, len(names) if num_things is None else num_things)
+
+
+def square(top, left, side, label, score=0.5):
+    mask = np.zeros(SIZE, bool)
+    mask[top : top + side, left : left + side] = True
+    return Segment.from_mask(mask, label, score)
+
+
+def noise(size=SIZE, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
+
+
+def test_thing_and_stuff_ids_may_be_the_same():
+    """As in Detectron2's coco_2017_*_panoptic_separated."""
+    classes = ClassTable(["cat", "dog", "sky", "grass"], [0, 1, 0, 1], [(0, 0, 0)] * 4, 2)
+    ids = torch.tensor([[1, 2], [3, 4]])
+    infos = [
+        {"id": 1, "isthing": False, "category_id": 1, "score": 0.5},
+        {"id": 2, "isthing": True, "category_id": 1, "score": 0.6},
+        {"id": 3, "isthing": True, "category_id": 0, "score": 0.7},
+        {"id": 4, "isthing": False, "category_id": 0, "score": 0.8},
+    ]
+    prediction = main_prediction({"panoptic_seg": (ids, infos)}, classes)
+    assert [classes.names[x.label] for x in prediction.segments] == ["grass", "dog", "cat", "sky"]
+    assert [x.corner for x in prediction.segments] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_every_output_becomes_a_prediction_and_the_panoptic_one_is_shown():
+    classes = table(["a", "b"], num_things=1)
+    masks = torch.zeros(2, *SIZE, dtype=torch.bool)
+    masks[0, 3:7, 5:6] = True  # the other one is empty
+    things = {"pred_classes": torch.zeros(2).long(), "scores": torch.tensor([0.9, 0.8])}
+    instances = Instances(SIZE, pred_masks=masks, **things)
+    scores = torch.zeros(3, *SIZE)  # with a plane for the background behind the classes
+    scores[2, :20] = 1
+    scores[1, 20:] = 1
+    outputs = {"sem_seg": scores, "instances": instances, "panoptic_seg": (torch.zeros(SIZE), [])}
+    found = predictions_of(outputs, classes)
+    assert list(found) == ["panoptic_seg", "instances", "sem_seg"]
+    assert [x.box for x in found["instances"].segments] == [(5, 3, 1, 4)]
+    assert [(x.label, x.score, x.area) for x in found["sem_seg"].segments] == [(1, None, 20 * 50)]
+    assert found["panoptic_seg"].segments == [] and {p.size for p in found.values()} == {SIZE}
+
+
+def test_confident_leaves_stuff():
+    classes = table(["thing", "stuff"], num_things=1)
+    segments = [square(0, 0, 5, 0, 0.2), square(5, 5, 5, 0, 0.4), square(10, 10, 5, 1, 0.1)]
+    kept = Prediction(SIZE, segments, classes).confident(0.3)
+    assert [x.score for x in kept.segments] == [0.4, 0.1]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES, ids=lambda name: ascii(name)[:20])
+def test_names_are_drawn_and_written_as_they_are(name, tmp_path):
+    classes = table([name])
+    prediction = Prediction(SIZE, [square(5, 5, 20, 0)], classes)
+    picture = draw_segments(noise(), prediction.segments, classes)
+    assert picture.shape[0] >= 320
+    for key in ("instances", "panoptic_seg", "sem_seg"):
+        assert VideoDrawer(classes).draw(noise(), key, prediction).shape == (*SIZE, 3)
+    writer = JsonWriter(str(tmp_path / "r.json"), {}, classes)
+    writer.write(name or "x", {"instances": prediction})
+    writer.close()
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert content["categories"][0]["name"] == name and prediction.to_coco()[0]["category_name"] == name
+
+
+def test_json_is_valid_after_every_image(tmp_path):
+    path, classes = tmp_path / "results.json", table(["a", "b"], num_things=1)
+    prediction = Prediction(SIZE, [square(0, 0, 5, 0), square(10, 10, 7, 1, None)], classes)
+    writer = JsonWriter(str(path), {"task": "panoptic"}, classes)
+    assert json.loads(path.read_text() or "{}").get("images", []) == []
+    for count in (1, 2, 3):
+        writer.write(f"{count}.jpg", {"panoptic_seg": prediction, "sem_seg": prediction})
+        images = json.loads(path.read_text())["images"]
+        assert [x["file_name"] for x in images] == [f"{i}.jpg" for i in range(1, count + 1)]
+    writer.close()
+    segments = images[1]["panoptic"]["segments_info"]
+    assert [(x["id"], x["category_id"], x["isthing"], x["area"]) for x in segments] == [
+        (1, 0, True, 25),
+        (2, 1, False, 49),
+    ]
+    png = np.asarray(Image.open(tmp_path / "results_panoptic" / images[1]["panoptic"]["file_name"])) @ [1, 256, 65536]
+    assert (png == prediction.segment_map()).all()
+    assert [mask_util.area(x["segmentation"]) for x in images[2]["semantic"]] == [25, 49]
+
+
+def save_images(folder, *names):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        Image.fromarray(noise()).save(folder / name)
+    return folder
+
+
+def test_pictures_never_replace_their_inputs(tmp_path):
+    photos = save_images(tmp_path / "photos", "a.jpg", "b.png")
+    (tmp_path / "link").symlink_to(photos)
+    inputs = ImageFiles([str(photos)]).paths
+    for output in (photos, tmp_path / "link"):
+        with pytest.raises(ConfigError, match="would replace it"):
+            PictureFiles(str(output), inputs)
+    with pytest.raises(ConfigError, match="would replace it"):
+        PictureFiles(inputs[0], inputs[:1])
+    with pytest.raises(OSError):
+        PictureFiles(str(photos / "a.jpg" / "x"), inputs)  # below a file
+    PictureFiles(str(tmp_path / "new" / "c.png"), inputs[:1]).write(
+        Frame(inputs[0], noise()), {"instances": Prediction(SIZE, [], table(["a"]))}
+    )
+    assert os.listdir(tmp_path / "new") == ["c.png"]
+
+
+def test_a_json_file_is_tried_at_once(tmp_path):
+    with pytest.raises(OSError):
+        JsonWriter(str(tmp_path / "absent" / "r.json"), {}, table(["a"]))
+
+
+def write_video(path, count, fourcc="MJPG"):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*fourcc), 10, SIZE[::-1])
+    for i in range(count):
+        writer.write(noise(seed=i))
+    writer.release()
+
+
+def test_a_video_that_is_cut_off_counts_as_failed(tmp_path, caplog):
+    write_video(tmp_path / "whole.avi", 30)
+    content = (tmp_path / "whole.avi").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(content[: len(content) // 2])
+    whole, cut = Video(str(tmp_path / "whole.avi")), Video(str(tmp_path / "cut.avi"))
+    names = [frame.name for frame in whole]
+    assert names == [f"{tmp_path}/whole.avi#{i}" for i in range(30)] and whole.failed == 0
+    assert 5 < len(list(cut)) < 25 and cut.failed > 3 and "cut.avi" in caplog.text
+    (tmp_path / "text.avi").write_text("no video")
+    with pytest.raises(DataError, match="text.avi"):
+        Video(str(tmp_path / "text.avi"))
+
+
+def test_a_video_file_is_tried_at_once_and_checked_in_the_end(tmp_path, monkeypatch):
+    write_video(tmp_path / "in.avi", 4)
+    source, classes = Video(str(tmp_path / "in.avi")), table(["a"])
+    with pytest.raises(ConfigError, match="absent"):
+        VideoFile(str(tmp_path / "absent" / "out.mp4"), source, classes)
+    with pytest.raises(ConfigError, match="would replace"):
+        VideoFile(str(tmp_path / "in.avi"), source, classes)
+    sink = VideoFile(str(tmp_path / "out.mp4"), source, classes)
+    for frame in source:
+        sink.write(frame, {"instances": Prediction(SIZE, [square(0, 0, 9, 0)], classes)})
+    sink._count += 1  # as if the disk had taken one frame less
+    with pytest.raises(DataError, match="4 of 5 frames"):
+        sink.close()
