@@ -36,7 +36,7 @@ setup(
         "safetensors": ["safetensors"],
         # demo/web.py
         "web": ["gradio>=6"],
-        # tools/export_model.py and tools/check_export.py
+        # tools/export_model.py
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "test": ["pytest"],
     },
