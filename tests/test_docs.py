@@ -23,12 +23,7 @@ from knet_d2.data.custom import checked_entry
 from knet_d2.engine import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [
-    *sorted(ROOT.glob("*.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "demo" / "README.md",
-    ROOT / "checks" / "README.md",
-]
+DOCUMENTS = [path for folder in (".", "docs", "demo", "checks") for path in sorted((ROOT / folder).glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEREDOC = re.compile(r"<<'END'\n(.*?)^END$", re.MULTILINE | re.DOTALL)
 # Files that a reader has, not this repository
