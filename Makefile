@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_CONFIG ?= configs/shapes/panoptic.yaml
 DEMO_OUTPUT ?= output/shapes_panoptic
+REFERENCES ?= tests/data/references
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: install demo test
+.PHONY: install demo test check
 
 install: $(INSTALLED)
 
@@ -28,5 +29,11 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest
+
+# Hours: checks/README.md says what each check proves; the result goes to checks/LAST_RUN.json.
+check: $(INSTALLED)
+	test -f $(DEMO_OUTPUT)/model_final.pth || $(MAKE) demo
+	$(BIN)/python -m checks --references $(REFERENCES) --weights $(DEMO_OUTPUT)/model_final.pth

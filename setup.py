@@ -19,16 +19,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=" + ".".join(map(str, DEPENDENCIES["PYTHON"])),
+    python_requires=">=" + DEPENDENCIES["PYTHON"],
     # The config files lie beside the package in a checkout, inside it in a wheel; knet_d2.config.files finds both.
     packages=[*find_packages(include=["knet_d2", "knet_d2.*"]), "knet_d2.configs"],
     package_dir={"knet_d2.configs": "configs"},
     package_data={"knet_d2": ["**/*.json"], "knet_d2.configs": ["**/*.yaml"]},
-    install_requires=[
-        dependency.distribution + (f">={dependency.minimum}" if dependency.minimum else "")
-        for dependency in DEPENDENCIES["DEPENDENCIES"]
-        if dependency.declared
-    ],
+    install_requires=[dependency.requirement for dependency in DEPENDENCIES["DEPENDENCIES"] if dependency.declared],
     extras_require={
         # Those who have another build of OpenCV (opencv-python, a system package) don't want this one.
         "opencv": ["opencv-python-headless>=4.5"],
@@ -36,7 +32,7 @@ setup(
         "safetensors": ["safetensors"],
         # demo/web.py
         "web": ["gradio>=6"],
-        # tools/export_model.py and tools/check_export.py
+        # tools/export_model.py
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "test": ["pytest"],
     },

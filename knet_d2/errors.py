@@ -1,9 +1,5 @@
 """Errors that tell a person what to do; everything that bad input can cause is one of these."""
 
-import contextlib
-import sys
-from collections.abc import Iterator
-
 
 class KNetError(ValueError):
     """Base of all errors that this project raises for bad input."""
@@ -26,12 +22,3 @@ class NonFiniteError(KNetError):
 
     rank = 0
     """The process in which it was found."""
-
-
-@contextlib.contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """For programs: bad input ends them with one line and exit code 1 instead of a traceback."""
-    try:
-        yield
-    except KNetError as error:
-        sys.exit(f"Error: {error}")

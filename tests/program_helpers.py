@@ -1,12 +1,8 @@
 """Running the repository's programs with tiny models on a few generated images."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-from endurance.runs import (  # noqa: E402, F401
+from checks.runs import (  # noqa: F401
     ROOT,
     SIZE,
     TINY_MODEL,
@@ -15,8 +11,7 @@ from endurance.runs import (  # noqa: E402, F401
     first_difference,
     write_config,
 )
-
-from knet_d2.data.shapes.writer import write_shapes  # noqa: E402
+from knet_d2.data.shapes.writer import write_shapes
 
 NUM_IMAGES = 4
 

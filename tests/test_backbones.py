@@ -25,9 +25,9 @@ from backbone_helpers import (
     relative_error,
 )
 from detectron2.checkpoint import DetectionCheckpointer
-from reference_fill import fill, filled_state_dict
 from torch import nn
 
+from checks.references.filling import fill, filled_state_dict
 from knet_d2.checkpoint.key_table import KeyRule, translate_state_dict
 from knet_d2.checkpoint.openmmlab_backbones import (
     openmmlab_backbone_rules,

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 # Of Detectron2's main branch it needs pkg_resources, which setuptools has no more
 pytest.importorskip("detectron2.model_zoo", exc_type=ModuleNotFoundError)
 
-from knet_d2 import KNet
 from knet_d2.errors import ConfigError
+from knet_d2.modeling.postprocessing import PostProcessor
 from knet_d2.programs import analyze_model, benchmark
 from knet_d2.programs.benchmark import measure, models, parts
 from knet_d2.programs.benchmark.filling import count_findings, fill
@@ -132,7 +132,7 @@ def test_the_gpu_s_comparison_on_fake_tensors(monkeypatch, capsys):
     stack = staticmethod(lambda images, *args: ImageList(torch.stack(images), [x.shape[-2:] for x in images]))
     monkeypatch.setattr(ImageList, "from_tensors", stack)
     monkeypatch.setattr(nn.Module, "to", to)
-    monkeypatch.setattr(KNet, "postprocess", lambda self, *args: [{}])
+    monkeypatch.setattr(PostProcessor, "forward", lambda self, *args: [{}])
 
     def images(size, batch, *args, **kwargs):
         return [{"image": torch.zeros(3, *size, dtype=torch.uint8)}] * batch

@@ -23,7 +23,7 @@ from knet_d2.data.custom import checked_entry
 from knet_d2.engine import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "demo" / "README.md"]
+DOCUMENTS = [path for folder in (".", "docs", "demo", "checks") for path in sorted((ROOT / folder).glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEREDOC = re.compile(r"<<'END'\n(.*?)^END$", re.MULTILINE | re.DOTALL)
 # Files that a reader has, not this repository
@@ -70,7 +70,6 @@ def parse(program, arguments, monkeypatch):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     monkeypatch.setattr(sys, "argv", [str(program), *arguments])
-    monkeypatch.syspath_prepend(str(Path(program).parent))
     try:
         if Path(program).suffix == ".py":
             runpy.run_path(str(program), run_name="__main__")

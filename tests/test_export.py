@@ -29,7 +29,8 @@ from knet_d2.programs import export_model
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from tools import check_export, onnx_runner
+from checks import exports
+from tools import onnx_runner
 
 OUTPUTS = {"instance": "instances", "panoptic": "panoptic_seg", "semantic": "sem_seg"}
 OPTIONS = {
@@ -56,7 +57,7 @@ class Exported(NamedTuple):
     task: str
     weights: str
     predictor: ImagePredictor
-    runners: dict[str, check_export.Runner]
+    runners: dict[str, exports.Runner]
 
 
 def save_model(folder, task, options):
@@ -82,7 +83,7 @@ def exported(request, tmp_path_factory):
     arguments = [weights, *paths, "--confidence-threshold", str(THRESHOLD), "--opts", *ALL_SEGMENTS]
     export_model.main(export_model.get_parser().parse_args(arguments))
     predictor = knet_d2.load(weights, device="cpu", confidence_threshold=THRESHOLD, opts=ALL_SEGMENTS)
-    runners = {path: check_export.open_exported(path, OUTPUTS[task]) for path in paths}
+    runners = {path: exports.open_exported(path, OUTPUTS[task]) for path in paths}
     return Exported(task, weights, predictor, runners)
 
 
@@ -97,15 +98,15 @@ def random_images(batch, size, seed=0):
 def test_same_results_as_pytorch(exported, size, batch):
     task, model = exported.task, exported.predictor.model
     images, output_size = random_images(batch, size), np.array([size[0] + 31, size[1] * 2])
-    expected = check_export.run_model(model, images, output_size)
-    inputs = check_export.padded(images, model.size_divisibility), np.array(size), output_size
+    expected = exports.run_model(model, images, output_size)
+    inputs = exports.padded(images, model.size_divisibility), np.array(size), output_size
     if task != "semantic":  # the pixels around the images are of no importance
         inputs[0][:, :, size[0] :] = 200
         inputs[0][:, :, :, size[1] :] = 100
     for path, run in exported.runners.items():
         found = run(*inputs)
         for i in range(batch):
-            result = check_export.agreement(expected[i], {name: x[i] for name, x in found.items()}, THRESHOLD)
+            result = exports.agreement(expected[i], {name: x[i] for name, x in found.items()}, THRESHOLD)
             assert result.is_good, (path, result)
         if task == "instance":
             assert found["masks"].shape == (batch, 18, *output_size) and (found["scores"][:, :-1] > 0).all()
@@ -127,7 +128,7 @@ def test_agreement_finds_differences():
     instances = {"scores": np.float32([0.9, 0.5, 0.49999]), "labels": np.array([1, 0, 0]), "masks": masks}
 
     def good(expected, found):
-        return check_export.agreement(expected, found, 0.1).is_good
+        return exports.agreement(expected, found, 0.1).is_good
 
     assert good(instances, instances)
     swapped = {**instances, "masks": masks[[0, 2, 1]], "scores": np.float32([0.9, 0.49999, 0.5])}
@@ -169,14 +170,14 @@ def test_files_say_what_a_runner_needs(exported):
 
 def test_check_tool(exported, tmp_path, capsys, monkeypatch):
     runners = exported.runners
-    monkeypatch.setattr(check_export, "open_exported", lambda path, output: runners[path])
+    monkeypatch.setattr(exports, "open_exported", lambda path, output: runners[path])
     for i in range(2):
         Image.fromarray(random_images(1, (80, 90), seed=i)[0].transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
 
     def check(weights, *sizes):
         arguments = [weights, *runners, "--images", str(tmp_path / "*.png"), "--sizes", *sizes]
         arguments += ["--confidence-threshold", str(THRESHOLD), "--opts", *ALL_SEGMENTS]
-        return check_export.main(check_export.get_parser().parse_args(arguments)), capsys.readouterr().out
+        return exports.main(exports.get_parser().parse_args(arguments)), capsys.readouterr().out
 
     code, output = check(exported.weights, "64x96", "75x90")
     rows = [line.split() for line in output.splitlines()[2:10]]
@@ -258,7 +259,7 @@ def test_half_precision(tmp_path):
     (label_map,) = session.run(
         None, {"image": images, "image_size": np.array([96, 128]), "output_size": np.array([96, 128])}
     )
-    (expected,) = check_export.run_model(knet_d2.load(weights, device="cpu").model, images, (96, 128))
+    (expected,) = exports.run_model(knet_d2.load(weights, device="cpu").model, images, (96, 128))
     same = (label_map[0] == expected["label_map"]).mean()
     assert 0.97 < same < 1
     kinds = {x.data_type for x in __import__("onnx").load(path).graph.initializer}
@@ -284,9 +285,9 @@ def test_results_of_the_static_kernels():
     """Which stage is taken is no matter of the tracing, which takes long."""
     model = tiny_model("instance", {**OPTIONS, "MODEL.KNET.TEST.STAGE": 0}).eval()
     images, size, output_size = random_images(1, (75, 140)), np.array([75, 140]), np.array([80, 90])
-    (expected,) = check_export.run_model(model, images, output_size)
-    inputs = check_export.padded(images, model.size_divisibility), size, output_size
+    (expected,) = exports.run_model(model, images, output_size)
+    inputs = exports.padded(images, model.size_divisibility), size, output_size
     with torch.no_grad():
         found = ExportableKNet(model)(*map(torch.from_numpy, inputs))
     found = {name: x[0].numpy() for name, x in zip(OUTPUT_NAMES["instances"], found)}
-    assert check_export.agreement(expected, found, 0.0).is_good
+    assert exports.agreement(expected, found, 0.0).is_good

@@ -20,9 +20,9 @@ import pytest
 import knet_d2
 from knet_d2.config import files as paths
 from knet_d2.errors import ConfigError
-from knet_d2.install_detectron2 import InstallError, Substitution
 from knet_d2.setup import doctor, install_detectron2
 from knet_d2.setup.dependencies import DEPENDENCIES, Dependency
+from knet_d2.setup.install_detectron2 import InstallError, Substitution
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,12 +123,6 @@ def test_wheel_installs_as_detectron2_with_projects_and_configs(tmp_path):
     assert not [requirement for requirement in found.requires if "black" in requirement]
 
 
-def test_only_some_versions_of_pip_read_the_sdist():
-    versions = ["22.3.1", "23.1.2", "23.2", "24.0", "26.2", "26.2.1", "26.3", "27.0"]
-    reading = [version for version in versions if install_detectron2.pip_reads_sdist(version)]
-    assert reading == ["23.2", "24.0", "26.2", "26.2.1"]
-
-
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """An empty site-packages in which the step works; ``site.calls`` are its calls of pip (to install the wheel)."""
@@ -139,7 +133,7 @@ def site(tmp_path, monkeypatch):
         calls = []
         error = None
 
-        def run_pip(self, arguments, environment):
+        def run_pip(self, arguments):
             self.calls.append(arguments)
             assert not self.package.exists()
             zipfile.ZipFile(arguments[-1]).extractall(self.folder)
@@ -270,9 +264,9 @@ def test_doctor_finds_this_installation_well(tmp_path):
 @pytest.mark.parametrize(
     "version, minimum, status",
     [
-        ("2.14.1+cu130", "2.4", doctor.OK),
-        ("2.3.1", "2.4", doctor.TOO_OLD),
-        ("2.4", "2.4", doctor.OK),
+        ("2.14.1+cu130", "2.10", doctor.OK),
+        ("2.9.1", "2.10", doctor.TOO_OLD),
+        ("2.10", "2.10", doctor.OK),
         ("9", None, doctor.OK),
     ],
 )
@@ -281,20 +275,42 @@ def test_versions_are_compared_as_numbers(version, minimum, status):
     assert doctor.judge(dependency, {"module": "package", "version": version}).status == status
 
 
+USES = {
+    "load": "import knet_d2; knet_d2.load",
+    "class": "from knet_d2 import KNet",
+    "room": "import knet_d2.engine",
+    "room by name": "from knet_d2 import data",
+    "module": "import knet_d2.model_zoo",
+    "program": "import knet_d2.programs.demo",
+}
+
+
 @pytest.mark.parametrize(
-    "modules, blocked, reason",
+    "modules, blocked, reason, use",
     [
-        ({}, "detectron2", "which is not installed"),
-        ({}, "torch", "which can't be imported .ModuleNotFoundError: No module named 'torch'"),
-        ({"detectron2": "raise AttributeError('no LINEAR')"}, "", "which can't be imported .AttributeError: no LINEAR"),
+        *(({}, "detectron2", "which is not installed", use) for use in USES),
+        ({}, "torch", "which can't be imported .ModuleNotFoundError: No module named 'torch'", "load"),
+        (
+            {"detectron2": "raise AttributeError('no LINEAR')"},
+            "",
+            "which can't be imported .AttributeError: no LINEAR",
+            "room",
+        ),
     ],
 )
-def test_import_without_detectron2_is_one_error_with_the_command(tmp_path, modules, blocked, reason):
-    done = run_python(tmp_path, "-c", "import knet_d2", blocked=blocked, modules=modules)
+def test_first_use_without_detectron2_is_one_error_with_the_command(tmp_path, modules, blocked, reason, use):
+    code = f"import knet_d2; print(knet_d2.__version__); {USES[use]}"
+    done = run_python(tmp_path, "-c", code, blocked=blocked, modules=modules)
+    assert done.stdout.strip() == knet_d2.__version__
     assert done.stderr.count("Traceback") == 1
     last = done.stderr.splitlines()[-1]
     assert re.match(f"ImportError: knet_d2 needs Detectron2, {reason}", last)
     assert last.endswith("python -m knet_d2.install_detectron2")
+
+
+def test_a_program_without_detectron2_ends_with_the_command(tmp_path):
+    done = run_python(tmp_path, str(ROOT / "demo" / "demo.py"), "--input", "a.jpg", blocked="detectron2")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("ImportError: knet_d2 needs Detectron2")
 
 
 def test_load_without_opencv_is_one_error_with_the_command(tmp_path):
@@ -326,7 +342,7 @@ def setup_arguments(monkeypatch) -> dict:
 def test_setup_requires_loosely_and_neither_detectron2_nor_an_opencv(monkeypatch):
     arguments = setup_arguments(monkeypatch)
     assert arguments["version"] == knet_d2.__version__
-    assert {"torch>=2.4", "numpy>=1.26", "fvcore>=0.1.5"} <= set(arguments["install_requires"])
+    assert {"torch>=2.10", "numpy>=1.26", "fvcore>=0.1.5"} <= set(arguments["install_requires"])
     for requirement in arguments["install_requires"]:
         assert re.fullmatch(r"[\w-]+(>=[\d.]+)?", requirement)
         assert not re.match("detectron2|panopticapi|opencv", requirement)

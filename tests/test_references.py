@@ -3,16 +3,12 @@
 import functools
 import gzip
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from detectron2.modeling import build_model
 
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
-from check_references import check_case, first_failure
-from references.cases import (
+from checks.references.cases import (
     COMMITTED,
     CONFIGS,
     Result,
@@ -22,9 +18,9 @@ from references.cases import (
     not_compared,
     zoo_config,
 )
-from references.mutations import MUTATIONS
-from references.state_dicts import check_state_dict
-
+from checks.references.mutations import MUTATIONS
+from checks.references.program import check_case, first_failure
+from checks.references.state_dicts import check_state_dict
 from knet_d2.checkpoint.key_table import find_rule, translate_key
 from knet_d2.checkpoint.openmmlab import openmmlab_rules
 

@@ -114,9 +114,9 @@ FUZZED = {"annotations": 40, "panoptic": 60, "images": 80, "weights": 40, "confi
 
 @pytest.mark.parametrize("kind", FUZZED)
 def test_damaged_files(kind):
-    """A small part of tools/fuzz.py, as a program: its workers are forked, which must happen before any training."""
-    command = [sys.executable, str(ROOT / "tools" / "fuzz.py"), kind, "--count", str(FUZZED[kind]), "--seed", "1"]
-    finished = subprocess.run(command, capture_output=True, text=True)
+    """A small part of checks.fuzzing, as a program: its workers are forked, which must happen before any training."""
+    command = [sys.executable, "-m", "checks.fuzzing", kind, "--count", str(FUZZED[kind]), "--seed", "1"]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     summary = json.loads(finished.stdout.splitlines()[-1])
     assert summary["inputs"] == summary["refused"] + summary.get("success", 0) == FUZZED[kind]

@@ -1,7 +1,6 @@
 """The configs of the published models: all there, with their schedules and sizes; they train and predict; ablations."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,8 @@ from detectron2.modeling import build_model
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tools"))
-from check_configs import train_and_predict, zoo_config_files
-from references.cases import zoo_config
-
+from checks.configs import train_and_predict, zoo_config_files
+from checks.references.cases import zoo_config
 from knet_d2.config import add_knet_config
 
 # Config -> parameters of the official model, or of the paper's where none was published
@@ -184,7 +181,7 @@ def test_pretrained_backbone(path):
 
 
 # The plain ResNets of instance, panoptic and FCN models train in test_references.py; Swin-L is too large for a test:
-# python tools/check_configs.py runs all of them
+# python -m checks.configs runs all of them
 @pytest.mark.parametrize(
     "path",
     [

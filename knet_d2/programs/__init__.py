@@ -5,9 +5,18 @@
 """
 
 import argparse
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
+
+from detectron2.utils.logger import setup_logger
+
+from ..errors import KNetError
+
+# What writing to an open file raises, without the file's name
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 NAMES = (
     "train",
@@ -35,6 +44,9 @@ def run_program(name: str, arguments: Sequence[str] | None = None, prog: str | N
         The exit code.
     """
     program = importlib.import_module(f"{__name__}.{name}")
+    if name not in ("train", "verify_zoo"):  # the processes of these set up their own
+        setup_logger(name="fvcore")
+        setup_logger(name="knet_d2", abbrev_name="knet")
     parser = program.get_parser()
     if prog is not None:
         parser.prog = prog
@@ -46,24 +58,23 @@ def run(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Parse the command line, set up the loggers and run ``main(args)``.
+    """Parse the command line and run ``main(args)``.
 
     Returns:
         The exit code: what ``main`` returns (None counts as 0); 1 after a failure that a person can mend, which is
         printed in one line; 130 after Ctrl+C.
     """
-    from detectron2.utils.logger import setup_logger
-
-    from ..errors import KNetError
-
     args = parser.parse_args(arguments)
-    if "num_gpus" not in args:  # programs that start processes set up the loggers in each of them
-        setup_logger(name="fvcore")
-        setup_logger(name="knet_d2", abbrev_name="knet")
     try:
         return main(args) or 0
-    except (KNetError, OSError) as error:
+    except KNetError as error:
         print(f"Error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK_ERRORS:  # of a connection, not of a file
+            raise
+        place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        print(f"Error: {place}{error.strerror}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1,6 +1,6 @@
 """Export a trained K-Net as one graph, from the image to the final result: to ONNX (.onnx) or torch.export (.pt2).
 
-See docs/DEPLOYMENT.md; tools/onnx_runner.py runs the ONNX file, tools/check_export.py compares it with the model.
+See docs/DEPLOYMENT.md; tools/onnx_runner.py runs the ONNX file, checks/exports.py compares it with the model.
 """
 
 import argparse

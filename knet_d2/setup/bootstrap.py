@@ -1,28 +1,29 @@
-"""What has to happen before anything of knet_d2 is imported: is there a Detectron2 that works?"""
+"""The one error where Detectron2 is missing or broken, kept until something that needs Detectron2 is used."""
 
 import importlib
 import sys
+from importlib.abc import MetaPathFinder
+from types import ModuleType
 
 from .dependencies import DETECTRON2_COMMAND, DETECTRON2_PROBES
 
-# They mend a missing or broken Detectron2, so they must start without one.
-_SETUP_COMMANDS = ("knet_d2.doctor", "knet_d2.install_detectron2")
+# What mends a missing Detectron2, and what that imports
+_STANDALONE = ("doctor", "errors", "install_detectron2", "setup")
 
 
-def runs_setup_command() -> bool:
-    """Whether this process is ``python -m knet_d2.doctor`` or ``python -m knet_d2.install_detectron2``."""
-    # While Python looks for the module of -m, and imports its package, argv has "-m" as the program's name.
-    return sys.argv[:1] == ["-m"] and any(arg.removeprefix("-m") in _SETUP_COMMANDS for arg in sys.orig_argv)
+def import_detectron2() -> bool:
+    """Import Detectron2; where that fails, every later import of a module of knet_d2 that needs it says why.
 
-
-def require_detectron2() -> None:
-    """Import Detectron2, or raise one ImportError that names the command to install it."""
+    Returns:
+        Whether it can be imported.
+    """
     try:
         from .compat import quiet_torchscript
 
         with quiet_torchscript():
             for module in ("detectron2", *DETECTRON2_PROBES):
                 importlib.import_module(module)
+        return True
     except Exception as error:  # a broken or outdated installation raises nearly anything
         if isinstance(error, ModuleNotFoundError) and error.name == "detectron2":
             message = f"knet_d2 needs Detectron2, which is not installed. Install it with: {DETECTRON2_COMMAND}"
@@ -32,4 +33,17 @@ def require_detectron2() -> None:
                 f"knet_d2 needs Detectron2, which can't be imported ({type(error).__name__}: {reason}). "
                 f"See what is missing: python -m knet_d2.doctor. Install Detectron2 with: {DETECTRON2_COMMAND}"
             )
-        raise ImportError(message, name="detectron2") from None
+        sys.meta_path.insert(0, _Refusal(message))
+        return False
+
+
+class _Refusal(MetaPathFinder):
+    """Raises the error in place of finding a module."""
+
+    def __init__(self, message: str):
+        self._message = message
+
+    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> None:
+        package, _, module = name.partition(".")
+        if package == "knet_d2" and module and module.partition(".")[0] not in _STANDALONE:
+            raise ImportError(self._message, name="detectron2")

@@ -5,7 +5,7 @@ Standard library only; setup.py runs this file by itself.
 
 from typing import NamedTuple
 
-PYTHON = (3, 11)
+PYTHON = "3.11"
 TORCH_COMMAND = "python -m pip install --upgrade torch torchvision"
 DETECTRON2_COMMAND = "python -m knet_d2.install_detectron2"
 
@@ -27,29 +27,24 @@ class Dependency(NamedTuple):
     # Modules to import as well, where the first alone would not show that it works.
     probes: tuple[str, ...] = ()
 
+    @property
+    def requirement(self) -> str:
+        """As pip writes it."""
+        return self.distribution + (f">={self.minimum}" if self.minimum else "")
+
+
+# No registry has it by this name.
+DETECTRON2 = Dependency("detectron2", "detectron2", "0.6", DETECTRON2_COMMAND, False, DETECTRON2_PROBES)
+# Its metadata forbids numpy 2, with which its code runs.
+PANOPTICAPI = Dependency("panopticapi", "panopticapi-lite", None, DETECTRON2_COMMAND, False, PANOPTICAPI_PROBES)
 
 DEPENDENCIES = (
-    Dependency("torch", "torch", "2.4", TORCH_COMMAND),
-    Dependency("torchvision", "torchvision", "0.19", TORCH_COMMAND),
+    # In older ones a file read with weights_only can corrupt memory.
+    Dependency("torch", "torch", "2.10", TORCH_COMMAND),
+    Dependency("torchvision", "torchvision", "0.25", TORCH_COMMAND),
     Dependency("numpy", "numpy", "1.26"),
-    # No registry has it by this name.
-    Dependency(
-        "detectron2",
-        "detectron2",
-        "0.6",
-        DETECTRON2_COMMAND,
-        declared=False,
-        probes=DETECTRON2_PROBES,
-    ),
-    # Its metadata forbids numpy 2, with which its code runs.
-    Dependency(
-        "panopticapi",
-        "panopticapi-lite",
-        None,
-        DETECTRON2_COMMAND,
-        declared=False,
-        probes=PANOPTICAPI_PROBES,
-    ),
+    DETECTRON2,
+    PANOPTICAPI,
     # opencv-python and opencv-python-headless exclude each other; either will do, and only the user can choose.
     Dependency("cv2", "opencv-python-headless", "4.5", declared=False),
     Dependency("pycocotools", "pycocotools", "2.0.2", probes=("pycocotools.mask",)),

@@ -10,10 +10,8 @@ import argparse
 import base64
 import csv
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import KNetError
-from .dependencies import DETECTRON2_PROBES, PANOPTICAPI_PROBES
+from .dependencies import DEPENDENCIES, DETECTRON2, PANOPTICAPI, TORCH_COMMAND, Dependency
+from .doctor import probe
 
 SDIST_NAME = "pb1-detectron2"
 SDIST_VERSION = "0.6"
@@ -40,9 +39,8 @@ CHANGES_FILE = "KNET_D2_CHANGES.txt"
 PANOPTICAPI_REQUIREMENT = "panopticapi-lite==0.1.0"
 PANOPTICAPI_SHA256 = "3d44beed48cd61d0c408b4cf8b5c4752b666567620f175b55f0445303911f37d"
 
-# Newer versions refuse the sdist because of a direct URL in one of its extras.
-PIP_FALLBACK = "pip==26.2"
-PIP_FIRST, PIP_LAST = (23, 2), (26, 2)
+# What reads the sdist: newer versions of pip refuse it because of a direct URL in one of its extras.
+SDIST_TOOLS = ("pip==26.2", "setuptools")
 
 # Where the sdist keeps packages that Detectron2's own setup installs below detectron2/projects.
 PROJECT_FOLDERS = {
@@ -50,26 +48,6 @@ PROJECT_FOLDERS = {
     "projects/DeepLab/deeplab/": "detectron2/projects/deeplab/",
     "projects/Panoptic-DeepLab/panoptic_deeplab/": "detectron2/projects/panoptic_deeplab/",
 }
-
-REQUIREMENTS = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "Pillow>=7.1",
-    "matplotlib",
-    "pycocotools>=2.0.2",
-    "fvcore>=0.1.5",
-    "iopath>=0.1.7",
-    "yacs>=0.1.8",
-    "omegaconf>=2.1",
-    "hydra-core>=1.1",
-    "termcolor>=1.1",
-    "tabulate",
-    "cloudpickle",
-    "tqdm>4.29.0",
-    "tensorboard",
-    "shapely",
-)
 
 
 class InstallError(KNetError):
@@ -82,116 +60,94 @@ class Substitution(NamedTuple):
     file: str
     old: str
     new: str
-    count: int  # type: ignore[assignment]  # NamedTuple has a method of this name
+    count: int = 1  # type: ignore[assignment]  # NamedTuple has a method of this name
+
+
+def _tried(statement: str, otherwise: str) -> str:
+    """An import that may fail."""
+    return f"try:\n    {statement}except ImportError:\n    {otherwise}\n"
 
 
 _IMPORT_C = "from detectron2 import _C\n"
-_TRY_IMPORT_C = "try:\n    from detectron2 import _C\nexcept ImportError:\n    _C = None\n"
 _IMPORT_FAST_EVAL = "from detectron2.evaluation.fast_eval_api import COCOeval_opt\n"
+_IMPORT_API = "from .api import *\n"
 _SCHEDULER = "torch.optim.lr_scheduler."
-
-SUBSTITUTIONS = (
-    # No compiled extension.
-    Substitution("detectron2/layers/deform_conv.py", _IMPORT_C, _TRY_IMPORT_C, 1),
-    Substitution("detectron2/layers/rotated_boxes.py", _IMPORT_C, _TRY_IMPORT_C, 1),
-    Substitution("detectron2/layers/roi_align_rotated.py", _IMPORT_C, _TRY_IMPORT_C, 1),
-    Substitution(
-        "detectron2/evaluation/coco_evaluation.py",
-        _IMPORT_FAST_EVAL,
-        f"try:\n    {_IMPORT_FAST_EVAL}except ImportError:\n    COCOeval_opt = COCOeval\n",
-        1,
-    ),
-    # No caffe2 in torch: without this detectron2.utils.analysis can't be imported.
-    Substitution(
-        "detectron2/export/__init__.py",
-        "from .api import *\n",
-        "try:\n    from .api import *\nexcept ImportError:\n    pass\n",
-        1,
-    ),
-    # Pillow 10.
-    Substitution("detectron2/data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR", 1),
-    # setuptools 82 has no pkg_resources.
-    Substitution("detectron2/model_zoo/model_zoo.py", "import pkg_resources\n", "", 1),
-    Substitution(
-        "detectron2/model_zoo/model_zoo.py",
-        'pkg_resources.resource_filename(\n        "detectron2.model_zoo", os.path.join("configs", config_path)\n    )',
-        'os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", config_path)',
-        1,
-    ),
-    # numpy 1.24.
-    Substitution("detectron2/data/build.py", "np.int)", "int)", 1),
-    Substitution("detectron2/data/build.py", "np.int\n", "int\n", 1),
-    Substitution("detectron2/evaluation/sem_seg_evaluation.py", "np.int)", "int)", 2),
-    Substitution("detectron2/evaluation/sem_seg_evaluation.py", "np.float)", "float)", 5),
-    Substitution("detectron2/data/datasets/pascal_voc.py", "np.str)", "str)", 1),
-    Substitution("detectron2/structures/masks.py", "np.bool)", "bool)", 3),
-    Substitution("detectron2/utils/visualizer.py", "np.bool)", "bool)", 3),
-    Substitution("detectron2/utils/video_visualizer.py", "np.bool)", "bool)", 1),
-    Substitution("detectron2/evaluation/pascal_voc_evaluation.py", "np.bool)", "bool)", 2),
-    # Python 3.11 samples no sets.
-    Substitution(
-        "detectron2/data/common.py",
-        "self._rng.sample(self._fallback_candidates, k=1)",
-        "self._rng.sample(list(self._fallback_candidates), k=1)",
-        1,
-    ),
-    # torch 2: schedulers have another base class, without this their state is silently not saved.
-    Substitution("detectron2/engine/hooks.py", f"{_SCHEDULER}_LRScheduler", f"{_SCHEDULER}LRScheduler", 2),
-    # Several processes without a GPU.
-    Substitution(
-        "detectron2/engine/launch.py",
-        '    assert torch.cuda.is_available(), "cuda is not available. Please check your installation."\n',
-        "    has_gpu = torch.cuda.is_available()\n",
-        1,
-    ),
-    Substitution("detectron2/engine/launch.py", 'backend="NCCL"', 'backend="NCCL" if has_gpu else "GLOO"', 1),
-    Substitution(
-        "detectron2/engine/launch.py",
-        "    assert num_gpus_per_machine <= torch.cuda.device_count()\n    torch.cuda.set_device(local_rank)\n",
-        "    if has_gpu:\n"
-        "        assert num_gpus_per_machine <= torch.cuda.device_count()\n"
-        "        torch.cuda.set_device(local_rank)\n",
-        1,
-    ),
-    # Warnings of torch 2.
-    Substitution(
-        "detectron2/utils/comm.py",
-        "    storage = torch.ByteStorage.from_buffer(buffer)\n"
-        "    tensor = torch.ByteTensor(storage).to(device=device)\n",
-        "    tensor = torch.frombuffer(bytearray(buffer), dtype=torch.uint8).to(device=device)\n",
-        1,
-    ),
-    Substitution(
-        "detectron2/checkpoint/detection_checkpoint.py",
-        "torch.load(f)",
-        'torch.load(f, map_location="cpu", weights_only=True)',
-        1,
-    ),
-    Substitution(
-        "detectron2/modeling/anchor_generator.py",
-        "torch.meshgrid(shifts_y, shifts_x)",
-        'torch.meshgrid(shifts_y, shifts_x, indexing="ij")',
-        1,
-    ),
-    Substitution("detectron2/engine/train_loop.py", "from torch.cuda.amp import Grad", "from torch.amp import Grad", 1),
-    Substitution("detectron2/engine/train_loop.py", "        from torch.cuda.amp import autocast\n", "", 1),
-    Substitution("detectron2/engine/train_loop.py", "with autocast():", 'with torch.autocast("cuda"):', 1),
+_CONFIG_FILE = (
+    'pkg_resources.resource_filename(\n        "detectron2.model_zoo", os.path.join("configs", config_path)\n    )'
 )
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From the sdist to a wheel
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+SUBSTITUTIONS = tuple(
+    Substitution(f"detectron2/{file}", *rest)
+    for file, *rest in (
+        # No compiled extension.
+        ("layers/deform_conv.py", _IMPORT_C, _tried(_IMPORT_C, "_C = None")),
+        ("layers/rotated_boxes.py", _IMPORT_C, _tried(_IMPORT_C, "_C = None")),
+        ("layers/roi_align_rotated.py", _IMPORT_C, _tried(_IMPORT_C, "_C = None")),
+        ("evaluation/coco_evaluation.py", _IMPORT_FAST_EVAL, _tried(_IMPORT_FAST_EVAL, "COCOeval_opt = COCOeval")),
+        # No caffe2 in torch: without this detectron2.utils.analysis can't be imported.
+        ("export/__init__.py", _IMPORT_API, _tried(_IMPORT_API, "pass")),
+        # Pillow 10.
+        ("data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR"),
+        # setuptools 82 has no pkg_resources.
+        ("model_zoo/model_zoo.py", "import pkg_resources\n", ""),
+        (
+            "model_zoo/model_zoo.py",
+            _CONFIG_FILE,
+            'os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", config_path)',
+        ),
+        # numpy 1.24.
+        ("data/build.py", "np.int)", "int)"),
+        ("data/build.py", "np.int\n", "int\n"),
+        ("evaluation/sem_seg_evaluation.py", "np.int)", "int)", 2),
+        ("evaluation/sem_seg_evaluation.py", "np.float)", "float)", 5),
+        ("data/datasets/pascal_voc.py", "np.str)", "str)"),
+        ("structures/masks.py", "np.bool)", "bool)", 3),
+        ("utils/visualizer.py", "np.bool)", "bool)", 3),
+        ("utils/video_visualizer.py", "np.bool)", "bool)"),
+        ("evaluation/pascal_voc_evaluation.py", "np.bool)", "bool)", 2),
+        # Python 3.11 samples no sets.
+        ("data/common.py", "sample(self._fallback_candidates, k=1)", "sample(list(self._fallback_candidates), k=1)"),
+        # torch 2: schedulers have another base class, without this their state is silently not saved.
+        ("engine/hooks.py", f"{_SCHEDULER}_LRScheduler", f"{_SCHEDULER}LRScheduler", 2),
+        # Several processes without a GPU.
+        (
+            "engine/launch.py",
+            '    assert torch.cuda.is_available(), "cuda is not available. Please check your installation."\n',
+            "    has_gpu = torch.cuda.is_available()\n",
+        ),
+        ("engine/launch.py", 'backend="NCCL"', 'backend="NCCL" if has_gpu else "GLOO"'),
+        (
+            "engine/launch.py",
+            "    assert num_gpus_per_machine <= torch.cuda.device_count()\n    torch.cuda.set_device(local_rank)\n",
+            "    if has_gpu:\n"
+            "        assert num_gpus_per_machine <= torch.cuda.device_count()\n"
+            "        torch.cuda.set_device(local_rank)\n",
+        ),
+        # Warnings of torch 2.
+        (
+            "utils/comm.py",
+            "    storage = torch.ByteStorage.from_buffer(buffer)\n"
+            "    tensor = torch.ByteTensor(storage).to(device=device)\n",
+            "    tensor = torch.frombuffer(bytearray(buffer), dtype=torch.uint8).to(device=device)\n",
+        ),
+        (
+            "checkpoint/detection_checkpoint.py",
+            "torch.load(f)",
+            'torch.load(f, map_location="cpu", weights_only=True)',
+        ),
+        ("modeling/anchor_generator.py", "(shifts_y, shifts_x)", '(shifts_y, shifts_x, indexing="ij")'),
+        ("engine/train_loop.py", "from torch.cuda.amp import Grad", "from torch.amp import Grad"),
+        ("engine/train_loop.py", "        from torch.cuda.amp import autocast\n", ""),
+        ("engine/train_loop.py", "with autocast():", 'with torch.autocast("cuda"):'),
+    )
+)
 
 
 def read_sdist(path: Path, sha256: str) -> dict[str, bytes]:
     """Read an sdist into {path below its top folder: content}, after checking its hash."""
     if not path.is_file():
         raise InstallError(f"{path}: no such file; --sdist wants the file {SDIST_NAME}-{SDIST_VERSION}.tar.gz")
-    found = sha256_of(path)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
         raise InstallError(f"{path}: its sha256 is {found}, expected {sha256}; fetch the file again")
     files = {}
@@ -229,11 +185,10 @@ def wheel_contents(files: dict[str, bytes], substitutions: Sequence[Substitution
         "Name: detectron2",
         f"Version: {WHEEL_VERSION}",
         "Summary: Detectron2 0.6 without its compiled extension, adapted to today's packages",
-        "Home-page: https://github.com/facebookresearch/detectron2",
         "License: Apache-2.0",
         "License-File: LICENSE",
         "Requires-Python: >=3.7",
-        *(f"Requires-Dist: {requirement}" for requirement in REQUIREMENTS),
+        *(f"Requires-Dist: {dependency.requirement}" for dependency in DEPENDENCIES if dependency.declared),
         "",
     ]
     wheel = ["Wheel-Version: 1.0", "Generator: knet_d2", "Root-Is-Purelib: true", "Tag: py3-none-any", ""]
@@ -267,57 +222,34 @@ def build_wheel(sdist: Path, folder: Path) -> Path:
     return write_wheel(wheel_contents(files, SUBSTITUTIONS), folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# pip
-
-
-def run_pip(arguments: Sequence[str], environment: dict[str, str]) -> None:
-    """Run pip; when it fails, raise with its last lines."""
+def run_pip(arguments: Sequence[str], **environment: str) -> None:
+    """Run pip, with these environment variables besides; when it fails, raise with its last lines."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode:
         tail = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-12:])
         raise InstallError(f"pip {' '.join(arguments)} failed:\n{tail}")
 
 
-def pip_reads_sdist(version: str) -> bool:
-    """Whether this version of pip is one that takes the sdist."""
-    return PIP_FIRST <= tuple(int(part) for part in re.findall(r"\d+", version)[:2]) <= PIP_LAST
-
-
-def pip_environment(folder: Path) -> dict[str, str]:
-    """Environment in which ``python -m pip`` takes the sdist; what this Python lacks is put into ``folder``."""
-    if importlib.util.find_spec("pip") is None:
-        raise InstallError("this Python has no pip; get it with: python -m ensurepip --upgrade")
-    environment = dict(os.environ)
-    missing = [] if pip_reads_sdist(importlib.metadata.version("pip")) else [PIP_FALLBACK]
-    if importlib.util.find_spec("setuptools") is None:
-        missing.append("setuptools")
-    if missing:
-        run_pip(["install", "--quiet", "--target", str(folder), *missing], environment)
-        environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return environment
-
-
-def fetch_sdist(folder: Path, environment: dict[str, str]) -> Path:
-    """Download Detectron2's sdist from the package registry into ``folder``."""
-    if importlib.util.find_spec("torch") is None:
-        raise InstallError("torch is missing; install it first: python -m pip install torch torchvision")
+def fetch_sdist(folder: Path) -> Path:
+    """Download Detectron2's sdist from the package registry into ``folder``, with a pip of its own."""
+    for module, command in (("pip", "python -m ensurepip --upgrade"), ("torch", TORCH_COMMAND)):
+        if importlib.util.find_spec(module) is None:
+            raise InstallError(f"{module} is missing; install it first: {command}")
+    tools = str(folder / "tools")
+    path = os.pathsep.join([tools, *filter(None, [os.environ.get("PYTHONPATH")])])
     requirement = folder / "detectron2.txt"
     requirement.write_text(f"{SDIST_NAME}=={SDIST_VERSION} --hash=sha256:{SDIST_SHA256}\n")
     arguments = ["download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes"]
     try:
-        run_pip([*arguments, "--dest", str(folder), "--requirement", str(requirement)], environment)
+        run_pip(["install", "--quiet", "--target", tools, *SDIST_TOOLS])
+        run_pip([*arguments, "--dest", str(folder), "--requirement", str(requirement)], PYTHONPATH=path)
     except InstallError as error:
         raise InstallError(
             f"Detectron2's sources could not be fetched. On a machine without a package registry, put the file "
             f"{SDIST_NAME}-{SDIST_VERSION}.tar.gz there and repeat with --sdist FILE.\n{error}"
         ) from None
     return folder / f"{SDIST_NAME}-{SDIST_VERSION}.tar.gz"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is installed
 
 
 def package_folder(name: str) -> Path | None:
@@ -329,11 +261,6 @@ def package_folder(name: str) -> Path | None:
     if not locations or (spec.origin is None and not (Path(locations[0]) / CHANGES_FILE).exists()):
         return None
     return Path(locations[0])
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether this step has put a detectron2 package there, complete or not."""
-    return (folder / CHANGES_FILE).exists()
 
 
 def is_complete(folder: Path) -> bool:
@@ -358,17 +285,9 @@ def remove_ours(folder: Path) -> None:
     folder.rmdir()
 
 
-def import_error(modules: Sequence[str]) -> str | None:
-    """Import modules in a new process; the error's last line, None when all is well."""
-    command = [sys.executable, "-c", f"import {', '.join(modules)}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return None
-    return (done.stderr.strip().splitlines() or [f"the process ended with status {done.returncode}"])[-1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The step
+def import_error(dependency: Dependency) -> str | None:
+    """Import a package in a new process; the error in one line, None when all is well."""
+    return probe([dependency])[0].get("error")
 
 
 def install_detectron2(sdist: Path | None = None) -> str:
@@ -378,8 +297,8 @@ def install_detectron2(sdist: Path | None = None) -> str:
         sdist: Detectron2's sources as a local file; None = from the package registry.
     """
     folder = package_folder("detectron2")
-    if folder is not None and not is_ours(folder):
-        error = import_error(DETECTRON2_PROBES)
+    if folder is not None and not (folder / CHANGES_FILE).exists():  # not ours
+        error = import_error(DETECTRON2)
         if error is None:
             return f"detectron2: {folder} is importable and stays as it is"
         raise InstallError(
@@ -390,36 +309,28 @@ def install_detectron2(sdist: Path | None = None) -> str:
         done = f"detectron2: {WHEEL_VERSION} is already installed in {folder}"
     else:
         with tempfile.TemporaryDirectory(prefix="knet_d2_") as temporary:
-            _build_and_install(sdist, Path(temporary), folder)
+            wheel = build_wheel(sdist or fetch_sdist(Path(temporary)), Path(temporary))
+            if folder is not None:
+                remove_ours(folder)
+            run_pip(["install", "--no-deps", "--no-index", str(wheel)])
         done = f"detectron2: installed {WHEEL_VERSION} in {package_folder('detectron2')}"
-    error = import_error(DETECTRON2_PROBES)
+    error = import_error(DETECTRON2)
     if error is not None:
         raise InstallError(f"{done}, but it can't be imported: {error}. See: python -m knet_d2.doctor")
     return done
 
 
-def _build_and_install(sdist: Path | None, temporary: Path, remains: Path | None) -> None:
-    environment = dict(os.environ)
-    if sdist is None:
-        environment = pip_environment(temporary / "tools")
-        sdist = fetch_sdist(temporary, environment)
-    wheel = build_wheel(sdist, temporary)
-    if remains is not None:
-        remove_ours(remains)
-    run_pip(["install", "--no-deps", "--no-index", str(wheel)], environment)
-
-
 def install_panopticapi() -> str:
     """Install panopticapi unless one is importable; return what was done."""
     folder = package_folder("panopticapi")
-    if folder is not None and import_error(PANOPTICAPI_PROBES) is None:
+    if folder is not None and import_error(PANOPTICAPI) is None:
         return f"panopticapi: {folder} is importable and stays as it is"
     with tempfile.TemporaryDirectory(prefix="knet_d2_") as temporary:
         requirement = Path(temporary) / "panopticapi.txt"
         requirement.write_text(f"{PANOPTICAPI_REQUIREMENT} --hash=sha256:{PANOPTICAPI_SHA256}\n")
         # Without its dependencies: its metadata forbids numpy 2, with which its code runs.
         arguments = ["install", "--no-deps", "--force-reinstall", "--only-binary", ":all:", "--require-hashes"]
-        run_pip([*arguments, "--requirement", str(requirement)], dict(os.environ))
+        run_pip([*arguments, "--requirement", str(requirement)])
     return f"panopticapi: installed {PANOPTICAPI_REQUIREMENT}"
 
 
@@ -439,7 +350,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -54,7 +54,7 @@ def timed_methods(subject: Subject) -> list[tuple[Any, str, str]]:
         methods += [(model, "preprocess_image", "preprocessing"), (model.sem_seg_head, "forward", "static kernels")]
         methods += [(stage, "forward", f"stage {i}") for i, stage in enumerate(model.cascade.stages, start=1)]
         methods += [(model, "prepare_targets", "targets"), (model.criterion, "forward", "losses")]
-        methods += [(model.criterion.matcher, "match", "matching"), (model, "postprocess", "post-processing")]
+        methods += [(model.criterion.matcher, "match", "matching"), (model.postprocessor, "forward", "post-processing")]
         if model.auxiliary_head is not None:
             methods.append((model.auxiliary_head, "forward", "auxiliary head"))
         return methods

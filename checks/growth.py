@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Whether memory, open files or threads grow in long runs: a tiny model trains, then predicts.
 
-python tools/check_growth.py --iterations 2000
+python -m checks.growth --iterations 2000
 
 Prints the resident memory of all its processes after the first tenth and at the end, and the slope of a line through
 what lies between. Exit code 1 where the line rises by 2 % or more, or files or threads become more.
@@ -17,10 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 from detectron2.engine import HookBase
-from endurance.runs import write_config
 
 from knet_d2.data.shapes.writer import write_shapes
 from knet_d2.engine import Predictor, Trainer, load_config
+from knet_d2.programs import run
+
+from .runs import write_config
 
 MOST_GROWTH = 0.02
 TASKS = ("instance", "panoptic", "semantic")
@@ -105,14 +106,14 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_shapes(os.path.join(folder, "shapes"), 4, seed=5, size=64)
         config = write_config(folder, os.path.join(folder, "shapes"), args.task)
         output = os.path.join(folder, "output")
         os.makedirs(output)
-        sys.exit(not all([run(config, args.iterations, output) for run in (train, predict)]))
+        return int(not all([part(config, args.iterations, output) for part in (train, predict)]))
 
 
 if __name__ == "__main__":
-    main(get_parser().parse_args())
+    sys.exit(run(main, get_parser()))

@@ -1,21 +1,21 @@
 """Compare this implementation with the official K-Net, tensor by tensor.
 
-python tools/check_references.py                            # the references that come with the tests
-python tools/check_references.py --references FOLDER        # another set
-python tools/check_references.py --mutate all               # the check has to fail when something is wrong
+python -m checks.references                            # the references that come with the tests
+python -m checks.references --references FOLDER        # another set
+python -m checks.references --mutate all               # the check has to fail when something is wrong
 """
 
 import argparse
 import functools
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # from a source tree that is not installed, too
+import torch
 
-import torch  # noqa: E402
-from references.cases import (  # noqa: E402
+from knet_d2.errors import DataError
+
+from .cases import (
     COMMITTED,
     CONFIGS,
     Result,
@@ -26,10 +26,10 @@ from references.cases import (  # noqa: E402
     load_manifests,
     not_compared,
 )
-from references.inference import check_inference  # noqa: E402
-from references.mutations import MUTATIONS, Mutation, mutated  # noqa: E402
-from references.state_dicts import check_state_dict  # noqa: E402
-from references.training import check_training  # noqa: E402
+from .inference import check_inference
+from .mutations import MUTATIONS, Mutation, mutated
+from .state_dicts import check_state_dict
+from .training import check_training
 
 
 def check_case(folder: Path, case: str, model: torch.nn.Module) -> tuple[list[Result], list[str]]:
@@ -122,26 +122,24 @@ def run_mutations(folder: Path, names: list[str]) -> int:
     return uncaught
 
 
-def main() -> int:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--references", type=Path, default=COMMITTED, help="folder with the recorded tensors")
     parser.add_argument("--architecture", action="append", choices=CONFIGS, help="only this one (can be repeated)")
-    parser.add_argument("--mutate", metavar="NAME", help=f"all, or one of: {', '.join(MUTATIONS)}")
-    args = parser.parse_args()
+    names = ["all", *MUTATIONS]
+    parser.add_argument("--mutate", metavar="NAME", choices=names, help=f"one of {', '.join(names)}")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
     if args.mutate:
-        if args.mutate not in ("all", *MUTATIONS):
-            parser.error(f"--mutate {args.mutate}: use all, or one of {', '.join(MUTATIONS)}")
         names = list(MUTATIONS) if args.mutate == "all" else [args.mutate]
         return int(run_mutations(args.references, names) > 0)
 
     results, skipped = run_checks(args.references, args.architecture or list(CONFIGS))
     if not results:
-        parser.error(f"{args.references}: there are no references (manifest*.json*, ref_*.npz, train_*.npz)")
+        raise DataError(f"--references {args.references}: there are no manifest*.json*, ref_*.npz or train_*.npz.")
     print_table(results)
     failed = [result for result in results if not result.passed]
     print(f"\n{len(results)} compared, {len(skipped)} skipped, {len(failed)} beyond tolerance")
     return int(bool(failed or skipped))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Feed damaged files to the project: each must be used, or refused by one of the project's own errors.
 
-python tools/fuzz.py annotations --count 15000
+python -m checks.fuzzing annotations --count 15000
 
 Inputs are made from valid files and depend on --seed and their number alone: --first N --count 1 repeats one. Each has
 a cap on its time and memory. Exit code 1 where an input ends in any other error, a crash, a hang or too much memory.
@@ -11,8 +10,10 @@ import argparse
 import json
 import sys
 
-from fuzzing.loop import FAULT, fuzz
-from fuzzing.targets import TARGETS
+from knet_d2.programs import run
+
+from .loop import FAULT, fuzz
+from .targets import TARGETS
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -24,13 +25,13 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
     summary = fuzz(args.kind, args.count, args.seed, args.first)
     for detail, outcome in summary.faults.items():
         print(f"input {outcome.index}: {detail}\n{outcome.trace}")
     print(json.dumps({"kind": args.kind, "inputs": args.count, "reached": summary.reached, **summary.counts}))
-    sys.exit(summary.counts[FAULT] > 0)
+    return int(summary.counts[FAULT] > 0)
 
 
 if __name__ == "__main__":
-    main(get_parser().parse_args())
+    sys.exit(run(main, get_parser()))

@@ -1,24 +1,23 @@
 """Build the models of the zoo, and take one training step and one prediction with each, on small random images.
 
-python tools/check_configs.py                                         # all of them, on the CPU
-python tools/check_configs.py coco/panoptic/knet_swin_l_fpn_3x.yaml   # the named ones
+python -m checks.configs                                         # all of them, on the CPU
+python -m checks.configs coco/panoptic/knet_swin_l_fpn_3x.yaml   # the named ones
 """
 
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # from a source tree that is not installed, too
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Instances
 
-import torch  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
-from detectron2.structures import BitMasks, Instances  # noqa: E402
-from references.cases import ROOT, zoo_config  # noqa: E402
+from knet_d2.engine.optimizer import build_gradient_clipper, build_optimizer
+from knet_d2.programs import run
 
-from knet_d2.engine.optimizer import build_gradient_clipper, build_optimizer  # noqa: E402
+from .references.cases import ROOT, zoo_config
 
 IMAGE_SIZES = ((64, 96), (64, 64))
 OBJECT = (slice(8, 40), slice(16, 48))
@@ -68,11 +67,14 @@ def train_and_predict(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", help="paths below configs/")
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
     failures = 0
     for path in args.configs or zoo_config_files():
         torch.manual_seed(0)
@@ -90,4 +92,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, get_parser()))

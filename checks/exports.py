@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Compare exported models with the PyTorch model that they come from, on images at several sizes and batch sizes.
 
 Prints, for each file, size and batch size, the largest difference of a score, the smallest IoU of a mask, the smallest
@@ -24,10 +23,11 @@ import numpy as np
 import torch
 
 from knet_d2.data.files import find_images, read_image
-from knet_d2.errors import ConfigError, errors_in_one_line
+from knet_d2.errors import ConfigError
 from knet_d2.export import OUTPUT_NAMES
 from knet_d2.inference.resolve import load
 from knet_d2.modeling.meta_arch import KNet
+from knet_d2.programs import run
 
 SIZES = ((128, 128), (96, 160), (100, 140), (150, 90))
 BATCHES = (1, 2)
@@ -257,8 +257,8 @@ def compare(
         inputs = padded(some, model.size_divisibility), np.array(size), output_size
         expected, time_of_model = _timed(run_model, model, some, output_size)
         seconds[""].append(time_of_model / batch)
-        for name, run in runners.items():
-            outputs, time_of_file = _timed(run, *inputs)
+        for name, runner in runners.items():
+            outputs, time_of_file = _timed(runner, *inputs)
             seconds[name].append(time_of_file / batch)
             for i, one in enumerate(expected):
                 found[name].append(agreement(one, {key: x[i] for key, x in outputs.items()}, threshold))
@@ -275,7 +275,6 @@ def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns the exit code."""
     predictor = load(
         args.weights,
         confidence_threshold=args.confidence_threshold,
@@ -305,5 +304,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    with errors_in_one_line():
-        sys.exit(main(get_parser().parse_args()))
+    sys.exit(run(main, get_parser()))

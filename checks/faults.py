@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Break what is around a training, see what it says, mend it, resume, and compare with a run that was not interrupted.
 
-python tools/check_faults.py
+python -m checks.faults
 
 The disk is full, the disk becomes read-only, a process that loads data is killed. Needs Linux and the rights to mount a
 file system in memory (root). Exit code 1 where a run does not end with one message, or is not the same in the end.
@@ -18,9 +17,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from endurance.runs import Training, compare_runs, errors_in, write_config
-
 from knet_d2.data.shapes.writer import write_shapes
+from knet_d2.programs import run
+
+from .runs import Training, compare_runs, errors_in, write_config
 
 ITERATIONS, PERIOD = 24, 4
 
@@ -85,7 +85,7 @@ def try_fault(name: str, whole: Path, run: Path, arguments: tuple) -> bool:
         subprocess.run(["umount", str(run)], check=True)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_shapes(str(folder / "shapes"), 4, seed=5, size=64)
@@ -95,8 +95,8 @@ def main(args: argparse.Namespace) -> None:
         whole.mkdir()
         Training(*arguments, whole, folder / "whole.txt").finish()
         good = [try_fault(fault, whole, folder / f"run{i}", arguments) for i, fault in enumerate(FAULTS)]
-    sys.exit(not all(good))
+    return int(not all(good))
 
 
 if __name__ == "__main__":
-    main(get_parser().parse_args())
+    sys.exit(run(main, get_parser()))

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Kill trainings by SIGKILL at random moments, resume them, and compare each with a run that was not interrupted.
 
-python tools/check_kills.py --runs 25
+python -m checks.kills --runs 25
 
 Every second one is killed while it writes a checkpoint. All train a tiny panoptic model on the CPU with 2 processes
 that load data. Exit code 1 where a run does not end with the same weights, optimiser and metrics file, bit for bit.
@@ -16,9 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from endurance.runs import Training, compare_runs, write_config
-
 from knet_d2.data.shapes.writer import write_shapes
+from knet_d2.programs import run
+
+from .runs import Training, compare_runs, write_config
 
 ITERATIONS, PERIOD, EVALUATIONS = 48, 6, 16
 
@@ -46,7 +46,7 @@ def kill(training: Training, folder: Path, iterations: int, seconds: float, whil
     training.process.join()
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -76,8 +76,8 @@ def main(args: argparse.Namespace) -> None:
             result = difference or "identical"
             print(f"run {number}: killed after iteration {moment}, resumed at {resumed}: {result}", flush=True)
     print(json.dumps({"runs": args.runs, "killed_while_writing": writing, "different": different}))
-    sys.exit(different > 0)
+    return int(different > 0)
 
 
 if __name__ == "__main__":
-    main(get_parser().parse_args())
+    sys.exit(run(main, get_parser()))

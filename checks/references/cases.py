@@ -7,7 +7,6 @@ and the official state dicts' names and shapes, in ``manifests.json.gz`` or one 
 import gzip
 import json
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +20,11 @@ from knet_d2.checkpoint.key_table import translate_state_dict
 from knet_d2.checkpoint.openmmlab import openmmlab_rules
 from knet_d2.config import add_knet_config
 
+from .filling import filled_state_dict
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "tests" / "data" / "references"
 
-sys.path.append(str(ROOT / "tests"))
-from reference_fill import filled_state_dict  # noqa: E402
 
 # The config of every architecture that has an official state dict
 CONFIGS = {

@@ -14,7 +14,7 @@ import yaml
 
 from knet_d2.programs import train
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 SIZE = 64
 
 TINY_MODEL = {

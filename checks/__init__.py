@@ -1,0 +1,1 @@
+"""What proves the project to its developers; README.md says what each check proves and how long it takes."""

@@ -1,1 +1,0 @@
-"""What the check_*.py of long and interrupted runs have in common."""
