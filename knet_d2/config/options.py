@@ -20,37 +20,39 @@ def add_knet_config(cfg: CN) -> None:
 def _add_model_config(cfg: CN) -> None:
     cfg.MODEL.KNET = CN()
     knet = cfg.MODEL.KNET
-    # "instance", "panoptic" or "semantic": which groups of kernels the bank is made of.
+    # Task: "instance", "panoptic" or "semantic". It selects the groups of kernels.
     knet.TASK = "panoptic"
-    # Instance kernels N (paper: 100; not used by "semantic", which has one kernel per class).
+    # Number of instance kernels N (paper: 100). Semantic models ignore it: they have one kernel per class.
     knet.NUM_KERNELS = 100
-    # Number of thing classes; 0 = from the metadata of DATASETS.TRAIN.
+    # Number of thing classes; 0 = read from the metadata of DATASETS.TRAIN.
     knet.NUM_THING_CLASSES = 0
-    # Number of stuff classes ("semantic": of all classes); 0 = from the metadata of DATASETS.TRAIN.
+    # Number of stuff classes ("semantic": number of all classes); 0 = read from the metadata of DATASETS.TRAIN.
     knet.NUM_STUFF_CLASSES = 0
-    # Contiguous ids that the data set's metadata gives its thing classes; [] = from the metadata of DATASETS.TRAIN.
+    # Contiguous ids of the thing classes in the data set's metadata; [] = read from the metadata of DATASETS.TRAIN.
     knet.THING_CATEGORY_IDS = []
-    # Contiguous ids that the data set's metadata gives its stuff classes; [] = from the metadata of DATASETS.TRAIN.
+    # Contiguous ids of the stuff classes in the data set's metadata; [] = read from the metadata of DATASETS.TRAIN.
     knet.STUFF_CATEGORY_IDS = []
-    # Kernel update stages S.
+    # Number of kernel update stages S.
     knet.NUM_STAGES = 3
-    # What the semantic FPN adds to its coarsest level: "sine", "coordinates" (two channels in [-1, 1]) or "none".
+    # Position encoding that the semantic FPN adds to its coarsest level: "sine", "coordinates" (two channels in [-1,
+    # 1]) or "none".
     knet.POSITION_ENCODING = "sine"
-    # Dropout before the classifier of a semantic decode head (and of its auxiliary head).
+    # Dropout probability before the classifier of a semantic decode head and of its auxiliary head.
     knet.DROPOUT = 0.1
 
     knet.UPDATE_HEAD = CN()
-    # Channels that the adaptive kernel update works on; wider kernels are split into groups of this size.
+    # Number of channels of the adaptive kernel update; wider kernels are split into groups of this size.
     knet.UPDATE_HEAD.FEATURE_DIM = 256
-    # Heads of the self-attention between kernels.
+    # Number of heads of the self-attention between kernels.
     knet.UPDATE_HEAD.NUM_HEADS = 8
-    # Hidden width of the feed-forward network.
+    # Hidden channels of the feed-forward network.
     knet.UPDATE_HEAD.FFN_DIM = 2048
     # Ablation: False replaces the adaptive update by a linear projection of the group feature.
     knet.UPDATE_HEAD.KERNEL_UPDATE = True
-    # Ablation: False leaves out attention and feed-forward network.
+    # Ablation: False removes the self-attention and the feed-forward network.
     knet.UPDATE_HEAD.KERNEL_INTERACTION = True
-    # Initialisation of the update heads: "xavier" (detection release) or "default" (PyTorch's, segmentation release).
+    # Initialisation of the update heads: "xavier" (official detection models) or "default" (PyTorch's; official
+    # segmentation models).
     knet.UPDATE_HEAD.INIT = "xavier"
 
     knet.LOSS = CN()
@@ -60,40 +62,46 @@ def _add_model_config(cfg: CN) -> None:
     knet.LOSS.MASK_WEIGHT = 1.0
     # Weight of the dice loss on the positive kernels' masks.
     knet.LOSS.DICE_WEIGHT = 4.0
-    # Weight of the cross entropy over kernels (panoptic: rank loss 0.1; semantic: the main loss, 1).
+    # Weight of the cross entropy over kernels. Panoptic models use it as rank loss (0.1), semantic models as main loss
+    # (1).
     knet.LOSS.RANK_WEIGHT = 0.1
-    # Weight of the dense class loss on the static semantic logits.
+    # Weight of the per-pixel class loss on the static semantic logits.
     knet.LOSS.DENSE_WEIGHT = 1.0
     # Weight of the auxiliary FCN head's cross entropy; 0 = no auxiliary head.
     knet.LOSS.AUXILIARY_WEIGHT = 0.0
-    # Focal loss parameters, for the losses and for the matching cost.
+    # Focal alpha: weight of positive samples, in the loss and in the matching cost.
     knet.LOSS.FOCAL_ALPHA = 0.25
+    # Focal gamma: down-weights well-classified examples, in the loss and in the matching cost.
     knet.LOSS.FOCAL_GAMMA = 2.0
-    # Normalise every term over all processes, so that P processes with B / P images compute what one with B computes.
+    # Normalise every loss term over all processes. P processes with B / P images each then compute the same losses as
+    # one process with B images.
     knet.LOSS.GLOBAL_NORMALIZERS = False
 
     knet.MATCHER = CN()
-    # Weights of the matching cost's terms.
+    # Weight of the focal class term in the matching cost.
     knet.MATCHER.CLASS_WEIGHT = 2.0
+    # Weight of the pixel agreement term in the matching cost.
     knet.MATCHER.MASK_WEIGHT = 1.0
+    # Weight of the dice term in the matching cost.
     knet.MATCHER.DICE_WEIGHT = 4.0
 
     knet.AUXILIARY_HEAD = CN()
     # Backbone feature that the auxiliary FCN head reads.
     knet.AUXILIARY_HEAD.IN_FEATURE = "res4"
-    # Channels of its one 3x3 convolution.
+    # Channels of the auxiliary head's one 3x3 convolution.
     knet.AUXILIARY_HEAD.CONV_DIM = 256
 
     knet.TEST = CN()
-    # What is returned; [] = the task's own. Panoptic models can give "panoptic_seg", "instances", "sem_seg".
+    # Outputs that the model returns; [] = the default of the task. Panoptic models support "panoptic_seg", "instances"
+    # and "sem_seg".
     knet.TEST.OUTPUTS = []
-    # Whose predictions are returned: 0 = the static kernels', 1 to NUM_STAGES = a stage's, -1 = the last stage's.
+    # Stage whose predictions are returned: 0 = static kernels, 1 to NUM_STAGES = this update stage, -1 = last stage.
     knet.TEST.STAGE = -1
     # Instances with a lower score are not returned.
     knet.TEST.SCORE_THRESHOLD = 0.0
-    # Panoptic: thing segments with a lower score are dropped (their pixels stay void).
+    # Panoptic: thing segments with a lower score are dropped, and their pixels are void.
     knet.TEST.THING_SCORE_THRESHOLD = 0.3
-    # Panoptic: a segment that wins a smaller part of its own mask's area is dropped.
+    # Panoptic: a segment is dropped if it wins less than this share of its own mask's area.
     knet.TEST.OVERLAP_THRESHOLD = 0.6
 
 
@@ -102,62 +110,65 @@ def _add_backbone_config(cfg: CN) -> None:
     # train) and "SyncBN" (plain batch norm on one process).
     # "basic" (one 7x7 convolution) or "deeplab" (three 3x3 convolutions, ResNet-V1c).
     cfg.MODEL.RESNETS.STEM_TYPE = "basic"
-    # Dilation of res4; above 1 its stride is 1, as RES5_DILATION does for res5 (1, 2, or 4 after a dilated res4).
+    # Dilation of res4. A dilation above 1 sets the stride of res4 to 1, in the same way as RES5_DILATION for res5
+    # (which may be 1, 2, or 4 after a dilated res4).
     cfg.MODEL.RESNETS.RES4_DILATION = 1
 
     cfg.MODEL.SWIN = CN()
     swin = cfg.MODEL.SWIN
-    # Channels of the first stage (Swin-T 96, Swin-L 192); each later stage has twice as many.
+    # Number of channels of the first stage (Swin-T 96, Swin-L 192); every later stage doubles it.
     swin.EMBED_DIM = 96
-    # Blocks of each stage (Swin-L: 2, 2, 18, 2).
+    # Number of blocks of each stage (Swin-L: 2, 2, 18, 2).
     swin.DEPTHS = [2, 2, 6, 2]
-    # Attention heads of each stage (Swin-L: 6, 12, 24, 48).
+    # Number of attention heads of each stage (Swin-L: 6, 12, 24, 48).
     swin.NUM_HEADS = [3, 6, 12, 24]
-    # Side of the attention windows.
+    # Side length of the attention windows.
     swin.WINDOW_SIZE = 7
-    # Hidden width of a block's MLP, as a multiple of its channels.
+    # Hidden channels of a block's MLP, as a multiple of the block's channels.
     swin.MLP_RATIO = 4.0
-    # Drop path probability of the last block; it grows linearly from 0 in the first.
+    # Drop path probability of the last block; it increases linearly from 0 in the first block.
     swin.DROP_PATH_RATE = 0.2
-    # Stages that the backbone returns; each goes through a layer norm of its own.
+    # Stages that the backbone returns; each has its own layer norm.
     swin.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
 
 
 def _add_input_config(cfg: CN) -> None:
-    # SSD's photometric distortion of training images.
+    # Whether training images are augmented with SSD's photometric distortion.
     cfg.INPUT.COLOR_AUG_SSD = False
-    # Crops of semantic training: no class covers more than this part of the crop (1.0 = no constraint).
+    # Semantic training: no class covers more than this share of a crop (1.0 = no constraint).
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
 
 
 def _add_data_config(cfg: CN) -> None:
-    # Data sets given without Python: a list of {name, type, ...} mappings, see docs/DATASETS.md.
+    # Custom data sets: a list of {name, type, ...} mappings, see docs/DATASETS.md.
     cfg.DATASETS.CUSTOM = []
 
 
 def _add_solver_config(cfg: CN) -> None:
-    # "ADAMW" or "SGD".
+    # Optimiser: "ADAMW" or "SGD".
     cfg.SOLVER.OPTIMIZER = "ADAMW"
-    # The backbone's learning rate is multiplied with this.
+    # Factor on the learning rate of the backbone.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
-    # Steps in a row with a loss that is not finite after which training stops; those before are skipped.
+    # Number of consecutive steps with a non-finite loss after which training stops. Earlier ones are skipped.
     cfg.SOLVER.NON_FINITE_STEPS = 1
-    # Parts of a batch that are computed one after the other to save memory; their gradients add up for one update.
+    # Number of parts in which a batch is computed, one after the other, to save memory. Their gradients are accumulated
+    # for one update.
     cfg.SOLVER.ACCUMULATE_GRADIENTS = 1
     # Decay of an exponential moving average of the weights, which is evaluated and saved as the model; 0 = none.
     cfg.SOLVER.EMA_DECAY = 0.0
-    # Type of mixed precision when SOLVER.AMP.ENABLED: "float16" (CUDA only) or "bfloat16".
+    # Data type of mixed precision if SOLVER.AMP.ENABLED: "float16" (CUDA only) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
 
 
 def _add_engine_config(cfg: CN) -> None:
-    # Iterations between two lines of the log, of metrics.json and of TensorBoard.
+    # Number of iterations between two entries in the log, metrics.json and TensorBoard.
     cfg.SOLVER.LOG_PERIOD = 20
-    # Periodic checkpoints that are kept (the newest ones); 0 = all. The best and the final one stay anyway.
+    # Number of newest periodic checkpoints that are kept; 0 = all. The best and the final checkpoint are always kept.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 3
-    # Power of the schedule "WarmupPolyLR" (SOLVER.LR_SCHEDULER_NAME).
+    # Power of the learning rate schedule "WarmupPolyLR" (SOLVER.LR_SCHEDULER_NAME).
     cfg.SOLVER.POLY_LR_POWER = 0.9
-    # Whether the training loss is computed on the first of DATASETS.TEST at every evaluation: validation/total_loss.
+    # Whether every evaluation also computes the training loss on the first data set in DATASETS.TEST, as
+    # validation/total_loss.
     cfg.TEST.VALIDATION_LOSS = False
-    # Validation images that are drawn into TensorBoard at every evaluation, ground truth beside prediction.
+    # Number of validation images that every evaluation draws into TensorBoard, ground truth beside prediction.
     cfg.TEST.NUM_PICTURES = 4
