@@ -10,33 +10,42 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from knet_d2.config import add_knet_config
 
 IGNORE = 255
 
-TINY = {
-    "MODEL.META_ARCHITECTURE": "KNet",
+# What makes any config's model small; 32 channels are the fewest that GroupNorm takes
+SMALL = {
     "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.SWIN.EMBED_DIM": 8,
+    "MODEL.SWIN.NUM_HEADS": [1, 2, 2, 4],
+    "MODEL.FPN.OUT_CHANNELS": 32,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+    "MODEL.KNET.NUM_KERNELS": 6,
+    "MODEL.KNET.UPDATE_HEAD.FEATURE_DIM": 32,
+    "MODEL.KNET.UPDATE_HEAD.NUM_HEADS": 4,
+    "MODEL.KNET.UPDATE_HEAD.FFN_DIM": 48,
+    "MODEL.KNET.AUXILIARY_HEAD.CONV_DIM": 8,
+    "DATASETS.TRAIN": (),
+    "DATASETS.TEST": (),
+}
+# Numbers of thing and stuff classes
+CLASSES = {"instance": (3, 0), "panoptic": (3, 2), "semantic": (0, 5)}
+RESNET = {
+    "MODEL.META_ARCHITECTURE": "KNet",
     "MODEL.BACKBONE.NAME": "build_knet_resnet_fpn_backbone",
     "MODEL.BACKBONE.FREEZE_AT": 0,
     "MODEL.RESNETS.NORM": "BN",
     "MODEL.RESNETS.STRIDE_IN_1X1": False,
     "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
-    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
     "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.FPN.OUT_CHANNELS": 32,
-    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
-    "MODEL.KNET.NUM_KERNELS": 6,
-    "MODEL.KNET.NUM_THING_CLASSES": 3,
-    "MODEL.KNET.NUM_STUFF_CLASSES": 2,
-    "MODEL.KNET.UPDATE_HEAD.FEATURE_DIM": 32,
-    "MODEL.KNET.UPDATE_HEAD.NUM_HEADS": 4,
-    "MODEL.KNET.UPDATE_HEAD.FFN_DIM": 48,
-    "DATASETS.TRAIN": (),
-    "DATASETS.TEST": (),
 }
 DETECTION = {
     "MODEL.SEM_SEG_HEAD.NAME": "SemanticFPNKernelHead",
@@ -49,27 +58,34 @@ SEMANTIC = {
     "MODEL.SEM_SEG_HEAD.NAME": "FCNKernelHead",
     "MODEL.SEM_SEG_HEAD.IN_FEATURES": ["res4"],
     "MODEL.SEM_SEG_HEAD.NORM": "BN",
-    "MODEL.KNET.NUM_THING_CLASSES": 0,
-    "MODEL.KNET.NUM_STUFF_CLASSES": 5,
     "MODEL.KNET.LOSS.RANK_WEIGHT": 1.0,
     "MODEL.KNET.LOSS.AUXILIARY_WEIGHT": 0.4,
-    "MODEL.KNET.AUXILIARY_HEAD.CONV_DIM": 8,
     "MODEL.KNET.AUXILIARY_HEAD.IN_FEATURE": "res3",
 }
 TASKS = {
-    "instance": {**DETECTION, "MODEL.KNET.NUM_STUFF_CLASSES": 0, "MODEL.KNET.LOSS.RANK_WEIGHT": 0.0},
+    "instance": {**DETECTION, "MODEL.KNET.LOSS.RANK_WEIGHT": 0.0},
     "panoptic": DETECTION,
     "semantic": SEMANTIC,
 }
+
+
+def set_options(cfg, options):
+    """Options by their keys into a config, in place; returns the config."""
+    cfg.merge_from_list([item for pair in options.items() for item in pair])
+    return cfg
+
+
+def small(task):
+    """Options that make a config's model small, and give it 5 classes (instance: 3)."""
+    things, stuff = CLASSES[task]
+    return {**SMALL, "MODEL.KNET.NUM_THING_CLASSES": things, "MODEL.KNET.NUM_STUFF_CLASSES": stuff}
 
 
 def tiny_config(task, options=None):
     """A config of a K-Net with about 200,000 parameters: 3 thing and 2 stuff (semantic: 5) classes, 6 kernels."""
     cfg = get_cfg()
     add_knet_config(cfg)
-    values = {**TINY, **TASKS[task], "MODEL.KNET.TASK": task, **(options or {})}
-    cfg.merge_from_list([item for pair in values.items() for item in pair])
-    return cfg
+    return set_options(cfg, {**small(task), **RESNET, **TASKS[task], "MODEL.KNET.TASK": task, **(options or {})})
 
 
 def tiny_model(task, options=None, seed=0):
@@ -158,6 +174,31 @@ def move_to_fake_cuda(model):
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+
+
+class Transfers(TorchDispatchMode):
+    """Collects copies between devices, as (from, to, non_blocking), and calls for which the CPU waits for a device."""
+
+    # What returns a number, or a tensor whose shape depends on values
+    WAITING = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique_dim", "_unique2"}
+
+    def __init__(self, device=CUDA):
+        super().__init__()
+        self.device, self.copies, self.waits = device, [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        by_mask = name.startswith("index") and any(x.dtype == torch.bool for x in tensors[1:])
+        if any(x.device == self.device for x in tensors) and (name in self.WAITING or by_mask):
+            self.waits.append(name)
+        result = func(*args, **kwargs)
+        if name == "copy_" and args[0].device != args[1].device:
+            self.copies.append((args[1].device.type, args[0].device.type, any(args[2:])))
+        elif isinstance(result, torch.Tensor) and len(tensors) == 1 and tensors[0].device != result.device:
+            self.copies.append((tensors[0].device.type, result.device.type, kwargs.get("non_blocking", False)))
+        return result
 
 
 def fake_cuda_works():

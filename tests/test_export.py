@@ -21,7 +21,7 @@ from knet_d2.checkpoint.saving import save_weights
 from knet_d2.data import resolve_classes
 from knet_d2.data.classes import ClassTable
 from knet_d2.errors import ConfigError
-from knet_d2.export import OUTPUT_NAMES, ExportableKNet, trace
+from knet_d2.export import OUTPUT_NAMES, ExportableKNet
 from knet_d2.export.writing import METADATA_FILE
 from knet_d2.inference import ImagePredictor
 from knet_d2.programs import export_model
@@ -267,12 +267,6 @@ def test_half_precision(tmp_path):
 
 
 def test_what_can_not_be_exported(tmp_path):
-    deformable = {"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, False, True, True]}
-    with pytest.raises(ConfigError, match="DEFORM_ON_PER_STAGE.*deformable"):
-        trace(tiny_model("instance", deformable).eval())
-    swin = {"MODEL.BACKBONE.NAME": "build_knet_swin_backbone", "MODEL.SWIN.EMBED_DIM": 24}
-    with pytest.raises(ConfigError, match="MODEL.BACKBONE.NAME.*Swin.*knet_d2.load"):
-        trace(tiny_model("semantic", swin).eval())
     with pytest.raises(ConfigError, match=r"TEST\.OUTPUTS"):
         ExportableKNet(tiny_model("panoptic", {"MODEL.KNET.TEST.OUTPUTS": ["sem_seg"]}).eval())
     with pytest.raises(ConfigError, match=r"TEST\.DETECTIONS_PER_IMAGE"):

@@ -1,0 +1,164 @@
+"""Every architecture of the configs, and K-Nets with Detectron2's own backbones: the outcome expected of each."""
+
+from architecture_base import CONFIGS, ArchitectureTests, read_config
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
+
+from knet_d2.modeling.backbone.fpn import add_fpn
+
+PYRAMID = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
+STAGES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+DILATED = {"res2": 4, "res3": 8, "res4": 8, "res5": 8}
+STEM_AND_RES2 = ("backbone.bottom_up.stem.", "backbone.bottom_up.res2.")
+
+
+class Detection(ArchitectureTests):
+    """Instance and panoptic K-Nets: a ResNet-FPN whose first layers and statistics stay those of ImageNet."""
+
+    strides = PYRAMID
+    frozen = STEM_AND_RES2
+    updates_statistics = False
+    refused_for = None
+
+
+class TestR50Instance(Detection):
+    config = "coco/instance/knet_r50_fpn_1x.yaml"
+
+
+class TestR101Instance(Detection):
+    config = "coco/instance/knet_r101_fpn_3x.yaml"
+
+
+class TestR101DcnInstance(Detection):
+    config = "coco/instance/knet_r101_dcn_fpn_3x.yaml"
+    refused_for = r"MODEL\.RESNETS\.DEFORM_ON_PER_STAGE"
+
+
+class TestR50Panoptic(Detection):
+    config = "coco/panoptic/knet_r50_fpn_1x.yaml"
+
+
+class TestR101Panoptic(Detection):
+    config = "coco/panoptic/knet_r101_fpn_3x.yaml"
+
+
+class TestR101DcnPanoptic(Detection):
+    config = "coco/panoptic/knet_r101_dcn_fpn_3x.yaml"
+    refused_for = r"MODEL\.RESNETS\.DEFORM_ON_PER_STAGE"
+
+
+class TestSwinLPanoptic(Detection):
+    config = "coco/panoptic/knet_swin_l_fpn_3x.yaml"
+    frozen = ()
+    refused_for = r"MODEL\.BACKBONE\.NAME"
+
+
+class TestR18Instance(Detection):
+    config = "shapes/instance.yaml"
+    frozen = ()
+    updates_statistics = True
+
+
+class TestR18Panoptic(TestR18Instance):
+    config = "shapes/panoptic.yaml"
+
+
+class Semantic(ArchitectureTests):
+    """Semantic K-Nets: a backbone that is trained as a whole, and a decode head."""
+
+    strides = DILATED
+    frozen = ()
+    updates_statistics = True
+    refused_for = None
+
+
+class TestR50Fcn(Semantic):
+    config = "ade20k/semantic/knet_fcn_r50_d8_80k.yaml"
+
+
+class TestR50Psp(Semantic):
+    config = "ade20k/semantic/knet_pspnet_r50_d8_80k.yaml"
+
+
+class TestR50DeepLabV3(Semantic):
+    config = "ade20k/semantic/knet_deeplabv3_r50_d8_80k.yaml"
+
+
+class TestR50Uper(Semantic):
+    config = "ade20k/semantic/knet_upernet_r50_80k.yaml"
+    strides = STAGES
+
+
+class TestSwinTUper(Semantic):
+    config = "ade20k/semantic/knet_upernet_swin_t_80k.yaml"
+    strides = STAGES
+    refused_for = r"MODEL\.BACKBONE\.NAME"
+
+
+class TestSwinLUper(TestSwinTUper):
+    config = "ade20k/semantic/knet_upernet_swin_l_80k.yaml"
+
+
+# ---- backbones of others
+
+
+@BACKBONE_REGISTRY.register()
+def build_regnet_fpn_backbone(cfg, input_shape):
+    """Detectron2's RegNet, which has no builder of its own, with a block of 8, 16, 32 and 64 channels per stage."""
+    regnet = RegNet(
+        stem_class=SimpleStem,
+        stem_width=8,
+        block_class=ResBottleneckBlock,
+        depth=4,
+        w_a=14,
+        w_0=8,
+        w_m=2,
+        group_width=8,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        norm="FrozenBN",
+        out_features=cfg.MODEL.FPN.IN_FEATURES,
+    )
+    return add_fpn(cfg, regnet)
+
+
+class TestDetectron2ResNet(Detection):
+    """Its pyramid has a level more, which no head reads."""
+
+    config = "coco/panoptic/knet_r50_fpn_1x.yaml"
+    options = {"MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone", "MODEL.RESNETS.NORM": "FrozenBN"}
+    strides = {**PYRAMID, "p6": 64}
+
+
+class TestDetectron2RegNet(Detection):
+    config = "coco/instance/knet_r50_fpn_1x.yaml"
+    options = {
+        "MODEL.BACKBONE.NAME": "build_regnet_fpn_backbone",
+        "MODEL.BACKBONE.FREEZE_AT": 1,
+        "MODEL.FPN.IN_FEATURES": ["s1", "s2", "s3", "s4"],
+    }
+    frozen = ("backbone.bottom_up.stem.",)
+
+
+# ---- none is left out
+
+CLASSES = [x for x in list(globals().values()) if isinstance(x, type) and x.__name__.startswith("Test")]
+
+
+def architecture(cfg):
+    """What makes two configs' models different, but for widths and numbers of kernels."""
+    model = cfg.MODEL
+    resnet = [model.RESNETS[key] for key in ("DEPTH", "STEM_TYPE", "RES4_DILATION", "RES5_DILATION")]
+    swin = [tuple(model.SWIN[key]) for key in ("DEPTHS", "NUM_HEADS")]
+    kind = swin if "swin" in model.BACKBONE.NAME else [*resnet, tuple(model.RESNETS.DEFORM_ON_PER_STAGE)]
+    return (model.KNET.TASK, model.BACKBONE.NAME, model.SEM_SEG_HEAD.NAME, *kind)
+
+
+def test_every_architecture_of_the_configs_has_a_class():
+    files = [p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.yaml") if p.parent.name != "base"]
+    tested = {architecture(read_config(cls.config)) for cls in CLASSES if not cls.options}
+    assert {architecture(read_config(path)) for path in files} == tested and len(tested) == len(CLASSES) - 2
+
+
+def test_every_backbone_of_the_package_has_a_class():
+    own = {name for name, builder in BACKBONE_REGISTRY if builder.__module__.startswith("knet_d2.")}
+    assert own == {read_config(cls.config).MODEL.BACKBONE.NAME for cls in CLASSES if not cls.options}
