@@ -2,9 +2,9 @@
 
     python -m checks.house [--package PATH] [--json FILE]
 
-prints a Markdown table for a package folder (default: knet_d2 beside this folder) and writes the same as JSON. The
-package may be that of another checkout; its repository's own ``tests/helpers.py`` gives the tiny model. Lines are
-counted after ``ruff format`` at width 120.
+prints a Markdown table for a package folder (default: knet_d2 beside this folder) and writes the same as JSON. Lines
+are those after ``ruff format`` at width 120. The package may be another checkout's; the tiny model is that of its own
+``tests/helpers.py``. The exit code is 1 if modules import each other in a cycle.
 """
 
 import argparse
@@ -233,7 +233,7 @@ def as_table(numbers: dict[str, Any]) -> str:
     return "\n".join(["| what | number |", "|---|---|", *rows])
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", type=Path, default=Path(__file__).resolve().parent.parent / "knet_d2")
     parser.add_argument("--json", type=Path, help="file to write")
@@ -243,7 +243,8 @@ def main() -> None:
     print(as_table(numbers))
     if arguments.json:
         arguments.json.write_text(json.dumps(numbers, indent=1) + "\n")
+    return int(bool(numbers["import_cycles"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

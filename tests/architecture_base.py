@@ -30,7 +30,6 @@ from knet_d2.errors import ConfigError
 from knet_d2.export import ExportableKNet
 from knet_d2.modeling.matcher import HungarianMatcher
 from knet_d2.modeling.postprocessing import ImageGeometry, mask_probabilities
-from knet_d2.modeling.layers import upsampled_size
 from knet_d2.modeling.structures import Targets
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -196,7 +195,8 @@ def compute_losses_on_fake_cuda(model, task):
     images = model.preprocess_image([{"image": torch.zeros(3, 64, 96, dtype=torch.uint8)}] * 2)
     output = model.network(images.tensor)
     auxiliary = None if model.auxiliary_head is None else model.auxiliary_head(output.features)
-    masks = torch.zeros(2, *upsampled_size(output.state.mask_logits), device="cuda")
+    height, width = output.state.mask_logits.shape[-2:]
+    masks = torch.zeros(2, 2 * height, 2 * width, device="cuda")  # losses are taken at twice the network's resolution
     labels = torch.zeros(64, 96, dtype=torch.int64, device="cuda")
     classes = torch.zeros(2, dtype=torch.int64, device="cuda")
     stuff = 2 if task == "panoptic" else 0
