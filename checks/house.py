@@ -147,7 +147,6 @@ def static_numbers(package: Path) -> dict[str, Any]:
         "lines_by_room": lines_by_part(own),
         "modules": len(own),
         "modules_at_root": sum(len(path.parts) == 1 and path.name != "__init__.py" for path in own),
-        "rooms": len({path.parts[0] for path in own if len(path.parts) > 1}),
         "module_names_used_twice": {k: v for k, v in by_stem.items() if len(v) > 1 and not k.startswith("__")},
         "import_cycles": cycles(import_graph(modules)),
         "constructor_arguments": dict(list(arguments.items())[:5]),
