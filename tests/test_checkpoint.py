@@ -85,7 +85,7 @@ def test_numpy_arrays_in_files(tmp_path):
 
 
 def test_caffe2_pickle_is_matched_by_heuristics(tmp_path):
-    content = {"blobs": {"conv1_w": np.zeros((1,), np.float32), "conv1_w_momentum": np.zeros((1,), np.float32)}}
+    content = {"blobs": {"conv1_w": torch.zeros(1), "conv1_w_momentum": torch.zeros(1)}}
     checkpoint = as_checkpoint(content, "r50.pkl")
     assert list(checkpoint["model"]) == ["conv1_w"] and checkpoint["matching_heuristics"]
 

@@ -126,11 +126,11 @@ def test_foreign_entries_of_an_official_file_are_named(tmp_path):
 
 
 def test_weights_of_another_zoo_model_are_refused_by_its_name(tmp_path):
-    """Files with the names and shapes of the real models, on shared storage, so that they are small."""
+    """Files with the names and shapes of the real models."""
     states = {}
     for name in ("coco/panoptic/knet_r50_fpn_1x", "ade20k/semantic/knet_fcn_r50_d8_80k"):
         state = official_state_dict(build_on_meta(get_config(name)).state_dict())
-        states[name] = {key: torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in state.items()}
+        states[name] = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in state.items()}
     model = build_on_meta(get_config("coco/instance/knet_r50_fpn_1x"))
     panoptic = save(tmp_path, {"state_dict": states["coco/panoptic/knet_r50_fpn_1x"]}, "panoptic.pth")
     message = refusal(model, panoptic)

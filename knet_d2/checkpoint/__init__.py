@@ -1,11 +1,12 @@
 """Weights files: reading, translating, checking, writing, and the published ones. Importing it registers knet://."""
 
 from . import download
-from .checkpointer import Checkpointer, write_atomically
+from .checkpointer import Checkpointer
 from .description import ModelDescription, describe_model, has_description, read_description
 from .load_report import LoadReport
 from .loading import as_checkpoint, load_file
 from .resume import periodic_checkpoints, remove_unfinished
+from .saving import write_atomically
 
 __all__ = [
     "Checkpointer",

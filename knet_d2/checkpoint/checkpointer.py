@@ -1,10 +1,6 @@
 """Detectron2's checkpointer with atomic writing, safe reading and errors instead of warnings where nothing fits."""
 
-import errno
-import http.client
 import os
-import shutil
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,47 +9,13 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import nn
 
 from ..errors import CheckpointError, KNetError
-from .fit import find_misfits
+from .download import download_errors
 from .layouts import Layout, recognise
-from .load_report import LoadReport, build_report
-from .loading import as_checkpoint, load_file
+from .load_report import LoadReport, build_report, find_misfits
+from .loading import as_checkpoint, load_file, split_options
 from .resume import newest_whole_checkpoint, resumable_checkpoints
+from .saving import write_checkpoint
 from .zoo import fitting_hint
-
-_HEURISTICS = "?matching_heuristics=True"
-# Where less is free, a disk counts as full: its last blocks can be too few for what was to be written
-_FULL_DISK_BYTES = 1 << 20
-
-
-def write_atomically(path: str, write: Callable[[Any], None], mode: str = "wb") -> None:
-    """Let ``write`` fill a temporary file beside ``path`` and rename it; ``path`` is the old or the new file, whole."""
-    folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode) as f:
-            try:
-                write(f)
-            except RuntimeError as e:  # PyTorch's writer does not say that the disk is full
-                if shutil.disk_usage(folder).free >= _FULL_DISK_BYTES:
-                    raise
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: str) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -75,8 +37,9 @@ class Checkpointer(DetectionCheckpointer):
     ):
         """
         Args:
-            partial: True where a training starts: weights for another number of classes or kernels, or for the
-                backbone alone, will do, and the rest keeps its initialisation. False: each parameter must be there.
+            partial: True for the start of a training run: layers that depend on the number of classes or kernels, and
+                everything around a pretrained backbone, keep their initialisation where they do not fit. False: each
+                parameter must be in the file.
             metadata: written into every file, see :func:`describe_model`.
             save_dir, save_to_disk, checkpointables: see Detectron2's.
         """
@@ -84,6 +47,7 @@ class Checkpointer(DetectionCheckpointer):
         self.partial = partial
         self.metadata = metadata or {}
         self.report: LoadReport | None = None
+        self._options: dict[str, str] = {}
 
     def save(self, name: str, tag: bool = True, **extra: Any) -> None:
         """Write ``{name}.pth`` such that a reader finds the previous file or the whole new one.
@@ -102,39 +66,33 @@ class Checkpointer(DetectionCheckpointer):
         }
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        try:
-            write_atomically(path, lambda f: torch.save(data, f))
-            if tag:
-                self.tag_last_checkpoint(os.path.basename(path))
-        except (OSError, RuntimeError) as e:
-            raise CheckpointError(
-                f"{path}: the checkpoint can't be written ({e}). Earlier checkpoints are intact."
-            ) from e
+        write_checkpoint(path, lambda f: torch.save(data, f))
+        if tag:
+            self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")
-        write_atomically(path, lambda f: f.write(last_filename_basename), mode="w")
+        write_checkpoint(path, lambda f: f.write(last_filename_basename.encode()))
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """See Detectron2's; ``path`` may end in "?matching_heuristics=True" for weights with other names."""
-        path, self._guess_names = path.removesuffix(_HEURISTICS), path.endswith(_HEURISTICS)
-        if path and "://" not in path and not self.path_manager.isfile(path):
-            raise CheckpointError(f"{path}: there is no such weights file. Check MODEL.WEIGHTS.")
+        """See Detectron2's; ``path`` may end in options, see :func:`split_options`."""
+        if not path:
+            return super().load(path, *args, **kwargs)
+        address, self._options = split_options(path)
+        if "://" in address:
+            with download_errors(address, "get the file by other means and name it in MODEL.WEIGHTS."):
+                # Detectron2's main branch would take the address apart and lose an absolute path's slashes in it
+                local = self.path_manager.get_local_path(address)
+        elif self.path_manager.isfile(address):
+            local = address
+        else:
+            raise CheckpointError(f"{address}: there is no such weights file. Check MODEL.WEIGHTS.")
         try:
-            # Detectron2's main branch would take the address apart and lose the slashes of an absolute path in it
-            local = self.path_manager.get_local_path(path) if path else path
             return super().load(local, *args, **kwargs)
         except KNetError:
             raise
         except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as e:
             raise CheckpointError(f"{path}: does not fit this model or its optimiser. {e}") from e
-        except (OSError, http.client.HTTPException) as e:
-            if "://" not in path:
-                raise
-            raise CheckpointError(
-                f"{path}: can't be downloaded ({e or type(e).__name__}). Without network, get the file by other means "
-                "and name it in MODEL.WEIGHTS."
-            ) from e
         finally:
             self._parsed_url_during_load = None  # else Detectron2 refuses to load again after a failure
 
@@ -154,9 +112,9 @@ class Checkpointer(DetectionCheckpointer):
         return rest
 
     def _load_file(self, f: str) -> dict[str, Any]:
-        checkpoint = as_checkpoint(load_file(f), f)
+        checkpoint = as_checkpoint(load_file(f, self._options.get("sha256")), f)
         checkpoint["file"] = f
-        if self._guess_names:
+        if "matching_heuristics" in self._options:
             checkpoint["matching_heuristics"] = True
         return checkpoint
 
@@ -172,6 +130,8 @@ class Checkpointer(DetectionCheckpointer):
         self.report = build_report(layout, state_dict, model_state)
         self._check_fit(path, layout)
         checkpoint["model"] = layout.translation.state_dict
+        for name in self.report.loaded:
+            _check_values(path, name, checkpoint["model"][name], model_state[name].dtype)
         super()._load_model(checkpoint)
         log = self.logger.warning if self.report.other_shape or self.report.missing else self.logger.info
         log(f"{path}\n{self.report.as_text()}")
@@ -187,4 +147,19 @@ class Checkpointer(DetectionCheckpointer):
         raise CheckpointError(
             f"{path}: none of the {number} parameters in the weights file fits this model; "
             f"check MODEL.WEIGHTS against the config (it is a checkpoint of another model).{hint}"
+        )
+
+
+def _check_values(path: str, name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise a CheckpointError where a parameter would not be numbers, or not those of the file, in the model."""
+    ours = value.to(dtype)
+    if dtype.is_floating_point:
+        fault = "" if torch.isfinite(ours).all() else "has NaN or infinite values"
+    else:
+        fault = "" if torch.equal(ours.to(value.dtype), value) else f"has values that are no {dtype}"
+    if name.endswith(".running_var") and (ours < 0).any():
+        fault = "has negative values"
+    if fault:
+        raise CheckpointError(
+            f"{path}: {name} {fault}. Take another checkpoint: the run that wrote it diverged, or the file is damaged."
         )

@@ -5,20 +5,29 @@ The description is a mapping of strings, as safetensors has room for: "config" (
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from ..config.options import add_knet_config
+from ..config.options import get_knet_cfg
 from ..data.classes import ClassTable, categories, class_table, from_categories
 from ..errors import CheckpointError
+from .layouts import recognise
+from .load_report import build_report, find_misfits
+from .loading import as_checkpoint
+from .zoo import build_on_meta
 
 # Places on the machine that wrote the file, and data that the reader need not have.
 _LEFT_OUT = ("OUTPUT_DIR", "DATASETS", "MODEL.WEIGHTS", "MODEL.DEVICE")
 # What a reader takes over; the rest tells how the model was trained.
 _MODEL_SECTIONS = ("MODEL", "INPUT", "TEST")
+# A description that was written here has a few thousand letters, no alias and at most 4 levels.
+_MOST_LETTERS, _MOST_ALIASES, _MOST_LEVELS = 100_000, 20, 20
+_MOST_CLASS_LETTERS = 4_000_000
+_LARGEST_SIZE = 16_384
 
 
 class ModelDescription(NamedTuple):
@@ -33,7 +42,7 @@ def describe_model(cfg: CfgNode, classes: ClassTable | None = None) -> dict[str,
     from .. import __version__  # the package imports this module first
 
     return {
-        "config": yaml.safe_dump(_differences(cfg, _default_config())),
+        "config": yaml.safe_dump(_differences(cfg, get_knet_cfg())),
         "classes": json.dumps(categories(class_table(cfg) if classes is None else classes)),
         "knet_d2_version": __version__,
     }
@@ -53,33 +62,92 @@ def read_description(content: Any, path: str) -> ModelDescription:
         path: the file's name, for messages.
 
     Raises:
-        CheckpointError: there is no description, or one that this version does not understand.
+        CheckpointError: there is no description, one that this version does not understand, or one whose model or
+            classes are not those of the file's parameters.
     """
     if not has_description(content):
         raise CheckpointError(
             f"{path}: holds weights only, no config and classes. Name the config that they were trained with "
             "(config_file; --config-file on the command line)."
         )
-    metadata, cfg = content["metadata"], _default_config()
+    metadata, cfg = content["metadata"], get_knet_cfg()
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    parameters = as_checkpoint(content, path)["model"]
     try:
-        config = yaml.safe_load(metadata["config"])
+        config = _parse_config(metadata["config"])
+        for key in ("WEIGHTS", "DEVICE"):
+            config.get("MODEL", {}).pop(key, None)
         cfg.merge_from_other_cfg(CfgNode({key: config[key] for key in _MODEL_SECTIONS if key in config}))
-        classes = from_categories(json.loads(metadata["classes"]))
-    except (KeyError, ValueError, TypeError, AttributeError, AssertionError, yaml.YAMLError) as e:
+        classes = from_categories(_parse_classes(metadata["classes"]))
+        _check_numbers(cfg, classes)
+        model_state = build_on_meta(cfg, most_modules=10 * len(parameters) + 1000).state_dict()
+    except (Exception, MemoryError) as e:  # what a strange config makes of a model raises nearly anything
         from .. import __version__
 
+        reason, version = " ".join(str(e).split())[:500], str(metadata.get("knet_d2_version", "(unknown)"))[:40]
         raise CheckpointError(
-            f"{path}: its config and classes, written by knet_d2 {metadata.get('knet_d2_version', '(unknown)')}, can't "
-            f"be read by knet_d2 {__version__} ({' '.join(str(e).split())}). Install the version that wrote it."
+            f"{path}: its config and classes, written by knet_d2 {version}, can't be used by knet_d2 {__version__} "
+            f"({reason or type(e).__name__}). Name a config_file, or install the version that wrote it."
         ) from e
+    layout = recognise(parameters, model_state)
+    misfits = find_misfits(build_report(layout, parameters, model_state), layout, partial=False)
+    if misfits:
+        raise CheckpointError(
+            f"{path}: its parameters are not those of its config: {'; '.join(misfits)}. Name a config_file that fits."
+        )
     return ModelDescription(cfg, classes)
 
 
-def _default_config() -> CfgNode:
-    cfg = get_cfg()
-    add_knet_config(cfg)
-    return cfg
+def _parse_config(text: str) -> dict[str, Any]:
+    """A YAML text without what takes time or memory out of proportion to its length.
+
+    Raises:
+        ValueError, yaml.YAMLError: it is no such text.
+    """
+    if not isinstance(text, str) or len(text) > _MOST_LETTERS:
+        raise ValueError(f"the config is no text of at most {_MOST_LETTERS} letters")
+    aliases = level = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        aliases += isinstance(event, yaml.AliasEvent)
+        level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if aliases > _MOST_ALIASES or level > _MOST_LEVELS:
+            raise ValueError(f"the config has more than {_MOST_ALIASES} aliases or {_MOST_LEVELS} levels")
+    return yaml.safe_load(text)
+
+
+def _parse_classes(text: str) -> list[dict[str, Any]]:
+    if not isinstance(text, str) or len(text) > _MOST_CLASS_LETTERS:
+        raise ValueError(f"the classes are no text of at most {_MOST_CLASS_LETTERS} letters")
+    records = json.loads(text)
+    for record in records:
+        color = record["color"]
+        if (
+            type(record["id"]) is not int
+            or type(record["name"]) is not str
+            or record["isthing"] not in (0, 1)
+            or len(color) != 3
+            or any(type(x) is not int or not 0 <= x <= 255 for x in color)
+        ):
+            raise ValueError(f"the class {str(record)[:100]} needs id, name, isthing and color (3 times 0 .. 255)")
+    if [bool(x["isthing"]) for x in records] != sorted((bool(x["isthing"]) for x in records), reverse=True):
+        raise ValueError("the classes are not sorted, things first")
+    return records
+
+
+def _check_numbers(cfg: CfgNode, classes: ClassTable) -> None:
+    """Raise a ValueError where the classes are not those of the config's model, or images can't be prepared for it."""
+    knet = cfg.MODEL.KNET
+    expected = (knet.NUM_THING_CLASSES, knet.NUM_STUFF_CLASSES)
+    found = (classes.num_things, len(classes.names) - classes.num_things)
+    if cfg.MODEL.META_ARCHITECTURE != "KNet":
+        raise ValueError(f"MODEL.META_ARCHITECTURE = {cfg.MODEL.META_ARCHITECTURE}: must be KNet")
+    if expected != found:
+        raise ValueError(f"the config has {expected} classes of things and stuff, the list of classes {found}")
+    if not 0 <= cfg.INPUT.MIN_SIZE_TEST <= _LARGEST_SIZE or cfg.INPUT.MAX_SIZE_TEST <= 0:
+        raise ValueError(f"INPUT.MIN_SIZE_TEST must be 0 .. {_LARGEST_SIZE}, INPUT.MAX_SIZE_TEST positive")
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    if not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
+        raise ValueError("MODEL.PIXEL_MEAN must be finite, MODEL.PIXEL_STD finite and positive")
 
 
 def _differences(cfg: CfgNode, defaults: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

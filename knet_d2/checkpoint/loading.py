@@ -3,105 +3,152 @@
 Whatever the file, it becomes a mapping with the parameters under "model", as in Detectron2's own checkpoints.
 """
 
+import hashlib
+import io
 import mmap
 import os
-import pickle
 import re
-import tarfile
-from collections import OrderedDict
+import struct
+import zipfile
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import CheckpointError
-from ..setup.compat import NUMPY_PICKLE_FUNCTIONS, under_name
+from .pickles import Builder, Refused, Storage, read_pickle
 
 SAFETENSORS_COMMAND = "install it with: python -m pip install safetensors"
 
-# What a pickle of Detectron2's model zoo consists of besides the built-in containers, by the names in the file.
-_PICKLE_TYPES = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    **NUMPY_PICKLE_FUNCTIONS,
-}
+# What zipfile reads at once of an archive's directory: more than 100,000 records
+_MOST_DIRECTORY_BYTES = 1 << 23
+# A pickle of the magic number with which PyTorch's files began before version 1.6
+_OLD_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_MOST_PARAMETERS, _LONGEST_NAME = 10_000, 500
+_DAMAGED = "not a weights file of PyTorch (.pth), Detectron2 (.pkl) or safetensors, or a damaged one. Get it again."
 
 
-# How PyTorch's files begin: a zip archive, or (before PyTorch 1.6) a pickle of a magic number.
-_TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
+def split_options(path: str) -> tuple[str, dict[str, str]]:
+    """The address of a weights file and the options behind it, as in "model.pth?sha256=<64 hexadecimal digits>".
 
-
-class _ArrayUnpickler(pickle._Unpickler):
-    """An unpickler that can make containers, strings, numbers and numpy arrays, and nothing else.
-
-    It is the one written in Python, because that in C reserves memory for as many entries as a file claims to have.
+    "matching_heuristics=True" guesses which parameters belong together where names differ; "sha256=..." refuses any
+    other file. Other parts of an address that follow "?" stay in it.
     """
-
-    # nor byte arrays, whose memory is reserved before they are read
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _PICKLE_TYPES[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it holds a {module}.{name}") from None
+    options = {}
+    while match := re.search(r"[?&](matching_heuristics=True|sha256=[0-9a-fA-F]{64})$", path):
+        name, value = match[1].split("=")
+        path, options[name] = path[: match.start()], value
+    return path, options
 
 
-def load_file(path: str) -> Any:
+def load_file(path: str, sha256: str | None = None) -> Any:
     """The object in a weights file, read by safe readers only; its format is told by its content.
 
     Formats are PyTorch's (zip and older), pickles of arrays (Detectron2's model zoo) and safetensors, which gives
-    {"model": tensors, "metadata": strings}.
+    {"model": tensors, "metadata": strings}. Arrays become tensors.
+
+    Args:
+        path: may end in options, see :func:`split_options`.
+        sha256: what the file must have, in hexadecimal digits; None: anything.
 
     Raises:
-        CheckpointError: the file is missing, damaged, no weights file, or needs an unrestricted pickle.
+        CheckpointError: the file is missing, damaged, no weights file, or holds what only an unrestricted reader reads.
     """
+    path, options = split_options(path)
+    sha256 = sha256 or options.get("sha256")
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: there is no such weights file. Check MODEL.WEIGHTS.")
+    size = os.path.getsize(path)
     try:
         # from a map, no more can be read (and no more memory reserved for it) than the file has
         with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content[:16].startswith(_TORCH_MAGIC):
-                _refuse_tar(content)
-                return _load_torch(content)
+            if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256.lower():
+                raise Refused(f"its sha256 is not {sha256}, which was asked for. Delete the file and get it again.")
+            if content[:4] == b"PK\x03\x04":
+                with open_archive(path) as archive:
+                    return _read_archive(archive, size)
+            if content[:15] == _OLD_TORCH_MAGIC:
+                return _read_old_torch(content)
+            if content[257:262] == b"ustar":
+                raise Refused("a tar archive of an old PyTorch. Load it there, if you trust it, and save it anew.")
             if content[8:9] == b"{":
                 return _load_safetensors(path)
-            return _ArrayUnpickler(content, encoding="latin1").load()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such weights file. Check MODEL.WEIGHTS.") from None
+            return Builder(size, _no_storage).build(read_pickle(content))
     except (MemoryError, CheckpointError):
         raise
+    except Refused as e:
+        raise CheckpointError(f"{path}: {e}") from None
     except Exception as e:  # readers of damaged files raise nearly anything
-        size = os.path.getsize(path) if os.path.isfile(path) else 0
-        raise CheckpointError(f"{path} ({size} bytes): {_describe_failure(e)}") from e
+        raise CheckpointError(f"{path} ({size} bytes): {_DAMAGED}") from e
 
 
-def _describe_failure(error: Exception) -> str:
-    foreign = re.search(r"it holds a \S+|GLOBAL \S+", str(error))
-    if foreign:
-        return (
-            f"{foreign.group().replace('GLOBAL', 'it holds a').rstrip(',')}, and reading that could run code. "
-            "A weights file must hold tensors, numpy arrays, numbers and strings only."
-        )
-    return "not a weights file of PyTorch (.pth), Detectron2 (.pkl) or safetensors, or a damaged one."
+class _Directory(io.BufferedReader):
+    """A file of which zipfile can't read more at once than is allowed: what it reads, it unfolds twentyfold."""
+
+    most_bytes = _MOST_DIRECTORY_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > self.most_bytes:
+            raise Refused(f"its directory has more than {self.most_bytes} bytes. Save the model's state dict alone.")
+        return super().read(size)
 
 
-def _refuse_tar(f: mmap.mmap) -> None:
-    """PyTorch tries its oldest format first, tar archives, which it read unsafely until 2.6 (CVE-2025-32434)."""
+def open_archive(path: str) -> zipfile.ZipFile:
+    """A file of PyTorch, after a check that what is in it takes no more room than the file has.
+
+    Raises:
+        Refused: something in it is compressed, or claims more bytes than there are.
+        zipfile.BadZipFile, ...: it is damaged.
+    """
+    file = _Directory(io.FileIO(path))
     try:
-        tarfile.open(fileobj=f, mode="r:").close()
-    except tarfile.TarError:
-        f.seek(0)
-    else:
-        raise pickle.UnpicklingError("a tar archive")
+        archive = zipfile.ZipFile(file)
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+                raise Refused("a record in it is compressed, as torch.save never does. Save it anew with torch.save.")
+        if sum(record.file_size for record in archive.infolist()) > os.path.getsize(path):
+            raise Refused(f"the records in it claim more bytes than it has. {_DAMAGED}")
+    except BaseException:
+        file.close()
+        raise
+    file.most_bytes = os.path.getsize(path)
+    return archive
 
 
-def _load_torch(f: mmap.mmap) -> Any:
-    arrays: list[Any] = [np.ndarray, np.dtype]
-    arrays += [under_name(function, *name) for name, function in NUMPY_PICKLE_FUNCTIONS.items()]
-    # dtypes are classes of their own since numpy 1.25
-    arrays += [type(np.dtype(kind)) for kind in (bool, *np.typecodes["AllInteger"], *np.typecodes["Float"])]
-    torch.serialization.add_safe_globals(arrays)
-    return torch.load(f, map_location="cpu", weights_only=True)  # type: ignore[arg-type]  # any file will do
+def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
+    folder = archive.namelist()[0].split("/")[0]
+    if f"{folder}/byteorder" in archive.namelist() and archive.read(f"{folder}/byteorder") != b"little":
+        raise Refused("written by a machine of another byte order. Save it anew on one like this.")
+
+    def read_storage(storage: Storage) -> bytes:
+        return archive.read(f"{folder}/data/{storage.key}")
+
+    return Builder(size, read_storage).build(read_pickle(io.BytesIO(archive.read(f"{folder}/data.pkl"))))
+
+
+def _read_old_torch(content: mmap.mmap) -> Any:
+    """Pickles (magic number, version, machine, object, keys of the storages), then each storage's length and values."""
+    storages: dict[str | int, Storage] = {}
+    _, version, machine = (read_pickle(content) for _ in range(3))
+    if version != 1001 or machine["little_endian"] is not True:
+        raise Refused("written by a machine of another byte order. Save it anew on one like this.")
+    tree, keys = read_pickle(content, storages), read_pickle(content)
+    places = {}
+    position = content.tell()
+    for key in keys:
+        (length,) = struct.unpack_from("<q", content, position)
+        places[key] = position + 8
+        position += 8 + length * storages[key].dtype.itemsize
+        if length < 0 or position > len(content):
+            raise ValueError("a storage out of the file")
+
+    def read_storage(storage: Storage) -> bytes:
+        return content[places[storage.key] : places[storage.key] + storage.num_bytes]
+
+    return Builder(len(content), read_storage).build(tree)
+
+
+def _no_storage(storage: Storage) -> bytes:
+    raise ValueError("a storage in a pickle of arrays")
 
 
 def _load_safetensors(path: str) -> dict[str, Any]:
@@ -146,18 +193,18 @@ def _bare_checkpoint(entries: Any) -> dict[str, Any]:
 def _checked_state_dict(state_dict: Any, path: str) -> dict[str, torch.Tensor]:
     """Tensors by name, without the prefix that DataParallel and DistributedDataParallel add."""
     if not isinstance(state_dict, dict) or not state_dict:
-        raise CheckpointError(f"{path}: no parameters in it.")
-    checked = {}
+        raise CheckpointError(f"{path}: no parameters in it. Check MODEL.WEIGHTS.")
+    if len(state_dict) > _MOST_PARAMETERS or any(len(str(name)) > _LONGEST_NAME for name in state_dict):
+        raise CheckpointError(
+            f"{path}: has more than {_MOST_PARAMETERS} parameters or a name of more than {_LONGEST_NAME} letters. No "
+            "K-Net has as many: check MODEL.WEIGHTS."
+        )
     for name, value in state_dict.items():
-        if not isinstance(value, (torch.Tensor, np.ndarray)) or not isinstance(name, str):
+        if not isinstance(value, torch.Tensor) or not isinstance(name, str):
             raise CheckpointError(
                 f"{path}: no checkpoint that K-Net knows; its entry {name!r} is a {type(value).__name__}, "
                 "where a tensor is expected."
             )
-        try:
-            checked[name] = torch.as_tensor(value)
-        except TypeError as e:  # arrays of objects or strings
-            raise CheckpointError(f"{path}: its entry {name!r} is no array of numbers.") from e
-    if all(name.startswith("module.") for name in checked):
-        checked = {name.removeprefix("module."): value for name, value in checked.items()}
-    return checked
+    if all(name.startswith("module.") for name in state_dict):
+        return {name.removeprefix("module."): value for name, value in state_dict.items()}
+    return dict(state_dict)

@@ -3,9 +3,9 @@
 import logging
 import os
 import re
-import zipfile
 
 from ..errors import CheckpointError
+from .loading import open_archive
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def remove_unfinished(folder: str) -> None:
 def find_damage(path: str) -> str | None:
     """Why a checkpoint, as PyTorch writes it, can't be whole; None if its checksums are right. Reads all of it."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_archive(path) as archive:
             damaged = archive.testzip()
     except FileNotFoundError:
         return "it is not there"

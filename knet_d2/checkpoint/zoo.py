@@ -2,21 +2,21 @@
 
 import difflib
 import functools
+import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..config.files import get_config_file
-from ..config.options import add_knet_config
 from ..errors import ConfigError
-from ..tasks import get_task
 from .load_report import is_counter
 
 _TABLE = Path(__file__).resolve().parent.parent / "model_zoo.json"
@@ -35,6 +35,8 @@ class ZooEntry(NamedTuple):
     """On the metrics."""
     url: str | None
     """Of the official checkpoint; None where none was published."""
+    parameters: str = ""
+    """The :func:`fingerprint` of its model."""
 
     @property
     def checkpoint_file(self) -> str | None:
@@ -49,17 +51,18 @@ def zoo_entries() -> dict[str, ZooEntry]:
     entries = []
     for row in table["models"]:
         url = row["checkpoint"] and table["roots"][row["root"]] + row["checkpoint"]
-        entries.append(ZooEntry(row["name"], row["official_name"], row["metrics"], row.get("note", ""), url))
+        texts = row["name"], row["official_name"], row["metrics"], row.get("note", "")
+        entries.append(ZooEntry(*texts, url, row["parameters"]))
     return {entry.name: entry for entry in entries}
 
 
 def zoo_entry(name: str) -> ZooEntry:
-    """The entry of a name, with or without ".yaml".
+    """The entry of a name, with or without ".yaml", or of what follows "knet://" in an address with options.
 
     Raises:
         ConfigError: there is none; names the nearest.
     """
-    entries, short = zoo_entries(), name.removesuffix(".yaml")
+    entries, short = zoo_entries(), name.partition("?")[0].removesuffix(".yaml")
     if short in entries:
         return entries[short]
     nearest = difflib.get_close_matches(short, entries, n=1, cutoff=0.0)[0]
@@ -67,44 +70,38 @@ def zoo_entry(name: str) -> ZooEntry:
 
 
 def fitting_entries(state_dict: Mapping[str, torch.Tensor]) -> list[ZooEntry]:
-    """The entries whose model has exactly the parameters of a state dict in our names.
+    """The entries whose model has exactly the parameters of a state dict in our names."""
+    return [entry for entry in zoo_entries().values() if entry.parameters == fingerprint(state_dict)]
 
-    Builds the models without memory for their parameters; takes seconds.
+
+def fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """16 digits that follow from the names and shapes of parameters."""
+    lines = sorted(f"{name} {tuple(value.shape)}" for name, value in state_dict.items() if not is_counter(name))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def build_on_meta(cfg: CfgNode, most_modules: int = 100_000) -> nn.Module:
+    """The model of a config with parameters that have names and shapes, and no values.
+
+    Raises:
+        ConfigError: it has more modules than ``most_modules``.
+        Exception: nearly any, where the config can't be built.
     """
-    shapes = _shapes(state_dict)
-    has_class_branch = any(".class_branch." in name for name in shapes)
-    return [
-        entry
-        for entry in zoo_entries().values()
-        if get_task(_entry_config(entry.name)).has_class_branch == has_class_branch
-        and _entry_shapes(entry.name) == shapes
-    ]
-
-
-@functools.cache
-def _entry_config(name: str) -> CfgNode:
-    cfg = get_cfg()
-    add_knet_config(cfg)
-    cfg.merge_from_file(get_config_file(name + ".yaml"))
-    return cfg
-
-
-@functools.cache
-def _entry_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    return _shapes(build_on_meta(_entry_config(name)).state_dict())
-
-
-def build_on_meta(cfg: CfgNode) -> nn.Module:
-    """The model of a config with parameters that have names and shapes, and no values."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
-        return build_model(cfg)
+    counter = itertools.count(1)
 
+    def count(*_: Any) -> None:
+        if next(counter) > most_modules:
+            raise ConfigError(f"the model of this config has more than {most_modules} modules. Check its numbers.")
 
-def _shapes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in state_dict.items() if not is_counter(name)}
+    hook = register_module_module_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            return build_model(cfg)
+    finally:
+        hook.remove()
 
 
 def fitting_hint(state_dict: Mapping[str, torch.Tensor]) -> str:

@@ -1,6 +1,14 @@
 """The configuration of K-Net: every node, its default and one line on what it does."""
 
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+
+def get_knet_cfg() -> CN:
+    """The default config: Detectron2's with K-Net's nodes."""
+    cfg = get_cfg()
+    add_knet_config(cfg)
+    return cfg
 
 
 def add_knet_config(cfg: CN) -> None:

@@ -1,47 +1,13 @@
-"""All that differs between the versions of Detectron2, torch and numpy that are supported.
+"""All that differs between the versions of Detectron2 and torch that are supported.
 
 Each entry says why it is there and when it can go.
 """
 
 import contextlib
-import functools
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-__all__ = ["NUMPY_PICKLE_FUNCTIONS", "create_local_process_group", "quiet_torchscript", "under_name"]
-
-# Reason: numpy 2 renamed its private package.
-# Goes with: numpy 1.26.
-try:
-    from numpy._core import multiarray as _multiarray
-except ImportError:
-    from numpy.core import multiarray as _multiarray  # type: ignore[no-redef]
-
-# The functions that pickled numpy arrays name, by (module, name) in the file.
-# Reason: a file written with numpy 1 or 2 is read with the other.
-# Goes with: files of numpy 1.
-NUMPY_PICKLE_FUNCTIONS: dict[tuple[str, str], Callable] = {
-    (module, name): getattr(_multiarray, name)
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-    for name in ("_reconstruct", "scalar")
-}
-NUMPY_PICKLE_FUNCTIONS["_codecs", "encode"] = lambda text, encoding: text.encode(encoding)
-
-
-def under_name(function: Callable, module: str, name: str) -> Callable:
-    """``function`` as if it were ``module.name``, for torch.serialization.add_safe_globals.
-
-    Reason: torch before 2.6 takes no (object, name) pairs there.
-    Goes with: torch 2.5.
-    """
-
-    @functools.wraps(function)
-    def alias(*args: Any) -> Any:
-        return function(*args)
-
-    alias.__module__, alias.__name__ = module, name
-    return alias
+__all__ = ["create_local_process_group", "quiet_torchscript"]
 
 
 def create_local_process_group(size: int) -> None:
