@@ -19,7 +19,7 @@ from ..errors import CheckpointError, ConfigError
 from .zoo import ZooEntry, zoo_entry
 
 PREFIX = "knet://"
-_SECONDS_WITHOUT_DATA = 60.0
+_SECONDS_WITHOUT_DATA = 20.0
 
 
 def cache_folder() -> str:
@@ -29,13 +29,13 @@ def cache_folder() -> str:
 
 @contextlib.contextmanager
 def download_errors(address: str, advice: str) -> Iterator[None]:
-    """Give up downloads that stop for a minute; turn their errors into a CheckpointError that ends in ``advice``."""
+    """Limit the time without data of downloads; turn their errors into a CheckpointError that ends in ``advice``."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_SECONDS_WITHOUT_DATA)
     try:
         yield
     except (OSError, http.client.HTTPException) as e:
-        reason = str(e) or type(e).__name__
+        reason = " ".join(str(e).split()) or type(e).__name__
         raise CheckpointError(f"{address}: can't be downloaded ({reason}). Without network, {advice}") from e
     finally:
         socket.setdefaulttimeout(before)

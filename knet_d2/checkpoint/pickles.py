@@ -303,7 +303,8 @@ class Builder:
         return value.encode("latin1") if type(value) is str else _expect(bytes, value)
 
     def _array(self, shape: Any, dtype: Any, by_columns: Any, values: Any) -> torch.Tensor:
-        data, shape, (code, order) = self._bytes(values), _size(shape), _element_type(dtype)
+        (code, order), shape = _element_type(dtype), _size(shape)
+        data = self._bytes(values)
         if math.prod(shape) * int(code[1]) != len(data):
             raise Refused("an array has another size than its shape. The file is damaged; get it again.")
         if code == "b1":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -20,7 +20,7 @@ from detectron2.utils.logger import setup_logger
 from ..data import register_custom_datasets, resolve_classes
 from ..errors import ConfigError, KNetError
 from .files import config_folder
-from .options import add_knet_config
+from .options import get_knet_cfg
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     Raises:
         ConfigError: names the key (and the nearest known one), or the file.
     """
-    cfg = get_cfg()
-    add_knet_config(cfg)
+    cfg = get_knet_cfg()
     merge_config(cfg, config_file, opts)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, explicit="MODEL.DEVICE" in opts[0::2])
     register_custom_datasets(cfg)
