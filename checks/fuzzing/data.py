@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from knet_d2.config import add_knet_config
+from knet_d2.config import get_knet_cfg
 from knet_d2.data import build_test_loader, build_train_loader, register_custom_datasets, resolve_classes
 from knet_d2.data.build import MappedDataset, load_dataset
 from knet_d2.data.check import check_datasets
@@ -34,8 +34,7 @@ Reached = Callable[[], None]
 
 
 def default_config() -> CfgNode:
-    cfg = get_cfg()
-    add_knet_config(cfg)
+    cfg = get_knet_cfg()
     return cfg
 
 

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from knet_d2.checkpoint.key_table import translate_state_dict
 from knet_d2.checkpoint.openmmlab import openmmlab_rules
-from knet_d2.config import add_knet_config
+from knet_d2.config import get_knet_cfg
 
 from .filling import filled_state_dict
 
@@ -114,8 +114,7 @@ def load_manifests(folder: Path) -> dict[str, dict[str, Any]]:
 
 def zoo_config(path: str, device: str = "cpu") -> CfgNode:
     """The config of a file below configs/, for models without weights."""
-    cfg = get_cfg()
-    add_knet_config(cfg)
+    cfg = get_knet_cfg()
     cfg.merge_from_file(str(ROOT / "configs" / path))
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.DEVICE = device

@@ -11,10 +11,10 @@ import json
 import os
 
 import numpy as np
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from PIL import Image
 
-from ..config import add_knet_config
+from ..config import get_knet_cfg
 from ..config.merging import merge_config
 from ..data import load_dataset, register_custom_datasets, resolve_classes
 from ..data.check import Fault, check_datasets
@@ -51,8 +51,7 @@ def draw_ground_truth(cfg: CfgNode, name: str, number: int, columns: int, faults
 
 
 def main(args: argparse.Namespace) -> int:
-    cfg = get_cfg()
-    add_knet_config(cfg)
+    cfg = get_knet_cfg()
     merge_config(cfg, args.config_file, args.opts)
     register_custom_datasets(cfg)
     report = check_datasets(cfg)
