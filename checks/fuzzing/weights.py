@@ -27,7 +27,7 @@ try:
 except ImportError:  # it is optional
     save_safetensors = None
 
-FORMATS = ("zip", "legacy", "pickle", "resume", *(["safetensors"] if save_safetensors else []))
+FORMATS = ("zip", "legacy", "pickle", "crafted", "resume", *(["safetensors"] if save_safetensors else []))
 
 
 class Part(nn.Module):
@@ -63,10 +63,10 @@ class Weights:
         self._format = draw.choice(FORMATS)
         form = draw.random()
         content = self._content(draw, form)
-        suffix = {"pickle": "pkl", "safetensors": "safetensors"}.get(self._format, "pth")
+        suffix = {"pickle": "pkl", "crafted": "pkl", "safetensors": "safetensors"}.get(self._format, "pth")
         name = "model_0000004" if self._format == "resume" else "weights"
         self._path = os.path.join(self._folder, f"{name}.{suffix}")
-        data = self._encode(content, draw, form)
+        data = _crafted_pickle(draw) if self._format == "crafted" else self._encode(content, draw, form)
         if form > 0.7:
             data = mutate_bytes(data, draw)
         with open(self._path, "wb") as f:
@@ -178,6 +178,53 @@ def _as_arrays(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _as_arrays(item) for key, item in value.items()}
     return [_as_arrays(item) for item in value] if isinstance(value, list) else value
+
+
+_NAMES = (
+    *("collections OrderedDict", "collections Counter", "_codecs encode", "numpy dtype", "numpy ndarray", "os mkdir"),
+    *("numpy.core.multiarray _reconstruct", "numpy._core.multiarray scalar", "torch Size", "torch FloatStorage"),
+    *("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch._tensor _rebuild_from_type_v2"),
+)
+
+
+def _crafted_pickle(draw: random.Random) -> bytes:
+    """Opcodes in an order that no writer makes, most of which a reader of weights knows."""
+    pieces = [
+        b"(",
+        b"t",
+        b"R",
+        b"b",
+        b"]",
+        b"}",
+        b")",
+        b"a",
+        b"e",
+        b"s",
+        b"u",
+        b"N",
+        b"Q",
+        b"\x85",
+        b"\x86",
+        b"\x87",
+        b"0",
+    ]
+    pieces += [
+        b"q\x00",
+        b"h\x00",
+        b"q\x01",
+        b"h\x01",
+        b"h\x00h\x00\x86q\x00",
+        b"h\x01h\x01a",
+        b"\x93",
+        b"\x94",
+        b"\x81",
+    ]
+    values = (0, 1, -1, 1 << 20, 1 << 40, "f4", "O8", "V8", "model", "storage", "latin1", 0.5, True, "x" * 1000)
+    pieces += [pickle.dumps(value, 2)[2:-1] for value in values]
+    pieces += [b"c" + name.replace(" ", "\n").encode() + b"\n" for name in _NAMES]
+    array = pickle.dumps(np.zeros((2, 3), np.float32), 2)[2:-1]
+    body = [draw.choice((array, *pieces * 3)) for _ in range(draw.choice((5, 30, 300)))]
+    return b"\x80\x02" + b"".join(body) * draw.choice((1, 1, 50)) + b"."
 
 
 def _with_odd_header(data: bytes, draw: random.Random) -> bytes:
