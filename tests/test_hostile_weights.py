@@ -44,13 +44,17 @@ def array(shape, element_type, values):
 STRUCTURE = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 1)
 ADDRESSES = dtype("V8") + piece(STRUCTURE) + b"b"
 # A tuple of twice a tuple of twice a tuple ..., as the key of a dict
-TOWER = b"\x80\x02})q\x00" + b"".join(b"h\x00h\x00\x86q\x00" for _ in range(99)) + b"K\x01s."
+TOWER = b"\x80\x02})" + b"q\x00h\x00\x86" * 99 + b"K\x01s."
 
 PICKLES = {
     "addresses as objects": (array((4,), ADDRESSES, piece(b"A" * 32, 3)), "'V8', not of numbers"),
     "memory as it is": (
         b"\x80\x02cnumpy\nndarray\n(" + piece((1 << 20,)) + piece("u1") + b"tR.",
         "numpy.ndarray without",
+    ),
+    "array of a long type": (
+        array((1,), TOWER[2:].replace(b"}", b"cnumpy\ndtype\n").replace(b"K\x01s.", b"\x85R"), b"N"),
+        "'tuple'",
     ),
     "objects": (array((1,), dtype("O8"), b"](" + piece("x") + b"e"), "'O8'"),
     "larger than its bytes": (array((1 << 40,), dtype("f4"), piece(b"A" * 32, 3)), "another size than its shape"),
@@ -151,6 +155,9 @@ def test_tensors_that_are_not_in_the_archive(tmp_path):
     stream = io.BytesIO()
     torch.save(four, stream, _use_new_zipfile_serialization=False)
     path.write_bytes(stream.getvalue().replace(struct.pack("<q", 4), struct.pack("<q", 1 << 60)))
+    assert "damaged" in refusal(str(path))
+    keys = stream.getvalue().rindex(b"\x80\x02]")
+    path.write_bytes(stream.getvalue()[:keys] + TOWER.replace(b"}", b"](").replace(b"K\x01s.", b"e."))
     assert "damaged" in refusal(str(path))
 
 

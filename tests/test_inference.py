@@ -15,6 +15,7 @@ from PIL import Image
 import knet_d2
 from knet_d2.checkpoint import Checkpointer, describe_model, load_file, read_description
 from knet_d2.checkpoint.saving import save_weights
+from knet_d2.checkpoint.zoo import build_on_meta
 from knet_d2.data import resolve_classes
 from knet_d2.data.classes import ClassTable
 from knet_d2.errors import CheckpointError, ConfigError, DataError
@@ -109,7 +110,8 @@ def test_description_has_no_places_of_the_machine_that_wrote_it(dataset):
     assert "secret" not in str(metadata) and dataset not in str(metadata)
     assert metadata["knet_d2_version"] == knet_d2.__version__
     assert [x["name"] for x in json.loads(metadata["classes"])] == [*NAMES["things"], *NAMES["stuff"]]
-    restored = read_description({"metadata": metadata}, "x.pth").cfg
+    content = {"model": build_on_meta(cfg).state_dict(), "metadata": metadata}
+    restored = read_description(content, "x.pth").cfg
     for section in ("KNET", "RESNETS", "FPN", "SEM_SEG_HEAD"):
         assert restored.MODEL[section] == cfg.MODEL[section]
 

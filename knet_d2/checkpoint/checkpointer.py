@@ -10,8 +10,7 @@ from torch import nn
 
 from ..errors import CheckpointError, KNetError
 from .download import download_errors
-from .layouts import Layout, recognise
-from .load_report import LoadReport, build_report, find_misfits
+from .load_report import Layout, LoadReport, build_report, find_misfits, recognise
 from .loading import as_checkpoint, load_file, split_options
 from .resume import newest_whole_checkpoint, resumable_checkpoints
 from .saving import write_checkpoint

@@ -15,8 +15,7 @@ from detectron2.config import CfgNode
 from ..config.options import get_knet_cfg
 from ..data.classes import ClassTable, categories, class_table, from_categories
 from ..errors import CheckpointError
-from .layouts import recognise
-from .load_report import build_report, find_misfits
+from .load_report import build_report, find_misfits, recognise
 from .loading import as_checkpoint
 from .zoo import build_on_meta
 
@@ -81,6 +80,8 @@ def read_description(content: Any, path: str) -> ModelDescription:
         classes = from_categories(_parse_classes(metadata["classes"]))
         _check_numbers(cfg, classes)
         model_state = build_on_meta(cfg, most_modules=10 * len(parameters) + 1000).state_dict()
+        layout = recognise(parameters, model_state)
+        misfits = find_misfits(build_report(layout, parameters, model_state), layout, partial=False)
     except (Exception, MemoryError) as e:  # what a strange config makes of a model raises nearly anything
         from .. import __version__
 
@@ -89,8 +90,6 @@ def read_description(content: Any, path: str) -> ModelDescription:
             f"{path}: its config and classes, written by knet_d2 {version}, can't be used by knet_d2 {__version__} "
             f"({reason or type(e).__name__}). Name a config_file, or install the version that wrote it."
         ) from e
-    layout = recognise(parameters, model_state)
-    misfits = find_misfits(build_report(layout, parameters, model_state), layout, partial=False)
     if misfits:
         raise CheckpointError(
             f"{path}: its parameters are not those of its config: {'; '.join(misfits)}. Name a config_file that fits."

@@ -1,15 +1,20 @@
-"""What became of every parameter of a weights file and of a model, and whether the file fits."""
+"""Whose names a weights file has, what becomes of every parameter of the file and of a model, and whether they fit."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from tabulate import tabulate
 
-from .layouts import Layout
+from .key_table import KeyRule, Translation, translate_state_dict
+from .openmmlab import openmmlab_rules
+from .openmmlab_backbones import pretrained_backbone_rules
 
 Shape = tuple[int, ...]
+
+_OFFICIAL_HEADS = ("rpn_head.localization_fpn.", "decode_head.kernel_generate_head.")
+_OUR_HEADS = ("sem_seg_head.", "cascade.")
 
 # Their first dimension counts classes or instance kernels
 _COUNTED = re.compile(r"sem_seg_head\.instance_kernels\.|(^|\.)classifier\.|\.class_branch\.")
@@ -17,6 +22,53 @@ _COUNTED = re.compile(r"sem_seg_head\.instance_kernels\.|(^|\.)classifier\.|\.cl
 _NEW_IN_BACKBONE = re.compile(r"\.conv_offset\.|\.out_norms\.")
 _TRAINING_ONLY = "auxiliary_head."
 _MOST_NAMES = 4
+
+
+class Layout(NamedTuple):
+    """A recognised state dict in our names."""
+
+    name: str
+    """For people."""
+    scope: str
+    """What it should fill: "model" (a whole K-Net), "backbone" (pretrained), or "unknown"."""
+    translation: Translation
+    backbone_prefix: str
+    """What our names of the (bottom-up) backbone begin with."""
+
+
+def recognise(state_dict: Mapping[str, torch.Tensor], model_keys: Collection[str]) -> Layout:
+    """Tell the layout of a state dict by its names and translate it for a model.
+
+    Args:
+        state_dict: name -> tensor.
+        model_keys: names in the model's state dict.
+    """
+    has_fpn = any(key.startswith("backbone.bottom_up.") for key in model_keys)
+    prefix = "backbone.bottom_up." if has_fpn else "backbone."
+
+    def layout(name: str, scope: str, rules: list[KeyRule]) -> Layout:
+        return Layout(name, scope, translate_state_dict(state_dict, rules, model_keys), prefix)
+
+    if any(key.startswith(_OFFICIAL_HEADS) for key in state_dict):
+        return layout("official K-Net (OpenMMLab)", "model", openmmlab_rules(state_dict))
+    if "res2.0.conv1.weight" in state_dict:
+        return layout("backbone of Detectron2", "backbone", _detectron2_backbone_rules(prefix))
+    backbone_rules = pretrained_backbone_rules(state_dict, prefix)
+    if backbone_rules is not None:
+        is_swin = "patch_embed.proj.weight" in state_dict
+        return layout("Swin release" if is_swin else "ResNet of torchvision or OpenMMLab", "backbone", backbone_rules)
+    unchanged = Translation(dict(state_dict), {key: key for key in state_dict}, [], [])
+    is_whole = any(key.startswith(_OUR_HEADS) for key in state_dict)
+    return Layout("names of this project", "model" if is_whole else "unknown", unchanged, prefix)
+
+
+def _detectron2_backbone_rules(prefix: str) -> list[KeyRule]:
+    """Detectron2's names, which are ours without the prefix; some of its files also have the classifier."""
+    return [
+        KeyRule(r"stem\.fc\.(weight|bias)", None),
+        KeyRule(r"(?:stem|res[2-5])\..*num_batches_tracked", lambda m: prefix + m[0], optional=True),
+        KeyRule(r"(?:stem|res[2-5])\..*", lambda m: prefix + m[0]),
+    ]
 
 
 class ShapePair(NamedTuple):
@@ -99,7 +151,8 @@ def find_misfits(report: LoadReport, layout: Layout, partial: bool) -> list[str]
     unexpected = [name for name in report.unexpected if not name.startswith(_TRAINING_ONLY)]
     other_shape = list(report.other_shape)
     if layout.scope == "backbone":
-        unexpected = [name for name in unexpected if _has_stage_of(name, report, layout)]
+        stages = {None, *(_stage(name, layout) for name in report.loaded)}  # the model may end before the file
+        unexpected = [name for name in unexpected if _stage(name, layout) in stages]
         if partial:
             missing = [
                 name
@@ -123,13 +176,10 @@ def _differs_in_count(pair: ShapePair) -> bool:
     return bool(_COUNTED.search(pair.name)) and pair.file_shape[1:] == pair.model_shape[1:]
 
 
-def _has_stage_of(name: str, report: LoadReport, layout: Layout) -> bool:
-    """Whether the model has a part of the stage ("res4", "stages.2") that a name is of; it may end before."""
-    if not name.startswith(layout.backbone_prefix):
-        return True
-    rest = name.removeprefix(layout.backbone_prefix)
-    stage = re.match(r"(?:stages\.\d+|\w+)\.", rest)[0]
-    return any(loaded.startswith(layout.backbone_prefix + stage) for loaded in report.loaded)
+def _stage(name: str, layout: Layout) -> str | None:
+    """The beginning of a backbone parameter's name, up to its stage ("res4", "stages.2")."""
+    match = re.match(re.escape(layout.backbone_prefix) + r"(?:stages\.\d+|\w+)\.", name)
+    return match[0] if match else None
 
 
 def _describe(missing: list[str], unexpected: list[str], other_shape: list[ShapePair]) -> list[str]:

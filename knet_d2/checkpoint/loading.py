@@ -3,6 +3,7 @@
 Whatever the file, it becomes a mapping with the parameters under "model", as in Detectron2's own checkpoints.
 """
 
+import contextlib
 import hashlib
 import io
 import mmap
@@ -10,12 +11,13 @@ import os
 import re
 import struct
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ..errors import CheckpointError
-from .pickles import Builder, Refused, Storage, read_pickle
+from .pickles import MOST_OBJECTS, Builder, Refused, Storage, checked_key, read_pickle
 
 SAFETENSORS_COMMAND = "install it with: python -m pip install safetensors"
 
@@ -73,8 +75,10 @@ def load_file(path: str, sha256: str | None = None) -> Any:
             if content[8:9] == b"{":
                 return _load_safetensors(path)
             return Builder(size, _no_storage).build(read_pickle(content))
-    except (MemoryError, CheckpointError):
+    except CheckpointError:
         raise
+    except MemoryError as e:
+        raise CheckpointError(f"{path} ({size} bytes): too large for the memory that is free. Free some.") from e
     except Refused as e:
         raise CheckpointError(f"{path}: {e}") from None
     except Exception as e:  # readers of damaged files raise nearly anything
@@ -92,26 +96,22 @@ class _Directory(io.BufferedReader):
         return super().read(size)
 
 
-def open_archive(path: str) -> zipfile.ZipFile:
+@contextlib.contextmanager
+def open_archive(path: str) -> Iterator[zipfile.ZipFile]:
     """A file of PyTorch, after a check that what is in it takes no more room than the file has.
 
     Raises:
         Refused: something in it is compressed, or claims more bytes than there are.
         zipfile.BadZipFile, ...: it is damaged.
     """
-    file = _Directory(io.FileIO(path))
-    try:
-        archive = zipfile.ZipFile(file)
+    with _Directory(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
                 raise Refused("a record in it is compressed, as torch.save never does. Save it anew with torch.save.")
-        if sum(record.file_size for record in archive.infolist()) > os.path.getsize(path):
+        file.most_bytes = os.path.getsize(path)
+        if sum(record.file_size for record in archive.infolist()) > file.most_bytes:
             raise Refused(f"the records in it claim more bytes than it has. {_DAMAGED}")
-    except BaseException:
-        file.close()
-        raise
-    file.most_bytes = os.path.getsize(path)
-    return archive
+        yield archive
 
 
 def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
@@ -128,15 +128,15 @@ def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
 def _read_old_torch(content: mmap.mmap) -> Any:
     """Pickles (magic number, version, machine, object, keys of the storages), then each storage's length and values."""
     storages: dict[str | int, Storage] = {}
-    _, version, machine = (read_pickle(content) for _ in range(3))
+    _, version, machine = (read_pickle(content, most_objects=1000) for _ in range(3))
     if version != 1001 or machine["little_endian"] is not True:
         raise Refused("written by a machine of another byte order. Save it anew on one like this.")
-    tree, keys = read_pickle(content, storages), read_pickle(content)
+    tree, keys = read_pickle(content, storages), read_pickle(content, most_objects=MOST_OBJECTS // 10)
     places = {}
     position = content.tell()
     for key in keys:
         (length,) = struct.unpack_from("<q", content, position)
-        places[key] = position + 8
+        places[checked_key(key)] = position + 8
         position += 8 + length * storages[key].dtype.itemsize
         if length < 0 or position > len(content):
             raise ValueError("a storage out of the file")

@@ -96,12 +96,13 @@ class Call:
     """What the file sets the result's state to."""
 
 
-def read_pickle(stream: Any, storages: dict[str | int, Storage] | None = None) -> Any:
+def read_pickle(stream: Any, storages: dict[str | int, Storage] | None = None, most_objects: int = MOST_OBJECTS) -> Any:
     """Containers, numbers, strings, :class:`Call`, :class:`Name` and :class:`Storage` objects in a pickle.
 
     Args:
         stream: binary, at the pickle's start; its ``read(n)`` must reserve no more memory than there is to read.
         storages: filled with the storages that the pickle refers to.
+        most_objects: the largest number of opcodes.
 
     Raises:
         Refused: it names what no weights file needs, or is too large.
@@ -118,8 +119,8 @@ def read_pickle(stream: Any, storages: dict[str | int, Storage] | None = None) -
         return items
 
     for number, (opcode, value, _) in enumerate(pickletools.genops(stream)):
-        if number == MOST_OBJECTS:
-            raise Refused(f"it has more than {MOST_OBJECTS} objects. Save the model's state dict alone.")
+        if number == most_objects:
+            raise Refused(f"it has more than {most_objects} objects. Save the model's state dict alone.")
         code = opcode.name
         if code in _VALUES:
             stack.append(_checked_number(value) if type(value) is int else value)
@@ -199,9 +200,13 @@ def _pairs(items: Sequence[Any]) -> Sequence[Any]:
     return list(zip(items[0::2], items[1::2], strict=True))
 
 
+def checked_key(key: Any) -> str | int:
+    """A string or a small number; to be asked before a key is hashed: hashing a nested tuple may never end."""
+    return key if type(key) is str else _checked_index(key)
+
+
 def _mapping(pairs: Sequence[Any]) -> dict[str | int, Any]:
-    """Keys are looked at before they are hashed: hashing a nested tuple may never end."""
-    return {key if type(key) is str else _checked_index(key): value for key, value in pairs}
+    return {checked_key(key): value for key, value in pairs}
 
 
 def _known_name(path: str) -> Name:
@@ -228,8 +233,7 @@ def _storage(kind: str, storage_type: Name, key: Any, location: str, num_element
     dtype = _STORAGE_TYPES[_expect(Name, storage_type).path]
     if kind != "storage" or view is not None:
         raise ValueError("no storage")
-    key = key if type(key) is str else _checked_index(key)
-    return Storage(key, dtype, _size((num_elements,))[0] * dtype.itemsize)
+    return Storage(checked_key(key), dtype, _size((num_elements,))[0] * dtype.itemsize)
 
 
 def _size(value: Any) -> tuple[int, ...]:
@@ -341,6 +345,7 @@ def _element_type(dtype: Any) -> tuple[str, str]:
     """The code ("f4") and the byte order ("<", ">", "=") of a numpy element type."""
     code = _expect(Call, dtype).arguments[0]
     if dtype.function != "numpy.dtype" or type(code) is not str or code not in _NUMPY_CODES:
-        raise Refused(f"it holds an array of {str(code)[:40]!r}, not of numbers. Save arrays of numbers only.")
+        kind = code[:40] if type(code) is str else type(code).__name__
+        raise Refused(f"it holds an array of {kind!r}, not of numbers. Save arrays of numbers only.")
     order = dtype.state[1] if type(dtype.state) is tuple else "="
     return code, order if order in ("<", ">") else "="

@@ -10,8 +10,7 @@ import os
 import torch
 
 from ..checkpoint import LoadReport, as_checkpoint, describe_model, has_description, load_file, read_description
-from ..checkpoint.layouts import recognise
-from ..checkpoint.load_report import build_report, find_misfits
+from ..checkpoint.load_report import build_report, find_misfits, recognise
 from ..checkpoint.saving import save_weights
 from ..checkpoint.zoo import build_on_meta, fitting_entries, fitting_hint
 from ..engine import load_config
