@@ -13,6 +13,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from ..config.options import get_knet_cfg
+from ..data.categories import resolve_classes
 from ..data.classes import ClassTable, categories, class_table, from_categories
 from ..errors import CheckpointError
 from .load_report import build_report, find_misfits, recognise
@@ -37,9 +38,12 @@ class ModelDescription(NamedTuple):
 
 
 def describe_model(cfg: CfgNode, classes: ClassTable | None = None) -> dict[str, str]:
-    """The description of a model of ``cfg``, with its classes resolved; None: as the data sets of ``cfg`` name them."""
+    """The description of a model of ``cfg``; without ``classes``, the data sets of ``cfg`` name them."""
     from .. import __version__  # the package imports this module first
 
+    cfg = cfg.clone()
+    cfg.defrost()
+    resolve_classes(cfg)
     return {
         "config": yaml.safe_dump(_differences(cfg, get_knet_cfg())),
         "classes": json.dumps(categories(class_table(cfg) if classes is None else classes)),
