@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -60,8 +61,9 @@ def test_files_that_are_no_checkpoints(tmp_path):
     assert "'epoch' is a int" in message("odd.pth", {"epoch": 3})
     assert "no parameters" in message("bare.pth", {"model": {}})
     assert "none of the 1 parameters" in message("other.pth", {"model": {"encoder.weight": torch.zeros(2)}})
-    with pytest.raises(CheckpointError, match="absent.pth.*no such"):
-        checkpointer.load(str(tmp_path / "absent.pth"))
+    for absent in (str(tmp_path / "absent.pth"), str(tmp_path), "nowhere://absent.pth", "https://[/absent.pth"):
+        with pytest.raises(CheckpointError, match=f"^{re.escape(absent)}: (there is no such|can't be downloaded)"):
+            checkpointer.load(absent)
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"model": s, "iteration": 7}])

@@ -78,13 +78,12 @@ class Checkpointer(DetectionCheckpointer):
         if not path:
             return super().load(path, *args, **kwargs)
         address, self._options = split_options(path)
+        local = address
         if "://" in address:
             with download_errors(address, "get the file by other means and name it in MODEL.WEIGHTS."):
                 # Detectron2's main branch would take the address apart and lose an absolute path's slashes in it
                 local = self.path_manager.get_local_path(address)
-        elif self.path_manager.isfile(address):
-            local = address
-        else:
+        if not os.path.isfile(local):
             raise CheckpointError(f"{address}: there is no such weights file. Check MODEL.WEIGHTS.")
         try:
             return super().load(local, *args, **kwargs)

@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.download import download
 from iopath.common.file_io import file_lock, get_cache_dir
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, KNetError
 from .zoo import ZooEntry, zoo_entry
 
 PREFIX = "knet://"
@@ -34,7 +34,9 @@ def download_errors(address: str, advice: str) -> Iterator[None]:
     socket.setdefaulttimeout(_SECONDS_WITHOUT_DATA)
     try:
         yield
-    except (OSError, http.client.HTTPException) as e:
+    except KNetError:
+        raise
+    except (OSError, ValueError, http.client.HTTPException) as e:
         reason = " ".join(str(e).split()) or type(e).__name__
         raise CheckpointError(f"{address}: can't be downloaded ({reason}). Without network, {advice}") from e
     finally:
