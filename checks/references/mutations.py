@@ -189,7 +189,7 @@ MUTATIONS = {
     "mean for sum in the gather": Mutation(_mean_gather, (INSTANCE, PANOPTIC)),
     "at least for greater than": Mutation(_at_least, (INSTANCE, TRAINING)),
     "padding not cropped": Mutation(_padding_not_cropped, (INSTANCE, PANOPTIC)),
-    "up-mask_cells after the sigmoid": Mutation(_sigmoid_first, (INSTANCE, PANOPTIC)),
+    "up-sampling after the sigmoid": Mutation(_sigmoid_first, (INSTANCE, PANOPTIC)),
     "position encoding x first": Mutation(_encoding_x_first, (INSTANCE, PANOPTIC)),
     "position encoding from 0": Mutation(_encoding_from_zero, (INSTANCE, PANOPTIC)),
     "static kernels without the learned ones": Mutation(_without_bank, (INSTANCE, PANOPTIC)),
