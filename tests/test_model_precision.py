@@ -26,6 +26,8 @@ from knet_d2.engine.optimizer import build_gradient_clipper, build_optimizer
 from knet_d2.engine.train_step import TrainStep
 from knet_d2.modeling.cascade import KernelUpdateCascade
 from knet_d2.modeling.layers import full_precision
+from knet_d2.modeling.postprocessing import ImageGeometry, ImagePrediction, PostProcessor, ResultOptions, dense
+from knet_d2.modeling.postprocessing.rules import best_pairs, masks_to_boxes
 from knet_d2.modeling.structures import KernelState, NetworkOutput
 from knet_d2.modeling.targets import build_targets
 from knet_d2.tasks import TASKS
@@ -169,6 +171,41 @@ def test_waits_are_noticed_on_the_cpu_as_well():
     with Transfers(CPU) as transfers:
         assert torch.ones(3).sum().item() == 3
     assert transfers.waits == ["_local_scalar_dense"]
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations on a device that are no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.count += any(x.device == CUDA for x in tensors) and not func.is_view
+        return result
+
+
+@needs_fake_cuda
+def test_results_take_few_launches_on_accelerators_and_wait_at_the_end_only(monkeypatch):
+    """Fake tensors have no values, so that what Detectron2's forms read of them is made up."""
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: read.append(tuple(self.shape)) or [0] * len(self))
+    read = []
+    geometry = ImageGeometry((800, 1216), (800, 1200), (427, 640))
+    with FakeTensorMode(), Launches() as launches, Transfers() as transfers:
+        class_logits, mask_logits = torch.zeros(153, 133, device="cuda"), torch.zeros(153, 100, 152, device="cuda")
+        bank = TASKS["panoptic"].bank(num_kernels=100, num_things=80, num_stuff=53)
+        options = ResultOptions(("panoptic_seg",))
+        postprocessor = PostProcessor(bank=bank, category_ids=list(range(133)), options=options).to("cuda")
+        segment_map, _ = postprocessor(ImagePrediction(class_logits, mask_logits, geometry))["panoptic_seg"]
+        assert segment_map.device == CUDA
+        assert launches.count <= 160 and read == [(153,)] * 3 and transfers.waits == []
+        launches.count = 0
+        _, kernels, _ = best_pairs(class_logits[:100, :80], 100)
+        masks = dense.binary_masks(mask_logits[:100], kernels, geometry)
+        assert masks_to_boxes(masks.view(torch.uint8)).device == CUDA
+    assert launches.count <= 70 and transfers.waits == []
 
 
 @needs_fake_cuda

@@ -1,6 +1,7 @@
 """Results from logits: against loops, and on maps made by hand."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,18 +9,19 @@ import torch
 import torch.nn.functional as F
 from helpers import sigmoid, slow_bilinear
 
-from knet_d2.modeling import mask_cells, postprocessing
-from knet_d2.modeling.mask_cells import Cells
 from knet_d2.modeling.postprocessing import (
     ImageGeometry,
-    assign_pixels,
-    instance_inference,
-    mask_areas,
+    ImagePrediction,
+    PostProcessor,
+    ResultOptions,
+    cells,
+    dense,
     mask_probabilities,
-    masks_to_boxes,
-    panoptic_inference,
-    semantic_inference,
+    processor,
+    rules,
 )
+from knet_d2.modeling.postprocessing.cells import Cells
+from knet_d2.modeling.postprocessing.rules import masks_to_boxes, semantic_scores
 from knet_d2.tasks import TASKS
 
 # Head 4 x 6, masks 8 x 12, network input 16 x 24, of which the image is 14 x 19, shown at 9 x 31
@@ -82,15 +84,59 @@ def slow_panoptic(class_logits, probs, class_mask, thing_threshold=0.3, overlap_
     return panoptic, segments
 
 
+def bank(num_kernels):
+    return TASKS["panoptic"].bank(num_kernels=num_kernels, num_things=THINGS, num_stuff=STUFF)
+
+
 def class_mask(num_kernels):
-    return TASKS["panoptic"].bank(num_kernels=num_kernels, num_things=THINGS, num_stuff=STUFF).class_mask()
+    return bank(num_kernels).class_mask()
+
+
+WAYS = (cells, dense)
+
+
+def run(postprocessor, class_logits, mask_logits, geometry):
+    """The processor's only output, made from cells and from dense masks."""
+    prediction, (key,), results = (
+        ImagePrediction(class_logits, mask_logits, geometry),
+        postprocessor.options.outputs,
+        [],
+    )
+    for pixels in WAYS:
+        with mock.patch.object(processor, "pixel_functions", lambda mask_logits, pixels=pixels: pixels):
+            results.append(postprocessor(prediction)[key])
+    return results
+
+
+def panoptic_processor(num_kernels, **thresholds):
+    options = ResultOptions(("panoptic_seg",), **thresholds)
+    return PostProcessor(bank=bank(num_kernels - STUFF), category_ids=CATEGORIES, options=options)
 
 
 def run_panoptic(class_logits, mask_logits, geometry, **thresholds):
-    mask = class_mask(len(class_logits) - STUFF)
-    return panoptic_inference(
-        class_logits, mask_logits, mask, geometry, num_things=THINGS, category_ids=CATEGORIES, **thresholds
-    )
+    results = run(panoptic_processor(len(class_logits), **thresholds), class_logits, mask_logits, geometry)
+    (segment_map, segments), (other_map, other_segments) = results
+    assert torch.equal(segment_map, other_map) and segments == other_segments
+    return segment_map, segments
+
+
+def run_instances(class_logits, mask_logits, geometry, **options):
+    num_kernels, num_things = class_logits.shape
+    instance_bank = TASKS["instance"].bank(num_kernels=num_kernels, num_things=num_things, num_stuff=0)
+    options = ResultOptions(("instances",), **options)
+    postprocessor = PostProcessor(bank=instance_bank, category_ids=list(range(num_things)), options=options)
+    result, other = run(postprocessor, class_logits, mask_logits, geometry)
+    assert result.image_size == other.image_size
+    for name, values in result.get_fields().items():
+        values, others = (x.tensor if name == "pred_boxes" else x for x in (values, other.get(name)))
+        assert torch.equal(values, others), name
+    return result
+
+
+def mask_areas(pixels, mask_logits, geometry):
+    """Of each kernel alone, so that it owns every pixel."""
+    one = torch.ones(1, dtype=mask_logits.dtype)
+    return [int(pixels.assign_pixels(one, x[None], one > 0, geometry)[2]) for x in mask_logits]
 
 
 def drawn(*kernels):
@@ -124,11 +170,11 @@ def test_boxes_are_tight():
     masks[5, 4, 6] = True  # the last pixel
     masks[3] = False
     masks[3, 2, 0] = True  # one pixel
-    boxes = masks_to_boxes(masks)
+    boxes = masks_to_boxes(masks.byte())
     assert boxes.tolist() == [slow_box(m) for m in masks.numpy()]
     assert boxes[3].tolist() == [0, 2, 1, 3]
     assert boxes[4].tolist() == [0, 0, 0, 0]
-    assert masks_to_boxes(masks[:0]).shape == (0, 4)
+    assert masks_to_boxes(masks[:0].byte()).shape == (0, 4)
 
 
 # Instances
@@ -137,7 +183,7 @@ def test_boxes_are_tight():
 @pytest.mark.parametrize("max_instances", [1, 5, 100])
 def test_instances_are_the_best_pairs_of_kernel_and_class(max_instances):
     class_logits, mask_logits = random(4, 3), random(4, *HEAD, seed=1)
-    result = instance_inference(class_logits, mask_logits, GEOMETRY, max_instances=max_instances)
+    result = run_instances(class_logits, mask_logits, GEOMETRY, max_instances=max_instances)
     pairs = sorted(((sigmoid(class_logits[n, c].item()), n, c) for n in range(4) for c in range(3)), reverse=True)
     pairs = pairs[:max_instances]
     probs = slow_probabilities(mask_logits, GEOMETRY)
@@ -156,14 +202,14 @@ def test_instances_are_the_best_pairs_of_kernel_and_class(max_instances):
 def test_one_kernel_can_appear_with_several_classes():
     class_logits = torch.tensor([[4.0, 3.0, -4.0], [-5.0, -6.0, -7.0]])
     mask_logits = random(2, *HEAD)
-    result = instance_inference(class_logits, mask_logits, GEOMETRY, max_instances=2)
+    result = run_instances(class_logits, mask_logits, GEOMETRY, max_instances=2)
     assert result.pred_classes.tolist() == [0, 1]
     assert torch.equal(result.pred_masks[0], result.pred_masks[1])
 
 
 def test_empty_masks_are_kept_with_a_box_of_zeros():
     mask_logits = torch.full((1, *HEAD), -5.0)
-    result = instance_inference(torch.tensor([[3.0, 0.0]]), mask_logits, GEOMETRY, max_instances=1)
+    result = run_instances(torch.tensor([[3.0, 0.0]]), mask_logits, GEOMETRY, max_instances=1)
     assert len(result) == 1
     assert not result.pred_masks.any()
     assert result.pred_boxes.tensor.tolist() == [[0, 0, 0, 0]]
@@ -173,18 +219,19 @@ def test_score_threshold():
     class_logits = torch.tensor([[logit(0.9), logit(0.5)], [logit(0.2), logit(0.7)]])
     mask_logits = random(2, *HEAD).float()
     for threshold, count in ((0.0, 4), (0.3, 3), (0.6, 2), (0.95, 0)):
-        result = instance_inference(class_logits, mask_logits, GEOMETRY, max_instances=10, score_threshold=threshold)
+        result = run_instances(class_logits, mask_logits, GEOMETRY, max_instances=10, score_threshold=threshold)
         assert len(result) == len(result.pred_masks) == len(result.pred_boxes) == count
         assert result.pred_masks.shape[1:] == GEOMETRY.output
 
 
-def test_probability_of_exactly_half_is_outside_of_an_instance_but_inside_of_a_panoptic_mask():
+@pytest.mark.parametrize("pixels", WAYS)
+def test_probability_of_exactly_half_is_outside_of_an_instance_but_inside_of_a_panoptic_mask(pixels):
     mask_logits = torch.zeros(1, 10, 10)
-    result = instance_inference(torch.tensor([[3.0]]), mask_logits, PLAIN, max_instances=1)
+    result = run_instances(torch.tensor([[3.0]]), mask_logits, PLAIN, max_instances=1)
     assert not result.pred_masks.any()
-    assert mask_areas(torch.tensor([0]), Cells(mask_logits, PLAIN)).tolist() == [20 * 20]
+    assert mask_areas(pixels, mask_logits, PLAIN) == [20 * 20]
     mask_logits[0, :, 5:] = -8  # up-sampled, the last column of the ten is lower, too
-    assert mask_areas(torch.tensor([0]), Cells(mask_logits, PLAIN)).tolist() == [20 * 9]
+    assert mask_areas(pixels, mask_logits, PLAIN) == [20 * 9]
 
 
 # Panoptic
@@ -310,32 +357,104 @@ def test_thing_takes_its_best_thing_class_only():
 
 @pytest.mark.parametrize("classes_at_once", [1, 3, 8])
 def test_semantic_scores_are_sums_over_kernels(monkeypatch, classes_at_once):
-    monkeypatch.setattr(postprocessing, "CLASSES_AT_ONCE", classes_at_once)
+    monkeypatch.setattr(rules, "CLASSES_AT_ONCE", classes_at_once)
     class_logits, mask_logits = random(5, THINGS + STUFF), random(5, *HEAD, seed=1)
     mask = class_mask(3)
-    result = semantic_inference(class_logits, mask_logits, mask, GEOMETRY).numpy()
+    result = semantic_scores(class_logits, mask_logits, mask, GEOMETRY).numpy()
     probs = slow_probabilities(mask_logits, GEOMETRY)
     for c in range(THINGS + STUFF):
         expected = sum(sigmoid(class_logits[n, c].item()) * probs[n] for n in range(5) if mask[n, c])
         np.testing.assert_allclose(result[c], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("step", [1, 4, 20])
-def test_a_tie_goes_to_the_first_kernel(monkeypatch, step):
-    monkeypatch.setattr(mask_cells, "CELL_STEP", step)
-    owners = assign_pixels(torch.tensor([0.5, 0.8, 0.8, 0.8]), Cells(torch.zeros(4, *HEAD), PLAIN))
+@pytest.mark.parametrize("pixels", WAYS)
+@pytest.mark.parametrize("step, at_once", [(1, 1), (4, 3), (20, 16)])
+def test_a_tie_goes_to_the_first_kernel(monkeypatch, pixels, step, at_once):
+    monkeypatch.setattr(cells, "CELL_STEP", step)
+    monkeypatch.setattr(dense, "MASKS_AT_ONCE", at_once)
+    scores = torch.tensor([0.5, 0.8, 0.8, 0.8])
+    owners, areas, _ = pixels.assign_pixels(scores, torch.zeros(4, *HEAD), scores > 0, PLAIN)
     assert (owners == 1).all()
+    assert areas.tolist() == [0, 400, 0, 0]
 
 
-# Cells
+def test_segments_of_equal_scores_are_in_the_order_of_their_kernels():
+    quarters = [(rows, columns) for rows in (slice(0, 5), slice(5, 10)) for columns in (slice(0, 5), slice(5, 10))]
+    kernels = [(i % 2, 0.7, *quarter) for i, quarter in enumerate(quarters)]
+    panoptic, segments = run_panoptic(*drawn(*kernels, (2, 0.1, NONE, NONE), (3, 0.1, NONE, NONE)), PLAIN)
+    assert panoptic[::10, ::10].flatten().tolist() == [x["id"] for x in segments] == [1, 2, 3, 4]
+
+
+# Dense and cells
 
 LARGE_HEAD = (30, 40)
 LARGE = ImageGeometry(padded=(240, 320), image=(229, 311), output=(150, 203))
+EDGE = 1e-5
 
 
 def blobs(count, *, offset, seed=0):
     """Smooth logits [count, *LARGE_HEAD] around an offset."""
     return 3 * F.interpolate(random(1, count, 6, 8, seed=seed, scale=1), LARGE_HEAD, mode="bicubic")[0] + offset
+
+
+def check_both_ways(scores, mask_logits, geometry):
+    """Cells against dense: all is equal but at pixels whose probability is within EDGE of a threshold or a tie."""
+    probs = mask_probabilities(mask_logits, geometry)
+    unsure = (probs - 0.5).abs() < EDGE
+    kernels = torch.arange(len(scores)).repeat(2).flip(0)
+    masks = [x.binary_masks(mask_logits, kernels, geometry) for x in WAYS]
+    assert not ((masks[0] != masks[1]) & ~unsure[kernels]).any()
+    owners, areas, mask_areas = zip(
+        *(x.assign_pixels(scores, mask_logits, scores > 0.2, geometry) for x in (cells, dense))
+    )
+    best = (scores[:, None, None] * probs).topk(min(2, len(scores)), dim=0).values
+    assert not ((owners[0] != owners[1]) & (best[0] - best[-1] > EDGE)).any()
+    for x, y in zip(owners, areas):
+        assert torch.equal(x.flatten().bincount(minlength=len(scores)), y)
+    read = (areas[0] > 0) & (scores > 0.2)
+    assert ((mask_areas[0] - mask_areas[1]).abs() <= unsure.sum(dim=(1, 2)))[read].all()
+    assert mask_areas[0][~read].eq(0).all()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_cells_and_dense_agree_on_random_geometries(seed):
+    rng = np.random.default_rng(seed)
+    head = rng.integers(1, 40, 2)
+    padded = head * rng.integers(1, 9) + rng.integers(0, 5, 2)
+    image = [int(rng.integers(max(1, length // 2), length + 1)) for length in padded]
+    output = [int(rng.integers(1, 3 * length)) for length in padded]
+    geometry = ImageGeometry(*(tuple(map(int, size)) for size in (padded, image, output)))
+    count = int(rng.integers(1, 20))
+    mask_logits = random(count, *head, seed=seed).float() - float(rng.integers(0, 6))
+    check_both_ways(torch.from_numpy(rng.random(count, np.float32)), mask_logits, geometry)
+
+
+@pytest.mark.parametrize("value", [-20.0, 20.0, 0.0])
+def test_cells_and_dense_agree_on_constant_masks(value):
+    check_both_ways(torch.linspace(0, 1, 4), torch.full((4, *LARGE_HEAD), value), LARGE)
+
+
+@pytest.mark.parametrize("pixels", WAYS)
+def test_no_kernel_is_shown(pixels):
+    masks = pixels.binary_masks(torch.zeros(3, *HEAD), torch.zeros(0, dtype=torch.int64), GEOMETRY)
+    assert masks.shape == (0, *GEOMETRY.output) and masks.dtype == torch.bool
+
+
+def test_a_batch_is_what_its_images_are():
+    """As in an exported graph."""
+    scores, mask_logits = torch.rand(3, 7), blobs(21, offset=-2).float().unflatten(0, (3, 7))
+    kernels = torch.tensor([[4, 4, 0], [1, 2, 3], [6, 5, 4]])
+    results = (
+        dense.assign_pixels(scores, mask_logits, scores > 0, LARGE),
+        dense.binary_masks(mask_logits, kernels, LARGE),
+    )
+    for i in range(3):
+        for whole, part in zip(results[0], dense.assign_pixels(scores[i], mask_logits[i], scores[i] > 0, LARGE)):
+            assert torch.equal(whole[i], part)
+        assert torch.equal(results[1][i], dense.binary_masks(mask_logits[i], kernels[i], LARGE))
+
+
+# Cells
 
 
 def record_computed(monkeypatch):
@@ -344,7 +463,7 @@ def record_computed(monkeypatch):
 
     def recording(*arguments):
         probs = original(*arguments)
-        shapes.append(tuple(probs.shape))
+        shapes.append(tuple(probs.flatten(2).shape))
         return probs
 
     monkeypatch.setattr(Cells, "resize", recording)
@@ -353,46 +472,34 @@ def record_computed(monkeypatch):
 
 @pytest.mark.parametrize("output", [(150, 203), (7, 203), (1, 1), (900, 90), (60, 80)])
 @pytest.mark.parametrize(
-    "step, pixels, elements",
+    "step, most, elements",
     [(1, 24, 1 << 18), (4, 24, 1 << 12), (4, 24, 1), (4, 1, 1 << 18), (9, 999, 1 << 18), (500, 9999, 1 << 18)],
 )
-def test_cells_do_not_change_results(monkeypatch, step, pixels, elements, output):
+def test_size_of_cells_does_not_change_results(monkeypatch, step, most, elements, output):
     geometry = LARGE._replace(output=output)
     class_logits, mask_logits = random(7, THINGS + STUFF, scale=1.5), blobs(7, offset=-2)
     probs = mask_probabilities(mask_logits, geometry)
-    monkeypatch.setattr(mask_cells, "CELL_STEP", step)
-    monkeypatch.setattr(mask_cells, "CELL_PIXELS", pixels)
-    monkeypatch.setattr(mask_cells, "CPU_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(cells, "CELL_STEP", step)
+    monkeypatch.setattr(cells, "CELL_PIXELS", most)
+    monkeypatch.setattr(cells, "CHUNK_ELEMENTS", elements)
     shapes = record_computed(monkeypatch)
 
-    instances = instance_inference(class_logits[:, :2], mask_logits, geometry, max_instances=20)
-    kernels = class_logits[:, :2].flatten().argsort(descending=True) // 2
-    assert torch.equal(instances.pred_masks, (probs > 0.5)[kernels])
+    chosen = torch.tensor([5, 0, 6, 3, 0])
+    assert torch.equal(cells.binary_masks(mask_logits, chosen, geometry), (probs > 0.5)[chosen])
 
-    scores, cells = class_logits.sigmoid().amax(dim=1), Cells(mask_logits, geometry)
-    assert torch.equal(assign_pixels(scores, cells).long(), (scores[:, None, None] * probs).argmax(dim=0))
-    chosen = torch.tensor([5, 0, 6, 3])
-    assert torch.equal(mask_areas(chosen, cells), (probs >= 0.5).sum(dim=(1, 2))[chosen])
+    scores = class_logits.sigmoid().amax(dim=1)
+    owners, areas, mask_areas = cells.assign_pixels(scores, mask_logits, scores > 0, geometry)
+    assert torch.equal(owners, (scores[:, None, None] * probs).argmax(dim=0))
+    assert torch.equal(mask_areas, (probs >= 0.5).sum(dim=(1, 2)) * (areas > 0))
     assert all(count == 1 or count * kernels * pixels <= elements for count, kernels, pixels in shapes)
-    assert cells.areas.sum() == output[0] * output[1]
-
-
-@pytest.mark.parametrize("output, steps", [((60, 80), (4, 4)), ((229, 700), (4, 3)), ((1000, 3000), (2, 1))])
-def test_cells_of_large_results_depend_on_fewer_probabilities(output, steps):
-    """Of 1, 4, 9, 17 and 38 pixels per probability."""
-    cells = Cells(blobs(1, offset=0), LARGE._replace(output=output))
-    assert (cells.rows.step, cells.columns.step) == steps
+    assert Cells(mask_logits, geometry).areas.sum() == output[0] * output[1]
 
 
 @pytest.mark.parametrize("padded", [(30, 40), (31, 45)])
-def test_cells_of_masks_that_are_finer_than_the_input(padded):
+def test_masks_that_are_finer_than_the_input(padded):
     """As of a head with a stride of one half."""
     geometry = ImageGeometry(padded=padded, image=(29, 37), output=(50, 99))
-    mask_logits = blobs(5, offset=-1)
-    probs, cells = mask_probabilities(mask_logits, geometry), Cells(mask_logits, geometry)
-    scores = torch.linspace(0.5, 0.9, 5, dtype=torch.float64)
-    assert torch.equal(assign_pixels(scores, cells).long(), (scores[:, None, None] * probs).argmax(dim=0))
-    assert torch.equal(mask_areas(torch.arange(5), cells), (probs >= 0.5).sum(dim=(1, 2)))
+    check_both_ways(torch.linspace(0.5, 0.9, 5, dtype=torch.float64), blobs(5, offset=-1), geometry)
 
 
 def test_only_the_borders_of_instances_are_computed(monkeypatch):
@@ -400,7 +507,7 @@ def test_only_the_borders_of_instances_are_computed(monkeypatch):
     mask_logits[0, 8:20, 10:25] = 5  # an object; kernel 1 has none, kernel 2 has everything
     mask_logits[2] = 5
     shapes = record_computed(monkeypatch)
-    masks = instance_inference(torch.ones(3, 1), mask_logits, LARGE, max_instances=3).pred_masks
+    masks = cells.binary_masks(mask_logits, torch.arange(3), LARGE)
     assert torch.equal(masks, mask_probabilities(mask_logits, LARGE) > 0.5)
     assert 0 < sum(math.prod(shape) for shape in shapes) < masks[0].numel() / 4
 
@@ -411,25 +518,26 @@ def test_kernels_that_cannot_win_a_cell_are_not_computed_there(monkeypatch):
     mask_logits[4] = 6
     scores = torch.full((20,), 0.3, dtype=torch.float64)
     scores[4] = 0.9
-    shapes, cells = record_computed(monkeypatch), Cells(mask_logits, LARGE)
-    assert (assign_pixels(scores, cells) == 4).all()
-    assert sum(count for count, _, _ in shapes) == len(cells.areas)
-    assert all(kernels == 1 for _, kernels, _ in shapes)
+    shapes = record_computed(monkeypatch)
+    owners, _, mask_areas = cells.assign_pixels(scores, mask_logits, scores > 0, LARGE)
+    assert (owners == 4).all()
+    assert mask_areas.sum() == mask_areas[4] == 150 * 203  # all of it full
+    assert sum(math.prod(shape) for shape in shapes) == 0
 
 
 def test_areas_are_counted_only_where_a_mask_is_uncertain(monkeypatch):
-    mask_logits = torch.stack([torch.full(LARGE_HEAD, value) for value in (-5.0, 5.0, 5.0)])
-    mask_logits[2, :, :20] = -5
-    shapes, cells = record_computed(monkeypatch), Cells(mask_logits, LARGE)
-    areas = mask_areas(torch.arange(3), cells)
-    assert areas.tolist()[:2] == [0, 150 * 203]
-    assert torch.equal(areas, (mask_probabilities(mask_logits, LARGE) >= 0.5).sum(dim=(1, 2)))
-    assert sum(count for count, _, _ in shapes) < len(cells.areas) / 5
+    mask_logits = torch.full((1, *LARGE_HEAD), 5.0)
+    mask_logits[0, :, :20] = -5
+    shapes, one = record_computed(monkeypatch), torch.ones(1)
+    _, _, mask_areas = cells.assign_pixels(one, mask_logits, one > 0, LARGE)
+    assert torch.equal(mask_areas, (mask_probabilities(mask_logits, LARGE) >= 0.5).sum(dim=(1, 2)))
+    assert 0 < sum(count for count, _, _ in shapes) < Cells(mask_logits, LARGE).areas.numel() / 5
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_predictions_that_are_not_finite_do_not_stop_the_merging(value):
     mask_logits = blobs(4, offset=-2)
     mask_logits[1, 5, 5] = value
-    panoptic, _ = run_panoptic(torch.full((4, THINGS + STUFF), value), mask_logits, LARGE)
-    assert panoptic.shape == LARGE.output
+    class_logits = torch.full((4, THINGS + STUFF), value, dtype=torch.float64)
+    for segment_map, _ in run(panoptic_processor(4), class_logits, mask_logits, LARGE):
+        assert segment_map.shape == LARGE.output

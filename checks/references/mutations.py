@@ -8,9 +8,10 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from knet_d2.modeling import cascade, criterion, mask_cells, postprocessing
+from knet_d2.modeling import cascade, criterion, resize
 from knet_d2.modeling.backbone import swin
 from knet_d2.modeling.losses import dice_coefficient
+from knet_d2.modeling.postprocessing import cells
 from knet_d2.modeling.resize import upsample_masks
 from knet_d2.modeling.static_kernels import semantic_fpn
 from knet_d2.modeling.structures import Match, Targets
@@ -59,17 +60,15 @@ def _at_least(model) -> Sequence[Patch]:
 
 
 def _padding_not_cropped(model) -> Sequence[Patch]:
-    def cells(mask_logits, geometry):
-        return mask_cells.Cells(mask_logits, geometry._replace(image=geometry.padded))
-
-    return [(postprocessing, "Cells", cells)]
+    original = cells.Cells
+    return [(cells, "Cells", lambda logits, geometry: original(logits, geometry._replace(image=geometry.padded)))]
 
 
 def _sigmoid_first(model) -> Sequence[Patch]:
     def probabilities(mask_logits: torch.Tensor) -> torch.Tensor:
         return upsample_masks(mask_logits.sigmoid()[:, None])[:, 0]
 
-    return [(module, "upsampled_probabilities", probabilities) for module in (postprocessing, mask_cells)]
+    return [(module, "upsampled_probabilities", probabilities) for module in (resize, cells)]
 
 
 def _stuff_over_things(model) -> Sequence[Patch]:
@@ -163,12 +162,12 @@ def _own_matches(model) -> Sequence[Patch]:
 
 
 def _only_confident_compete(model) -> Sequence[Patch]:
-    original = postprocessing.assign_pixels
+    original = cells.assign_pixels
 
-    def assign(scores, cells):
-        return original(scores.where(scores >= model.postprocessor.options.thing_score_threshold, 0), cells)
+    def assign(scores, *others):
+        return original(scores.where(scores >= model.postprocessor.options.thing_score_threshold, 0), *others)
 
-    return [(postprocessing, "assign_pixels", assign)]
+    return [(cells, "assign_pixels", assign)]
 
 
 def _release_merging(model) -> Sequence[Patch]:
@@ -189,7 +188,7 @@ MUTATIONS = {
     "mean for sum in the gather": Mutation(_mean_gather, (INSTANCE, PANOPTIC)),
     "at least for greater than": Mutation(_at_least, (INSTANCE, TRAINING)),
     "padding not cropped": Mutation(_padding_not_cropped, (INSTANCE, PANOPTIC)),
-    "up-mask_cells after the sigmoid": Mutation(_sigmoid_first, (INSTANCE, PANOPTIC)),
+    "up-sampling after the sigmoid": Mutation(_sigmoid_first, (INSTANCE, PANOPTIC)),
     "position encoding x first": Mutation(_encoding_x_first, (INSTANCE, PANOPTIC)),
     "position encoding from 0": Mutation(_encoding_from_zero, (INSTANCE, PANOPTIC)),
     "static kernels without the learned ones": Mutation(_without_bank, (INSTANCE, PANOPTIC)),

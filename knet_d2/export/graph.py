@@ -11,8 +11,9 @@ from ..modeling.backbone.deform_conv import DeformConv2d
 from ..modeling.backbone.swin import SwinTransformer
 from ..modeling.cascade import select_stage
 from ..modeling.meta_arch import KNet
-from ..modeling.postprocessing import ImageGeometry
-from . import results
+from ..modeling.postprocessing import ImageGeometry, dense
+from ..modeling.postprocessing.rules import best_pairs, masks_to_boxes, panoptic
+from ..modeling.resize import resize
 
 INPUT_NAMES = ("image", "image_size", "output_size")
 # A model's main output -> names of the tensors that stand for it
@@ -77,25 +78,27 @@ class ExportableKNet(nn.Module):
         Returns:
             The tensors in OUTPUT_NAMES.
         """
-        model = self.model
+        model, options = self.model, self.model.postprocessor.options
         geometry = _checked_geometry(image, image_size, output_size)
-        options = model.postprocessor.options
-        stage = select_stage(model.network(self._normalise(image, geometry)), options.stage)
+        _, mask_logits, class_logits = select_stage(model.network(self._normalise(image, geometry)), options.stage)
         if self.main_output == "instances":
             matched, things = slice(model.bank.num_matched), slice(model.bank.num_things)
-            class_logits, mask_logits = stage.class_logits[:, matched, things], stage.mask_logits[:, matched]
-            return results.instances(class_logits, mask_logits, geometry, max_instances=options.max_instances)
+            scores, kernels, labels = best_pairs(class_logits[:, matched, things], options.max_instances)
+            masks = dense.binary_masks(mask_logits[:, matched], kernels, geometry)
+            return scores, labels, masks_to_boxes(masks.byte()), masks
         if self.main_output == "panoptic_seg":
-            return results.panoptic(
-                stage.class_logits,
-                stage.mask_logits,
+            return panoptic(
+                class_logits,
+                mask_logits,
                 model.postprocessor.class_mask,
                 geometry,
+                dense,
                 num_things=model.bank.num_things,
                 thing_score_threshold=options.thing_score_threshold,
                 overlap_threshold=options.overlap_threshold,
             )
-        return (results.label_map(stage.mask_logits, geometry),)
+        logits = resize(mask_logits.flatten(0, 1), geometry).unflatten(0, mask_logits.shape[:2])
+        return (logits.argmax(dim=1).int(),)
 
     def _normalise(self, image: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
         """Normalised pixels, and 0 around the image."""

@@ -1,0 +1,143 @@
+"""The object that makes the results of an image, in Detectron2's forms."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+from ...errors import ConfigError
+from ...tasks import KernelBank, get_task
+from ..layers import no_autocast
+from ..resize import ImageGeometry, resize
+from . import cells, dense
+from .rules import PixelFunctions, best_pairs, masks_to_boxes, panoptic, semantic_scores
+
+
+class ImagePrediction(NamedTuple):
+    """What the network says of one image, before post-processing.
+
+    Attributes:
+        class_logits: [N, K], or None without a class branch.
+        mask_logits: [N, h, w], at the head's resolution.
+        geometry: sizes of the image.
+    """
+
+    class_logits: torch.Tensor | None
+    mask_logits: torch.Tensor
+    geometry: ImageGeometry
+
+
+class ResultOptions(NamedTuple):
+    """Which results are made of a prediction, and how.
+
+    Attributes:
+        outputs: keys of the results: "instances", "panoptic_seg", "sem_seg".
+        stage: whose predictions these are, see :func:`knet_d2.modeling.cascade.select_stage`.
+        max_instances: number of (kernel, class) pairs that become instances.
+        score_threshold: pairs with a lower score are left out.
+        thing_score_threshold, overlap_threshold: see :func:`.rules.panoptic`.
+    """
+
+    outputs: tuple[str, ...]
+    stage: int = -1
+    max_instances: int = 100
+    score_threshold: float = 0.0
+    thing_score_threshold: float = 0.3
+    overlap_threshold: float = 0.6
+
+
+class PostProcessor(nn.Module):
+    """Makes the results of an image from what the network predicts for it."""
+
+    class_mask: torch.Tensor
+
+    @configurable
+    def __init__(self, *, bank: KernelBank, category_ids: Sequence[int], options: ResultOptions):
+        """
+        Args:
+            bank: groups of the kernels.
+            category_ids: what the data set's metadata calls each of the K classes in panoptic results.
+            options: those of results that are asked for without any.
+        """
+        super().__init__()
+        self.bank = bank
+        self.category_ids = list(category_ids)
+        self.options = options
+        self.register_buffer("class_mask", bank.class_mask(), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, bank: KernelBank) -> dict[str, Any]:
+        knet, test = cfg.MODEL.KNET, cfg.MODEL.KNET.TEST
+        if not -1 <= test.STAGE <= knet.NUM_STAGES:
+            stages = f"-1, or 0 to {knet.NUM_STAGES} (MODEL.KNET.NUM_STAGES)"
+            raise ConfigError(f"MODEL.KNET.TEST.STAGE = {test.STAGE}: use {stages}.")
+        if cfg.TEST.DETECTIONS_PER_IMAGE < 0:
+            raise ConfigError(f"TEST.DETECTIONS_PER_IMAGE = {cfg.TEST.DETECTIONS_PER_IMAGE}: use 0 or more.")
+        options = ResultOptions(
+            outputs=get_task(cfg).checked_outputs(test.OUTPUTS),
+            stage=test.STAGE,
+            max_instances=cfg.TEST.DETECTIONS_PER_IMAGE,
+            score_threshold=test.SCORE_THRESHOLD,
+            thing_score_threshold=test.THING_SCORE_THRESHOLD,
+            overlap_threshold=test.OVERLAP_THRESHOLD,
+        )
+        return {
+            "bank": bank,
+            "category_ids": [*knet.THING_CATEGORY_IDS, *knet.STUFF_CATEGORY_IDS],
+            "options": options,
+        }
+
+    def forward(self, prediction: ImagePrediction, options: ResultOptions | None = None) -> dict[str, Any]:
+        """The results of one image by their keys, see :meth:`knet_d2.modeling.meta_arch.KNet.forward`.
+
+        Args:
+            options: other ones than the model's own; their ``stage`` is not read here.
+        """
+        options = options or self.options
+        makers = {"instances": self._instances, "panoptic_seg": self._panoptic_seg, "sem_seg": self._sem_seg}
+        with no_autocast(prediction.mask_logits):
+            return {key: makers[key](*prediction, options) for key in options.outputs}
+
+    def _instances(self, class_logits, mask_logits, geometry: ImageGeometry, options: ResultOptions) -> Instances:
+        """Instances of the output size: pred_boxes, scores (falling), pred_classes, bool pred_masks, maybe empty."""
+        matched = slice(self.bank.num_matched)
+        pairs = best_pairs(class_logits[matched, : self.bank.num_things], options.max_instances)
+        kept = (pairs[0] >= options.score_threshold).nonzero()[:, 0]
+        scores, kernels, classes = (x[kept] for x in pairs)
+        masks = pixel_functions(mask_logits).binary_masks(mask_logits[matched], kernels, geometry)
+        boxes = Boxes(masks_to_boxes(masks.view(torch.uint8)))
+        return Instances(geometry.output, pred_boxes=boxes, scores=scores, pred_classes=classes, pred_masks=masks)
+
+    def _panoptic_seg(self, class_logits, mask_logits, geometry: ImageGeometry, options: ResultOptions):
+        """int32 [H, W] map of segment ids (0: void), and per segment id, isthing, category_id, score and area."""
+        num_things = self.bank.num_things
+        segment_map, *columns = panoptic(
+            class_logits,
+            mask_logits,
+            self.class_mask,
+            geometry,
+            pixel_functions(mask_logits),
+            num_things=num_things,
+            thing_score_threshold=options.thing_score_threshold,
+            overlap_threshold=options.overlap_threshold,
+        )
+        segments = [
+            {"id": i, "isthing": c < num_things, "category_id": self.category_ids[c], "score": score, "area": area}
+            for i, (score, c, area) in enumerate(zip(*(x.tolist() for x in columns)), start=1)
+            if area
+        ]
+        return segment_map, segments
+
+    def _sem_seg(self, class_logits, mask_logits, geometry: ImageGeometry, options: ResultOptions) -> torch.Tensor:
+        """[K, H, W] scores."""
+        if class_logits is None:
+            return resize(mask_logits, geometry)
+        return semantic_scores(class_logits, mask_logits, self.class_mask, geometry)
+
+
+def pixel_functions(mask_logits: torch.Tensor) -> PixelFunctions:
+    """Those for the masks' device: on a CPU computing little is fast, on accelerators launching few operations."""
+    return cells if mask_logits.device.type == "cpu" else dense
