@@ -127,9 +127,8 @@ class Cells:
         _, height, width = self._probs.shape
         down, across = self._rows.weights[rows], self._columns.weights[columns]
         (m, n), (_, p, a), (_, q, b) = kernels.shape, down.shape, across.shape
-        corners = (self._rows.starts[rows] * width + self._columns.starts[columns])[:, None] + kernels * (
-            height * width
-        )
+        corners = self._rows.starts[rows] * width + self._columns.starts[columns]
+        corners = corners[:, None] + kernels * (height * width)
         index = corners[:, None, :, None] + torch.arange(a)[:, None, None] * width + torch.arange(b)  # [m, a, n, b]
         windows = self._probs.view(-1).index_select(0, index.view(-1)).view(index.shape)
         if factors is not None:
