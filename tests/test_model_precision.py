@@ -21,6 +21,8 @@ from helpers import (
 )
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from knet_d2.engine.optimizer import build_gradient_clipper, build_optimizer
 from knet_d2.engine.train_step import TrainStep
