@@ -27,7 +27,7 @@ from toys import (
 )
 
 from knet_d2.engine import trainer as trainer_module
-from knet_d2.engine.preemption import Preempted
+from knet_d2.engine.launch import Preempted
 from knet_d2.engine.trainer import best_metric
 from knet_d2.engine.writers import ConsoleWriter, TensorBoardWriter, bounded_storage, cut_metrics, scalar_tag
 from knet_d2.errors import CheckpointError, ConfigError, NonFiniteError
@@ -373,7 +373,7 @@ def test_best_checkpoint(tmp_path):
 def test_unsupported_option_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="TEST.PRECISE_BN.ENABLED"):
         ToyTrainer(toy_cfg(tmp_path, TEST__PRECISE_BN__ENABLED=True))
-    with pytest.raises(ConfigError, match="SOLVER.CHECKPOINTS_TO_KEEP is -1"):
+    with pytest.raises(ConfigError, match="SOLVER.CHECKPOINTS_TO_KEEP = -1"):
         ToyTrainer(toy_cfg(tmp_path, SOLVER__CHECKPOINTS_TO_KEEP=-1))
     with pytest.raises(ConfigError, match="REFERENCE_WORLD_SIZE"):
         ToyTrainer(toy_cfg(tmp_path, SOLVER__IMS_PER_BATCH=2, SOLVER__REFERENCE_WORLD_SIZE=3))

@@ -25,18 +25,8 @@ from ..tasks import get_task
 from . import optimizer as optim
 from .averaging import build_weight_average
 from .dump import batch_file, save_batch
-from .hooks import (
-    BestCheckpointer,
-    EvalHook,
-    FinishIteration,
-    LRScheduler,
-    MetricsHistory,
-    PeriodicCheckpointer,
-    PeriodicWriter,
-    PictureHook,
-    StopHook,
-)
-from .preemption import StopSignals
+from .hooks import BestCheckpointer, CheckpointHook, EvalHook, FinishIteration, MetricsHistory, PeriodicWriter, StopHook
+from .launch import StopSignals
 from .train_step import TrainStep, amp_dtype
 from .validation import mean_loss
 from .writers import ConsoleWriter, MetricsWriter, TensorBoardWriter, bounded_storage, cut_metrics
@@ -81,7 +71,7 @@ class Trainer(DefaultTrainer):
         )
         self.max_iter = cfg.SOLVER.MAX_ITER
         self._metrics_file = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
-        self._last_written = -1
+        self.last_written = -1  # iteration of the last line in the metrics file
         self._signals = StopSignals()
         self._last_eval_results: dict[str, Any] | None = None
         self.register_hooks(self.build_hooks())
@@ -138,50 +128,38 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """See knet_d2.engine.hooks for what their order guarantees."""
         cfg = self.cfg
-        if cfg.TEST.PRECISE_BN.ENABLED:
-            raise ConfigError("TEST.PRECISE_BN.ENABLED is not supported; set it to False.")
-        before: list[HookBase] = [hooks.IterationTimer(), LRScheduler(), MetricsHistory()]
-        if self._average is not None:
-            before.append(self._average)
-        checkpoints = None
-        if comm.is_main_process():
-            keep = cfg.SOLVER.CHECKPOINTS_TO_KEEP or None
-            if keep is not None and keep < 0:
-                raise ConfigError(f"SOLVER.CHECKPOINTS_TO_KEEP is {keep}; it must be at least 0 (all).")
-            checkpoints = PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=keep)
-            before.append(checkpoints)
+        _check_hook_options(cfg)
+        checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_TO_KEEP)
         stop = StopHook(self._signals, checkpoints)
-        before.append(stop)
-        after: list[HookBase] = [EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate, stop)]
+        before = [hooks.IterationTimer(), hooks.LRScheduler(), MetricsHistory(), self._average, checkpoints, stop]
+        after: list[HookBase] = [EvalHook(cfg.TEST.EVAL_PERIOD, stop)]
         if comm.is_main_process():
             after.append(BestCheckpointer(self.checkpointer, best_metric(cfg), self._metrics_file))
-            if cfg.TEST.NUM_PICTURES and cfg.DATASETS.TEST:
-                after.append(PictureHook(cfg.TEST.EVAL_PERIOD, self._draw))
-            after.append(PeriodicWriter(self.build_writers, cfg.SOLVER.LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
-        return [*before, *after, FinishIteration(after, lambda: self._last_written == self.start_iter - 1)]
+            after.append(PeriodicWriter(cfg.SOLVER.LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
+        return [*(hook for hook in before if hook is not None), *after, FinishIteration(after)]
 
     def build_writers(self) -> list[EventWriter]:
         return [
             ConsoleWriter(self.max_iter),
-            MetricsWriter(self._metrics_file, self._last_written),
+            MetricsWriter(self._metrics_file, self.last_written),
             TensorBoardWriter(self.cfg.OUTPUT_DIR, self.start_iter),
         ]
 
-    def _evaluate(self) -> dict[str, Any]:
-        self._last_eval_results = self.test(self.cfg, self.evaluated_model)
-        if self.cfg.TEST.VALIDATION_LOSS:
-            model = getattr(self.evaluated_model, "module", self.evaluated_model)
-            loader, num_samples = build_loss_loader(self.cfg, self.cfg.DATASETS.TEST[0])
-            loss = mean_loss(model, loader, num_samples)
-            self._last_eval_results = {**self._last_eval_results, "validation": {"total_loss": loss}}
-        if self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter:
-            augmented = self.test_with_TTA(self.cfg, self.evaluated_model)
-            self._last_eval_results = {**self._last_eval_results, **augmented}
-        return self._last_eval_results
-
-    def _draw(self) -> dict[str, Any]:
-        model = getattr(self.evaluated_model, "module", self.evaluated_model)
-        return draw_validation_pictures(self.cfg, model, self.cfg.TEST.NUM_PICTURES)
+    def evaluate(self) -> dict[str, Any]:
+        """Evaluate the model on DATASETS.TEST, and put pictures of it into the event storage."""
+        cfg, model = self.cfg, self.evaluated_model
+        results = self.test(cfg, model)
+        plain_model = getattr(model, "module", model)  # not wrapped for distributed training
+        if cfg.TEST.VALIDATION_LOSS:
+            loss = mean_loss(plain_model, *build_loss_loader(cfg, cfg.DATASETS.TEST[0]))
+            results = {**results, "validation": {"total_loss": loss}}
+        if cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter:
+            results = {**results, **self.test_with_TTA(cfg, model)}
+        if cfg.TEST.NUM_PICTURES and cfg.DATASETS.TEST and comm.is_main_process():
+            for name, picture in draw_validation_pictures(cfg, plain_model, cfg.TEST.NUM_PICTURES).items():
+                self.storage.put_image(f"validation/{name}", picture.transpose(2, 0, 1))
+        self._last_eval_results = results
+        return results
 
     # The run.
 
@@ -195,7 +173,7 @@ class Trainer(DefaultTrainer):
             return
         remove_unfinished(self.cfg.OUTPUT_DIR)
         if resume:
-            self._last_written = cut_metrics(self._metrics_file, self.start_iter - 1)
+            self.last_written = cut_metrics(self._metrics_file, self.start_iter - 1)
         else:
             self._set_earlier_run_aside()
 
@@ -281,6 +259,20 @@ class Trainer(DefaultTrainer):
             logger.warning(
                 f"SEED was {state_dict['seed']} and is now {self.cfg.SEED}: the run is not continued exactly."
             )
+
+
+def _check_hook_options(cfg: CfgNode) -> None:
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        raise ConfigError("TEST.PRECISE_BN.ENABLED = True is not supported: set it to False.")
+    solver = cfg.SOLVER
+    for key, value, meaning in (
+        ("SOLVER.CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD, "only the final and the best checkpoint"),
+        ("SOLVER.CHECKPOINTS_TO_KEEP", solver.CHECKPOINTS_TO_KEEP, "all"),
+        ("SOLVER.LOG_PERIOD", solver.LOG_PERIOD, "only after evaluations and at the end"),
+        ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, "only at the end"),
+    ):
+        if value < 0:
+            raise ConfigError(f"{key} = {value}: use at least 0 (0: {meaning}).")
 
 
 def _number_of_parts(cfg: CfgNode) -> int:

@@ -9,7 +9,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["NUMPY_PICKLE_FUNCTIONS", "create_local_process_group", "quiet_torchscript", "under_name"]
+__all__ = [
+    "NUMPY_PICKLE_FUNCTIONS",
+    "create_local_process_group",
+    "default_store",
+    "quiet_torchscript",
+    "stored_images",
+    "under_name",
+]
 
 # Reason: numpy 2 renamed its private package.
 # Goes with: numpy 1.26.
@@ -61,6 +68,24 @@ def create_local_process_group(size: int) -> None:
         group = distributed.new_group(ranks)
         if comm.get_rank() in ranks:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def default_store() -> Any:
+    """The key-value store in which the processes of a run have met.
+
+    Reason: torch has no public name for it where Detectron2's launch() has connected the processes.
+    """
+    from torch import distributed
+
+    return distributed.distributed_c10d._get_default_store()
+
+
+def stored_images(storage: Any) -> list[tuple[str, Any, int]]:
+    """(name, image, iteration) of each image in Detectron2's EventStorage.
+
+    Reason: it can put and clear images, but has no public way to read them; its own writer reads the same field.
+    """
+    return storage._vis_data
 
 
 @contextlib.contextmanager
