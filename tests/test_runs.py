@@ -370,6 +370,46 @@ def test_best_checkpoint(tmp_path):
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
 
 
+@pytest.mark.parametrize(
+    "key, expected",
+    [
+        ("SOLVER__CHECKPOINT_PERIOD", ([], [4, 9, 13, 14, 19, 22], [13, 22])),
+        ("SOLVER__LOG_PERIOD", ([6, 13, 20], [13, 22], [13, 22])),
+        ("TEST__EVAL_PERIOD", ([6, 13, 20], [4, 9, 14, 19, 22], [22])),
+    ],
+)
+def test_period_of_0_is_none(tmp_path, key, expected):
+    """Checkpoints, lines of the metrics file and evaluations: only those at the end, or that another period brings."""
+    run(tmp_path, **{key: 0})
+    periodic, written, evaluated = expected
+    assert sorted(p.name for p in tmp_path.glob("model_0*")) == [f"model_{i:07d}.pth" for i in periodic]
+    assert (tmp_path / "model_final.pth").exists() and (tmp_path / "model_best.pth").exists()
+    records = metrics_of(tmp_path)
+    assert [r["iteration"] for r in records] == written
+    assert [r["iteration"] for r in records if "panoptic_seg/PQ" in r] == evaluated
+
+
+@pytest.mark.parametrize("key", ["SOLVER.CHECKPOINT_PERIOD", "SOLVER.LOG_PERIOD", "TEST.EVAL_PERIOD"])
+def test_negative_period_is_refused(tmp_path, key):
+    with pytest.raises(ConfigError, match=f"{key} = -1: use at least 0"):
+        ToyTrainer(toy_cfg(tmp_path, **{key.replace(".", "__"): -1}))
+
+
+def test_run_without_periodic_checkpoints_is_stopped_and_resumed(tmp_path, whole_run, monkeypatch):
+    forward = ToyNet.forward
+
+    def send_signal(net, samples):
+        if samples[0].get("file_name") == "image9.png":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(net, samples)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr(ToyNet, "forward", send_signal)
+        run(tmp_path, SOLVER__CHECKPOINT_PERIOD=0)
+    assert run(tmp_path, resume=True, SOLVER__CHECKPOINT_PERIOD=0).start_iter == 10
+    assert (tmp_path / "metrics.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
+
+
 def test_unsupported_option_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="TEST.PRECISE_BN.ENABLED"):
         ToyTrainer(toy_cfg(tmp_path, TEST__PRECISE_BN__ENABLED=True))
