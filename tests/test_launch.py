@@ -5,20 +5,25 @@ import errno
 import io
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import socket
 import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from program_helpers import Program, errors_in, shapes, write_config  # noqa: F401
+from torch.utils.data import DataLoader
 from toys import assert_identical
 
 from knet_d2.checkpoint import Checkpointer
+from knet_d2.data.workers import STOP_SIGNALS, ignore_stop_signals
 from knet_d2.engine import Trainer, load_config
-from knet_d2.engine.launch import EXIT_PREEMPTED, Placement, explain, find_placement, first_host, run
+from knet_d2.engine.launch import EXIT_PREEMPTED, Placement, StopSignals, explain, find_placement, first_host, run
 from knet_d2.errors import ConfigError, DataError
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "7", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -139,7 +144,7 @@ class Killed(torch.utils.data.Dataset):
 def test_killed_loader_is_one_line(outcome, monkeypatch, num_workers):
     """The main process meets it as a broken connection, or by PyTorch's handler of SIGCHLD, wherever it is."""
     monkeypatch.setattr("knet_d2.engine.launch._GRACE_PERIOD", 0)
-    code, text = outcome(lambda: list(torch.utils.data.DataLoader(Killed(), num_workers=num_workers)))
+    code, text = outcome(lambda: list(DataLoader(Killed(), num_workers=num_workers)))
     assert code == 1 and text.startswith("Error: A process of this run") and text.count("\n") == 1
     assert "DATALOADER.NUM_WORKERS" in text and "--resume" in text
 
@@ -167,6 +172,48 @@ def test_full_disk_is_told_once(outcome):
     code, text = outcome(work)
     (line,) = text.splitlines()
     assert code == 1 and line.startswith("Error: events: No space left on device.")
+
+
+def pool_of_multiprocessing():
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(abs, [-1, -2, -3]) == [1, 2, 3]
+
+
+def pool_of_futures():
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        assert list(pool.map(abs, [-1, -2, -3])) == [1, 2, 3]
+
+
+def abandoned_loader():
+    iterator = iter(DataLoader(range(100), num_workers=2, worker_init_fn=ignore_stop_signals))
+    assert next(iterator) == 0
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no processes are forked")
+@pytest.mark.parametrize("use", [pool_of_multiprocessing, pool_of_futures, abandoned_loader])
+def test_children_end_while_signals_are_handled(use):
+    """A child with the handlers of the training loop would go on at Pool's SIGTERM, and Pool would wait for it."""
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with StopSignals() as signals:
+        for _ in range(15):
+            start = time.monotonic()
+            use()
+            assert time.monotonic() - start < 5
+    assert signals.received is None and handlers == [signal.getsignal(number) for number in STOP_SIGNALS]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_forked_child_ends_at_the_signal(number):
+    """At once or later: no moment of its start may lose the signal."""
+    with StopSignals():
+        for delay in [0.0] * 10 + [0.001 * i for i in range(10)]:
+            child = os.fork()
+            if child == 0:
+                time.sleep(20)
+                os._exit(0)
+            time.sleep(delay)
+            os.kill(child, number)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
 
 
 # ---- runs of two processes -------------------------------------------------------------------------------------

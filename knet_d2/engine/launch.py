@@ -195,7 +195,8 @@ class Preempted(SystemExit):
 class StopSignals:
     """Remembers, inside its ``with`` block, that the process was asked to stop.
 
-    Outside the main thread, where Python has no signal handlers, nothing is ever received.
+    Outside the main thread, where Python has no signal handlers, nothing is ever received. Forked children get the
+    default handlers: multiprocessing.Pool ends its processes by SIGTERM and waits for them.
     """
 
     def __init__(self) -> None:
@@ -217,6 +218,32 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+
+
+def _are_signals_handled() -> bool:
+    return any(isinstance(getattr(signal.getsignal(x), "__self__", None), StopSignals) for x in STOP_SIGNALS)
+
+
+def _before_fork() -> None:
+    if _are_signals_handled():
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def _after_fork_in_parent() -> None:
+    if _are_signals_handled():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _after_fork_in_child() -> None:
+    if _are_signals_handled():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        # A signal before this line would have been lost
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 @contextlib.contextmanager
