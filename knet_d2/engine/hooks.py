@@ -11,12 +11,15 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
+from torch import distributed, nn
 
 from ..checkpoint import Checkpointer, periodic_checkpoints
+from ..errors import KNetError
 from .launch import EXIT_PREEMPTED, Preempted, StopSignals
 from .writers import TIMINGS, WINDOW, read_metrics
 
@@ -56,6 +59,55 @@ class MetricsHistory(HookBase):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
+
+
+class ProcessAgreement(HookBase):
+    """Gives all processes equal models before they are saved or evaluated, and checks that they are equal.
+
+    Running statistics of plain batch norm are of each process's own images. All processes take those of the main one,
+    which are in the checkpoint.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], *periods: int):
+        """
+        Args:
+            periods: in iterations; the hook is due whenever one of them is.
+        """
+        self._models = models
+        self._periods = periods
+
+    def before_train(self) -> None:
+        self._make_equal()
+
+    def after_step(self) -> None:
+        if any(is_due(self.trainer.iter + 1, period, self.trainer.max_iter) for period in self._periods):
+            self._make_equal()
+
+    def _make_equal(self) -> None:
+        """
+        Raises:
+            KNetError: parameters differ; in all processes.
+        """
+        if comm.get_world_size() == 1:
+            return
+        for model in self._models:
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, src=0)
+        state = [item for model in self._models for item in model.state_dict().items()]
+        sums = torch.stack([_checksum(tensor) for _, tensor in state]).tolist()
+        for rank, others in enumerate(comm.all_gather(sums)):
+            differing = [name for (name, _), a, b in zip(state, sums, others) if a != b]
+            if differing:
+                raise KNetError(
+                    f"Iteration {self.trainer.iter}: processes {comm.get_rank()} and {rank} have trained different "
+                    f"values of {differing[0]} ({len(differing)} differ in all). Continue from the last checkpoint "
+                    "with --resume; should it happen again, a device or its memory may be broken."
+                )
+
+
+def _checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor's bytes, int64."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
 
 
 class CheckpointHook(HookBase):

@@ -25,7 +25,16 @@ from ..tasks import get_task
 from . import optimizer as optim
 from .averaging import build_weight_average
 from .dump import batch_file, save_batch
-from .hooks import BestCheckpointer, CheckpointHook, EvalHook, FinishIteration, MetricsHistory, PeriodicWriter, StopHook
+from .hooks import (
+    BestCheckpointer,
+    CheckpointHook,
+    EvalHook,
+    FinishIteration,
+    MetricsHistory,
+    PeriodicWriter,
+    ProcessAgreement,
+    StopHook,
+)
 from .launch import StopSignals
 from .train_step import TrainStep, amp_dtype
 from .validation import mean_loss
@@ -49,11 +58,12 @@ class Trainer(DefaultTrainer):
         device = next(model.parameters()).device
         dtype = amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
         optimizer = self.build_optimizer(cfg, model)
-        self._average = build_weight_average(cfg, model)
         device_ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-        model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+        ddp_model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+        # After DistributedDataParallel has given all processes the weights of the main one
+        self._average = build_weight_average(cfg, model)
         self._trainer = TrainStep(
-            model,
+            ddp_model,
             optimizer,
             clip_gradients=optim.build_gradient_clipper(cfg),
             seed=cfg.SEED,
@@ -131,7 +141,10 @@ class Trainer(DefaultTrainer):
         _check_hook_options(cfg)
         checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_TO_KEEP)
         stop = StopHook(self._signals, checkpoints)
-        before = [hooks.IterationTimer(), hooks.LRScheduler(), MetricsHistory(), self._average, checkpoints, stop]
+        models = [self.model] if self._average is None else [self.model, self.evaluated_model]
+        agreement = ProcessAgreement(models, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
+        before = [hooks.IterationTimer(), hooks.LRScheduler(), MetricsHistory(), self._average, agreement]
+        before += [checkpoints, stop]
         after: list[HookBase] = [EvalHook(cfg.TEST.EVAL_PERIOD, stop)]
         if comm.is_main_process():
             after.append(BestCheckpointer(self.checkpointer, best_metric(cfg), self._metrics_file))
