@@ -2,15 +2,18 @@
 
 import logging
 import math
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import socket
+import time
 
 import numpy as np
 import pytest
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, default_argument_parser
 from detectron2.utils.events import EventStorage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import (
@@ -26,8 +29,10 @@ from toys import (
     toy_cfg,
 )
 
+from knet_d2.config.output_dir import lock_output_dir
+from knet_d2.engine import setup
 from knet_d2.engine import trainer as trainer_module
-from knet_d2.engine.launch import Preempted
+from knet_d2.engine.launch import Preempted, explain
 from knet_d2.engine.trainer import best_metric
 from knet_d2.engine.writers import ConsoleWriter, TensorBoardWriter, bounded_storage, cut_metrics, scalar_tag
 from knet_d2.errors import CheckpointError, ConfigError, NonFiniteError
@@ -115,6 +120,29 @@ def test_signal_saves_the_iteration_and_stops(tmp_path, whole_run, monkeypatch, 
     states = [torch.load(folder / "model_final.pth", weights_only=True) for folder in (whole_run, tmp_path)]
     assert_identical(*states)
     assert (tmp_path / "metrics.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
+
+
+def hold_lock(folder, ready):
+    lock_output_dir(str(folder))
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(5,), daemon=True).start()
+    ready.set()
+    time.sleep(60)
+
+
+def test_second_training_in_a_folder_is_refused(tmp_path):
+    """Until the first one is gone, even if it was killed and a child of it lives."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    first = context.Process(target=hold_lock, args=(tmp_path, ready))
+    first.start()
+    assert ready.wait(10)
+    with pytest.raises(ConfigError, match=f"OUTPUT_DIR = .*: process {first.pid} on {socket.gethostname()} trains"):
+        run(tmp_path)
+    assert not (tmp_path / "metrics.json").exists()
+    first.kill()
+    first.join()
+    run(tmp_path, SOLVER__MAX_ITER=1)
+    run(tmp_path, resume=True, SOLVER__MAX_ITER=2)  # in the same process
 
 
 # ---- average of the weights ------------------------------------------------------------------------------------
@@ -311,6 +339,31 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path, whole_run):
     run(tmp_path, resume=True)
     states = [torch.load(folder / "model_final.pth", weights_only=True) for folder in (whole_run, tmp_path)]
     assert_identical(*states)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard
+def test_deleted_folder_is_explained(tmp_path, monkeypatch):
+    forward = ToyNet.forward
+
+    def delete_folder(net, samples):
+        if samples[0].get("file_name") == "image8.png":
+            shutil.rmtree(tmp_path / "run")
+        return forward(net, samples)
+
+    monkeypatch.setattr(ToyNet, "forward", delete_folder)
+    with pytest.raises(Exception) as error:
+        run(tmp_path / "run")
+    assert str(tmp_path / "run") in explain(error.value)
+
+
+def test_file_in_place_of_the_folder_is_explained(tmp_path):
+    (tmp_path / "run").touch()
+    classes = ["MODEL.KNET.NUM_THING_CLASSES", "3", "MODEL.KNET.NUM_STUFF_CLASSES", "2"]
+    classes += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
+    args = default_argument_parser().parse_args([*classes, "OUTPUT_DIR", str(tmp_path / "run")])
+    with pytest.raises(OSError) as error:
+        setup(args)
+    assert explain(error.value).startswith(f"{tmp_path / 'run'}: File exists. OUTPUT_DIR must be a folder")
 
 
 def test_failed_run_keeps_its_last_checkpoint(tmp_path):

@@ -121,7 +121,7 @@ def explain(error: BaseException) -> str | None:
         )
     if isinstance(error, OSError) and error.strerror:
         name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "A file of the run"
-        return f"{name}: {error.strerror}. Give OUTPUT_DIR room and the right to write there, then use --resume."
+        return f"{name}: {error.strerror}. OUTPUT_DIR must be a folder with room, which may be written to."
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
         return (
             "Out of memory. Use a smaller SOLVER.IMS_PER_BATCH, smaller images (INPUT.MIN_SIZE_TRAIN, "

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..checkpoint import Checkpointer, describe_model, periodic_checkpoints, remove_unfinished, write_atomically
 from ..config.merging import config_to_blame, resolve_seed
+from ..config.output_dir import lock_output_dir, release_output_dir
 from ..data import build_loss_loader, build_test_loader, build_train_loader
 from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import build_evaluators
@@ -178,6 +179,7 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last checkpoint in OUTPUT_DIR (with ``resume``, if there is one), or load MODEL.WEIGHTS."""
+        lock_output_dir(self.cfg.OUTPUT_DIR)
         super().resume_or_load(resume=resume)
         if self._average is not None:
             self._average.start()
@@ -231,6 +233,7 @@ class Trainer(DefaultTrainer):
                 raise NonFiniteError(f"{error} {self._dump_step()}") from error
             finally:
                 self.after_train()
+                release_output_dir(self.cfg.OUTPUT_DIR)
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, self._last_eval_results)
         return self._last_eval_results
