@@ -194,7 +194,8 @@ def abandoned_loader():
 def test_children_end_while_signals_are_handled(use):
     """A child with the handlers of the training loop would go on at Pool's SIGTERM, and Pool would wait for it."""
     handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
-    with StopSignals() as signals:
+    signals = StopSignals()
+    with signals.listening():
         for _ in range(15):
             start = time.monotonic()
             use()
@@ -205,7 +206,7 @@ def test_children_end_while_signals_are_handled(use):
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_forked_child_ends_at_the_signal(number):
     """At once or later: no moment of its start may lose the signal."""
-    with StopSignals():
+    with StopSignals().listening():
         for delay in [0.0] * 10 + [0.001 * i for i in range(10)]:
             child = os.fork()
             if child == 0:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from detectron2.engine import HookBase
+from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
@@ -26,9 +27,10 @@ from .writers import TIMINGS, WINDOW, read_metrics
 logger = logging.getLogger(__name__)
 
 
-def is_due(done: int, period: int, max_iter: int) -> bool:
-    """Whether something that happens every ``period`` iterations (0 = never) and at the end is due after ``done``."""
-    return done == max_iter or (period > 0 and done % period == 0)
+def is_due(trainer: TrainerBase, *periods: int) -> bool:
+    """Whether the present iteration is the last one, or ends one of the periods (in iterations; 0 = none)."""
+    done = trainer.iter + 1
+    return done == trainer.max_iter or any(period > 0 and done % period == 0 for period in periods)
 
 
 class MetricsHistory(HookBase):
@@ -80,7 +82,7 @@ class ProcessAgreement(HookBase):
         self._make_equal()
 
     def after_step(self) -> None:
-        if any(is_due(self.trainer.iter + 1, period, self.trainer.max_iter) for period in self._periods):
+        if is_due(self.trainer, *self._periods):
             self._make_equal()
 
     def _make_equal(self) -> None:
@@ -132,7 +134,7 @@ class CheckpointHook(HookBase):
 
     def save_unless_done(self) -> None:
         """Write the checkpoint of this iteration, if after_step has not written one."""
-        if not is_due(self.trainer.iter + 1, self._period, self.trainer.max_iter):
+        if not is_due(self.trainer, self._period):
             self.save()
 
     def save(self) -> None:
@@ -183,7 +185,7 @@ class EvalHook(HookBase):
         self._stop = stop
 
     def after_step(self) -> None:
-        if not is_due(self.trainer.iter + 1, self._period, self.trainer.max_iter):
+        if not is_due(self.trainer, self._period):
             return
         handle = self.trainer.evaluated_model.register_forward_pre_hook(self._stop.stop_if_received)
         try:
@@ -236,7 +238,7 @@ class PeriodicWriter(HookBase):
         self._writers = self.trainer.build_writers()
 
     def after_step(self) -> None:
-        if any(is_due(self.trainer.iter + 1, period, self.trainer.max_iter) for period in self._periods):
+        if is_due(self.trainer, *self._periods):
             for writer in self._writers:
                 writer.write()
 

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +82,7 @@ def _launch(main: Callable, args: argparse.Namespace, timeout: datetime.timedelt
     # It would report each process that it ends after a failure
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
-        with _signals_passed_on():
+        with _handlers(_pass_on):
             launch(
                 _work,
                 args.num_gpus,
@@ -193,73 +193,68 @@ class Preempted(SystemExit):
 
 
 class StopSignals:
-    """Remembers, inside its ``with`` block, that the process was asked to stop.
-
-    Outside the main thread, where Python has no signal handlers, nothing is ever received. Forked children get the
-    default handlers: multiprocessing.Pool ends its processes by SIGTERM and waits for them.
-    """
+    """Remembers that the process was asked to stop."""
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> "StopSignals":
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Set ``received`` to the name of a stop signal that comes inside the ``with`` block."""
         self.received = None
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        if self.received and error is not None and _is_lost_process(error):
-            # The launcher ends this process after another one has failed, and reports that one
-            raise SystemExit(EXIT_FAILED) from error
+        try:
+            with _handlers(self._receive):
+                yield
+        except Exception as error:
+            if self.received and _is_lost_process(error):
+                # The launcher ends this process after another one has failed, and reports that one
+                raise SystemExit(EXIT_FAILED) from error
+            raise
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
 
 
-def _are_signals_handled() -> bool:
-    return any(isinstance(getattr(signal.getsignal(x), "__self__", None), StopSignals) for x in STOP_SIGNALS)
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Send a signal to the processes that this one has started."""
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, number)  # type: ignore[arg-type]
 
 
-def _before_fork() -> None:
-    if _are_signals_handled():
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-
-def _after_fork_in_parent() -> None:
-    if _are_signals_handled():
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-
-def _after_fork_in_child() -> None:
-    if _are_signals_handled():
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        # A signal before this line would have been lost
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+_handled: list[int] = []
 
 
 @contextlib.contextmanager
-def _signals_passed_on() -> Iterator[None]:
-    """Pass the signals that stop a run on to the processes that this one has started."""
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for child in multiprocessing.active_children():
-            os.kill(child.pid, number)
-
-    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+def _handlers(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the stop signals inside a ``with`` block; not outside the main thread, where Python has no handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    _handled.extend(previous)
     try:
         yield
     finally:
+        _handled.clear()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _reset_in_child() -> None:
+    """Give a forked child the default handlers: multiprocessing.Pool ends its processes by SIGTERM and waits."""
+    for number in _handled:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _handled)
+    _handled.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    # Blocked, because a signal before the child is reset would be lost
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _handled),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _handled),
+        after_in_child=_reset_in_child,
+    )
 
 
 # ---- the environment -------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class TrainStep(TrainerBase):
         bounds = [i * len(data) // self._num_parts for i in range(self._num_parts + 1)]
         for start, end in zip(bounds, bounds[1:]):
             with self._local_gradients() if end < len(data) else nullcontext():
-                with self._autocast():
+                with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None):
                     losses = self._forward(data[start:end])
                 losses = {name: value * ((end - start) / len(data)) for name, value in losses.items()}
                 self.grad_scaler.scale(sum(losses.values())).backward()  # type: ignore[arg-type]
@@ -141,11 +141,6 @@ class TrainStep(TrainerBase):
     def _local_gradients(self) -> AbstractContextManager:
         """Processes exchange gradients after the last part only."""
         return self.model.no_sync() if hasattr(self.model, "no_sync") else nullcontext()  # type: ignore[operator]
-
-    def _autocast(self) -> AbstractContextManager:
-        if self._dtype is None:
-            return nullcontext()
-        return torch.autocast(self._device.type, dtype=self._dtype)
 
     def _forward(self, data: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         try:

@@ -95,29 +95,29 @@ class Trainer(DefaultTrainer):
     # What is built from the config.
 
     @classmethod
+    @config_to_blame("The model")
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        with config_to_blame("The model"):
-            return super().build_model(cfg)
+        return super().build_model(cfg)
 
     @classmethod
+    @config_to_blame("The optimiser")
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        with config_to_blame("The optimiser"):
-            return optim.build_optimizer(cfg, model)
+        return optim.build_optimizer(cfg, model)
 
     @classmethod
+    @config_to_blame("The schedule of the learning rate")
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
-        with config_to_blame("The schedule of the learning rate"):
-            return optim.build_lr_scheduler(cfg, optimizer)
+        return optim.build_lr_scheduler(cfg, optimizer)
 
     @classmethod
+    @config_to_blame("The loader of training images")
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0):
-        with config_to_blame("The loader of training images"):
-            return build_train_loader(cfg, start_iter=start_iter)
+        return build_train_loader(cfg, start_iter=start_iter)
 
     @classmethod
+    @config_to_blame("The loader of validation images")
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        with config_to_blame("The loader of validation images"):
-            return build_test_loader(cfg, dataset_name)
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
@@ -220,7 +220,7 @@ class Trainer(DefaultTrainer):
         self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
         logger.info(f"Training from iteration {self.start_iter} to {self.max_iter}")
         self.iter = self.start_iter
-        with bounded_storage(self.start_iter) as self.storage, self._signals:
+        with bounded_storage(self.start_iter) as self.storage, self._signals.listening():
             try:
                 self.before_train()
                 for iteration in range(self.start_iter, self.max_iter):
