@@ -26,9 +26,9 @@ def amp_dtype(enabled: bool, name: str, device: torch.device) -> torch.dtype | N
         return None
     types = {"float16": torch.float16, "bfloat16": torch.bfloat16}
     if name not in types:
-        raise ConfigError(f'SOLVER.AMP.DTYPE is "{name}"; known are "float16" and "bfloat16".')
+        raise ConfigError(f'SOLVER.AMP.DTYPE = "{name}": use "float16" or "bfloat16".')
     if name == "float16" and device.type != "cuda":
-        raise ConfigError(f'SOLVER.AMP.DTYPE "float16" needs a CUDA GPU; on "{device}" use "bfloat16".')
+        raise ConfigError(f'SOLVER.AMP.DTYPE = "float16" needs a CUDA GPU: use "bfloat16" on "{device}".')
     return types[name]
 
 

@@ -296,8 +296,8 @@ def _number_of_parts(cfg: CfgNode) -> int:
     parts, images = cfg.SOLVER.ACCUMULATE_GRADIENTS, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     if not 1 <= parts <= images:
         raise ConfigError(
-            f"SOLVER.ACCUMULATE_GRADIENTS is {parts}; it must be from 1 to {images}, the images of a batch that each "
-            "process has (SOLVER.IMS_PER_BATCH)."
+            f"SOLVER.ACCUMULATE_GRADIENTS = {parts}: use 1 to {images}, the images of a batch (SOLVER.IMS_PER_BATCH) "
+            "that each process has."
         )
     return parts
 
