@@ -4,13 +4,17 @@ import contextlib
 import copy
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from helpers import make_example, tiny_model
 from torch import nn
 from toys import Parts, ToyData, ToyNet, assert_identical, knet_cfg, reset_toys, run
 
+from knet_d2.config.files import config_folder, get_config_file
 from knet_d2.config.merging import resolve_seed
 from knet_d2.engine import choose_device, merge_config
 from knet_d2.engine.optimizer import build_gradient_clipper, build_lr_scheduler, build_optimizer, parameter_groups
@@ -359,6 +363,61 @@ def test_non_finite_cost_in_the_model_gets_the_images():
         NonFiniteError, match="cost class of stage 1.*Iteration 0, learning rate 0.1, images: image0.png"
     ):
         take_steps(make_step(), 1)
+
+
+def zoo_models():
+    """One config file below configs/ for every architecture, without those that differ in schedule or size alone."""
+    paths = {}
+    for path in sorted(Path(config_folder()).glob("*/*/knet_*.yaml")):
+        cfg = knet_cfg()
+        merge_config(cfg, str(path))
+        paths.setdefault(tiny_zoo_config(cfg).MODEL.dump(), str(path.relative_to(config_folder())))
+    return list(paths.values())
+
+
+def tiny_zoo_config(cfg):
+    """The same architecture with few channels, blocks and classes."""
+    cfg = cfg.clone()
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    model, knet = cfg.MODEL, cfg.MODEL.KNET
+    model.WEIGHTS, model.RESNETS.DEPTH = "", 50
+    model.RESNETS.STEM_OUT_CHANNELS, model.RESNETS.RES2_OUT_CHANNELS, model.RESNETS.WIDTH_PER_GROUP = 8, 16, 4
+    model.FPN.OUT_CHANNELS, model.SEM_SEG_HEAD.CONVS_DIM = 32, 32
+    model.SWIN.EMBED_DIM, model.SWIN.DEPTHS, model.SWIN.NUM_HEADS = 12, [2, 2, 2, 2], [1, 2, 3, 4]
+    model.SWIN.DROP_PATH_RATE = 0.0
+    for norm in (model.RESNETS, model.SEM_SEG_HEAD):
+        norm.NORM = norm.NORM.replace("SyncBN", "BN")
+    classes = {"instance": (3, 0), "panoptic": (3, 2), "semantic": (0, 5)}[knet.TASK]
+    knet.NUM_KERNELS, knet.NUM_THING_CLASSES, knet.NUM_STUFF_CLASSES = 6, *classes
+    knet.UPDATE_HEAD.FEATURE_DIM, knet.UPDATE_HEAD.NUM_HEADS, knet.UPDATE_HEAD.FFN_DIM = 32, 4, 48
+    knet.AUXILIARY_HEAD.CONV_DIM = 8
+    return cfg
+
+
+def step_of(model):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    step = TrainStep(model, optimizer, clip_gradients=build_gradient_clipper(knet_cfg()), seed=0)
+    step.data_loader = [[make_example((64, 64), count, seed=count) for count in (2, 0)]]
+    return step
+
+
+@pytest.mark.parametrize("path", zoo_models())
+def test_every_parameter_of_the_zoo_gets_a_gradient(path):
+    cfg = knet_cfg()
+    merge_config(cfg, get_config_file(path))
+    torch.manual_seed(0)
+    model = build_model(tiny_zoo_config(cfg))
+    take_steps(step_of(model), 1)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic"])
+def test_parameters_without_gradient_are_named(task):
+    """A mask branch that no loss needs; DistributedDataParallel would stop at the next step."""
+    options = {f"MODEL.KNET.LOSS.{name}_WEIGHT": 0.0 for name in ("MASK", "DICE", "RANK")}
+    step = step_of(tiny_model(task, options))
+    with pytest.raises(ConfigError, match=r"mask_branch.*MODEL.KNET.LOSS.MASK_WEIGHT, DICE_WEIGHT and RANK_WEIGHT"):
+        take_steps(step, 1)
 
 
 # ---- config ----------------------------------------------------------------------------------------------------

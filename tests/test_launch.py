@@ -1,25 +1,29 @@
 """Runs of several processes: who starts them, and how they end when one fails or a signal stops them."""
 
+import argparse
 import errno
 import io
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import socket
 import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from program_helpers import Program, errors_in, shapes, write_config  # noqa: F401
+from torch.utils.data import DataLoader
 from toys import assert_identical
 
 from knet_d2.checkpoint import Checkpointer
-from knet_d2.engine import Trainer, launch, load_config
-from knet_d2.engine.failures import EXIT_FAILED, explain
-from knet_d2.engine.launch import Placement, _guarded, find_placement, first_host
-from knet_d2.engine.preemption import EXIT_PREEMPTED
+from knet_d2.data.workers import STOP_SIGNALS, ignore_stop_signals
+from knet_d2.engine import Trainer, load_config
+from knet_d2.engine.launch import EXIT_PREEMPTED, Placement, StopSignals, explain, find_placement, first_host, run
 from knet_d2.errors import ConfigError, DataError
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "7", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -85,52 +89,67 @@ def test_first_host(hosts, first):
     assert first_host(hosts) == first
 
 
-def test_failures_are_explained():
-    assert explain(DataError("x.png: broken")) == "x.png: broken"
-    assert explain(KeyError("bug")) is None and explain(RuntimeError("shape mismatch")) is None
-    assert "log.txt: No space left" in explain(OSError(28, "No space left on device", "log.txt"))
-    assert "DATALOADER.NUM_WORKERS" in explain(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
-    lost = RuntimeError("[/x/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4567")
-    assert "Another process" in explain(lost) and "--resume" in explain(lost)
+@pytest.fixture
+def outcome(monkeypatch, capsys):
+    """A function that runs a program's work in this process; it returns exit code and stderr."""
+    monkeypatch.setattr(logging, "raiseExceptions", True)  # run() changes these for the rest of its process
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    child_handler = signal.getsignal(signal.SIGCHLD)
+    args = argparse.Namespace(num_gpus=1, num_machines=1, timeout_minutes=1)
+    yield lambda work: (run(lambda _: work(), args), capsys.readouterr().err)
+    signal.signal(signal.SIGCHLD, child_handler)
 
 
-@pytest.mark.parametrize("through, explained", [("dataloader.py", True), ("other.py", False)])
-def test_a_batch_that_can_not_be_fetched_means_a_lost_loader(through, explained):
-    """The main process can meet the end of a loader before PyTorch does."""
-    names = {"error": ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")}
-    exec(compile("def receive():\n    raise error", "/python/multiprocessing/connection.py", "exec"), names)
-    exec(compile("def fetch():\n    receive()", f"/torch/utils/data/{through}", "exec"), names)
-    with pytest.raises(ConnectionResetError) as raised:
-        names["fetch"]()
-    message = explain(raised.value)
-    assert (message is not None and "DATALOADER.NUM_WORKERS" in message) == explained
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="a signal of POSIX")
-def test_a_loader_that_dies_does_not_disturb_the_report(monkeypatch, capsys):
-    """PyTorch's handler raises wherever the program is."""
-
-    def raise_error(*_):
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-
-    def explain_while_a_loader_dies(error):
-        os.kill(os.getpid(), signal.SIGCHLD)
-        return "the reason"
-
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (DataError("x.png: broken"), "Error: x.png: broken"),
+        (OSError(errno.ENOSPC, "No space left on device", "log.txt"), "Error: log.txt: No space left on device."),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "run/x"), "Error: run/x: No such file"),
+        (RuntimeError("[/x/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), "Error: A process of this run"),
+        (torch.distributed.DistBackendError("NCCL error"), "Error: A process of this run"),
+        (MemoryError(), "Error: Out of memory. Use a smaller SOLVER.IMS_PER_BATCH"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "Error: Out of memory."),
+    ],
+)
+def test_what_a_person_can_mend_is_one_line(outcome, monkeypatch, error, message):
     def fail():
-        raise ValueError
+        raise error
 
-    monkeypatch.setattr(launch, "explain", explain_while_a_loader_dies)
-    before = signal.signal(signal.SIGCHLD, raise_error)
-    try:
-        assert _guarded(fail) == EXIT_FAILED
-        assert signal.getsignal(signal.SIGCHLD) is raise_error
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-    assert capsys.readouterr().err == "Error: the reason\n"
+    monkeypatch.setattr("knet_d2.engine.launch._GRACE_PERIOD", 0)
+    code, text = outcome(fail)
+    assert code == 1 and text.startswith(message) and text.count("\n") == 1
 
 
-def test_full_disk_is_told_once(capsys):
+def test_other_failures_keep_their_traceback():
+    assert explain(KeyError("bug")) is None and explain(RuntimeError("shape mismatch")) is None
+
+
+def test_more_memory_than_there_is(outcome):
+    code, text = outcome(lambda: torch.empty(1 << 60))
+    assert code == 1 and text.startswith("Error: Out of memory.") and text.count("\n") == 1
+
+
+class Killed(torch.utils.data.Dataset):
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_killed_loader_is_one_line(outcome, monkeypatch, num_workers):
+    """The main process meets it as a broken connection, or by PyTorch's handler of SIGCHLD, wherever it is."""
+    monkeypatch.setattr("knet_d2.engine.launch._GRACE_PERIOD", 0)
+    code, text = outcome(lambda: list(DataLoader(Killed(), num_workers=num_workers)))
+    assert code == 1 and text.startswith("Error: A process of this run") and text.count("\n") == 1
+    assert "DATALOADER.NUM_WORKERS" in text and "--resume" in text
+
+
+def test_full_disk_is_told_once(outcome):
     """Log files and threads that meet it, too, add nothing."""
     full = OSError(errno.ENOSPC, "No space left on device", "events")
 
@@ -150,10 +169,52 @@ def test_full_disk_is_told_once(capsys):
         thread.join()
         fail()
 
-    assert _guarded(work) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("Error: events: No space left on device.")
-    assert logging.raiseExceptions
+    code, text = outcome(work)
+    (line,) = text.splitlines()
+    assert code == 1 and line.startswith("Error: events: No space left on device.")
+
+
+def pool_of_multiprocessing():
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(abs, [-1, -2, -3]) == [1, 2, 3]
+
+
+def pool_of_futures():
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        assert list(pool.map(abs, [-1, -2, -3])) == [1, 2, 3]
+
+
+def abandoned_loader():
+    iterator = iter(DataLoader(range(100), num_workers=2, worker_init_fn=ignore_stop_signals))
+    assert next(iterator) == 0
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no processes are forked")
+@pytest.mark.parametrize("use", [pool_of_multiprocessing, pool_of_futures, abandoned_loader])
+def test_children_end_while_signals_are_handled(use):
+    """A child with the handlers of the training loop would go on at Pool's SIGTERM, and Pool would wait for it."""
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    signals = StopSignals()
+    with signals.listening():
+        for _ in range(15):
+            start = time.monotonic()
+            use()
+            assert time.monotonic() - start < 5
+    assert signals.received is None and handlers == [signal.getsignal(number) for number in STOP_SIGNALS]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_forked_child_ends_at_the_signal(number):
+    """At once or later: no moment of its start may lose the signal."""
+    with StopSignals().listening():
+        for delay in [0.0] * 10 + [0.001 * i for i in range(10)]:
+            child = os.fork()
+            if child == 0:
+                time.sleep(20)
+                os._exit(0)
+            time.sleep(delay)
+            os.kill(child, number)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
 
 
 # ---- runs of two processes -------------------------------------------------------------------------------------

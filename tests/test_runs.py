@@ -2,15 +2,18 @@
 
 import logging
 import math
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import socket
+import time
 
 import numpy as np
 import pytest
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, default_argument_parser
 from detectron2.utils.events import EventStorage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import (
@@ -26,8 +29,10 @@ from toys import (
     toy_cfg,
 )
 
+from knet_d2.config.output_dir import lock_output_dir
+from knet_d2.engine import setup
 from knet_d2.engine import trainer as trainer_module
-from knet_d2.engine.preemption import Preempted
+from knet_d2.engine.launch import Preempted, explain
 from knet_d2.engine.trainer import best_metric
 from knet_d2.engine.writers import ConsoleWriter, TensorBoardWriter, bounded_storage, cut_metrics, scalar_tag
 from knet_d2.errors import CheckpointError, ConfigError, NonFiniteError
@@ -117,6 +122,29 @@ def test_signal_saves_the_iteration_and_stops(tmp_path, whole_run, monkeypatch, 
     assert (tmp_path / "metrics.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
 
 
+def hold_lock(folder, ready):
+    lock_output_dir(str(folder))
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(5,), daemon=True).start()
+    ready.set()
+    time.sleep(60)
+
+
+def test_second_training_in_a_folder_is_refused(tmp_path):
+    """Until the first one is gone, even if it was killed and a child of it lives."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    first = context.Process(target=hold_lock, args=(tmp_path, ready))
+    first.start()
+    assert ready.wait(10)
+    with pytest.raises(ConfigError, match=f"OUTPUT_DIR = .*: process {first.pid} on {socket.gethostname()} trains"):
+        run(tmp_path)
+    assert not (tmp_path / "metrics.json").exists()
+    first.kill()
+    first.join()
+    run(tmp_path, SOLVER__MAX_ITER=1)
+    run(tmp_path, resume=True, SOLVER__MAX_ITER=2)  # in the same process
+
+
 # ---- average of the weights ------------------------------------------------------------------------------------
 
 
@@ -203,13 +231,13 @@ def test_step_that_is_not_finite_is_kept_with_the_weights_that_took_it(tmp_path)
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2])
 def test_wrong_decay_is_refused(tmp_path, decay):
-    with pytest.raises(ConfigError, match="SOLVER.EMA_DECAY is"):
+    with pytest.raises(ConfigError, match="SOLVER.EMA_DECAY = "):
         ToyTrainer(toy_cfg(tmp_path, SOLVER__EMA_DECAY=float(decay)))
 
 
 @pytest.mark.parametrize("parts", [0, 5])
 def test_wrong_number_of_parts_is_refused(tmp_path, parts):
-    with pytest.raises(ConfigError, match=f"SOLVER.ACCUMULATE_GRADIENTS is {parts}; it must be from 1 to 4"):
+    with pytest.raises(ConfigError, match=f"SOLVER.ACCUMULATE_GRADIENTS = {parts}: use 1 to 4"):
         ToyTrainer(toy_cfg(tmp_path, SOLVER__ACCUMULATE_GRADIENTS=parts, SOLVER__IMS_PER_BATCH=4))
 
 
@@ -313,6 +341,31 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path, whole_run):
     assert_identical(*states)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard
+def test_deleted_folder_is_explained(tmp_path, monkeypatch):
+    forward = ToyNet.forward
+
+    def delete_folder(net, samples):
+        if samples[0].get("file_name") == "image8.png":
+            shutil.rmtree(tmp_path / "run")
+        return forward(net, samples)
+
+    monkeypatch.setattr(ToyNet, "forward", delete_folder)
+    with pytest.raises(Exception) as error:
+        run(tmp_path / "run")
+    assert str(tmp_path / "run") in explain(error.value)
+
+
+def test_file_in_place_of_the_folder_is_explained(tmp_path):
+    (tmp_path / "run").touch()
+    classes = ["MODEL.KNET.NUM_THING_CLASSES", "3", "MODEL.KNET.NUM_STUFF_CLASSES", "2"]
+    classes += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
+    args = default_argument_parser().parse_args([*classes, "OUTPUT_DIR", str(tmp_path / "run")])
+    with pytest.raises(OSError) as error:
+        setup(args)
+    assert explain(error.value).startswith(f"{tmp_path / 'run'}: File exists. OUTPUT_DIR must be a folder")
+
+
 def test_failed_run_keeps_its_last_checkpoint(tmp_path):
     ToyNet.fail_at = ("image10.png", math.nan)
     with pytest.raises(NonFiniteError):
@@ -370,10 +423,50 @@ def test_best_checkpoint(tmp_path):
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
 
 
+@pytest.mark.parametrize(
+    "key, expected",
+    [
+        ("SOLVER__CHECKPOINT_PERIOD", ([], [4, 9, 13, 14, 19, 22], [13, 22])),
+        ("SOLVER__LOG_PERIOD", ([6, 13, 20], [13, 22], [13, 22])),
+        ("TEST__EVAL_PERIOD", ([6, 13, 20], [4, 9, 14, 19, 22], [22])),
+    ],
+)
+def test_period_of_0_is_none(tmp_path, key, expected):
+    """Checkpoints, lines of the metrics file and evaluations: only those at the end, or that another period brings."""
+    run(tmp_path, **{key: 0})
+    periodic, written, evaluated = expected
+    assert sorted(p.name for p in tmp_path.glob("model_0*")) == [f"model_{i:07d}.pth" for i in periodic]
+    assert (tmp_path / "model_final.pth").exists() and (tmp_path / "model_best.pth").exists()
+    records = metrics_of(tmp_path)
+    assert [r["iteration"] for r in records] == written
+    assert [r["iteration"] for r in records if "panoptic_seg/PQ" in r] == evaluated
+
+
+@pytest.mark.parametrize("key", ["SOLVER.CHECKPOINT_PERIOD", "SOLVER.LOG_PERIOD", "TEST.EVAL_PERIOD"])
+def test_negative_period_is_refused(tmp_path, key):
+    with pytest.raises(ConfigError, match=f"{key} = -1: use at least 0"):
+        ToyTrainer(toy_cfg(tmp_path, **{key.replace(".", "__"): -1}))
+
+
+def test_run_without_periodic_checkpoints_is_stopped_and_resumed(tmp_path, whole_run, monkeypatch):
+    forward = ToyNet.forward
+
+    def send_signal(net, samples):
+        if samples[0].get("file_name") == "image9.png":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(net, samples)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr(ToyNet, "forward", send_signal)
+        run(tmp_path, SOLVER__CHECKPOINT_PERIOD=0)
+    assert run(tmp_path, resume=True, SOLVER__CHECKPOINT_PERIOD=0).start_iter == 10
+    assert (tmp_path / "metrics.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
+
+
 def test_unsupported_option_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="TEST.PRECISE_BN.ENABLED"):
         ToyTrainer(toy_cfg(tmp_path, TEST__PRECISE_BN__ENABLED=True))
-    with pytest.raises(ConfigError, match="SOLVER.CHECKPOINTS_TO_KEEP is -1"):
+    with pytest.raises(ConfigError, match="SOLVER.CHECKPOINTS_TO_KEEP = -1"):
         ToyTrainer(toy_cfg(tmp_path, SOLVER__CHECKPOINTS_TO_KEEP=-1))
     with pytest.raises(ConfigError, match="REFERENCE_WORLD_SIZE"):
         ToyTrainer(toy_cfg(tmp_path, SOLVER__IMS_PER_BATCH=2, SOLVER__REFERENCE_WORLD_SIZE=3))

@@ -21,6 +21,7 @@ from ..data import register_custom_datasets, resolve_classes
 from ..errors import ConfigError, KNetError
 from .files import config_folder
 from .options import get_knet_cfg
+from .output_dir import lock_output_dir
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     cfg.SEED = resolve_seed(cfg, resume=args.resume)
     cfg.freeze()
+    if not args.eval_only:
+        os.makedirs(cfg.OUTPUT_DIR or ".", exist_ok=True)
+        lock_output_dir(cfg.OUTPUT_DIR)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="knet_d2", abbrev_name="knet")
     return cfg

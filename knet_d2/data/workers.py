@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop, and the processes that must not follow them by themselves."""
+"""The signals that ask a run to stop, and how data loading processes treat them."""
 
 import os
 import signal
@@ -8,9 +8,10 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """Let a process that loads data end at the word of the one that it loads for, and of no other.
+    """Let a data loading process end when its parent says so, and at nobody else's signal; DataLoader's worker_init_fn.
 
-    A signal to all processes of a run would end it before the run is saved. As DataLoader's worker_init_fn.
+    Schedulers signal all processes of a run: its loaders would end before the run is saved. Signals of the parent
+    count: Python ends such processes by SIGTERM when the parent exits, and waits for them.
     """
     if not hasattr(signal, "sigwaitinfo"):
         return

@@ -54,5 +54,5 @@ def build_weight_average(cfg: CfgNode, model: nn.Module) -> WeightAverage | None
     """The hook that SOLVER.EMA_DECAY asks for; None where it is 0."""
     decay = cfg.SOLVER.EMA_DECAY
     if not 0 <= decay < 1:
-        raise ConfigError(f"SOLVER.EMA_DECAY is {decay}; it must be at least 0 (no average) and below 1, as 0.999.")
+        raise ConfigError(f"SOLVER.EMA_DECAY = {decay}: use 0 (no average) or a number below 1, as 0.999.")
     return WeightAverage(model, decay) if decay else None

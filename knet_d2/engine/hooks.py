@@ -1,45 +1,40 @@
 """Hooks of a training run.
 
 Their order makes a run resumable at any moment: the checkpoint of an iteration is written before its evaluation
-(which can fail), its line in metrics.json last. So a line that is missing tells a resumed run that the hooks after
-the checkpoint have to run for that iteration once more.
+(which can fail), its line in metrics.json last. A missing line tells a resumed run to repeat the hooks that follow
+the checkpoint for that iteration.
 """
 
 import logging
 import math
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from detectron2.engine import HookBase, hooks
+import torch
+from detectron2.engine import HookBase
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
+from torch import distributed, nn
 
-from ..checkpoint import Checkpointer
-from .preemption import EXIT_PREEMPTED, Preempted, StopSignals
+from ..checkpoint import Checkpointer, periodic_checkpoints
+from ..errors import KNetError
+from .launch import EXIT_PREEMPTED, Preempted, StopSignals
 from .writers import TIMINGS, WINDOW, read_metrics
 
 logger = logging.getLogger(__name__)
 
 
-def is_due(done: int, period: int, max_iter: int) -> bool:
-    """Whether something that happens every ``period`` iterations (0 = never) and at the end is due after ``done``."""
-    return done == max_iter or (period > 0 and done % period == 0)
-
-
-class LRScheduler(hooks.LRScheduler):
-    """Detectron2's, with its state in every checkpoint: whether its own saves it depends on PyTorch's version."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.scheduler.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.scheduler.load_state_dict(state_dict)
+def is_due(trainer: TrainerBase, *periods: int) -> bool:
+    """Whether the present iteration is the last one, or ends one of the periods (in iterations; 0 = none)."""
+    done = trainer.iter + 1
+    return done == trainer.max_iter or any(period > 0 and done % period == 0 for period in periods)
 
 
 class MetricsHistory(HookBase):
-    """Keeps the recent values of all numbers in the checkpoint, so that a resumed run smooths over the same."""
+    """Keeps the recent values of all metrics in the checkpoint, so that a resumed run smooths over the same values."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, dict[str, Any]] = {}
@@ -59,7 +54,7 @@ class MetricsHistory(HookBase):
         for name, history in storage.histories().items():
             smoothed = storage.smoothing_hints()[name]
             values = [list(x) for x in history.values()[-WINDOW if smoothed else -1 :]]
-            # of numbers that aren't smoothed only those of this iteration may still have to be written
+            # A metric that is not smoothed can be unwritten only if it is of this iteration
             if name not in TIMINGS and (smoothed or values[-1][1] == storage.iter):
                 state[name] = {"values": values, "smoothed": smoothed}
         return state
@@ -68,34 +63,96 @@ class MetricsHistory(HookBase):
         self._loaded = state_dict
 
 
-class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """Detectron2's; only the newest periodic checkpoints stay, counting those of the run before a resume."""
+class ProcessAgreement(HookBase):
+    """Gives all processes equal models before they are saved or evaluated, and checks that they are equal.
+
+    Running statistics of plain batch norm are of each process's own images. All processes take those of the main one,
+    which are in the checkpoint.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], *periods: int):
+        """
+        Args:
+            periods: in iterations; the hook is due whenever one of them is.
+        """
+        self._models = models
+        self._periods = periods
 
     def before_train(self) -> None:
-        super().before_train()
-        folder = self.checkpointer.save_dir
-        pattern = re.compile(rf"{self.file_prefix}_(\d+)\.pth")
-        found = [pattern.fullmatch(name) for name in sorted(os.listdir(folder))]
-        self.recent_checkpoints = [
-            os.path.join(folder, m.group()) for m in found if m and int(m.group(1)) < self.trainer.start_iter
-        ]
+        self._make_equal()
 
-    def save_now(self) -> None:
-        """Write the checkpoint of this iteration, if that has not just been done."""
-        if not is_due(self.trainer.iter + 1, self.period, self.trainer.max_iter):
-            period, self.period = self.period, 1
-            self.step(self.trainer.iter)
-            self.period = period
+    def after_step(self) -> None:
+        if is_due(self.trainer, *self._periods):
+            self._make_equal()
+
+    def _make_equal(self) -> None:
+        """
+        Raises:
+            KNetError: parameters differ; in all processes.
+        """
+        if comm.get_world_size() == 1:
+            return
+        for model in self._models:
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, src=0)
+        state = [item for model in self._models for item in model.state_dict().items()]
+        sums = torch.stack([_checksum(tensor) for _, tensor in state]).tolist()
+        for rank, others in enumerate(comm.all_gather(sums)):
+            differing = [name for (name, _), a, b in zip(state, sums, others) if a != b]
+            if differing:
+                raise KNetError(
+                    f"Iteration {self.trainer.iter}: processes {comm.get_rank()} and {rank} have trained different "
+                    f"values of {differing[0]} ({len(differing)} differ in all). Continue from the last checkpoint "
+                    "with --resume; should it happen again, a device or its memory may be broken."
+                )
+
+
+def _checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor's bytes, int64."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
+
+
+class CheckpointHook(HookBase):
+    """Writes model_<iteration>.pth periodically and model_final.pth at the end, on the main process."""
+
+    def __init__(self, checkpointer: Checkpointer, period: int, keep: int):
+        """
+        Args:
+            period: iterations; 0: only model_final.pth.
+            keep: number of periodic checkpoints that stay, those of the run before a resume included; 0 = all.
+        """
+        self._checkpointer = checkpointer
+        self._period = period
+        self._keep = keep
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if self._period and done % self._period == 0:
+            self.save()
+        if done == self.trainer.max_iter:
+            self._checkpointer.save("model_final", iteration=self.trainer.iter)
+
+    def save_unless_done(self) -> None:
+        """Write the checkpoint of this iteration, if after_step has not written one."""
+        if not is_due(self.trainer, self._period):
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint of this iteration, then remove old ones."""
+        name = f"model_{self.trainer.iter:07d}"
+        self._checkpointer.save(name, iteration=self.trainer.iter)
+        if self._keep and comm.is_main_process():
+            folder = self._checkpointer.save_dir
+            names = periodic_checkpoints(folder)
+            # Later ones are damaged files that a resume has passed over
+            for old in names[names.index(f"{name}.pth") + self._keep :]:
+                os.remove(os.path.join(folder, old))
 
 
 class StopHook(HookBase):
     """Ends the training after a stop signal to any of its processes, with a checkpoint of the iteration."""
 
-    def __init__(self, signals: StopSignals, checkpoints: PeriodicCheckpointer | None):
-        """
-        Args:
-            checkpoints: writes the checkpoint; None on all but the main process.
-        """
+    def __init__(self, signals: StopSignals, checkpoints: CheckpointHook):
         self._signals = signals
         self._checkpoints = checkpoints
 
@@ -104,41 +161,39 @@ class StopHook(HookBase):
         if received:
             self._stop(received[0])
 
-    def stop_if_received(self) -> None:
-        """Stop, where no other process waits for this one; all of them get the signal."""
+    def stop_if_received(self, *_: Any) -> None:
+        """Stop without asking the other processes, which get the signal too; a forward hook of the evaluated model."""
         if self._signals.received:
             self._stop(self._signals.received)
 
     def _stop(self, name: str) -> None:
         logger.info(f"Received {name} in iteration {self.trainer.iter}.")
-        if self._checkpoints is not None:
-            self._checkpoints.save_now()
-        comm.synchronize()  # whoever started the processes may end them all as soon as one has ended
+        self._checkpoints.save_unless_done()
+        comm.synchronize()  # the launcher ends all processes as soon as one has ended
         logger.info(f"Stopped with a checkpoint, exit code {EXIT_PREEMPTED}: continue with --resume.")
         raise Preempted
 
 
-class EvalHook(hooks.EvalHook):
-    """Detectron2's; the final evaluation belongs to the last iteration and doesn't run after a failure.
+class EvalHook(HookBase):
+    """Evaluates the model periodically and after the last iteration.
 
-    A stop signal ends it at the next image; a resumed run begins with it once more.
+    A stop signal ends an evaluation at the next image; a resumed run repeats it from the start.
     """
 
-    def __init__(self, period: int, evaluate: Callable[[], dict[str, Any]], stop: "StopHook"):
-        super().__init__(period, evaluate)
+    def __init__(self, period: int, stop: StopHook):
+        self._period = period
         self._stop = stop
 
     def after_step(self) -> None:
-        if not is_due(self.trainer.iter + 1, self._period, self.trainer.max_iter):
+        if not is_due(self.trainer, self._period):
             return
-        handle = self.trainer.evaluated_model.register_forward_pre_hook(lambda *_: self._stop.stop_if_received())
+        handle = self.trainer.evaluated_model.register_forward_pre_hook(self._stop.stop_if_received)
         try:
-            self._do_eval()
+            results = flatten_results_dict(self.trainer.evaluate())
         finally:
             handle.remove()
-
-    def after_train(self) -> None:
-        del self._func  # a closure that refers to the trainer
+        self.trainer.storage.put_scalars(**results, smoothing_hint=False)
+        comm.synchronize()
 
 
 class BestCheckpointer(HookBase):
@@ -168,68 +223,43 @@ class BestCheckpointer(HookBase):
         self._checkpointer.save("model_best", tag=False, iteration=iteration)
 
 
-class PictureHook(HookBase):
-    """Puts pictures into the event storage, for TensorBoard, whenever the model is evaluated."""
+class PeriodicWriter(HookBase):
+    """Writes every LOG_PERIOD iterations, after an evaluation and at the end; a failed run adds nothing."""
 
-    def __init__(self, period: int, draw: Callable[[], dict[str, Any]]):
+    def __init__(self, *periods: int):
         """
         Args:
-            draw: gives pictures by name, uint8 [H, W, 3] RGB.
+            periods: in iterations; writing is due whenever one of them is.
         """
-        self._period = period
-        self._draw = draw
-
-    def after_step(self) -> None:
-        if is_due(self.trainer.iter + 1, self._period, self.trainer.max_iter):
-            for name, picture in self._draw().items():
-                self.trainer.storage.put_image(f"validation/{name}", picture.transpose(2, 0, 1))
-
-    def after_train(self) -> None:
-        del self._draw  # a closure that refers to the trainer
-
-
-class PeriodicWriter(HookBase):
-    """Writes every ``period`` iterations, after an evaluation and at the end; a failed run adds nothing."""
-
-    def __init__(self, build_writers: Callable[[], list[EventWriter]], period: int, eval_period: int):
-        self._build_writers = build_writers
+        self._periods = periods
         self._writers: list[EventWriter] = []
-        self._periods = (period, eval_period)
 
     def before_train(self) -> None:
-        self._writers = self._build_writers()
+        self._writers = self.trainer.build_writers()
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if any(is_due(done, period, self.trainer.max_iter) for period in self._periods):
+        if is_due(self.trainer, *self._periods):
             for writer in self._writers:
                 writer.write()
 
     def after_train(self) -> None:
         for writer in self._writers:
             writer.close()
-        del self._build_writers  # a closure that refers to the trainer
 
 
 class FinishIteration(HookBase):
-    """Before a resumed run goes on: runs the hooks that come after the checkpoint for the checkpoint's iteration."""
+    """Before a resumed run continues: repeats the hooks that follow the checkpoint for the checkpoint's iteration."""
 
-    def __init__(self, hooks_after_checkpoint: Sequence[HookBase], is_finished: Callable[[], bool | None]):
-        """
-        Args:
-            is_finished: whether the iteration is in the metrics file; asked on the main process.
-        """
+    def __init__(self, hooks_after_checkpoint: Sequence[HookBase]):
         self._hooks = hooks_after_checkpoint
-        self._is_finished = is_finished
 
     def before_train(self) -> None:
         trainer = self.trainer
-        if trainer.start_iter == 0 or comm.all_gather(self._is_finished())[0]:
+        last_iter = trainer.start_iter - 1
+        # The main process has cut the metrics file and knows its last line
+        if last_iter < 0 or comm.all_gather(trainer.last_written == last_iter)[0]:
             return
-        trainer.iter = trainer.storage.iter = trainer.start_iter - 1
+        trainer.iter = trainer.storage.iter = last_iter
         for hook in self._hooks:
             hook.after_step()
         trainer.iter = trainer.storage.iter = trainer.start_iter
-
-    def after_train(self) -> None:
-        del self._is_finished  # a closure that refers to the trainer

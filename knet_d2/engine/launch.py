@@ -1,7 +1,6 @@
-"""Starting the processes of a run, and ending all of them, with one message, when one fails.
+"""Starts the processes of a run, stops them by a signal, and says once why a run has failed.
 
-Processes are started by Detectron2's ``launch``, by torchrun or by SLURM's srun; whose they are is told by the
-environment.
+Detectron2's ``launch``, torchrun or SLURM's srun start the processes; the environment says which.
 """
 
 import argparse
@@ -28,30 +27,16 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..data.workers import STOP_SIGNALS
 from ..errors import ConfigError, KNetError
-from ..setup.compat import create_local_process_group
-from .failures import EXIT_FAILED, explain, is_lost_connection
+from ..setup.compat import create_local_process_group, default_store
 
 logger = logging.getLogger(__name__)
 
-# Seconds in which who started the processes tells (and ends this one) when another one was killed
-_PATIENCE = 3
-_PORTS = range(12000, 32000)  # below those that systems give to outgoing connections
+EXIT_FAILED = 1
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
-
-class Placement(NamedTuple):
-    """The place of a process that something else has started.
-
-    Attributes:
-        rank, world_size: among all processes.
-        local_rank, local_size: among those of its machine.
-        url: where the processes meet, as torch.distributed's init_method.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_size: int
-    url: str
+_RESUME = "The last checkpoint is intact: continue with --resume."
+_GRACE_PERIOD = 3  # seconds for the launcher to report a killed rank and to end the others
+_PORTS = range(12000, 32000)  # below the ports that systems give to outgoing connections
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -73,28 +58,31 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
         args: of Detectron2's command line, with :func:`add_launch_arguments`.
 
     Returns:
-        The exit code: 0, or EXIT_FAILED after a failure, whose message was printed once, by the first process that
-        failed. Where a signal stopped the training it is EXIT_PREEMPTED, or SystemExit with that code is raised.
+        The exit code: 0, or EXIT_FAILED after a failure. The first process that failed has printed why.
+
+    Raises:
+        SystemExit: another exit code, as EXIT_PREEMPTED after a signal.
     """
+    return _guarded(_start, main, args)
+
+
+def _start(main: Callable, args: argparse.Namespace) -> None:
     timeout = datetime.timedelta(minutes=args.timeout_minutes)
-    try:
-        place = find_placement(os.environ, args.num_gpus, args.num_machines)
-        if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
-            raise ConfigError(f"--num-gpus is {args.num_gpus}, but PyTorch sees {torch.cuda.device_count()} CUDA GPUs.")
-    except KNetError as error:
-        return _fail(f"Error: {error}")
+    place = find_placement(os.environ, args.num_gpus, args.num_machines)
+    if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
+        raise ConfigError(f"--num-gpus is {args.num_gpus}, but PyTorch sees {torch.cuda.device_count()} CUDA GPUs.")
     if place is not None:
-        return _guarded(_join_and_run, place, timeout, main, args)
-    if args.num_gpus * args.num_machines == 1:
-        return _guarded(main, args)
-    return _launch(main, args, timeout)
+        _join(place, timeout)
+    elif args.num_gpus * args.num_machines > 1:
+        return _launch(main, args, timeout)
+    main(args)
 
 
-def _launch(main: Callable, args: argparse.Namespace, timeout: datetime.timedelta) -> int:
+def _launch(main: Callable, args: argparse.Namespace, timeout: datetime.timedelta) -> None:
     # It would report each process that it ends after a failure
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
-        with _signals_passed_on():
+        with _handlers(_pass_on):
             launch(
                 _work,
                 args.num_gpus,
@@ -106,96 +94,77 @@ def _launch(main: Callable, args: argparse.Namespace, timeout: datetime.timedelt
             )
     except ProcessExitedException as error:
         if error.signal_name is None:
-            return error.exit_code  # it has printed what there is to say
-        return _fail(
-            f"Error: Process {error.error_index} was killed by {error.signal_name} (out of memory, perhaps). The last "
-            "checkpoint is intact: continue with --resume."
-        )
-    except ProcessRaisedException as error:  # before _work
-        return _fail(f"Error: The processes could not be connected. {str(error).strip().splitlines()[-1]}")
-    return 0
+            sys.exit(error.exit_code)  # the process has printed why
+        raise KNetError(
+            f"Process {error.error_index} was killed by {error.signal_name} (out of memory, perhaps). {_RESUME}"
+        ) from error
+    except ProcessRaisedException as error:  # raised before _work is called
+        raise KNetError(f"The processes can't be connected. {str(error).strip().splitlines()[-1]}") from error
 
 
 def _work(main: Callable, args: argparse.Namespace) -> None:
     sys.exit(_guarded(main, args))
 
 
-def _join_and_run(place: Placement, timeout: datetime.timedelta, main: Callable, args: argparse.Namespace) -> None:
-    if torch.cuda.is_available():
-        # srun may show each process its own GPU alone
-        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
-    distributed.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        init_method=place.url,
-        world_size=place.world_size,
-        rank=place.rank,
-        timeout=timeout,
-    )
-    create_local_process_group(place.local_size)
-    comm.synchronize()
-    main(args)
+# ---- failures --------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _without_repetitions() -> Iterator[None]:
-    """Leave out tracebacks of what fails as well when the run fails for one reason, as a full disk.
+def explain(error: BaseException) -> str | None:
+    """One message that says what to do; None for a failure that only its traceback explains."""
+    if isinstance(error, KNetError):
+        return str(error)
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if _is_lost_process(error):
+        return (
+            "A process of this run, or one that loads data for it, has ended (out of memory, perhaps: try a smaller "
+            f"DATALOADER.NUM_WORKERS) or has not answered in time. {_RESUME} ({reason})"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "A file of the run"
+        return f"{name}: {error.strerror}. OUTPUT_DIR must be a folder with room, which may be written to."
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+        return (
+            "Out of memory. Use a smaller SOLVER.IMS_PER_BATCH, smaller images (INPUT.MIN_SIZE_TRAIN, "
+            f"INPUT.MAX_SIZE_TRAIN) or more parts of a batch (SOLVER.ACCUMULATE_GRADIENTS). ({reason})"
+        )
+    return None
 
-    These are log files, and TensorBoard's thread, whose exceptions it raises again where it is used next.
-    """
-    previous = logging.raiseExceptions, threading.excepthook
 
-    def report(args: threading.ExceptHookArgs) -> None:
-        if args.exc_value is None or explain(args.exc_value) is None:
-            previous[1](args)
-
-    logging.raiseExceptions, threading.excepthook = False, report
-    try:
-        yield
-    finally:
-        logging.raiseExceptions, threading.excepthook = previous
+def _is_lost_process(error: BaseException) -> bool:
+    """Whether an error means that another process has ended; gloo and DataLoader raise plain RuntimeErrors."""
+    if isinstance(error, (distributed.DistError, ConnectionError, EOFError)):
+        return True
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or "DataLoader worker" in str(error))
 
 
-@_without_repetitions()
 def _guarded(work: Callable, *args: Any) -> int:
-    """Do the work of this process; returns its exit code.
-
-    Only the first process that fails prints why: what the others meet then (lost connections) is a consequence.
-    """
+    """Do the work of this process; returns its exit code."""
+    # A full disk also fails in log files and in TensorBoard's thread, which would print tracebacks
+    logging.raiseExceptions, threading.excepthook = False, _print_unexplained
     try:
         work(*args)
         return 0
     except Exception as error:
-        with _undisturbed_by_loaders():
-            return _report(error)
+        if hasattr(signal, "SIGCHLD"):  # PyTorch's handler raises an error wherever the main thread is
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return _report(error)
 
 
 def _report(error: Exception) -> int:
-    """Print why this process ends; returns its exit code."""
-    if is_lost_connection(error):
-        time.sleep(_PATIENCE)
+    """Print why this process ends, unless another one has failed before; returns the exit code."""
+    if _is_lost_process(error):
+        time.sleep(_GRACE_PERIOD)
     if not _is_first_failure():
-        logger.info(f"Process {comm.get_rank()} ends, because another one failed.")
+        logger.info(f"Process {comm.get_rank()} ends, because another one has failed.")
         return EXIT_FAILED
     message = explain(error)
     if message is not None:
-        return _fail(f"Error: {message}")
+        print(f"Error: {message}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
     logger.error("Unexpected failure:", exc_info=error)
-    if not comm.is_main_process():  # whose log is the only one that is shown
+    if not comm.is_main_process():  # the console shows the main process's log only
         traceback.print_exception(error)
     return EXIT_FAILED
-
-
-@contextlib.contextmanager
-def _undisturbed_by_loaders() -> Iterator[None]:
-    """Without PyTorch's handler of SIGCHLD, which raises wherever the program is when a loading process has died."""
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
 
 
 def _is_first_failure() -> bool:
@@ -203,33 +172,114 @@ def _is_first_failure() -> bool:
     if not distributed.is_available() or not distributed.is_initialized():
         return True
     try:
-        return distributed.distributed_c10d._get_default_store().add("knet_d2/failures", 1) == 1
+        return default_store().add("knet_d2/failures", 1) == 1
     except RuntimeError:  # the store ends with the main process
         return comm.is_main_process()
 
 
-def _fail(message: str) -> int:
-    print(message, file=sys.stderr, flush=True)
-    return EXIT_FAILED
+def _print_unexplained(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is None or explain(args.exc_value) is None:
+        threading.__excepthook__(args)
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------
+
+
+class Preempted(SystemExit):
+    """A signal stopped the run, and its state is saved."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_PREEMPTED)
+
+
+class StopSignals:
+    """Remembers that the process was asked to stop."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Set ``received`` to the name of a stop signal that comes inside the ``with`` block."""
+        self.received = None
+        try:
+            with _handlers(self._receive):
+                yield
+        except Exception as error:
+            if self.received and _is_lost_process(error):
+                # The launcher ends this process after another one has failed, and reports that one
+                raise SystemExit(EXIT_FAILED) from error
+            raise
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Send a signal to the processes that this one has started."""
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, number)  # type: ignore[arg-type]
+
+
+_handled: list[int] = []
 
 
 @contextlib.contextmanager
-def _signals_passed_on() -> Iterator[None]:
-    """Pass the signals that stop a run on to the processes that this one has started."""
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for child in multiprocessing.active_children():
-            os.kill(child.pid, number)
-
-    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+def _handlers(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the stop signals inside a ``with`` block; not outside the main thread, where Python has no handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    _handled.extend(previous)
     try:
         yield
     finally:
+        _handled.clear()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-# Where the environment places this process.
+def _reset_in_child() -> None:
+    """Give a forked child the default handlers: multiprocessing.Pool ends its processes by SIGTERM and waits."""
+    for number in _handled:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _handled)
+    _handled.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    # Blocked, because a signal before the child is reset would be lost
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _handled),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _handled),
+        after_in_child=_reset_in_child,
+    )
+
+
+# ---- the environment -------------------------------------------------------------------------------------------
+
+
+class Placement(NamedTuple):
+    """The place of a process that something else has started.
+
+    Attributes:
+        rank, world_size: among all processes.
+        local_rank, local_size: among those of its machine.
+        url: where the processes meet, as torch.distributed's init_method.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    url: str
+
+
+_VARIABLES = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES"),
+}
 
 
 def find_placement(environment: Mapping[str, str], num_gpus: int = 1, num_machines: int = 1) -> Placement | None:
@@ -243,38 +293,33 @@ def find_placement(environment: Mapping[str, str], num_gpus: int = 1, num_machin
         ConfigError: the processes are said to be started twice, or their environment can't be used.
     """
     if "TORCHELASTIC_RUN_ID" in environment:
-        starter, place = "torchrun", _torchrun_placement(environment)
+        starter = "torchrun"
     elif environment.get("SLURM_STEP_NUM_TASKS", "1") != "1" and num_machines == 1:
-        starter, place = "srun", _slurm_placement(environment)
+        starter = "srun"
     else:
         return None
+    rank, world_size, local_rank, size = (_number(environment, name) for name in _VARIABLES[starter])
+    if starter == "torchrun":
+        place = Placement(rank, world_size, local_rank, size, "env://")
+    else:
+        place = Placement(rank, world_size, local_rank, max(world_size // max(size, 1), 1), _slurm_url(environment))
     if num_gpus > 1 or num_machines > 1:
-        raise ConfigError(
-            f"{starter} has started {place.world_size} processes already: leave out --num-gpus and --num-machines."
-        )
-    if place.rank % place.local_size != place.local_rank:
+        raise ConfigError(f"{starter} has started {world_size} processes: leave out --num-gpus and --num-machines.")
+    if rank % place.local_size != local_rank:
         raise ConfigError(
             f"{starter} must number the processes machine by machine, with the same number on each; this one is "
-            f"{place.rank} of {place.world_size}, and {place.local_rank} of {place.local_size} on its machine. "
+            f"{rank} of {world_size}, and {local_rank} of {place.local_size} on its machine. "
             "For srun use --ntasks-per-node and --distribution=block."
         )
     return place
 
 
-def _torchrun_placement(environment: Mapping[str, str]) -> Placement:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    rank, world_size, local_rank, local_size = (_number(environment, name) for name in names)
-    return Placement(rank, world_size, local_rank, local_size, url="env://")
-
-
-def _slurm_placement(environment: Mapping[str, str]) -> Placement:
-    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES")
-    rank, world_size, local_rank, num_nodes = (_number(environment, name) for name in names)
+def _slurm_url(environment: Mapping[str, str]) -> str:
     host = environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", ""))
     # Steps of one job may share machines
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
     port = environment.get("MASTER_PORT") or _PORTS[(job + 1009 * step) % len(_PORTS)]
-    return Placement(rank, world_size, local_rank, max(world_size // max(num_nodes, 1), 1), f"tcp://{host}:{port}")
+    return f"tcp://{host}:{port}"
 
 
 def first_host(hosts: str) -> str:
@@ -290,3 +335,19 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     if not value.isdecimal():
         raise ConfigError(f"The environment variable {name} is {value!r}, but must be a number.")
     return int(value)
+
+
+def _join(place: Placement, timeout: datetime.timedelta) -> None:
+    """Connect this process with the others of its run."""
+    if torch.cuda.is_available():
+        # srun may show each process its own GPU alone
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+    distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        init_method=place.url,
+        world_size=place.world_size,
+        rank=place.rank,
+        timeout=timeout,
+    )
+    create_local_process_group(place.local_size)
+    comm.synchronize()

@@ -32,7 +32,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             momentum=solver.MOMENTUM,
             nesterov=solver.NESTEROV,
         )
-    raise ConfigError(f'SOLVER.OPTIMIZER is "{solver.OPTIMIZER}"; known are "ADAMW" and "SGD".')
+    raise ConfigError(f'SOLVER.OPTIMIZER = "{solver.OPTIMIZER}": use "ADAMW" or "SGD".')
 
 
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
@@ -71,7 +71,7 @@ def build_gradient_clipper(cfg: CfgNode) -> Callable[[Sequence[torch.Tensor]], t
     clip = cfg.SOLVER.CLIP_GRADIENTS
     kind = clip.CLIP_TYPE if clip.ENABLED else None
     if kind not in (None, "full_model", "norm", "value"):
-        raise ConfigError(f'SOLVER.CLIP_GRADIENTS.CLIP_TYPE is "{kind}"; known are "full_model", "norm" and "value".')
+        raise ConfigError(f'SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "{kind}": use "full_model", "norm" or "value".')
 
     def clip_gradients(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
         if kind == "full_model" and clip.NORM_TYPE == 2.0:

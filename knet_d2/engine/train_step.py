@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,10 +15,9 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from ..errors import ConfigError, NonFiniteError
+from .writers import split_stage
 
 logger = logging.getLogger(__name__)
-
-_STAGE_SUFFIX = re.compile(r"_s(\d+)$")
 
 
 def amp_dtype(enabled: bool, name: str, device: torch.device) -> torch.dtype | None:
@@ -28,9 +26,9 @@ def amp_dtype(enabled: bool, name: str, device: torch.device) -> torch.dtype | N
         return None
     types = {"float16": torch.float16, "bfloat16": torch.bfloat16}
     if name not in types:
-        raise ConfigError(f'SOLVER.AMP.DTYPE is "{name}"; known are "float16" and "bfloat16".')
+        raise ConfigError(f'SOLVER.AMP.DTYPE = "{name}": use "float16" or "bfloat16".')
     if name == "float16" and device.type != "cuda":
-        raise ConfigError(f'SOLVER.AMP.DTYPE "float16" needs a CUDA GPU; on "{device}" use "bfloat16".')
+        raise ConfigError(f'SOLVER.AMP.DTYPE = "float16" needs a CUDA GPU: use "bfloat16" on "{device}".')
     return types[name]
 
 
@@ -75,10 +73,11 @@ class TrainStep(TrainerBase):
         self._rank = comm.get_rank()
         self._non_finite_limit = non_finite_limit
         self._non_finite_steps = 0
+        self._gradients_are_complete = False
         self._statistics = [
             buffer
             for module in model.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats
+            if getattr(module, "track_running_stats", False) and module.training
             for buffer in module.buffers(recurse=False)
         ]
         self.last_batch: list[dict[str, Any]] = []
@@ -112,6 +111,8 @@ class TrainStep(TrainerBase):
         torch.manual_seed(step_seed(self._seed, self.iter, self._rank))
         self.optimizer.zero_grad()
         losses = self._backward(data)
+        if not self._gradients_are_complete:
+            self._check_gradients()
         self.grad_scaler.unscale_(self.optimizer)
         norm = self._clip_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
 
@@ -129,7 +130,7 @@ class TrainStep(TrainerBase):
         bounds = [i * len(data) // self._num_parts for i in range(self._num_parts + 1)]
         for start, end in zip(bounds, bounds[1:]):
             with self._local_gradients() if end < len(data) else nullcontext():
-                with self._autocast():
+                with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None):
                     losses = self._forward(data[start:end])
                 losses = {name: value * ((end - start) / len(data)) for name, value in losses.items()}
                 self.grad_scaler.scale(sum(losses.values())).backward()  # type: ignore[arg-type]
@@ -141,17 +142,24 @@ class TrainStep(TrainerBase):
         """Processes exchange gradients after the last part only."""
         return self.model.no_sync() if hasattr(self.model, "no_sync") else nullcontext()  # type: ignore[operator]
 
-    def _autocast(self) -> AbstractContextManager:
-        if self._dtype is None:
-            return nullcontext()
-        return torch.autocast(self._device.type, dtype=self._dtype)
-
     def _forward(self, data: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         try:
             losses = self.model(data)
         except NonFiniteError as e:  # in all processes
             raise NonFiniteError(f"{e} {self._where(comm.all_gather(_file_names(data))[e.rank])}") from e
         return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
+
+    def _check_gradients(self) -> None:
+        """Raise on all ranks when a parameter that is trained got no gradient, see DistributedDataParallel."""
+        missing = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        missing = max(comm.all_gather(missing), key=len)
+        if missing:
+            names = ", ".join(name.removeprefix("module.") for name in missing[:3])
+            raise ConfigError(
+                f"{len(missing)} parameters are trained, but no loss depends on them ({names}, ...). Set one of "
+                "MODEL.KNET.LOSS.MASK_WEIGHT, DICE_WEIGHT and RANK_WEIGHT above 0, or freeze these parameters."
+            )
+        self._gradients_are_complete = True
 
     def _check_finite(self, metrics: dict[str, float], data: list[dict[str, Any]]) -> None:
         """Raise on all ranks when a number of any rank isn't finite."""
@@ -163,7 +171,8 @@ class TrainStep(TrainerBase):
         if not found:
             return
         terms = ", ".join(_describe_term(name, value) for name, value in found[0][0].items())
-        self.grad_scaler.update()  # it refuses to unscale twice without
+        # unscale_() is allowed once per update(): reset it, since step() is skipped
+        self.grad_scaler.update()
         raise NonFiniteError(f"Not finite: {terms}. The step was not applied. {self._where(found[0][1])}")
 
     def _where(self, files: Sequence[str]) -> str:
@@ -221,5 +230,5 @@ def _file_names(data: list[dict[str, Any]]) -> list[str]:
 
 
 def _describe_term(name: str, value: float) -> str:
-    stage = _STAGE_SUFFIX.search(name)
-    return f"{name} = {value}" + (f" (stage {stage.group(1)})" if stage else "")
+    stage = split_stage(name)[1]
+    return f"{name} = {value}" + (f" (stage {stage})" if stage else "")

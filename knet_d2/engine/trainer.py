@@ -16,6 +16,7 @@ from torch import nn
 
 from ..checkpoint import Checkpointer, describe_model, periodic_checkpoints, remove_unfinished, write_atomically
 from ..config.merging import config_to_blame, resolve_seed
+from ..config.output_dir import lock_output_dir, release_output_dir
 from ..data import build_loss_loader, build_test_loader, build_train_loader
 from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import build_evaluators
@@ -27,16 +28,15 @@ from .averaging import build_weight_average
 from .dump import batch_file, save_batch
 from .hooks import (
     BestCheckpointer,
+    CheckpointHook,
     EvalHook,
     FinishIteration,
-    LRScheduler,
     MetricsHistory,
-    PeriodicCheckpointer,
     PeriodicWriter,
-    PictureHook,
+    ProcessAgreement,
     StopHook,
 )
-from .preemption import StopSignals
+from .launch import StopSignals
 from .train_step import TrainStep, amp_dtype
 from .validation import mean_loss
 from .writers import ConsoleWriter, MetricsWriter, TensorBoardWriter, bounded_storage, cut_metrics
@@ -59,11 +59,12 @@ class Trainer(DefaultTrainer):
         device = next(model.parameters()).device
         dtype = amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
         optimizer = self.build_optimizer(cfg, model)
-        self._average = build_weight_average(cfg, model)
         device_ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-        model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+        ddp_model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+        # After DistributedDataParallel has given all processes the weights of the main one
+        self._average = build_weight_average(cfg, model)
         self._trainer = TrainStep(
-            model,
+            ddp_model,
             optimizer,
             clip_gradients=optim.build_gradient_clipper(cfg),
             seed=cfg.SEED,
@@ -81,7 +82,7 @@ class Trainer(DefaultTrainer):
         )
         self.max_iter = cfg.SOLVER.MAX_ITER
         self._metrics_file = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
-        self._last_written = -1
+        self.last_written = -1  # iteration of the last line in the metrics file
         self._signals = StopSignals()
         self._last_eval_results: dict[str, Any] | None = None
         self.register_hooks(self.build_hooks())
@@ -94,29 +95,29 @@ class Trainer(DefaultTrainer):
     # What is built from the config.
 
     @classmethod
+    @config_to_blame("The model")
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        with config_to_blame("The model"):
-            return super().build_model(cfg)
+        return super().build_model(cfg)
 
     @classmethod
+    @config_to_blame("The optimiser")
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        with config_to_blame("The optimiser"):
-            return optim.build_optimizer(cfg, model)
+        return optim.build_optimizer(cfg, model)
 
     @classmethod
+    @config_to_blame("The schedule of the learning rate")
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
-        with config_to_blame("The schedule of the learning rate"):
-            return optim.build_lr_scheduler(cfg, optimizer)
+        return optim.build_lr_scheduler(cfg, optimizer)
 
     @classmethod
+    @config_to_blame("The loader of training images")
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0):
-        with config_to_blame("The loader of training images"):
-            return build_train_loader(cfg, start_iter=start_iter)
+        return build_train_loader(cfg, start_iter=start_iter)
 
     @classmethod
+    @config_to_blame("The loader of validation images")
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        with config_to_blame("The loader of validation images"):
-            return build_test_loader(cfg, dataset_name)
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
@@ -138,55 +139,47 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """See knet_d2.engine.hooks for what their order guarantees."""
         cfg = self.cfg
-        if cfg.TEST.PRECISE_BN.ENABLED:
-            raise ConfigError("TEST.PRECISE_BN.ENABLED is not supported; set it to False.")
-        before: list[HookBase] = [hooks.IterationTimer(), LRScheduler(), MetricsHistory()]
-        if self._average is not None:
-            before.append(self._average)
-        checkpoints = None
-        if comm.is_main_process():
-            keep = cfg.SOLVER.CHECKPOINTS_TO_KEEP or None
-            if keep is not None and keep < 0:
-                raise ConfigError(f"SOLVER.CHECKPOINTS_TO_KEEP is {keep}; it must be at least 0 (all).")
-            checkpoints = PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=keep)
-            before.append(checkpoints)
+        _check_hook_options(cfg)
+        checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_TO_KEEP)
         stop = StopHook(self._signals, checkpoints)
-        before.append(stop)
-        after: list[HookBase] = [EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate, stop)]
+        models = [self.model] if self._average is None else [self.model, self.evaluated_model]
+        agreement = ProcessAgreement(models, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
+        before = [hooks.IterationTimer(), hooks.LRScheduler(), MetricsHistory(), self._average, agreement]
+        before += [checkpoints, stop]
+        after: list[HookBase] = [EvalHook(cfg.TEST.EVAL_PERIOD, stop)]
         if comm.is_main_process():
             after.append(BestCheckpointer(self.checkpointer, best_metric(cfg), self._metrics_file))
-            if cfg.TEST.NUM_PICTURES and cfg.DATASETS.TEST:
-                after.append(PictureHook(cfg.TEST.EVAL_PERIOD, self._draw))
-            after.append(PeriodicWriter(self.build_writers, cfg.SOLVER.LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
-        return [*before, *after, FinishIteration(after, lambda: self._last_written == self.start_iter - 1)]
+            after.append(PeriodicWriter(cfg.SOLVER.LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
+        return [*(hook for hook in before if hook is not None), *after, FinishIteration(after)]
 
     def build_writers(self) -> list[EventWriter]:
         return [
             ConsoleWriter(self.max_iter),
-            MetricsWriter(self._metrics_file, self._last_written),
+            MetricsWriter(self._metrics_file, self.last_written),
             TensorBoardWriter(self.cfg.OUTPUT_DIR, self.start_iter),
         ]
 
-    def _evaluate(self) -> dict[str, Any]:
-        self._last_eval_results = self.test(self.cfg, self.evaluated_model)
-        if self.cfg.TEST.VALIDATION_LOSS:
-            model = getattr(self.evaluated_model, "module", self.evaluated_model)
-            loader, num_samples = build_loss_loader(self.cfg, self.cfg.DATASETS.TEST[0])
-            loss = mean_loss(model, loader, num_samples)
-            self._last_eval_results = {**self._last_eval_results, "validation": {"total_loss": loss}}
-        if self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter:
-            augmented = self.test_with_TTA(self.cfg, self.evaluated_model)
-            self._last_eval_results = {**self._last_eval_results, **augmented}
-        return self._last_eval_results
-
-    def _draw(self) -> dict[str, Any]:
-        model = getattr(self.evaluated_model, "module", self.evaluated_model)
-        return draw_validation_pictures(self.cfg, model, self.cfg.TEST.NUM_PICTURES)
+    def evaluate(self) -> dict[str, Any]:
+        """Evaluate the model on DATASETS.TEST, and put pictures of it into the event storage."""
+        cfg, model = self.cfg, self.evaluated_model
+        results = self.test(cfg, model)
+        plain_model = getattr(model, "module", model)  # not wrapped for distributed training
+        if cfg.TEST.VALIDATION_LOSS:
+            loss = mean_loss(plain_model, *build_loss_loader(cfg, cfg.DATASETS.TEST[0]))
+            results = {**results, "validation": {"total_loss": loss}}
+        if cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter:
+            results = {**results, **self.test_with_TTA(cfg, model)}
+        if cfg.TEST.NUM_PICTURES and cfg.DATASETS.TEST and comm.is_main_process():
+            for name, picture in draw_validation_pictures(cfg, plain_model, cfg.TEST.NUM_PICTURES).items():
+                self.storage.put_image(f"validation/{name}", picture.transpose(2, 0, 1))
+        self._last_eval_results = results
+        return results
 
     # The run.
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last checkpoint in OUTPUT_DIR (with ``resume``, if there is one), or load MODEL.WEIGHTS."""
+        lock_output_dir(self.cfg.OUTPUT_DIR)
         super().resume_or_load(resume=resume)
         if self._average is not None:
             self._average.start()
@@ -195,7 +188,7 @@ class Trainer(DefaultTrainer):
             return
         remove_unfinished(self.cfg.OUTPUT_DIR)
         if resume:
-            self._last_written = cut_metrics(self._metrics_file, self.start_iter - 1)
+            self.last_written = cut_metrics(self._metrics_file, self.start_iter - 1)
         else:
             self._set_earlier_run_aside()
 
@@ -227,7 +220,7 @@ class Trainer(DefaultTrainer):
         self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
         logger.info(f"Training from iteration {self.start_iter} to {self.max_iter}")
         self.iter = self.start_iter
-        with bounded_storage(self.start_iter) as self.storage, self._signals:
+        with bounded_storage(self.start_iter) as self.storage, self._signals.listening():
             try:
                 self.before_train()
                 for iteration in range(self.start_iter, self.max_iter):
@@ -240,6 +233,7 @@ class Trainer(DefaultTrainer):
                 raise NonFiniteError(f"{error} {self._dump_step()}") from error
             finally:
                 self.after_train()
+                release_output_dir(self.cfg.OUTPUT_DIR)
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, self._last_eval_results)
         return self._last_eval_results
@@ -283,13 +277,27 @@ class Trainer(DefaultTrainer):
             )
 
 
+def _check_hook_options(cfg: CfgNode) -> None:
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        raise ConfigError("TEST.PRECISE_BN.ENABLED = True is not supported: set it to False.")
+    solver = cfg.SOLVER
+    for key, value, meaning in (
+        ("SOLVER.CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD, "only the final and the best checkpoint"),
+        ("SOLVER.CHECKPOINTS_TO_KEEP", solver.CHECKPOINTS_TO_KEEP, "all"),
+        ("SOLVER.LOG_PERIOD", solver.LOG_PERIOD, "only after evaluations and at the end"),
+        ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, "only at the end"),
+    ):
+        if value < 0:
+            raise ConfigError(f"{key} = {value}: use at least 0 (0: {meaning}).")
+
+
 def _number_of_parts(cfg: CfgNode) -> int:
     """SOLVER.ACCUMULATE_GRADIENTS, checked."""
     parts, images = cfg.SOLVER.ACCUMULATE_GRADIENTS, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     if not 1 <= parts <= images:
         raise ConfigError(
-            f"SOLVER.ACCUMULATE_GRADIENTS is {parts}; it must be from 1 to {images}, the images of a batch that each "
-            "process has (SOLVER.IMS_PER_BATCH)."
+            f"SOLVER.ACCUMULATE_GRADIENTS = {parts}: use 1 to {images}, the images of a batch (SOLVER.IMS_PER_BATCH) "
+            "that each process has."
         )
     return parts
 

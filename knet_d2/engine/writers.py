@@ -13,13 +13,17 @@ from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from fvcore.common.history_buffer import HistoryBuffer
 
 from ..checkpoint import write_atomically
+from ..setup.compat import stored_images
 
 WINDOW = 20  # iterations over which noisy numbers are smoothed (median), as Detectron2 does
 TIME_WINDOW = 1000  # iterations from which the time that is left is estimated
 # Measured by the clock, so they differ from run to run: not in metrics.json.
 TIMINGS = ("time", "data_time", "rank_data_time", "eta_seconds")
 
-_LOSS_OF_STAGE = re.compile(r"^(loss_\w+?)_s(\d+)$")
+
+def split_stage(name: str) -> tuple[str, str]:
+    """A loss term and its stage, "" if it belongs to none: loss_mask_s2 -> ("loss_mask", "2")."""
+    return re.fullmatch(r"(.*?)(?:_s(\d+))?", name).groups(default="")  # type: ignore[union-attr, return-value]
 
 
 def bounded_storage(start_iter: int) -> EventStorage:
@@ -109,8 +113,7 @@ class TensorBoardWriter(EventWriter):
             if iteration > self._last_written:
                 self._writer.add_scalar(scalar_tag(name), value, iteration)
         self._last_written = storage.iter
-        # Detectron2's storage has no public getter; its own writer reads the same field
-        for name, image, iteration in storage._vis_data:
+        for name, image, iteration in stored_images(storage):
             self._writer.add_image(name, image, iteration)
         storage.clear_images()
 
@@ -120,11 +123,11 @@ class TensorBoardWriter(EventWriter):
 
 def scalar_tag(name: str) -> str:
     """TensorBoard's tag, heading/title: loss_mask_s2 -> stage 2/loss_mask; results (segm/AP) have a heading already."""
-    stage = _LOSS_OF_STAGE.match(name)
-    if stage:
-        return f"stage {stage.group(2)}/{stage.group(1)}" if stage.group(2) != "0" else f"static/{stage.group(1)}"
     if "/" in name:
         return name
+    term, stage = split_stage(name)
+    if stage:
+        return f"static/{term}" if stage == "0" else f"stage {stage}/{term}"
     return f"{'timing' if name in TIMINGS else 'training'}/{name}"
 
 
@@ -158,7 +161,6 @@ class ConsoleWriter(EventWriter):
         losses: dict[str, float] = {}
         for name, history in storage.histories().items():
             if "loss" in name:
-                stage = _LOSS_OF_STAGE.match(name)
-                term = stage.group(1) if stage else name
+                term = split_stage(name)[0]
                 losses[term] = losses.get(term, 0.0) + history.median(WINDOW)
         return dict(sorted(losses.items(), key=lambda item: item[0] != "total_loss"))

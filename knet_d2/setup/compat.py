@@ -7,7 +7,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 
-__all__ = ["create_local_process_group", "quiet_torchscript"]
+__all__ = ["create_local_process_group", "default_store", "quiet_torchscript", "stored_images"]
 
 
 def create_local_process_group(size: int) -> None:
@@ -27,6 +27,24 @@ def create_local_process_group(size: int) -> None:
         group = distributed.new_group(ranks)
         if comm.get_rank() in ranks:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def default_store() -> Any:
+    """The key-value store in which the processes of a run have met.
+
+    Reason: torch has no public name for it where Detectron2's launch() has connected the processes.
+    """
+    from torch import distributed
+
+    return distributed.distributed_c10d._get_default_store()
+
+
+def stored_images(storage: Any) -> list[tuple[str, Any, int]]:
+    """(name, image, iteration) of each image in Detectron2's EventStorage.
+
+    Reason: it can put and clear images, but has no public way to read them; its own writer reads the same field.
+    """
+    return storage._vis_data
 
 
 @contextlib.contextmanager
