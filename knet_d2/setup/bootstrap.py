@@ -5,6 +5,7 @@ import sys
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 
+from .compat import quiet_torchscript
 from .dependencies import DETECTRON2_COMMAND, DETECTRON2_PROBES
 
 # What mends a missing Detectron2, and what that imports
@@ -18,8 +19,6 @@ def import_detectron2() -> bool:
         Whether it can be imported.
     """
     try:
-        from .compat import quiet_torchscript
-
         with quiet_torchscript():
             for module in ("detectron2", *DETECTRON2_PROBES):
                 importlib.import_module(module)

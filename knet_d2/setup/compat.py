@@ -6,6 +6,7 @@ Each entry says why it is there and when it can go.
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 __all__ = ["create_local_process_group", "default_store", "quiet_torchscript", "stored_images"]
 
