@@ -1,6 +1,5 @@
 """K-Net as a Detectron2 extension. Detectron2 itself comes from ``python -m knet_d2.install_detectron2``."""
 
-import re
 import runpy
 from pathlib import Path
 
@@ -8,12 +7,11 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 DEPENDENCIES = runpy.run_path(str(ROOT / "knet_d2" / "setup" / "dependencies.py"))
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "knet_d2" / "__init__.py").read_text(), re.MULTILINE).group(1)
 README = ROOT / "README.md"
 
 setup(
     name="knet_d2",
-    version=VERSION,
+    version=DEPENDENCIES["VERSION"],
     description="K-Net (instance, panoptic and semantic segmentation) as a Detectron2 extension",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",

@@ -5,8 +5,8 @@ ImportError that names the command to mend it.
 """
 
 from .setup.bootstrap import import_detectron2
+from .setup.dependencies import VERSION as __version__
 
-__version__ = "0.1.0"
 __all__ = ["KNet", "add_knet_config", "load"]
 
 if import_detectron2():

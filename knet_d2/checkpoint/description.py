@@ -16,6 +16,7 @@ from ..config.options import get_knet_cfg
 from ..data.categories import resolve_classes
 from ..data.classes import ClassTable, categories, class_table, from_categories
 from ..errors import CheckpointError
+from ..setup.dependencies import VERSION
 from .load_report import build_report, find_misfits, recognise
 from .loading import as_checkpoint
 from .zoo import build_on_meta
@@ -39,8 +40,6 @@ class ModelDescription(NamedTuple):
 
 def describe_model(cfg: CfgNode, classes: ClassTable | None = None) -> dict[str, str]:
     """The description of a model of ``cfg``; without ``classes``, the data sets of ``cfg`` name them."""
-    from .. import __version__  # the package imports this module first
-
     knet = cfg.MODEL.KNET
     num_ids = (len(knet.THING_CATEGORY_IDS), len(knet.STUFF_CATEGORY_IDS))
     if num_ids != (knet.NUM_THING_CLASSES, knet.NUM_STUFF_CLASSES):  # read_description() compares them
@@ -50,7 +49,7 @@ def describe_model(cfg: CfgNode, classes: ClassTable | None = None) -> dict[str,
     return {
         "config": yaml.safe_dump(_differences(cfg, get_knet_cfg())),
         "classes": json.dumps(categories(class_table(cfg) if classes is None else classes)),
-        "knet_d2_version": __version__,
+        "knet_d2_version": VERSION,
     }
 
 
@@ -90,11 +89,9 @@ def read_description(content: Any, path: str) -> ModelDescription:
         layout = recognise(parameters, model_state)
         misfits = find_misfits(build_report(layout, parameters, model_state), layout, partial=False)
     except (Exception, MemoryError) as e:  # what a strange config makes of a model raises nearly anything
-        from .. import __version__
-
         reason, version = " ".join(str(e).split())[:500], str(metadata.get("knet_d2_version", "(unknown)"))[:40]
         raise CheckpointError(
-            f"{path}: its config and classes, written by knet_d2 {version}, can't be used by knet_d2 {__version__} "
+            f"{path}: its config and classes, written by knet_d2 {version}, can't be used by knet_d2 {VERSION} "
             f"({reason or type(e).__name__}). Name a config_file, or install the version that wrote it."
         ) from e
     if misfits:

@@ -5,6 +5,7 @@ Standard library only; setup.py runs this file by itself.
 
 from typing import NamedTuple
 
+VERSION = "0.1.0"  # of knet_d2
 PYTHON = "3.11"
 TORCH_COMMAND = "python -m pip install --upgrade torch torchvision"
 DETECTRON2_COMMAND = "python -m knet_d2.install_detectron2"
