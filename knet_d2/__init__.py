@@ -7,7 +7,7 @@ ImportError that names the command to mend it.
 from .setup.bootstrap import import_detectron2
 from .setup.dependencies import VERSION as __version__
 
-__all__ = ["KNet", "add_knet_config", "load"]
+__all__ = ["KNet", "__version__", "add_knet_config", "load"]
 
 if import_detectron2():
     from . import checkpoint, data  # noqa: F401  register knet:// paths and the generated data sets
