@@ -15,10 +15,10 @@ from PIL import Image
 
 from knet_d2.config import add_knet_config
 from knet_d2.data import (
+    ClassTable,
     build_mapper,
     build_test_loader,
     build_train_loader,
-    category_table,
     custom,
     load_dataset,
     register_custom_datasets,
@@ -26,6 +26,7 @@ from knet_d2.data import (
 )
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
 from knet_d2.errors import ConfigError, DataError
+from knet_d2.tasks import TASKS
 
 DOCS = os.path.join(os.path.dirname(__file__), "..", "docs", "DATASETS.md")
 CLASSES = [*THING_CLASSES, *STUFF_CLASSES]
@@ -93,7 +94,7 @@ def test_panoptic_categories_in_any_order_and_images_of_any_type(root):
     edit_json(os.path.join(root, "panoptic.json"), edit)
     entry = custom_entry("coco_panoptic", root)
     after = _read("panoptic", entry)
-    table = category_table(MetadataCatalog.get(entry["name"]), "panoptic")
+    table = ClassTable.from_metadata(MetadataCatalog.get(entry["name"]), TASKS["panoptic"])
     assert table.thing_names == [*THING_CLASSES, "late"] and table.stuff_names == list(STUFF_CLASSES)
     # One more thing class: stuff moves on by one.
     stuff = (before["sem_seg"] >= 4) & (before["sem_seg"] != 255)

@@ -207,14 +207,6 @@ def load_dataset(name: str, key: str = "DATASETS") -> list[dict]:
     return records
 
 
-def loaded_metadata(name: str) -> Metadata:
-    """The metadata of a data set with its classes, which Detectron2 knows of some data sets only after reading them."""
-    metadata = MetadataCatalog.get(name)
-    if not (metadata.get("thing_classes") or metadata.get("stuff_classes")):
-        load_dataset(name)
-    return metadata
-
-
 def _reason(name: str) -> str | None:
     """Why a data set can't be read, from the files that its metadata names."""
     metadata = MetadataCatalog.get(name).as_dict()

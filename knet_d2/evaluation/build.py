@@ -13,7 +13,8 @@ from detectron2.evaluation import (
 )
 from detectron2.utils.file_io import PathManager
 
-from ..data import load_dataset, loaded_metadata
+from ..data import load_dataset
+from ..data.classes import loaded_metadata
 from ..errors import ConfigError
 from ..tasks import get_task
 from .instance import InstanceEvaluator

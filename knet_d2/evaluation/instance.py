@@ -5,8 +5,9 @@ from typing import Any
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 
-from ..data import category_table
+from ..data import ClassTable
 from ..data.coco_json import check_for_evaluation, read_coco_json
+from ..tasks import TASKS
 
 
 class InstanceEvaluator(COCOEvaluator):
@@ -30,5 +31,5 @@ class InstanceEvaluator(COCOEvaluator):
         self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
     ) -> dict[str, float]:
         if class_names is not None:
-            class_names = category_table(self._metadata, "instance").thing_names
+            class_names = ClassTable.from_metadata(self._metadata, TASKS["instance"]).names
         return super()._derive_coco_results(coco_eval, iou_type, class_names=class_names)

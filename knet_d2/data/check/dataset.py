@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from ...errors import KNetError
 from ..build import load_dataset
-from ..categories import resolve_classes
+from ..classes import resolve_classes
 from ..mapper import build_mapper
 from .faults import ERROR, Fault
 from .instances import check_instances
