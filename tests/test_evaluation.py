@@ -7,10 +7,12 @@ import math
 import os
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
 from data_helpers import custom_entry, data_cfg, unique_name
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, SemSegEvaluator
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from panopticapi.evaluation import pq_compute
@@ -365,6 +367,50 @@ def test_instances_of_a_panoptic_data_set(panoptic):
         assert results["segm"][f"AP-{class_name}"] == pytest.approx(100 * recall_points[category] / 101)
     assert results["segm"]["AP"] == pytest.approx(100 * recall_points.mean() / 101)
     assert results["bbox"]["AP"] == pytest.approx(results["segm"]["AP"])
+
+
+def _random_instances(record, rng):
+    """Ground truth boxes and masks, moved, of any class, with scores in 1/16 so that some are equal."""
+    masks = [np.roll(_decode(x, record), rng.integers(-4, 5, 2), axis=(0, 1)) for x in record["annotations"]]
+    masks = [x for x in masks if x.any() and rng.random() < 0.8]
+    classes = [int(rng.integers(4)) if rng.random() < 0.3 else record["annotations"][0]["category_id"] for _ in masks]
+    return _instances(record, masks, classes, (rng.integers(1, 16, len(masks)) / 16).tolist())
+
+
+def _decode(annotation, record):
+    segmentation = annotation["segmentation"]
+    rles = segmentation if isinstance(segmentation, dict) else mask_util.frPyObjects(segmentation, 64, 64)
+    return mask_util.decode(mask_util.merge(rles) if isinstance(rles, list) else rles).astype(bool)
+
+
+def test_instances_and_semantic_maps_have_the_figures_and_files_of_detectron2(root, tmp_path):
+    rng = np.random.default_rng(4)
+    instance = data_cfg("instance", custom=(custom_entry("coco_instance", root),)).DATASETS.TRAIN[0]
+    entry = custom_entry("sem_seg", root)
+    cfg = data_cfg("semantic", custom=(entry,))
+    outputs = [_random_instances(record, rng) for record in load_dataset(instance)]
+    maps = [_one_hot(rng.integers(7, size=(64, 64)), 7) for _ in outputs]
+    ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
+    pairs = (
+        (InstanceEvaluator(instance, ours), COCOEvaluator(instance, ("bbox", "segm"), output_dir=theirs), outputs),
+        (build_evaluators(cfg, entry["name"], ours)[0], SemSegEvaluator(entry["name"], output_dir=theirs), maps),
+    )
+    for our, their, predictions in pairs:
+        results = []
+        records = load_dataset(instance if predictions is outputs else entry["name"])
+        for evaluator in (our, their):
+            evaluator.reset()
+            evaluator.process(records, predictions)
+            results.append(evaluator.evaluate())
+        assert results[0].keys() == results[1].keys()
+        for kind, metrics in results[1].items():
+            assert results[0][kind].keys() == metrics.keys()
+            assert results[0][kind] == pytest.approx(metrics, abs=1e-9, nan_ok=True)
+    assert 5 < results[0]["sem_seg"]["mIoU"] < 95
+    assert sorted(os.listdir(ours)) == sorted(os.listdir(theirs))
+    for name in ("coco_instances_results.json", "sem_seg_predictions.json"):
+        with open(os.path.join(ours, name)) as a, open(os.path.join(theirs, name)) as b:
+            assert json.load(a) == json.load(b)
 
 
 def test_no_instances_at_all_still_has_the_metric(root):

@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError, KNetError
-from .coco_json import read_coco_json
+from .coco_json import find_unknown_category, forget_large_files, read_coco_json
 from .mapper import build_loss_mapper, build_mapper
 from .sampler import SampleKey, TrainingBatchSampler
 from .workers import ignore_stop_signals
@@ -69,6 +68,7 @@ def build_train_loader(
         groups=_aspect_groups(dataset) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
     )
     mapped = MappedDataset(dataset, mapper or build_mapper(cfg, is_train=True), seed)
+    forget_large_files()
     return RaisingDataLoader(mapped, batch_sampler=sampler, **_loader_options(cfg))
 
 
@@ -221,27 +221,15 @@ def _reason(name: str) -> str | None:
             content = read_coco_json(path)
         except DataError as error:
             return str(error)
-        reason = _category_reason(path, content)
-        if reason:
-            return reason
+        if not {"images", "annotations", "categories"} <= set(content):
+            return f"{path} lacks one of the keys images, annotations, categories of the COCO format."
+        unknown = find_unknown_category(content)
+        if unknown:
+            return f"{path} {unknown}"
     for key in ("image_root", "sem_seg_root", "panoptic_root"):
         path = metadata.get(key)
         if path is not None and not PathManager.isdir(path):
             return f"folder {path} ({key}) does not exist. {hint}"
-    return None
-
-
-def _category_reason(path: str, content: dict[str, Any]) -> str | None:
-    if not {"images", "annotations", "categories"} <= set(content):
-        return f"{path} lacks one of the keys images, annotations, categories of the COCO format."
-    known = {category.get("id") for category in content["categories"]}
-    for annotation in content["annotations"]:
-        for part in annotation.get("segments_info", [annotation]):
-            if part.get("category_id") not in known:
-                return (
-                    f"{path} has category_id {part.get('category_id')} at an annotation of image "
-                    f"{annotation.get('image_id')}, which is not in its categories. Correct one of them."
-                )
     return None
 
 
@@ -250,8 +238,7 @@ def _add_sizes(records: list[dict], metadata: Metadata) -> None:
     path = metadata.get("panoptic_json")
     if path is None:
         return
-    with PathManager.open(path) as f:
-        images = {image["id"]: image for image in json.load(f)["images"]}
+    images = {image["id"]: image for image in read_coco_json(path)["images"]}
     for record in records:
         image = images.get(record.get("image_id"), {})
         if "height" in image and "width" in image:

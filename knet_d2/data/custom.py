@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError
-from .coco_json import read_coco_json
+from .coco_json import instance_records, read_coco_json
+from .files import files_below
 from .split import Part, load_part
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def _parts(entry: dict[str, Any]) -> list[tuple[str, Part | None]]:
 def _register_instance(name: str, entry: dict[str, Any]) -> Loader:
     json_file, images = entry["json"], entry["images"]
     MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
-    return lambda: load_instances_json(json_file, images, name)
+    return lambda: instance_records(json_file, images, name)
 
 
 def _register_panoptic(name: str, entry: dict[str, Any]) -> Loader:
@@ -129,12 +129,6 @@ _REGISTER: dict[str, Callable[[str, dict[str, Any]], Loader]] = {
     "coco_panoptic": _register_panoptic,
     "sem_seg": _register_sem_seg,
 }
-
-
-def load_instances_json(json_file: str, image_root: str, name: str) -> list[dict]:
-    """Detectron2's load_coco_json, after the file was checked."""
-    read_coco_json(json_file)
-    return load_coco_json(json_file, image_root, name)
 
 
 def load_panoptic_json(json_file: str, image_root: str, panoptic_root: str, name: str) -> list[dict]:
@@ -208,7 +202,7 @@ def load_label_folder(image_root: str, label_root: str, label_map: np.ndarray) -
         label_root: folder of PNGs that hold one class id per pixel.
         label_map: value in the PNG -> label, see read_sem_seg.
     """
-    images, labels = _files(image_root, IMAGE_SUFFIXES), _files(label_root, (".png",))
+    images, labels = _by_stem(image_root, IMAGE_SUFFIXES), _by_stem(label_root, (".png",))
     missing = sorted(set(images) - set(labels))
     if missing:
         raise DataError(
@@ -225,18 +219,12 @@ def load_label_folder(image_root: str, label_root: str, label_map: np.ndarray) -
     ]
 
 
-def _files(root: str, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """Path below root without suffix -> path, of the files with one of the suffixes."""
-    found = {}
-    for folder, _, names in os.walk(root, followlinks=True):
-        for name in names:
-            path = os.path.join(folder, name)
-            stem, suffix = os.path.splitext(os.path.relpath(path, root))
-            if suffix.lower() not in suffixes:
-                continue
-            if stem in found:
-                raise DataError(f"{found[stem]} and {path} have the same name. Rename one, or move it away.")
-            found[stem] = path
+def _by_stem(root: str, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """The files below root with one of the suffixes: path below root without suffix -> path."""
+    found: dict[str, str] = {}
+    for stem, path in files_below(root, suffixes):
+        if found.setdefault(stem, path) != path:
+            raise DataError(f"{found[stem]} and {path} have the same name. Rename one, or move it away.")
     if not found:
         state = f"has no file of type {', '.join(suffixes)}" if os.path.isdir(root) else "does not exist"
         raise DataError(f"Folder {root} {state}.")

@@ -5,11 +5,11 @@ from typing import Any
 
 import pycocotools.mask as mask_util
 
-from .coco import check_categories, check_image_ids, check_image_list, image_entries, lacking, read_json
+from ..segmentation import SegmentationError, find_outside, read_segmentation
+from .coco import check_image_ids, check_twice, image_entries, lacking, read_json
 from .faults import Fault
 from .images import check_images
 from .report import DatasetReport, Use, size_name
-from .segmentation import SegmentationError, find_outside, read_segmentation
 
 # Differences of a box's corners from its mask's, in pixels and as a part of its size, that rounding explains.
 _BOX_PIXELS, _BOX_PART = 3.0, 0.1
@@ -31,8 +31,8 @@ def check_instances(name: str, json_file: str, image_root: str, use: Use) -> Dat
         return DatasetReport(name, faults)
     images = lacking(content["images"], ("id", "file_name", "height", "width"), json_file, "image", faults)
     categories = lacking(content["categories"], ("id", "name"), json_file, "category", faults)
-    check_categories(categories, json_file, faults)
-    check_image_list(images, json_file, faults)
+    check_twice(categories, "category", "name", json_file, faults)
+    check_twice(images, "image", "file_name", json_file, faults)
     facts, image_faults = check_images(image_entries(images, image_root))
     annotations = _check_annotations(content["annotations"], json_file, faults)
     by_id = {image["id"]: image for image in content["images"] if "id" in image}

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ...errors import DataError
 from ..custom import IMAGE_SUFFIXES
-from ..files import read_labels
+from ..files import files_below, read_labels
 from .faults import Fault
 from .images import MAX_THREADS, ImageEntry, check_images
 from .report import DatasetReport, Use
@@ -31,8 +31,9 @@ def check_labels(
         use: what the data set is for.
     """
     faults: list[Fault] = []
-    images = _files(image_root, IMAGE_SUFFIXES, faults)
-    labels = _files(label_root, (".png",), faults)
+    folders = (image_root, label_root)
+    faults += [Fault("missing folder", x, "", "does not exist") for x in folders if not os.path.isdir(x)]
+    images, labels = dict(files_below(image_root, IMAGE_SUFFIXES)), dict(files_below(label_root, (".png",)))
     if use.part is not None:
         names = {os.path.relpath(path, image_root).replace(os.sep, "/"): stem for stem, path in images.items()}
         others = set(images) - {names[name] for name in use.part.select(names)}
@@ -57,20 +58,6 @@ def check_labels(
     if use.is_training:
         faults += counts.find_unused_classes(label_root)
     return DatasetReport(name, image_faults + faults, len(images), counts.table(), counts.summary(), facts)
-
-
-def _files(root: str, suffixes: tuple[str, ...], faults: list[Fault]) -> dict[str, str]:
-    """Path below root without suffix -> path, of the files with one of the suffixes."""
-    if not os.path.isdir(root):
-        faults.append(Fault("missing folder", root, "", "does not exist"))
-    found = {}
-    for folder, _, names in os.walk(root, followlinks=True):
-        for name in sorted(names):
-            path = os.path.join(folder, name)
-            stem, suffix = os.path.splitext(os.path.relpath(path, root))
-            if suffix.lower() in suffixes:
-                found[stem] = path
-    return found
 
 
 def _read_values(path: str) -> tuple[tuple[int, int], dict[int, int]] | Fault:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ...errors import DataError
 from ..files import read_panoptic
-from .coco import check_categories, check_image_ids, check_image_list, image_entries, lacking, read_json
+from .coco import check_image_ids, check_twice, image_entries, lacking, read_json
 from .faults import Fault
 from .images import MAX_THREADS, check_images
 from .report import DatasetReport, Use, size_name
@@ -45,10 +45,10 @@ def check_panoptic(name: str, json_file: str, image_root: str, panoptic_root: st
         return DatasetReport(name, faults)
     images = lacking(content["images"], ("id", "file_name"), json_file, "image", faults)
     categories = lacking(content["categories"], ("id", "name", "isthing"), json_file, "category", faults)
-    check_categories(categories, json_file, faults)
+    check_twice(categories, "category", "name", json_file, faults)
     if len(categories) == len(content["categories"]):
         faults += _check_kinds(categories, json_file, use.task)
-    check_image_list(images, json_file, faults)
+    check_twice(images, "image", "file_name", json_file, faults)
     facts, image_faults = check_images(image_entries(images, image_root))
     by_id = {image["id"]: image for image in images}
     keys = ("image_id", "file_name", "segments_info")
