@@ -11,6 +11,7 @@ from panopticapi.utils import rgb2id
 from tqdm import tqdm
 
 from ...errors import DataError
+from ...tasks import Task
 from ..files import read_panoptic
 from .coco import check_image_ids, check_twice, image_entries, lacking, read_json
 from .faults import Fault
@@ -37,7 +38,7 @@ def check_panoptic(name: str, json_file: str, image_root: str, panoptic_root: st
     Args:
         name: of the data set.
         json_file, image_root, panoptic_root: its paths.
-        use: what the data set is for; the task "panoptic" needs things and stuff.
+        use: what the data set is for; its task tells whether things and stuff are needed.
     """
     faults: list[Fault] = []
     content = read_json(json_file, use, faults)
@@ -72,13 +73,11 @@ def check_panoptic(name: str, json_file: str, image_root: str, panoptic_root: st
     return DatasetReport(name, image_faults + faults, len(images), counts.table(), counts.summary(), facts)
 
 
-def _check_kinds(categories: list[dict], path: str, task: str) -> list[Fault]:
-    if task == "semantic":
-        return []
+def _check_kinds(categories: list[dict], path: str, task: Task) -> list[Fault]:
     faults = []
-    if not any(category["isthing"] for category in categories):
+    if task.things and not any(category["isthing"] for category in categories):
         faults.append(Fault("no things", path, "", "none of its categories is a thing"))
-    if task == "panoptic" and all(category["isthing"] for category in categories):
+    if task.stuff == "stuff" and all(category["isthing"] for category in categories):
         faults.append(Fault("no stuff", path, "", "all its categories are things"))
     return faults
 

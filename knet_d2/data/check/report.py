@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from ...tasks import Task
 from ..split import Part
 from .faults import ERROR, KINDS, Fault
 from .images import ImageFacts
@@ -23,13 +24,13 @@ class Use(NamedTuple):
 
     Attributes:
         is_training: whether it is trained on.
-        task: MODEL.KNET.TASK.
+        task: of the model.
         num_kernels: instance kernels of the model.
         part: which of its images are used, if not all.
     """
 
     is_training: bool
-    task: str
+    task: Task
     num_kernels: int
     part: Part | None = None
 
