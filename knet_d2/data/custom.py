@@ -46,7 +46,7 @@ def register_custom_datasets(cfg: CfgNode) -> None:
                 raise ConfigError(
                     f"DATASETS.CUSTOM[{i}].name: a data set {name!r} with other content exists. Choose another name."
                 )
-            load = _REGISTER[entry["type"]](name, entry)
+            load = FORMATS[entry["type"]](name, entry)
             if part is not None:
                 MetadataCatalog.get(name).part = part
                 load = functools.partial(load_part, load, name)
@@ -60,9 +60,6 @@ def _parts(entry: dict[str, Any]) -> list[tuple[str, Part | None]]:
     if fraction is None:
         return [(name, None)]
     return [(f"{name}_train", Part(fraction, False)), (f"{name}_val", Part(fraction, True))]
-
-
-# Each sets the metadata of a name, and returns what loads the records.
 
 
 def _register_instance(name: str, entry: dict[str, Any]) -> Loader:
@@ -124,7 +121,8 @@ KEYS: dict[str, dict[str, tuple[bool, tuple]]] = {
         "label_values": (False, (int, list, tuple)),
     },
 }
-_REGISTER: dict[str, Callable[[str, dict[str, Any]], Loader]] = {
+# Type -> sets the metadata of a name from an entry, and returns what loads the records.
+FORMATS: dict[str, Callable[[str, dict[str, Any]], Loader]] = {
     "coco_instance": _register_instance,
     "coco_panoptic": _register_panoptic,
     "sem_seg": _register_sem_seg,
