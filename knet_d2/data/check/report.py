@@ -11,13 +11,6 @@ from ..split import Part
 from .faults import ERROR, KINDS, Fault
 from .images import ImageFacts
 
-# COCO's: areas in pixels of the original image.
-_SMALL, _MEDIUM = 32**2, 96**2
-
-
-def size_name(area: int) -> str:
-    return "small" if area < _SMALL else "medium" if area < _MEDIUM else "large"
-
 
 class Use(NamedTuple):
     """What a data set is for.

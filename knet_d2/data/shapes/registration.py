@@ -72,7 +72,7 @@ def register_shapes(root: str) -> None:
     number = len(ids["thing"])
     of_instance = {"thing_classes": names[:number], "thing_colors": colors[:number]}
     of_panoptic = {"thing_classes": names, "thing_colors": colors, "stuff_classes": names, "stuff_colors": colors}
-    metadata = {
+    metadata: dict[str, dict[str, Any]] = {
         "instance": {**of_instance, "thing_dataset_id_to_contiguous_id": ids["thing"]},
         "panoptic": {**of_panoptic, **{f"{kind}_dataset_id_to_contiguous_id": x for kind, x in ids.items()}},
         "semantic": {"stuff_classes": names, "stuff_colors": colors},
