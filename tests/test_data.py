@@ -339,6 +339,37 @@ def test_semantic_and_instance_models_read_panoptic_data_sets(root, entries):
         assert "sem_seg" not in example and len(example["instances"].gt_classes) == len(example["instances"])
 
 
+def test_segments_that_do_not_say_what_they_are(entries):
+    """Cityscapes' have no "isthing"."""
+    cfg = data_cfg("panoptic", custom=(entries["coco_panoptic"],))
+    record = load_dataset(cfg.DATASETS.TRAIN[0])[0]
+    silent = [{k: v for k, v in x.items() if k != "isthing"} for x in record["segments_info"]]
+    a, b = (build_mapper(cfg, True)(x) for x in (record, {**record, "segments_info": silent}))
+    assert torch.equal(a["sem_seg"], b["sem_seg"]) and len(a["instances"]) > 0
+    assert torch.equal(a["instances"].gt_masks.tensor, b["instances"].gt_masks.tensor)
+
+
+def test_instance_models_may_have_more_classes_than_a_label_map_holds(entries):
+    cfg = data_cfg("instance", custom=(entries["coco_instance"],))
+    cfg.MODEL.KNET.NUM_THING_CLASSES, cfg.MODEL.KNET.THING_CATEGORY_IDS = 365, list(range(365))
+    assert len(build_mapper(cfg, True)(load_dataset(cfg.DATASETS.TRAIN[0])[0])["instances"]) > 0
+
+
+@pytest.mark.parametrize("labels", [{0: 0, 1: 255}, {0: 255, 1: 0}])
+def test_label_maps_of_one_class_are_told_when_training_starts(root, tmp_path, caplog, labels):
+    """Masks of 0 and 255, where 255 is ignored; and one class of which the rest is ignored."""
+    for name in os.listdir(os.path.join(root, "semantic")):
+        is_thing = np.array(Image.open(os.path.join(root, "semantic", name))) < T_NUM
+        Image.fromarray(np.where(is_thing, labels[1], labels[0]).astype(np.uint8)).save(tmp_path / name)
+    entry = custom_entry("sem_seg", root, labels=str(tmp_path), classes=["background", "object"])
+    build_train_loader(data_cfg("semantic", custom=(entry,)))
+    assert f"All labelled pixels of {entry['name']} that were read are of the class background" in caplog.text
+    caplog.clear()
+    both = {**entry, "name": unique_name("both"), "label_values": [0, 255], "ignore": []}
+    build_train_loader(data_cfg("semantic", custom=(both,)))
+    assert "All labelled" not in caplog.text
+
+
 def test_an_image_without_instances_has_empty_masks(entries):
     cfg = data_cfg("instance", custom=(entries["coco_instance"],))
     record = {**load_dataset(cfg.DATASETS.TRAIN[0])[0], "annotations": []}

@@ -57,7 +57,7 @@ _PANOPTIC: dict[str, tuple[str, Builder]] = {
     "sem_seg": ("sem_seg_root", _semantic),
 }
 EVALUATORS: dict[str, dict[str, tuple[str, Builder]]] = {
-    "coco": {"instances": ("json_file", _instance)},
+    "coco": {"instances": ("thing_classes", _instance)},
     "coco_panoptic_seg": _PANOPTIC,
     "cityscapes_panoptic_seg": _PANOPTIC,
     "sem_seg": {"sem_seg": ("stuff_classes", _semantic)},
@@ -81,7 +81,8 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None 
     if dataset_name not in DatasetCatalog:
         load_dataset(dataset_name, "DATASETS.TEST")  # raises with a suggestion
     metadata = loaded_metadata(dataset_name)
-    kind, outputs = metadata.get("evaluator_type"), get_task(cfg).checked_outputs(cfg.MODEL.KNET.TEST.OUTPUTS)
+    kind = metadata.get("evaluator_type") or _kind_of_records(dataset_name)
+    outputs = get_task(cfg).checked_outputs(cfg.MODEL.KNET.TEST.OUTPUTS)
     if kind not in EVALUATORS:
         raise ConfigError(
             f"Data set {dataset_name} (DATASETS.TEST) has evaluator_type {kind!r} in its metadata; known are "
@@ -103,3 +104,10 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None 
             f"MODEL.KNET.TEST.OUTPUTS) gives {', '.join(outputs)}."
         )
     return evaluators
+
+
+def _kind_of_records(name: str) -> str | None:
+    """The evaluator_type of a data set that was registered in Python without one."""
+    record = load_dataset(name, "DATASETS.TEST")[0]
+    kinds = {"annotations": "coco", "sem_seg_file_name": "sem_seg"}
+    return next((kind for key, kind in kinds.items() if key in record), None)

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
 from ..data import load_dataset
+from ..data.build import ONE_CLASS, warn_of_absent_classes
 from ..data.mapper import read_sem_seg
 from ..errors import DataError
 
@@ -53,7 +54,7 @@ class SemanticEvaluator(DatasetEvaluator):
             inputs: with "file_name".
             outputs: with "sem_seg": scores [K, H, W] of the K classes of the model.
         """
-        size, ignored = len(self._confusion), self._metadata.ignore_label
+        size, ignored = len(self._confusion), self._metadata.get("ignore_label", 255)
         for image, output in zip(inputs, outputs, strict=True):
             predicted = self._class_ids[output["sem_seg"].argmax(dim=0).cpu().numpy()]
             labels = read_sem_seg(self._records[image["file_name"]], predicted.shape, size - 1, ignored)
@@ -76,6 +77,12 @@ class SemanticEvaluator(DatasetEvaluator):
             )
         right, of_class = confusion.diagonal(), confusion.sum(axis=0)
         there = of_class > 0
+        names = self._metadata.stuff_classes
+        absent = [name for name, is_there in zip(names, there, strict=True) if not is_there]
+        if there.sum() == 1:
+            logger.warning(ONE_CLASS, self._dataset_name, names[there.argmax()])
+        else:
+            warn_of_absent_classes(self._dataset_name, absent, "pixel")
         accuracy, iou = np.full((2, len(confusion)), np.nan)
         accuracy[there] = right[there] / of_class[there]
         iou[there] = right[there] / (of_class + confusion.sum(axis=1) - right)[there]
@@ -85,7 +92,6 @@ class SemanticEvaluator(DatasetEvaluator):
             "mACC": accuracy[there].mean(),
             "pACC": right.sum() / of_class.sum(),
         }
-        names = self._metadata.stuff_classes
         each = {f"{key}-{name}": x for key, of in (("IoU", iou), ("ACC", accuracy)) for name, x in zip(names, of)}
         metrics = {key: 100 * float(value) for key, value in {**overall, **each}.items()}
         if self._output_dir:

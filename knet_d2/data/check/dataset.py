@@ -58,7 +58,7 @@ def _check_files(cfg: CfgNode, name: str, metadata: Metadata) -> list[DatasetRep
     kind = metadata.get("evaluator_type")
     use = Use(name in cfg.DATASETS.TRAIN, get_task(cfg), cfg.MODEL.KNET.NUM_KERNELS, metadata.get("part"))
     reports = []
-    if metadata.get("panoptic_json"):
+    if metadata.get("panoptic_json") and kind == "coco_panoptic_seg":  # Cityscapes' images have other names
         paths = (metadata.panoptic_json, metadata.image_root, metadata.panoptic_root)
         reports.append(check_panoptic(name, *paths, use))
     if metadata.get("json_file") and kind in ("coco", "coco_panoptic_seg"):
