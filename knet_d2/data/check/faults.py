@@ -117,7 +117,8 @@ KINDS: dict[str, Kind] = {
     ),
     "nothing labelled": Kind(WARNING, "All pixels are ignored. Remove the image, or check 'ignore'."),
     "only one class": Kind(
-        ERROR, "There is nothing to tell apart: check label_values and ignore (which has 255 by default)."
+        ERROR,
+        "There is nothing to tell apart: give the rest a class, too. Check label_values and ignore (255 by default).",
     ),
     "other classes": Kind(ERROR, "Training and validation must have the same classes in the same order."),
 }

@@ -2,16 +2,14 @@
 
 import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tqdm import tqdm
 
 from ...errors import DataError
 from ..custom import IMAGE_SUFFIXES
 from ..files import files_below, read_labels
 from .faults import Fault
-from .images import MAX_THREADS, ImageEntry, check_images
+from .images import ImageEntry, check_images, map_files
 from .report import DatasetReport, Use
 
 _IGNORED = 255
@@ -51,10 +49,8 @@ def check_labels(
     stems = sorted(set(labels) & set(images))
     paths = [labels[stem] for stem in stems]
     sizes = [facts[images[stem]].size if images[stem] in facts else None for stem in stems]
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        values = tqdm(pool.map(_read_values, paths), "Reading label maps", len(paths), unit="image", mininterval=1)
-        for path, size, found in zip(paths, sizes, values, strict=True):
-            faults += [found] if isinstance(found, Fault) else counts.add(path, size, *found)
+    for path, size, found in zip(paths, sizes, map_files(_read_values, paths, "Reading label maps"), strict=True):
+        faults += [found] if isinstance(found, Fault) else counts.add(path, size, *found)
     if use.is_training:
         faults += counts.find_unused_classes(label_root)
     return DatasetReport(name, image_faults + faults, len(images), counts.table(), counts.summary(), facts)
@@ -107,8 +103,8 @@ class _Counts:
         if not self._pixels:
             return []  # nothing was read at all
         used = [i for i in range(len(self._classes)) if self._pixels[i]]
-        if len(used) == 1 and len(self._classes) > 1:
-            what = f"all labelled pixels are {self._classes[used[0]]!r}, of {len(self._classes)} classes"
+        if len(used) == 1:
+            what = f"all labelled pixels are {self._classes[used[0]]!r}"
             return [Fault("only one class", label_root, "", what)]
         return [
             Fault("unused class", label_root, f"class {i}", f"{name!r} has no pixel")

@@ -1,14 +1,13 @@
 """COCO panoptic JSON with its PNGs and images."""
 
+import functools
 import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
 from panopticapi.utils import rgb2id
-from tqdm import tqdm
 
 from ...errors import DataError
 from ...tasks import Task
@@ -16,7 +15,7 @@ from ..files import read_panoptic
 from .coco import check_image_ids, check_twice, image_entries, lacking, read_json
 from .counts import ObjectCounts
 from .faults import Fault
-from .images import MAX_THREADS, check_images
+from .images import check_images, map_files
 from .report import DatasetReport, Use
 
 # Unknown ids of a PNG that are named one by one; more are the work of a lossy file.
@@ -67,7 +66,8 @@ def check_panoptic(name: str, json_file: str, image_root: str, panoptic_root: st
         pngs.append(_Png(annotation, os.path.join(panoptic_root, annotation["file_name"]), size))
     by_category = {category["id"]: category for category in content["categories"] if "id" in category}
     counts = ObjectCounts(by_category, json_file, "segment")
-    for png, (found, areas) in zip(pngs, _check_pngs(pngs, json_file), strict=True):
+    results = map_files(functools.partial(_check_png, json_file=json_file), pngs, "Reading panoptic PNGs")
+    for png, (found, areas) in zip(pngs, results, strict=True):
         faults += found + _check_segments(png.annotation, areas, counts, json_file)
     faults += counts.find_crowded_images(use.num_kernels, {i: image["file_name"] for i, image in by_id.items()})
     if use.is_training:
@@ -84,14 +84,8 @@ def _check_kinds(categories: list[dict], path: str, task: Task) -> list[Fault]:
     return faults
 
 
-def _check_pngs(pngs: list[_Png], json_file: str) -> list[tuple[list[Fault], dict[int, int]]]:
-    """Faults, and pixels by segment id, of each."""
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda png: _check_png(png, json_file), pngs)
-        return list(tqdm(results, "Reading panoptic PNGs", len(pngs), unit="image", mininterval=1))
-
-
 def _check_png(png: _Png, json_file: str) -> tuple[list[Fault], dict[int, int]]:
+    """Faults, and pixels by segment id."""
     annotation, path, size = png
     faults = []
     segments = [segment for segment in annotation["segments_info"] if "id" in segment]
