@@ -20,7 +20,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError, KNetError
 from ..tasks import get_task
-from .coco_json import find_unknown_category, forget_large_files, read_coco_json
+from .coco_json import check_categories, forget_large_files, read_coco_json
 from .mapper import build_loss_mapper, build_mapper
 from .sampler import SampleKey, TrainingBatchSampler
 from .workers import ignore_stop_signals
@@ -231,14 +231,9 @@ def _reason(name: str) -> str | None:
         if not PathManager.isfile(path):
             return f"annotation file {path} does not exist. {hint}"
         try:
-            content = read_coco_json(path)
+            check_categories(read_coco_json(path), path)
         except DataError as error:
             return str(error)
-        if not {"images", "annotations", "categories"} <= set(content):
-            return f"{path} lacks one of the keys images, annotations, categories of the COCO format."
-        unknown = find_unknown_category(content)
-        if unknown:
-            return f"{path} {unknown}"
     for key in ("image_root", "sem_seg_root", "panoptic_root"):
         path = metadata.get(key)
         if path is not None and not PathManager.isdir(path):

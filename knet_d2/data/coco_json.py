@@ -9,12 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from detectron2.data import MetadataCatalog
-from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..errors import DataError
-from .segmentation import SegmentationError, check_segmentation, read_rle
+from .segmentation import SegmentationError, check_segmentation
 
 _LARGEST_SIDE = 2**16
 # Files of this many bytes together stay in memory, where their content takes about five times as much.
@@ -97,7 +95,7 @@ def read_coco_json(path: str) -> dict[str, Any]:
     """
     content = parse_json(path)
     if not _files[path].is_checked:
-        _raise_if(find_wrong_type(content) or find_repeated_id(content) or find_wrong_mask(content), path)
+        raise_wrong(find_wrong_type(content) or find_repeated_id(content) or find_wrong_mask(content), path)
         _files[path].is_checked = True
     return content
 
@@ -130,25 +128,26 @@ def check_for_evaluation(content: dict[str, Any], path: str) -> None:
 
     RLE of another size than the image's would be compared as if it were of that size.
     """
-    sizes = {image["id"]: [image.get("height"), image.get("width")] for image in content.get("images", ())}
+    sizes = {image.get("id"): [image.get("height"), image.get("width")] for image in content.get("images", ())}
     for i, annotation in enumerate(content.get("annotations", ())):
         missing = [key for key in ("id", "image_id", "category_id", "area", "iscrowd") if key not in annotation]
         missing += [] if len(annotation.get("bbox", ())) == 4 else ["bbox [x, y, width, height]"]
         missing += [] if annotation.get("segmentation") else ["segmentation"]
         if missing:
-            _raise_if(WrongType(f"annotations[{i}]", f"lacks {missing[0]}, which the evaluation reads"), path)
+            raise_wrong(WrongType(f"annotations[{i}]", f"lacks {missing[0]}, which the evaluation reads"), path)
         segmentation = annotation["segmentation"]
         if isinstance(segmentation, list) and len(segmentation[0]) < 5:
             # from the length of the first one pycocotools concludes what the list holds
             wrong = WrongType(f"annotations[{i}].segmentation", "begins with a polygon of fewer than 3 points")
-            _raise_if(wrong, path)
+            raise_wrong(wrong, path)
         size = sizes.get(annotation["image_id"], [None, None])
         if isinstance(segmentation, dict) and None not in size and list(segmentation["size"]) != size:
             what = f"is RLE of size {segmentation['size']}; its image has [height, width] {size}"
-            _raise_if(WrongType(f"annotations[{i}].segmentation", what), path)
+            raise_wrong(WrongType(f"annotations[{i}].segmentation", what), path)
 
 
-def _raise_if(wrong: WrongType | None, path: str) -> None:
+def raise_wrong(wrong: WrongType | None, path: str) -> None:
+    """Raise a DataError that names file and place, if anything is wrong."""
     if wrong:
         where = f"{wrong.where}: " if wrong.where else ""
         raise DataError(f"{path}: {where}{wrong.what}. Correct it, or export the annotations again.")
@@ -203,76 +202,18 @@ def find_wrong_mask(content: dict[str, Any]) -> WrongType | None:
     return None
 
 
-def find_unknown_category(content: dict[str, Any]) -> str | None:
-    """What is wrong with the first annotation or segment whose category_id is not in the categories, in words."""
+def check_categories(content: dict[str, Any], path: str) -> None:
+    """Raise a DataError unless all annotations and segments are of one of the categories."""
+    if not content.get("categories") or "images" not in content:
+        raise DataError(f"{path} lacks one of the keys images, annotations, categories of the COCO format.")
     known = {category.get("id") for category in content["categories"]}
     for annotation in content.get("annotations", ()):
         for part in annotation.get("segments_info", [annotation]):
             if part.get("category_id") not in known:
-                return (
-                    f"has category_id {part.get('category_id')} at an annotation of image "
+                raise DataError(
+                    f"{path} has category_id {part.get('category_id')} at an annotation of image "
                     f"{annotation.get('image_id')}, which is not in its categories. Correct one of them."
                 )
-    return None
-
-
-def instance_records(path: str, image_root: str, name: str) -> list[dict]:
-    """The records of a JSON of instances, as Detectron2's load_coco_json gives them, and the classes in the metadata.
-
-    Raises:
-        DataError: names the place.
-    """
-    content = read_coco_json(path)
-    _check_keys(content, path)
-    metadata = MetadataCatalog.get(name)
-    ordered = sorted(content["categories"], key=lambda category: category["id"])
-    contiguous = {category["id"]: i for i, category in enumerate(ordered)}
-    metadata.thing_classes = [category["name"] for category in ordered]
-    metadata.thing_dataset_id_to_contiguous_id = contiguous
-    of_image: dict[Any, list[dict]] = {image["id"]: [] for image in content["images"]}
-    ids = set()
-    for i, annotation in enumerate(content.get("annotations", ())):
-        if annotation.get("ignore", 0):
-            _raise_if(WrongType(f"annotations[{i}].ignore", "is set, which is not supported"), path)
-        if annotation["id"] in ids and "minival" not in path:  # COCO's own minival sets have ids twice
-            _raise_if(WrongType(f"annotations[{i}].id", f"is {_short(annotation['id'])}, as another one's"), path)
-        ids.add(annotation["id"])
-        if annotation["image_id"] in of_image:
-            of_image[annotation["image_id"]].append(annotation)
-    return [
-        {
-            "file_name": os.path.join(image_root, image["file_name"]),
-            "height": image["height"],
-            "width": image["width"],
-            "image_id": image["id"],
-            "annotations": [x for x in (_instance(y, contiguous) for y in of_image[image["id"]]) if x],
-        }
-        for image in sorted(content["images"], key=lambda image: image["id"])
-    ]
-
-
-def _check_keys(content: dict[str, Any], path: str) -> None:
-    if not content.get("categories") or "images" not in content:
-        raise DataError(f"{path} lacks one of the keys images, annotations, categories of the COCO format.")
-    unknown = find_unknown_category(content)
-    if unknown:
-        raise DataError(f"{path} {unknown}")
-
-
-def _instance(annotation: dict[str, Any], contiguous: dict[Any, int]) -> dict[str, Any] | None:
-    """An annotation of a record; None where none of its polygons has an area."""
-    keys = ("iscrowd", "bbox", "keypoints", "category_id")
-    instance = {key: annotation[key] for key in keys if key in annotation}
-    if instance.get("keypoints"):  # x and y count pixels, not corners of pixels as all other coordinates do
-        instance["keypoints"] = [x if i % 3 == 2 else x + 0.5 for i, x in enumerate(instance["keypoints"])]
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, list) and segmentation:
-        segmentation = [polygon for polygon in segmentation if len(polygon) % 2 == 0 and len(polygon) >= 6]
-        if not segmentation:
-            return None
-    if segmentation:
-        instance["segmentation"] = read_rle(segmentation) if isinstance(segmentation, dict) else segmentation
-    return {**instance, "bbox_mode": BoxMode.XYWH_ABS, "category_id": contiguous[annotation["category_id"]]}
 
 
 def _short(value: Any) -> str:

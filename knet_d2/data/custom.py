@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError
-from .coco_json import instance_records, read_coco_json
+from .coco_records import instance_records, panoptic_records
 from .files import files_below
 from .split import Part, load_part
 
@@ -79,7 +79,7 @@ def _register_panoptic(name: str, entry: dict[str, Any]) -> Loader:
         label_divisor=1000,
     )
     paths = entry["panoptic_json"], entry["images"], entry["panoptic_root"]
-    return lambda: load_panoptic_json(*paths, name)
+    return lambda: panoptic_records(*paths, name)
 
 
 def _register_sem_seg(name: str, entry: dict[str, Any]) -> Loader:
@@ -127,69 +127,6 @@ FORMATS: dict[str, Callable[[str, dict[str, Any]], Loader]] = {
     "coco_panoptic": _register_panoptic,
     "sem_seg": _register_sem_seg,
 }
-
-
-def load_panoptic_json(json_file: str, image_root: str, panoptic_root: str, name: str) -> list[dict]:
-    """Read a COCO panoptic JSON with any categories and image types, and set the classes in the metadata of name.
-
-    Contiguous ids are things, then stuff, each by rising category id.
-    """
-    content = read_coco_json(json_file)
-    contiguous, things = _set_panoptic_classes(content["categories"], json_file, name)
-    images = {image["id"]: image for image in content["images"]}
-    if "annotations" not in content:  # images to predict only
-        return [
-            {**image, "file_name": os.path.join(image_root, image["file_name"]), "image_id": image["id"]}
-            for image in content["images"]
-        ]
-    records = []
-    for annotation in content["annotations"]:
-        if annotation["image_id"] not in images:
-            raise DataError(
-                f"{json_file} has annotations for image_id {annotation['image_id']}, which is not in its images."
-            )
-        image = images[annotation["image_id"]]
-        segments = []
-        for segment in annotation["segments_info"]:
-            if "id" not in segment:
-                raise DataError(f"{json_file}: a segment of image_id {annotation['image_id']} lacks its 'id'.")
-            category = segment["category_id"]
-            segments.append({**segment, "category_id": contiguous[category], "isthing": category in things})
-        record = {
-            "file_name": os.path.join(image_root, image["file_name"]),
-            "image_id": annotation["image_id"],
-            "pan_seg_file_name": os.path.join(panoptic_root, annotation["file_name"]),
-            "segments_info": segments,
-        }
-        if {"height", "width"} <= set(image):
-            record.update(height=image["height"], width=image["width"])
-        records.append(record)
-    return records
-
-
-def _set_panoptic_classes(categories: list[dict], json_file: str, name: str) -> tuple[dict[int, int], set[int]]:
-    """Returns the contiguous id of each category id, and the category ids of the things."""
-    for category in categories:
-        for key in ("id", "name", "isthing"):
-            if key not in category:
-                raise DataError(
-                    f"{json_file}: category {category} lacks {key!r}. Panoptic categories have id, name and isthing."
-                )
-    ordered = sorted(categories, key=lambda category: (not category["isthing"], category["id"]))
-    contiguous = {category["id"]: i for i, category in enumerate(ordered)}
-    things = {category["id"] for category in ordered if category["isthing"]}
-    metadata = MetadataCatalog.get(name)
-    names = [category["name"] for category in ordered]
-    metadata.set(
-        thing_classes=names,
-        stuff_classes=names,
-        thing_dataset_id_to_contiguous_id={k: v for k, v in contiguous.items() if k in things},
-        stuff_dataset_id_to_contiguous_id={k: v for k, v in contiguous.items() if k not in things},
-    )
-    if all("color" in category for category in ordered):
-        colors = [category["color"] for category in ordered]
-        metadata.set(thing_colors=colors, stuff_colors=colors)
-    return contiguous, things
 
 
 def load_label_folder(image_root: str, label_root: str, label_map: np.ndarray) -> list[dict]:
