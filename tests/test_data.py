@@ -353,6 +353,9 @@ def test_instance_models_may_have_more_classes_than_a_label_map_holds(entries):
     cfg = data_cfg("instance", custom=(entries["coco_instance"],))
     cfg.MODEL.KNET.NUM_THING_CLASSES, cfg.MODEL.KNET.THING_CATEGORY_IDS = 365, list(range(365))
     assert len(build_mapper(cfg, True)(load_dataset(cfg.DATASETS.TRAIN[0])[0])["instances"]) > 0
+    cfg.MODEL.KNET.TASK = "panoptic"
+    with pytest.raises(ConfigError, match="365 classes: learn at most 255"):
+        build_mapper(cfg, True)
 
 
 @pytest.mark.parametrize("labels", [{0: 0, 1: 255}, {0: 255, 1: 0}])

@@ -212,7 +212,10 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> KNetDatasetMapper:
     if is_train and not (knet.THING_CATEGORY_IDS or knet.STUFF_CATEGORY_IDS):
         raise ConfigError("The classes of MODEL.KNET are not known yet: call knet_d2.data.resolve_classes(cfg) first.")
     num_classes, ignore = knet.NUM_THING_CLASSES + knet.NUM_STUFF_CLASSES, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
-    if "sem_seg" in get_task(cfg).annotations and not num_classes <= ignore <= 255:
+    learns_labels = "sem_seg" in get_task(cfg).annotations
+    if learns_labels and num_classes > 255:
+        raise ConfigError(f"MODEL.KNET has {num_classes} classes: learn at most 255 from label maps of 8 bits.")
+    if learns_labels and not num_classes <= ignore <= 255:
         raise ConfigError(f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {ignore}; it must be {num_classes} (classes) to 255.")
     return KNetDatasetMapper(cfg, is_train)
 

@@ -94,12 +94,12 @@ class InstanceEvaluator(DatasetEvaluator):
         if "annotations" not in self._truth:
             logger.info("No annotations to evaluate on: the predictions are written only.")
             return None
-        if not instances:  # for which COCO's program fails
-            logger.warning("The model predicts no instance at all: AP is not a number.")
-            return {kind: dict.fromkeys(_METRICS, float("nan")) for kind in ("bbox", "segm")}
         of_class = Counter(x["category_id"] for x in self._truth["annotations"] if not x["iscrowd"])
         absent = [name for i, name in zip(self._category_ids, self._names, strict=True) if not of_class[i]]
         warn_of_absent_classes(self._metadata.name, absent, "instance")
+        if not instances:  # for which COCO's program fails
+            logger.warning("The model predicts no instance at all: AP is not a number.")
+            return {kind: dict.fromkeys(_METRICS, float("nan")) for kind in ("bbox", "segm")}
         truth = COCO()
         # Copies, since COCO's program writes into the annotations; numbered, since it takes the id 0 for "no match".
         annotations = [{**x, "id": i} for i, x in enumerate(self._truth["annotations"], 1)]
