@@ -122,9 +122,11 @@ class KNetDatasetMapper:
                 f"Image {record['file_name']} has no ground truth for MODEL.KNET.TASK {self.task.name!r}, which needs "
                 f"{self.task.annotation_files}. Choose another data set (DATASETS.TRAIN) or task."
             )
-        png, labels = read_panoptic_segments(record, size) if from_png else None, None
+        png = index = labels = None
+        if from_png:
+            png, index = read_panoptic_segments(record, size)
         if "sem_seg" in needed:
-            labels = self._read_label_map(record, size) if png is None else self._segment_labels(record, png)
+            labels = self._read_label_map(record, size) if index is None else self._segment_labels(record, index)
         # Labels are uint8, as PIL resizes no other; its nearest neighbour is the one that agrees with the image.
         aug_input = T.AugInput(image, sem_seg=labels)
         transforms = self.augmentations(aug_input)
@@ -161,14 +163,16 @@ class KNetDatasetMapper:
         masks = index == np.array(things, dtype=index.dtype)[:, None, None]
         return make_instances(masks, [classes[i] for i in things], size)
 
-    def _segment_labels(self, record: dict[str, Any], png: np.ndarray) -> np.ndarray:
-        """Model classes of the pixels of a panoptic PNG, uint8 [H, W]; void is ignored."""
+    def _segment_labels(self, record: dict[str, Any], index: np.ndarray) -> np.ndarray:
+        """Model classes of the pixels of a panoptic PNG, uint8 [H, W]; void is ignored.
+
+        index: see segment_index.
+        """
         segments = record["segments_info"]
         ignored = [bool(x.get("iscrowd", 0)) and "instances" in self.task.annotations for x in segments]
         classes = self._segment_classes(record)
         lookup = [self.ignore_value if i else k for i, k in zip(ignored, classes, strict=True)]
-        lookup += [self.ignore_value] * 2  # of void, and of unknown ids, which were refused already
-        return np.array(lookup, np.uint8)[segment_index(png, [x["id"] for x in segments])]
+        return np.array([*lookup, self.ignore_value], np.uint8)[index]
 
     def _segment_classes(self, record: dict[str, Any]) -> list[int]:
         """The model's class of each segment of a panoptic PNG."""
@@ -251,14 +255,15 @@ def read_sem_seg(record: dict[str, Any], size: tuple[int, int], num_classes: int
     return labels
 
 
-def read_panoptic_segments(record: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-    """Read "pan_seg_file_name", checked against "segments_info": uint8 [H, W, 3]."""
+def read_panoptic_segments(record: dict[str, Any], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Read "pan_seg_file_name", checked against "segments_info": uint8 [H, W, 3], and its segment_index [H, W]."""
     path = record["pan_seg_file_name"]
     ids_rgb = read_panoptic(path, record["file_name"], size)
     ids = [x["id"] for x in record["segments_info"]]
-    pixels = np.bincount(segment_index(ids_rgb, ids).reshape(-1), minlength=len(ids) + 2)
+    index = segment_index(ids_rgb, ids)
+    pixels = np.bincount(index.reshape(-1), minlength=len(ids) + 2)
     if pixels[-1]:
-        unknown = ids_rgb[segment_index(ids_rgb, ids) > len(ids)][0].astype(np.int64) @ [1, 256, 65536]
+        unknown = ids_rgb[index > len(ids)][0].astype(np.int64) @ [1, 256, 65536]
         raise DataError(
             f"Panoptic PNG {path} has segment id {unknown}, which its JSON's segments_info lacks. "
             "Add the segment to the JSON or paint it 0 (void)."
@@ -269,7 +274,7 @@ def read_panoptic_segments(record: dict[str, Any], size: tuple[int, int]) -> np.
                 f"The JSON's segments_info of panoptic PNG {path} has segment id {segment['id']}, which the PNG lacks. "
                 "Remove the segment from the JSON or paint it."
             )
-    return ids_rgb
+    return ids_rgb, index
 
 
 def annotation_mask(
