@@ -10,12 +10,11 @@ import pytest
 import torch
 import yaml
 from data_helpers import custom_entry, data_cfg, edit_json, unique_name
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from PIL import Image
 
-from knet_d2.config import add_knet_config
+from knet_d2.config import get_knet_cfg
 from knet_d2.data import (
     ClassTable,
     build_mapper,
@@ -64,8 +63,7 @@ def test_from_a_yaml_file_and_back(root, tmp_path):
     entries = [custom_entry(kind, root) for kind in ("coco_instance", "coco_panoptic", "sem_seg")]
     cfg = data_cfg("semantic", custom=tuple(entries), resolve=False)
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    again = get_cfg()
-    add_knet_config(again)
+    again = get_knet_cfg()
     again.merge_from_file(str(tmp_path / "config.yaml"))
     assert again.DATASETS.CUSTOM == entries
     register_custom_datasets(again)
