@@ -13,8 +13,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from ..config.options import get_knet_cfg
-from ..data.categories import resolve_classes
-from ..data.classes import ClassTable, categories, class_table, from_categories
+from ..data.classes import ClassTable, categories, class_table, from_categories, resolve_classes
 from ..errors import CheckpointError
 from .load_report import build_report, find_misfits, recognise
 from .loading import as_checkpoint
