@@ -5,9 +5,9 @@ import json
 import os
 from collections.abc import Callable
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from knet_d2.config import add_knet_config
+from knet_d2.config import get_knet_cfg
 from knet_d2.data import register_custom_datasets, resolve_classes
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES
 
@@ -49,8 +49,7 @@ def edit_json(path: str, edit: Callable[[dict], object]) -> None:
 
 def data_cfg(task: str, *names: str, custom: tuple = (), resolve: bool = True) -> CfgNode:
     """A config for loaders: no workers, batches of 4, no augmentation but resizing to 64."""
-    cfg = get_cfg()
-    add_knet_config(cfg)
+    cfg = get_knet_cfg()
     cfg.MODEL.KNET.TASK = task
     cfg.DATASETS.CUSTOM = list(custom)
     cfg.DATASETS.TRAIN = names or tuple(entry["name"] for entry in custom)

@@ -354,7 +354,7 @@ DAMAGES = {
     "image id twice": Damage(_INSTANCES, _JSON, _same_image_id, ERROR, also=("unknown image",)),
     "image file twice": Damage(_INSTANCES, _JSON, _image_twice, ERROR),
     "annotation id twice": Damage(_INSTANCES, _JSON, _same_annotation_id, ERROR),
-    "annotation id 0": Damage(_INSTANCES, _JSON, lambda c: c["annotations"][0].update(id=0) or "annotation 0", ERROR),
+    "annotation id 0": Damage(_INSTANCES, _JSON, lambda c: c["annotations"][0].update(id=0) or "annotation 0", WARNING),
     "category id twice": Damage(_INSTANCES, _JSON, _same_category_id, ERROR, also=("unknown category",)),
     "category name twice": Damage(_INSTANCES, _JSON, _same_name, WARNING),
     "unused class": Damage(_INSTANCES, _JSON, _unused_category, WARNING),

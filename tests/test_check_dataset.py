@@ -104,6 +104,8 @@ def test_masks_of_0_and_255(root):
         Image.fromarray(np.where(labels < 4, 255, 0).astype(np.uint8)).save(path)
     entry = custom_entry("sem_seg", root, classes=["background", "object"])
     assert [fault.kind for fault in check(entry).faults] == ["only one class"]
+    single = custom_entry("sem_seg", root, classes=["object"], label_values=[255], ignore=[0])
+    assert [fault.kind for fault in check(single).faults] == ["only one class"]
     assert not check({**entry, "name": "masks_as_they_are", "ignore": [], "label_values": [0, 255]}).faults
 
 

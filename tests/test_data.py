@@ -17,19 +17,22 @@ from detectron2.utils import comm
 from PIL import Image
 
 from knet_d2.data import (
+    ClassTable,
     KNetDatasetMapper,
     build_mapper,
     build_test_loader,
     build_train_loader,
-    category_table,
     load_dataset,
     resolve_classes,
+    with_classes,
 )
 from knet_d2.data.augmentation import build_augmentations
+from knet_d2.data.classes import class_table, has_classes
 from knet_d2.data.files import segment_index
 from knet_d2.data.sampler import TrainingBatchSampler
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
 from knet_d2.errors import ConfigError, DataError
+from knet_d2.tasks import TASKS
 
 T_NUM, S_NUM = len(THING_CLASSES), len(STUFF_CLASSES)
 
@@ -85,25 +88,25 @@ def separated(root):
         ("shapes_semantic_val", "semantic", 0, 7, list(range(7))),
     ],
 )
-def test_category_table_of_built_in_data_sets(name, task, things, stuff, stuff_ids):
-    table = category_table(MetadataCatalog.get(name), task)
+def test_class_table_of_built_in_data_sets(name, task, things, stuff, stuff_ids):
+    table = ClassTable.from_metadata(MetadataCatalog.get(name), TASKS[task])
     assert (len(table.thing_names), len(table.stuff_names)) == (things, stuff)
     assert table.stuff_category_ids == stuff_ids
     first_thing = {"cityscapes_fine_panoptic_val": 11}.get(name, 0)
     assert table.thing_category_ids == list(range(first_thing, first_thing + things))
 
 
-def test_category_table_names_belong_to_their_ids():
-    standard = category_table(MetadataCatalog.get("coco_2017_val_panoptic"), "panoptic")
+def test_class_table_names_belong_to_their_ids():
+    standard = ClassTable.from_metadata(MetadataCatalog.get("coco_2017_val_panoptic"), TASKS["panoptic"])
     assert standard.thing_names[0] == "person" and standard.thing_names[79] == "toothbrush"
     assert standard.stuff_names[0] == "banner" and standard.stuff_names[-1] == "rug-merged"
-    separated = category_table(MetadataCatalog.get("coco_2017_val_panoptic_separated"), "panoptic")
+    separated = ClassTable.from_metadata(MetadataCatalog.get("coco_2017_val_panoptic_separated"), TASKS["panoptic"])
     assert separated.stuff_names[0] == "banner" and "things" not in separated.stuff_names
-    cityscapes = category_table(MetadataCatalog.get("cityscapes_fine_panoptic_val"), "panoptic")
+    cityscapes = ClassTable.from_metadata(MetadataCatalog.get("cityscapes_fine_panoptic_val"), TASKS["panoptic"])
     assert cityscapes.thing_names[0] == "person" and cityscapes.stuff_names[0] == "road"
 
 
-def test_category_table_with_ids_out_of_order():
+def test_class_table_with_ids_out_of_order():
     metadata = Metadata(
         name="x",
         thing_classes=["a", "b", "c", "d"],
@@ -111,12 +114,12 @@ def test_category_table_with_ids_out_of_order():
         thing_dataset_id_to_contiguous_id={9: 3, 4: 1},
         stuff_dataset_id_to_contiguous_id={7: 2, 5: 0},
     )
-    assert category_table(metadata, "panoptic") == (["b", "d"], ["a", "c"], [1, 3], [0, 2])
+    assert ClassTable.from_metadata(metadata, TASKS["panoptic"])[:2] == (["b", "d", "a", "c"], [1, 3, 0, 2])
 
 
-def test_category_table_says_which_classes_are_missing():
+def test_class_table_says_which_classes_are_missing():
     with pytest.raises(ConfigError, match=r"coco_2017_val .*stuff_classes.*'semantic'"):
-        category_table(MetadataCatalog.get("coco_2017_val"), "semantic")
+        ClassTable.from_metadata(MetadataCatalog.get("coco_2017_val"), TASKS["semantic"])
 
 
 def test_resolve_classes_fills_and_is_idempotent(entries):
@@ -126,6 +129,31 @@ def test_resolve_classes_fills_and_is_idempotent(entries):
         knet = cfg.MODEL.KNET
         assert (knet.NUM_THING_CLASSES, knet.NUM_STUFF_CLASSES) == (T_NUM, S_NUM)
         assert (knet.THING_CATEGORY_IDS, knet.STUFF_CATEGORY_IDS) == ([0, 1, 2, 3], [4, 5, 6])
+
+
+def test_a_thing_and_a_stuff_class_with_one_id_are_told_apart():
+    """As in Detectron2's "separated" registration, where "things" of the label map have the id 0."""
+    table = ClassTable(["cup", "bowl", "table", "wall"], [1, 2, 1, 2], [(0, 0, 0)] * 4, 2)
+    assert [table.label_of(i, isthing) for isthing in (True, False) for i in (1, 2)] == [0, 1, 2, 3]
+    with pytest.raises(ValueError):
+        table.label_of(0, False)
+
+
+def test_resolved_classes_stay_and_no_data_set_is_read(entries, monkeypatch):
+    """The model, the trainer and the predictor resolve what is not resolved, and only that."""
+    cfg = data_cfg("panoptic", custom=(entries["coco_panoptic"],), resolve=False)
+    cfg.freeze()
+    resolved = with_classes(cfg)
+    assert not has_classes(cfg) and has_classes(resolved) and resolved.is_frozen()
+    monkeypatch.setattr("knet_d2.data.classes.resolve_classes", None)
+    assert with_classes(resolved) is resolved
+
+
+def test_names_are_of_a_data_set_that_has_the_models_ids(entries):
+    cfg = data_cfg("panoptic", custom=(entries["coco_panoptic"],))
+    assert class_table(cfg).names == [*THING_CLASSES, *STUFF_CLASSES]
+    cfg.MODEL.KNET.STUFF_CATEGORY_IDS = [1, 2, 3]
+    assert class_table(cfg).names == ["0", "1", "2", "3", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(
@@ -309,6 +337,40 @@ def test_semantic_and_instance_models_read_panoptic_data_sets(root, entries):
         assert torch.equal(a["sem_seg"], b["sem_seg"])
     for example in _examples(data_cfg("instance", custom=(panoptic,)), [T.NoOpTransform()]):
         assert "sem_seg" not in example and len(example["instances"].gt_classes) == len(example["instances"])
+
+
+def test_segments_that_do_not_say_what_they_are(entries):
+    """Cityscapes' have no "isthing"."""
+    cfg = data_cfg("panoptic", custom=(entries["coco_panoptic"],))
+    record = load_dataset(cfg.DATASETS.TRAIN[0])[0]
+    silent = [{k: v for k, v in x.items() if k != "isthing"} for x in record["segments_info"]]
+    a, b = (build_mapper(cfg, True)(x) for x in (record, {**record, "segments_info": silent}))
+    assert torch.equal(a["sem_seg"], b["sem_seg"]) and len(a["instances"]) > 0
+    assert torch.equal(a["instances"].gt_masks.tensor, b["instances"].gt_masks.tensor)
+
+
+def test_instance_models_may_have_more_classes_than_a_label_map_holds(entries):
+    cfg = data_cfg("instance", custom=(entries["coco_instance"],))
+    cfg.MODEL.KNET.NUM_THING_CLASSES, cfg.MODEL.KNET.THING_CATEGORY_IDS = 365, list(range(365))
+    assert len(build_mapper(cfg, True)(load_dataset(cfg.DATASETS.TRAIN[0])[0])["instances"]) > 0
+    cfg.MODEL.KNET.TASK = "panoptic"
+    with pytest.raises(ConfigError, match="365 classes: learn at most 255"):
+        build_mapper(cfg, True)
+
+
+@pytest.mark.parametrize("labels", [{0: 0, 1: 255}, {0: 255, 1: 0}])
+def test_label_maps_of_one_class_are_told_when_training_starts(root, tmp_path, caplog, labels):
+    """Masks of 0 and 255, where 255 is ignored; and one class of which the rest is ignored."""
+    for name in os.listdir(os.path.join(root, "semantic")):
+        is_thing = np.array(Image.open(os.path.join(root, "semantic", name))) < T_NUM
+        Image.fromarray(np.where(is_thing, labels[1], labels[0]).astype(np.uint8)).save(tmp_path / name)
+    entry = custom_entry("sem_seg", root, labels=str(tmp_path), classes=["background", "object"])
+    build_train_loader(data_cfg("semantic", custom=(entry,)))
+    assert f"All labelled pixels of {entry['name']} that were read are of the class background" in caplog.text
+    caplog.clear()
+    both = {**entry, "name": unique_name("both"), "label_values": [0, 255], "ignore": []}
+    build_train_loader(data_cfg("semantic", custom=(both,)))
+    assert "All labelled" not in caplog.text
 
 
 def test_an_image_without_instances_has_empty_masks(entries):

@@ -1,5 +1,6 @@
 """Data sets from the config, and what is said about bad data: one error that names file and key."""
 
+import json
 import os
 import re
 import shutil
@@ -9,23 +10,28 @@ import pytest
 import torch
 import yaml
 from data_helpers import custom_entry, data_cfg, edit_json, unique_name
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 from PIL import Image
 
-from knet_d2.config import add_knet_config
+from knet_d2.config import get_knet_cfg
 from knet_d2.data import (
+    ClassTable,
     build_mapper,
     build_test_loader,
     build_train_loader,
-    category_table,
+    coco_json,
     custom,
     load_dataset,
     register_custom_datasets,
     resolve_classes,
 )
+from knet_d2.data.check import check_datasets
+from knet_d2.data.files import files_below
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
 from knet_d2.errors import ConfigError, DataError
+from knet_d2.evaluation import build_evaluators
+from knet_d2.tasks import TASKS
 
 DOCS = os.path.join(os.path.dirname(__file__), "..", "docs", "DATASETS.md")
 CLASSES = [*THING_CLASSES, *STUFF_CLASSES]
@@ -57,8 +63,7 @@ def test_from_a_yaml_file_and_back(root, tmp_path):
     entries = [custom_entry(kind, root) for kind in ("coco_instance", "coco_panoptic", "sem_seg")]
     cfg = data_cfg("semantic", custom=tuple(entries), resolve=False)
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    again = get_cfg()
-    add_knet_config(again)
+    again = get_knet_cfg()
     again.merge_from_file(str(tmp_path / "config.yaml"))
     assert again.DATASETS.CUSTOM == entries
     register_custom_datasets(again)
@@ -93,7 +98,7 @@ def test_panoptic_categories_in_any_order_and_images_of_any_type(root):
     edit_json(os.path.join(root, "panoptic.json"), edit)
     entry = custom_entry("coco_panoptic", root)
     after = _read("panoptic", entry)
-    table = category_table(MetadataCatalog.get(entry["name"]), "panoptic")
+    table = ClassTable.from_metadata(MetadataCatalog.get(entry["name"]), TASKS["panoptic"])
     assert table.thing_names == [*THING_CLASSES, "late"] and table.stuff_names == list(STUFF_CLASSES)
     # One more thing class: stuff moves on by one.
     stuff = (before["sem_seg"] >= 4) & (before["sem_seg"] != 255)
@@ -117,6 +122,70 @@ def test_label_values_ignored_values_and_a_file_of_classes(root, tmp_path):
     order = [306, 305, 304, 303, 302, 301, 300]
     entry = custom_entry("sem_seg", root, classes=CLASSES[::-1], ignore=[0], label_values=order)
     assert torch.equal(_read("semantic", entry)["sem_seg"], plain.where(plain == 255, 6 - plain))
+
+
+def test_records_are_those_of_detectron2(root):
+    """Of annotations of all kinds in any order, one of them with polygons of which none has an area."""
+
+    def edit(content):
+        first = content["annotations"][0]
+        first.update(keypoints=[1, 2, 2, 3, 4, 1], segmentation=[[1, 2, 3, 4]])
+        content["annotations"][1].pop("segmentation")
+        content["annotations"] += [{**first, "id": 7000, "segmentation": [[0, 0, 9, 0, 9, 9], [1, 1]]}]
+        content["annotations"] += [{**first, "id": 7001, "image_id": 999}]
+        for key in content:
+            content[key] = content[key] if key == "info" else content[key][::-1]
+
+    path = os.path.join(root, "instances.json")
+    edit_json(path, edit)
+    ours = load_dataset(data_cfg("instance", custom=(custom_entry("coco_instance", root),)).DATASETS.TRAIN[0])
+    name = unique_name("detectron2")
+    assert ours == load_coco_json(path, os.path.join(root, "images"), name)
+    assert MetadataCatalog.get(name).thing_classes == list(THING_CLASSES)
+
+
+def test_files_are_parsed_once_until_they_change(root, monkeypatch):
+    parsed = []
+
+    def load(file):
+        parsed.append(file.name)
+        return json.loads(file.read())
+
+    monkeypatch.setattr("knet_d2.data.coco_json.json.load", load)
+    entry = custom_entry("coco_panoptic", root, instances_json=os.path.join(root, "instances.json"))
+    cfg = data_cfg("panoptic", custom=(entry,))
+    cfg.MODEL.KNET.TEST.OUTPUTS = ["panoptic_seg", "instances"]
+    for _ in range(2):
+        build_train_loader(cfg)
+        build_test_loader(cfg, entry["name"])
+        for evaluator in build_evaluators(cfg, entry["name"]):
+            evaluator.reset()
+        check_datasets(cfg)
+    assert sorted(map(os.path.basename, parsed)) == ["instances.json", "panoptic.json"]
+    edit_json(os.path.join(root, "panoptic.json"), lambda content: content["images"][0].update(width=49))
+    assert load_dataset(entry["name"])[0]["width"] == 49
+
+
+def test_large_files_are_kept_until_the_training_loader_is_made(root, monkeypatch):
+    monkeypatch.setattr(coco_json, "_KEPT_BYTES", os.path.getsize(os.path.join(root, "panoptic.json")))
+    coco_json.forget_large_files()
+    read = [coco_json.read_coco_json(os.path.join(root, f"{x}.json")) for x in ("panoptic", "instances", "panoptic")]
+    assert read[0] is not read[2]
+    monkeypatch.setattr(coco_json, "_KEPT_BYTES", 10)
+    assert coco_json.read_coco_json(os.path.join(root, "panoptic.json")) is read[2]
+    cfg = data_cfg("instance", custom=(custom_entry("coco_instance", root),))
+    build_train_loader(cfg)
+    assert not coco_json._files
+
+
+def test_links_that_lead_in_circles_are_followed_once(root):
+    os.symlink(root, os.path.join(root, "images", "again"))
+    os.symlink(os.path.join(root, "semantic"), os.path.join(root, "semantic", "here"))
+    os.makedirs(os.path.join(root, "other"))
+    os.symlink(os.path.join(root, "other"), os.path.join(root, "images", "other"))
+    os.symlink(os.path.join(root, "images"), os.path.join(root, "other", "back"))
+    found = dict(files_below(os.path.join(root, "images"), (".jpg",)))
+    assert sorted(found) == [f"{i:06d}" for i in range(4)]
 
 
 def test_palette_images_count_by_index(root):

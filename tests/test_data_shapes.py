@@ -120,7 +120,7 @@ def test_all_kinds_of_segmentation_occur(shapes):
     assert kinds == {list, str}
 
 
-def test_registered_splits_are_made_on_first_use_by_detectron2s_loaders(tmp_path, monkeypatch):
+def test_registered_splits_are_made_on_first_use(tmp_path, monkeypatch):
     monkeypatch.setattr(registration, "SPLITS", {"train": (3, 1), "val": (2, 2)})
     names = [f"shapes_{task}_{split}" for task in ("instance", "panoptic", "semantic") for split in ("train", "val")]
     kept = {name: (DatasetCatalog.pop(name), MetadataCatalog.pop(name)) for name in names}

@@ -5,12 +5,15 @@ import io
 import json
 import math
 import os
+import re
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
 from data_helpers import custom_entry, data_cfg, unique_name
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import CityscapesSemSegEvaluator, COCOEvaluator, SemSegEvaluator
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from panopticapi.evaluation import pq_compute
@@ -23,6 +26,7 @@ from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
 from knet_d2.errors import ConfigError, DataError
 from knet_d2.evaluation import InstanceEvaluator, PanopticEvaluator, SemanticEvaluator, build_evaluators
 from knet_d2.evaluation.semantic import mean_iou
+from knet_d2.tasks import get_task
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +269,14 @@ def test_mean_iou_of_a_confusion_matrix():
     assert mean_iou(np.array([[3, 1, 0], [1, 5, 0], [0, 0, 0]])) == pytest.approx((3 / 5 + 5 / 7) / 2)
 
 
+def test_classes_without_a_pixel_are_told(tmp_path, caplog):
+    for i, (pixels, message) in enumerate((([0, 1], "No pixel of .* classes c"), ([1, 255], "All labelled .*class b"))):
+        cfg, name = _tiny_semantic(tmp_path / str(i), np.array([pixels], np.uint8), classes=["a", "b", "c"])
+        _evaluate_semantic(cfg, name, np.array([pixels]) % 255, 3)
+        assert re.search(message, caplog.text)
+        assert ("All labelled" in caplog.text) == (i == 1)
+
+
 def test_predictions_are_written_with_a_folder_only(tmp_path):
     labels = np.array([[0, 1], [1, 1]], np.uint8)
     cfg, name = _tiny_semantic(tmp_path, labels, classes=["a", "b"])
@@ -367,6 +379,141 @@ def test_instances_of_a_panoptic_data_set(panoptic):
     assert results["bbox"]["AP"] == pytest.approx(results["segm"]["AP"])
 
 
+def _random_instances(record, rng):
+    """Ground truth boxes and masks, moved, of any class, with scores in 1/16 so that some are equal."""
+    masks = [np.roll(_decode(x, record), rng.integers(-4, 5, 2), axis=(0, 1)) for x in record["annotations"]]
+    masks = [x for x in masks if x.any() and rng.random() < 0.8]
+    classes = [int(rng.integers(4)) if rng.random() < 0.3 else record["annotations"][0]["category_id"] for _ in masks]
+    return _instances(record, masks, classes, (rng.integers(1, 16, len(masks)) / 16).tolist())
+
+
+def _decode(annotation, record):
+    segmentation = annotation["segmentation"]
+    rles = segmentation if isinstance(segmentation, dict) else mask_util.frPyObjects(segmentation, 64, 64)
+    return mask_util.decode(mask_util.merge(rles) if isinstance(rles, list) else rles).astype(bool)
+
+
+def test_instances_and_semantic_maps_have_the_figures_and_files_of_detectron2(root, tmp_path):
+    rng = np.random.default_rng(4)
+    instance = data_cfg("instance", custom=(custom_entry("coco_instance", root),)).DATASETS.TRAIN[0]
+    entry = custom_entry("sem_seg", root)
+    cfg = data_cfg("semantic", custom=(entry,))
+    outputs = [_random_instances(record, rng) for record in load_dataset(instance)]
+    maps = [_one_hot(rng.integers(7, size=(64, 64)), 7) for _ in outputs]
+    ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
+    pairs = (
+        (InstanceEvaluator(instance, ours), COCOEvaluator(instance, ("bbox", "segm"), output_dir=theirs), outputs),
+        (build_evaluators(cfg, entry["name"], ours)[0], SemSegEvaluator(entry["name"], output_dir=theirs), maps),
+    )
+    for our, their, predictions in pairs:
+        results = []
+        records = load_dataset(instance if predictions is outputs else entry["name"])
+        for evaluator in (our, their):
+            evaluator.reset()
+            evaluator.process(records, predictions)
+            results.append(evaluator.evaluate())
+        assert results[0].keys() == results[1].keys()
+        for kind, metrics in results[1].items():
+            assert results[0][kind].keys() == metrics.keys()
+            assert results[0][kind] == pytest.approx(metrics, abs=1e-9, nan_ok=True)
+    assert 5 < results[0]["sem_seg"]["mIoU"] < 95
+    assert sorted(os.listdir(ours)) == sorted(os.listdir(theirs))
+    for name in ("coco_instances_results.json", "sem_seg_predictions.json"):
+        with open(os.path.join(ours, name)) as a, open(os.path.join(theirs, name)) as b:
+            assert json.load(a) == json.load(b)
+
+
+def _perfect(record):
+    """The annotations of a record as predictions with falling scores, all below those of others."""
+    masks = [_decode(x, record) for x in record["annotations"]]
+    scores = np.linspace(1, 0.5, len(masks)).tolist()
+    return _instances(record, masks, [x["category_id"] for x in record["annotations"]], scores)
+
+
+def _evaluate_instances(name, predictions=_perfect, **options):
+    evaluator = InstanceEvaluator(name, **options)
+    evaluator.reset()
+    for record in load_dataset(name):
+        evaluator.process([record], [predictions(record)])
+    return evaluator.evaluate()
+
+
+def _squares(tmp_path, number, first_id=1):
+    """A data set of one image of 64 x 64 pixels with squares of 3 x 3."""
+    places = [(4 * (i % 15), 4 * (i // 15)) for i in range(number)]
+    annotations = [
+        {
+            **{"id": first_id + i, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 9, "bbox": [x, y, 3, 3]},
+            "segmentation": [[x, y, x + 3, y, x + 3, y + 3, x, y + 3]],
+        }
+        for i, (x, y) in enumerate(places)
+    ]
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "a.png")
+    images = [{"id": 1, "file_name": "a.png", "height": 64, "width": 64}]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cell"}]}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    return custom_entry("coco_instance", str(tmp_path))
+
+
+@pytest.mark.parametrize("maximum", [100, 200])
+def test_more_instances_than_coco_counts_have_a_second_figure(tmp_path, caplog, maximum):
+    """150 of 150 found: of 100 detections, recall is 2/3."""
+    caplog.set_level("INFO", logger="knet_d2")
+    entry = _squares(tmp_path, 150)
+    cfg = data_cfg("instance", custom=(entry,))
+    cfg.TEST.DETECTIONS_PER_IMAGE = maximum
+    (evaluator,) = build_evaluators(cfg, entry["name"])
+    evaluator.reset()
+    evaluator.process(load_dataset(entry["name"]), [_perfect(x) for x in load_dataset(entry["name"])])
+    results = evaluator.evaluate()["segm"]
+    assert results["AP"] == pytest.approx(100 * 67 / 101)
+    assert results.get("AP@200") == (100 if maximum == 200 else None)
+    assert ("An image has 150 instances" in caplog.text) == (maximum == 200)
+
+
+def test_annotation_ids_from_0_and_masks_of_another_size(tmp_path):
+    entry = _squares(tmp_path, 3, first_id=0)
+    data_cfg("instance", custom=(entry,))
+    assert _evaluate_instances(entry["name"])["segm"]["AP"] == pytest.approx(100)
+    content = json.loads((tmp_path / "instances.json").read_text())
+    content["images"][0]["width"], rle = 32, {"size": [32, 64], "counts": [32 * 64]}
+    content["annotations"][0]["segmentation"] = rle
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"annotations\[0\].segmentation: is RLE of size \[32, 64\].*\[64, 32\]"):
+        InstanceEvaluator(entry["name"])
+
+
+def test_data_sets_registered_in_python(root):
+    """Without evaluator_type and JSON, as Detectron2's tutorial registers one."""
+    source = load_dataset(data_cfg("instance", custom=(custom_entry("coco_instance", root),)).DATASETS.TRAIN[0])
+    labels = [{k: v for k, v in x.items() if k != "annotations"} for x in source]
+    for i, record in enumerate(labels):
+        record["sem_seg_file_name"] = os.path.join(root, "semantic", f"{i:06d}.png")
+    instance, semantic = unique_name("python"), unique_name("python")
+    DatasetCatalog.register(instance, lambda: source)
+    MetadataCatalog.get(instance).thing_classes = list(THING_CLASSES)
+    DatasetCatalog.register(semantic, lambda: labels)
+    MetadataCatalog.get(semantic).stuff_classes = [*THING_CLASSES, *STUFF_CLASSES]
+    (evaluator,) = build_evaluators(data_cfg("instance", instance), instance)
+    assert type(evaluator) is InstanceEvaluator
+    assert _evaluate_instances(instance)["segm"]["AP"] == pytest.approx(100, abs=0.5)
+    predicted = np.array(Image.open(labels[0]["sem_seg_file_name"])).astype(int)
+    results = _evaluate_semantic(data_cfg("semantic", semantic), semantic, np.where(predicted == 255, 0, predicted), 7)
+    assert results["mIoU"] == 100
+    source[0].pop("height")
+    with pytest.raises(DataError, match=f"records of data set {instance} can't be evaluated .*height"):
+        InstanceEvaluator(instance)
+
+
+def test_the_best_metric_of_cityscapes_is_there(monkeypatch):
+    cfg = data_cfg("semantic", "cityscapes_fine_sem_seg_val")
+    (evaluator,) = build_evaluators(cfg, "cityscapes_fine_sem_seg_val")
+    monkeypatch.setattr(CityscapesSemSegEvaluator, "evaluate", lambda self: {"sem_seg": {"IoU": 61.0, "iIoU": 40.0}})
+    group, metric = get_task(cfg).best_metric.split("/")
+    assert evaluator.evaluate()[group][metric] == 61.0
+
+
 def test_no_instances_at_all_still_has_the_metric(root):
     cfg = data_cfg("instance", custom=(custom_entry("coco_instance", root),))
     (evaluator,) = build_evaluators(cfg, cfg.DATASETS.TRAIN[0])
@@ -408,3 +555,14 @@ def test_unknown_evaluator_type_and_missing_files(root):
     MetadataCatalog.get(gone["name"]).set(thing_classes=["a"])
     with pytest.raises(DataError, match="gone/instances.json does not exist"):
         build_evaluators(cfg, gone["name"])
+
+
+def test_classes_without_an_instance_are_told(tmp_path, caplog):
+    entry = _squares(tmp_path, 2)
+    content = json.loads((tmp_path / "instances.json").read_text())
+    content["categories"] += [{"id": 2 + i, "name": f"kind {i}"} for i in range(12)]
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    data_cfg("instance", custom=(entry,))
+    _evaluate_instances(entry["name"])
+    assert "No instance of data set " in caplog.text and "classes kind 0, kind 1" in caplog.text
+    assert "kind 9 and 2 more." in caplog.text and "kind 10" not in caplog.text

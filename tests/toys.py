@@ -116,6 +116,8 @@ def toy_cfg(folder, **values):
         "MODEL__WEIGHTS": "",
         "OUTPUT_DIR": str(folder),
         "DATASETS__TEST": ("toy",),
+        "MODEL__KNET__NUM_THING_CLASSES": 1,
+        "MODEL__KNET__THING_CATEGORY_IDS": [0],
         "SEED": 3,
         "SOLVER__BASE_LR": 0.01,
         "SOLVER__MAX_ITER": 23,

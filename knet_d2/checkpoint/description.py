@@ -13,8 +13,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from ..config.options import get_knet_cfg
-from ..data.categories import resolve_classes
-from ..data.classes import ClassTable, categories, class_table, from_categories
+from ..data.classes import ClassTable, categories, class_table, from_categories, with_classes
 from ..errors import CheckpointError
 from ..setup.dependencies import VERSION
 from .load_report import build_report, find_misfits, recognise
@@ -40,12 +39,7 @@ class ModelDescription(NamedTuple):
 
 def describe_model(cfg: CfgNode, classes: ClassTable | None = None) -> dict[str, str]:
     """The description of a model of ``cfg``; without ``classes``, the data sets of ``cfg`` name them."""
-    knet = cfg.MODEL.KNET
-    num_ids = (len(knet.THING_CATEGORY_IDS), len(knet.STUFF_CATEGORY_IDS))
-    if num_ids != (knet.NUM_THING_CLASSES, knet.NUM_STUFF_CLASSES):  # read_description() compares them
-        cfg = cfg.clone()
-        cfg.defrost()
-        resolve_classes(cfg)
+    cfg = with_classes(cfg)
     return {
         "config": yaml.safe_dump(_differences(cfg, get_knet_cfg())),
         "classes": json.dumps(categories(class_table(cfg) if classes is None else classes)),

@@ -2,25 +2,24 @@
 
 import os
 
-from .build import build_loss_loader, build_test_loader, build_train_loader, load_dataset, loaded_metadata
-from .categories import CategoryTable, category_table, resolve_classes
+from .build import build_loss_loader, build_test_loader, build_train_loader, load_dataset
+from .classes import ClassTable, resolve_classes, with_classes
 from .custom import register_custom_datasets
 from .mapper import KNetDatasetMapper, build_mapper
 from .shapes import register_shapes
 
 __all__ = [
-    "CategoryTable",
+    "ClassTable",
     "KNetDatasetMapper",
     "build_loss_loader",
     "build_mapper",
     "build_test_loader",
     "build_train_loader",
-    "category_table",
     "load_dataset",
-    "loaded_metadata",
     "register_custom_datasets",
     "register_shapes",
     "resolve_classes",
+    "with_classes",
 ]
 
 register_shapes(os.getenv("DETECTRON2_DATASETS", "datasets"))

@@ -6,6 +6,7 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 
 from ..errors import ConfigError, DataError
+from ..tasks import get_task
 
 
 class Resize(T.ResizeShortestEdge):
@@ -56,10 +57,10 @@ def _crop(cfg: CfgNode) -> T.Augmentation:
     crop = cfg.INPUT.CROP
     if crop.SINGLE_CATEGORY_MAX_AREA >= 1:
         return T.RandomCrop(crop.TYPE, crop.SIZE)
-    if cfg.MODEL.KNET.TASK != "semantic":
+    if "instances" in get_task(cfg).annotations:
         raise ConfigError(
-            f"INPUT.CROP.SINGLE_CATEGORY_MAX_AREA is {crop.SINGLE_CATEGORY_MAX_AREA}, but only MODEL.KNET.TASK "
-            f"'semantic' can use it (this one is {cfg.MODEL.KNET.TASK!r}). Set it to 1.0."
+            f"INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = {crop.SINGLE_CATEGORY_MAX_AREA}: set it to 1.0. MODEL.KNET.TASK "
+            f"{cfg.MODEL.KNET.TASK!r} learns from instances, and this is for label maps alone."
         )
     return T.RandomCrop_CategoryAreaConstraint(
         crop.TYPE, crop.SIZE, crop.SINGLE_CATEGORY_MAX_AREA, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE

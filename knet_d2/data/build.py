@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -15,16 +14,27 @@ from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
 from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
 from detectron2.data.catalog import Metadata
 from detectron2.data.samplers import InferenceSampler
+from detectron2.data.transforms import AugmentationList
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError, KNetError
-from .coco_json import read_coco_json
+from ..tasks import get_task
+from .coco_json import check_categories, forget_large_files, read_coco_json
 from .mapper import build_loss_mapper, build_mapper
 from .sampler import SampleKey, TrainingBatchSampler
 from .workers import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
+
+# Of a semantic data set: its name, that of the class
+ONE_CLASS = (
+    "All labelled pixels of %s that were read are of the class %s: nothing can be learned, and mIoU says nothing. Give "
+    "the other pixels a class, too: masks of 0 and 255 have classes: [background, object], label_values: [0, 255] and "
+    "ignore: [] in DATASETS.CUSTOM."
+)
+# Label maps that are read when training starts.
+_SAMPLED_LABEL_MAPS = 32
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -58,6 +68,8 @@ def build_train_loader(
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             with_sizes=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         )
+        if get_task(cfg).annotations == ("sem_seg",):
+            _warn_of_one_class(dataset, cfg)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     sampler = TrainingBatchSampler(
         size=len(dataset),
@@ -69,6 +81,7 @@ def build_train_loader(
         groups=_aspect_groups(dataset) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
     )
     mapped = MappedDataset(dataset, mapper or build_mapper(cfg, is_train=True), seed)
+    forget_large_files()
     return RaisingDataLoader(mapped, batch_sampler=sampler, **_loader_options(cfg))
 
 
@@ -207,14 +220,6 @@ def load_dataset(name: str, key: str = "DATASETS") -> list[dict]:
     return records
 
 
-def loaded_metadata(name: str) -> Metadata:
-    """The metadata of a data set with its classes, which Detectron2 knows of some data sets only after reading them."""
-    metadata = MetadataCatalog.get(name)
-    if not (metadata.get("thing_classes") or metadata.get("stuff_classes")):
-        load_dataset(name)
-    return metadata
-
-
 def _reason(name: str) -> str | None:
     """Why a data set can't be read, from the files that its metadata names."""
     metadata = MetadataCatalog.get(name).as_dict()
@@ -226,30 +231,13 @@ def _reason(name: str) -> str | None:
         if not PathManager.isfile(path):
             return f"annotation file {path} does not exist. {hint}"
         try:
-            content = read_coco_json(path)
+            check_categories(read_coco_json(path), path)
         except DataError as error:
             return str(error)
-        reason = _category_reason(path, content)
-        if reason:
-            return reason
     for key in ("image_root", "sem_seg_root", "panoptic_root"):
         path = metadata.get(key)
         if path is not None and not PathManager.isdir(path):
             return f"folder {path} ({key}) does not exist. {hint}"
-    return None
-
-
-def _category_reason(path: str, content: dict[str, Any]) -> str | None:
-    if not {"images", "annotations", "categories"} <= set(content):
-        return f"{path} lacks one of the keys images, annotations, categories of the COCO format."
-    known = {category.get("id") for category in content["categories"]}
-    for annotation in content["annotations"]:
-        for part in annotation.get("segments_info", [annotation]):
-            if part.get("category_id") not in known:
-                return (
-                    f"{path} has category_id {part.get('category_id')} at an annotation of image "
-                    f"{annotation.get('image_id')}, which is not in its categories. Correct one of them."
-                )
     return None
 
 
@@ -258,8 +246,7 @@ def _add_sizes(records: list[dict], metadata: Metadata) -> None:
     path = metadata.get("panoptic_json")
     if path is None:
         return
-    with PathManager.open(path) as f:
-        images = {image["id"]: image for image in json.load(f)["images"]}
+    images = {image["id"]: image for image in read_coco_json(path)["images"]}
     for record in records:
         image = images.get(record.get("image_id"), {})
         if "height" in image and "width" in image:
@@ -271,6 +258,28 @@ def _aspect_groups(records: list[dict]) -> list[int] | None:
     if not all("width" in record and "height" in record for record in records):
         return None
     return [int(record["width"] <= record["height"]) for record in records]
+
+
+def _warn_of_one_class(records: list[dict], cfg: CfgNode) -> None:
+    """Warn where all pixels of some label maps, evenly spread over the data sets, are of one class or ignored."""
+    mapper = build_loss_mapper(cfg)
+    mapper.augmentations = AugmentationList([])
+    seen: set[int] = set()
+    for i in np.unique(np.linspace(0, len(records) - 1, _SAMPLED_LABEL_MAPS).astype(int)):
+        with contextlib.suppress(KNetError):  # the loader raises it where the image is needed
+            seen.update(mapper(records[i])["sem_seg"].unique().tolist())
+        if len(seen - {mapper.ignore_value}) > 1:
+            return
+    for label in seen - {mapper.ignore_value}:
+        names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).stuff_classes
+        logger.warning(ONE_CLASS, ", ".join(cfg.DATASETS.TRAIN), names[label])
+
+
+def warn_of_absent_classes(name: str, absent: Sequence[str], what: str) -> None:
+    """Warn of classes that do not occur in a data set; what: "pixel" or "instance"."""
+    if absent:
+        more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
+        logger.warning("No %s of data set %s is of the classes %s%s.", what, name, ", ".join(absent[:10]), more)
 
 
 def _loader_options(cfg: CfgNode) -> dict[str, Any]:

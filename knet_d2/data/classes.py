@@ -1,14 +1,25 @@
-"""The classes of a model by name, as results and pictures show them and as its files carry them."""
+"""The classes of a model: which they are for a task, their names, and their ids in a data set's metadata.
 
+A model numbers its classes as things 0..T-1, then stuff T..T+S-1. Detectron2's metadata has contiguous ids of its
+own, which differ between registrations (stuff of COCO is 80..132 in one and 1..53 in another), and a thing and a stuff
+class may have the same id. So a class is identified by (isthing, category id), never by the id alone or an offset.
+"""
+
+from __future__ import annotations
+
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
-from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.utils.colormap import colormap
 
-from ..errors import KNetError
-from .categories import category_table
+from ..errors import ConfigError, DataError
+from ..tasks import Task, get_task
+from .build import load_dataset
+
+logger = logging.getLogger(__name__)
 
 
 class ClassTable(NamedTuple):
@@ -19,39 +30,68 @@ class ClassTable(NamedTuple):
     colors: list[tuple[int, int, int]]
     num_things: int
 
+    @classmethod
+    def from_metadata(cls, metadata: Metadata, task: Task) -> ClassTable:
+        """The classes that a model for a task has on a data set.
+
+        Raises:
+            ConfigError: the data set lacks the classes that the task needs.
+        """
+        things, stuff = (_classes_of(metadata, kind, task.name) for kind in (task.things, task.stuff))
+        ids = [*things, *stuff]
+        colors = _palette(len(ids))
+        for i, category in enumerate(ids):
+            known = metadata.get("thing_colors" if i < len(things) else "stuff_colors", ())
+            if category < len(known):
+                colors[i] = tuple(known[category])
+        return cls([*things.values(), *stuff.values()], ids, colors, len(things))
+
+    @property
+    def thing_names(self) -> list[str]:
+        return self.names[: self.num_things]
+
+    @property
+    def stuff_names(self) -> list[str]:
+        return self.names[self.num_things :]
+
+    @property
+    def thing_category_ids(self) -> list[int]:
+        return self.category_ids[: self.num_things]
+
+    @property
+    def stuff_category_ids(self) -> list[int]:
+        return self.category_ids[self.num_things :]
+
+    def label_of(self, category_id: int, isthing: bool) -> int:
+        """The index of a class in this table.
+
+        Raises:
+            ValueError: there is no such class.
+        """
+        if isthing:
+            return self.thing_category_ids.index(category_id)
+        return self.num_things + self.stuff_category_ids.index(category_id)
+
 
 def class_table(cfg: CfgNode) -> ClassTable:
     """Classes of a model of ``cfg`` (with its classes resolved); their ids are the names where none are known."""
     knet = cfg.MODEL.KNET
-    sizes = (knet.NUM_THING_CLASSES, knet.NUM_STUFF_CLASSES)
     ids = [*knet.THING_CATEGORY_IDS, *knet.STUFF_CATEGORY_IDS]
-    names = [str(i) for i in ids]
-    metadata = _known_metadata(cfg)
-    if metadata is not None:
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        if name not in MetadataCatalog:
+            continue
         try:
-            table = category_table(metadata, knet.TASK)
-        except KNetError:  # it is of another task, or its classes are known only when its files are read
-            metadata = None
-        else:
-            if (len(table.thing_names), len(table.stuff_names)) == sizes:
-                names = [*table.thing_names, *table.stuff_names]
-    palette = colormap(rgb=True, maximum=255).astype(int).tolist()
-    colors = [tuple(palette[i % len(palette)]) for i in range(len(ids))]
-    for i, category in enumerate(ids):
-        known = () if metadata is None else metadata.get("thing_colors" if i < sizes[0] else "stuff_colors", ())
-        if category < len(known):
-            colors[i] = tuple(known[category])
-    return ClassTable(names, ids, colors, sizes[0])
-
-
-def _known_metadata(cfg: CfgNode) -> Metadata | None:
-    registered = [name for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if name in MetadataCatalog]
-    return MetadataCatalog.get(registered[0]) if registered else None
+            table = ClassTable.from_metadata(MetadataCatalog.get(name), get_task(cfg))
+        except ConfigError:  # the data set is of another task, or its classes are known only when its files are read
+            continue
+        if (table.category_ids, table.num_things) == (ids, knet.NUM_THING_CLASSES):
+            return table
+    return ClassTable([str(i) for i in ids], ids, _palette(len(ids)), knet.NUM_THING_CLASSES)
 
 
 def categories(classes: ClassTable) -> list[dict[str, Any]]:
     """The classes as COCO's "categories": id, name, isthing, color."""
-    columns = enumerate(zip(classes.category_ids, classes.names, classes.colors))
+    columns = enumerate(zip(classes.category_ids, classes.names, classes.colors, strict=True))
     return [
         {"id": i, "name": name, "isthing": n < classes.num_things, "color": list(color)}
         for n, (i, name, color) in columns
@@ -63,3 +103,144 @@ def from_categories(records: Sequence[dict[str, Any]]) -> ClassTable:
     colors = [tuple(x["color"]) for x in records]
     num_things = sum(x["isthing"] for x in records)
     return ClassTable([x["name"] for x in records], [x["id"] for x in records], colors, num_things)
+
+
+def has_classes(cfg: CfgNode) -> bool:
+    """Whether the classes of a config are resolved: each has a category id, and there is at least one."""
+    knet = cfg.MODEL.KNET
+    sizes = (knet.NUM_THING_CLASSES, knet.NUM_STUFF_CLASSES)
+    return (len(knet.THING_CATEGORY_IDS), len(knet.STUFF_CATEGORY_IDS)) == sizes != (0, 0)
+
+
+def with_classes(cfg: CfgNode) -> CfgNode:
+    """A config with its classes resolved: ``cfg`` itself if they are, else a copy.
+
+    The trainer, the predictor and the model call it; for a config of :func:`knet_d2.engine.load_config` nothing is left
+    to do, and no data set is looked at.
+    """
+    if has_classes(cfg):
+        return cfg
+    resolved = cfg.clone()
+    resolved.defrost()
+    resolve_classes(resolved)
+    if cfg.is_frozen():
+        resolved.freeze()
+    return resolved
+
+
+def resolve_classes(cfg: CfgNode) -> None:
+    """Fill the numbers of classes and the category ids that are 0 or [] in the config (in place).
+
+    They come from the metadata of DATASETS.TRAIN (where that is empty: DATASETS.TEST). All data sets must agree with
+    each other and with what the config states. Data sets that aren't there are no matter when nothing is left to fill.
+
+    Raises:
+        ConfigError: something disagrees, or the numbers are 0 and no data set tells them.
+    """
+    knet, task = cfg.MODEL.KNET, get_task(cfg)
+    kinds = ((task.things, knet.NUM_THING_CLASSES), (task.stuff, knet.NUM_STUFF_CLASSES))
+    complete = all(number for kind, number in kinds if kind) or has_classes(cfg)
+    tables = _tables(cfg, task, required=not complete)
+    if tables:
+        _check_agreement(task, tables)
+        _fill(knet, *next(iter(tables.items())))
+    elif complete:  # without a data set the metadata's ids are the model's own
+        first_stuff = knet.NUM_THING_CLASSES if task.things else 0
+        knet.THING_CATEGORY_IDS = knet.THING_CATEGORY_IDS or list(range(knet.NUM_THING_CLASSES))
+        stuff = range(first_stuff, first_stuff + knet.NUM_STUFF_CLASSES)
+        knet.STUFF_CATEGORY_IDS = knet.STUFF_CATEGORY_IDS or list(stuff)
+    else:
+        raise ConfigError(
+            'MODEL.KNET.NUM_THING_CLASSES or NUM_STUFF_CLASSES is 0 ("from the data set"), but DATASETS.TRAIN and '
+            "DATASETS.TEST are empty. Name a data set, or give the numbers."
+        )
+
+
+def loaded_metadata(name: str) -> Metadata:
+    """The metadata of a data set with its classes, which Detectron2 knows of some data sets only after reading them."""
+    metadata = MetadataCatalog.get(name)
+    if not (metadata.get("thing_classes") or metadata.get("stuff_classes")):
+        load_dataset(name)
+    return metadata
+
+
+def _tables(cfg: CfgNode, task: Task, required: bool) -> dict[str, ClassTable]:
+    """Class tables by data set name, of those that can be had; required: raise where one can't."""
+    tables = {}
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        if not isinstance(name, str):
+            raise ConfigError(f"DATASETS.TRAIN or DATASETS.TEST has {str(name)[:60]} in it; name data sets there.")
+        if name not in DatasetCatalog and not required:
+            continue
+        try:
+            tables[name] = ClassTable.from_metadata(loaded_metadata(name), task)
+        except DataError as error:
+            if required:
+                raise
+            logger.warning("The classes of data set %s can't be compared with the model's: %s", name, error)
+    return tables
+
+
+def _check_agreement(task: Task, tables: dict[str, ClassTable]) -> None:
+    (first, expected), *others = tables.items()
+    for name, table in others:
+        if table._replace(colors=expected.colors) == expected:
+            continue
+        names = zip(expected.names, table.names)  # noqa: B905
+        differences = ((i, a, b) for i, (a, b) in enumerate(names) if a != b)
+        where = next((f" (class {i} is {a!r} in one and {b!r} in the other)" for i, a, b in differences), "")
+        raise ConfigError(
+            f"The data sets in DATASETS.TRAIN and DATASETS.TEST must have the same classes for task {task.name!r}, "
+            f"but {first} has {_describe(expected)} and {name} has {_describe(table)}{where}."
+        )
+
+
+def _describe(table: ClassTable) -> str:
+    return f"{table.num_things} thing and {len(table.names) - table.num_things} stuff classes"
+
+
+def _fill(knet: CfgNode, name: str, table: ClassTable) -> None:
+    values = {
+        "NUM_THING_CLASSES": table.num_things,
+        "NUM_STUFF_CLASSES": len(table.stuff_names),
+        "THING_CATEGORY_IDS": table.thing_category_ids,
+        "STUFF_CATEGORY_IDS": table.stuff_category_ids,
+    }
+    for key, value in values.items():
+        given = list(knet[key]) if isinstance(value, list) else knet[key]
+        if given and given != value:
+            raise ConfigError(
+                f"MODEL.KNET.{key} is {given}, but data set {name} has {value} for task {knet.TASK!r}. "
+                f"Correct it, or set it to {'0' if isinstance(value, int) else '[]'} to take it from the data set."
+            )
+        knet[key] = value
+
+
+def _classes_of(metadata: Metadata, kind: str | None, task: str) -> dict[int, str]:
+    """Contiguous id -> name, by rising id, of one kind of classes: see :class:`knet_d2.tasks.Task`.things and stuff."""
+    if kind is None:
+        return {}
+    key = "thing" if kind == "things" else "stuff"
+    names = metadata.get(f"{key}_classes")
+    if not names:
+        raise ConfigError(
+            f"Data set {metadata.name} has no {key}_classes in its metadata, which task {task!r} needs "
+            "(MODEL.KNET.TASK)."
+        )
+    ids = metadata.get(f"{key}_dataset_id_to_contiguous_id")
+    if kind == "all" or (kind == "things" and ids is None):
+        return dict(enumerate(names))
+    if kind == "things":
+        return {i: names[i] for i in sorted(ids.values())}
+    if ids is None:
+        things = set(metadata.get("thing_classes"))
+        return {i: name for i, name in enumerate(names) if name not in things}
+    things = metadata.get("thing_dataset_id_to_contiguous_id", {})
+    # Detectron2's "separated" registration has one more entry, 0 -> 0, "things", for all pixels of things.
+    contiguous = sorted(c for d, c in ids.items() if d not in things and not (d == 0 and names[c] == "things"))
+    return {i: names[i] for i in contiguous}
+
+
+def _palette(number: int) -> list[tuple[int, int, int]]:
+    colors = colormap(rgb=True, maximum=255).astype(int).tolist()
+    return [tuple(colors[i % len(colors)]) for i in range(number)]

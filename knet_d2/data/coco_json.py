@@ -1,10 +1,12 @@
-"""COCO's JSON, instances or panoptic, read such that what uses it meets the types that it expects.
+"""COCO's JSON, instances or panoptic, read once per process, such that what uses it meets the types that it expects.
 
 Decoders of masks crash or take all memory where numbers are wrong; so these are checked here, too.
 """
 
 import json
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from detectron2.utils.file_io import PathManager
@@ -13,6 +15,20 @@ from ..errors import DataError
 from .segmentation import SegmentationError, check_segmentation
 
 _LARGEST_SIDE = 2**16
+# Files of this many bytes together stay in memory, where their content takes about five times as much.
+_KEPT_BYTES = 2**26
+
+
+@dataclass
+class _File:
+    """A JSON that was read: (time of its last change, size in bytes), its content, and whether that was checked."""
+
+    stamp: tuple[int, int]
+    content: Any
+    is_checked: bool = False
+
+
+_files: dict[str, _File] = {}
 
 
 class WrongType(NamedTuple):
@@ -69,7 +85,7 @@ _TYPES: dict[str, dict[str, Check]] = {
 
 
 def read_coco_json(path: str) -> dict[str, Any]:
-    """The content of a JSON in COCO's format for instances or panoptic segmentation.
+    """The content of a JSON in COCO's format for instances or panoptic segmentation, which must not be changed.
 
     Keys that are missing are no matter here, only what is there: its types, and that masks can be decoded.
 
@@ -77,31 +93,61 @@ def read_coco_json(path: str) -> dict[str, Any]:
         DataError: the file is no JSON, or holds something else; names the place.
         OSError: it can't be opened.
     """
-    with PathManager.open(path) as f:
-        try:
-            content = json.load(f)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} is no valid JSON ({error}). It may be cut off: fetch it again.") from error
-    _raise_if(find_wrong_type(content) or find_repeated_id(content) or find_wrong_mask(content), path)
+    content = parse_json(path)
+    if not _files[path].is_checked:
+        raise_wrong(find_wrong_type(content) or find_repeated_id(content) or find_wrong_mask(content), path)
+        _files[path].is_checked = True
     return content
 
 
+def parse_json(path: str) -> Any:
+    """The content of any JSON, which must not be changed: it is parsed once, until the file changes.
+
+    The last file is kept whatever its size, so that the classes of a data set and its records need one reading.
+    """
+    status = os.stat(PathManager.get_local_path(path))
+    stamp = (status.st_mtime_ns, status.st_size)
+    if path not in _files or _files[path].stamp != stamp:
+        with PathManager.open(path) as f:
+            try:
+                _files[path] = _File(stamp, json.load(f))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path} is no valid JSON ({error}). It may be cut off: fetch it again.") from error
+        forget_large_files(but=path)
+    return _files[path].content
+
+
+def forget_large_files(but: str | None = None) -> None:
+    """Free the content of the largest files that were read, but of one, until the others are small together."""
+    while sum(file.stamp[1] for file in _files.values()) > _KEPT_BYTES and set(_files) - {but}:
+        del _files[max(set(_files) - {but}, key=lambda path: _files[path].stamp[1])]
+
+
 def check_for_evaluation(content: dict[str, Any], path: str) -> None:
-    """Raise a DataError unless the annotations of an instances JSON have all that COCO's evaluation reads."""
+    """Raise a DataError unless the annotations of an instances JSON have all that COCO's evaluation reads.
+
+    RLE of another size than the image's would be compared as if it were of that size.
+    """
+    sizes = {image.get("id"): [image.get("height"), image.get("width")] for image in content.get("images", ())}
     for i, annotation in enumerate(content.get("annotations", ())):
         missing = [key for key in ("id", "image_id", "category_id", "area", "iscrowd") if key not in annotation]
         missing += [] if len(annotation.get("bbox", ())) == 4 else ["bbox [x, y, width, height]"]
         missing += [] if annotation.get("segmentation") else ["segmentation"]
         if missing:
-            _raise_if(WrongType(f"annotations[{i}]", f"lacks {missing[0]}, which the evaluation reads"), path)
+            raise_wrong(WrongType(f"annotations[{i}]", f"lacks {missing[0]}, which the evaluation reads"), path)
         segmentation = annotation["segmentation"]
         if isinstance(segmentation, list) and len(segmentation[0]) < 5:
             # from the length of the first one pycocotools concludes what the list holds
             wrong = WrongType(f"annotations[{i}].segmentation", "begins with a polygon of fewer than 3 points")
-            _raise_if(wrong, path)
+            raise_wrong(wrong, path)
+        size = sizes.get(annotation["image_id"], [None, None])
+        if isinstance(segmentation, dict) and None not in size and list(segmentation["size"]) != size:
+            what = f"is RLE of size {segmentation['size']}; its image has [height, width] {size}"
+            raise_wrong(WrongType(f"annotations[{i}].segmentation", what), path)
 
 
-def _raise_if(wrong: WrongType | None, path: str) -> None:
+def raise_wrong(wrong: WrongType | None, path: str) -> None:
+    """Raise a DataError that names file and place, if anything is wrong."""
     if wrong:
         where = f"{wrong.where}: " if wrong.where else ""
         raise DataError(f"{path}: {where}{wrong.what}. Correct it, or export the annotations again.")
@@ -154,6 +200,20 @@ def find_wrong_mask(content: dict[str, Any]) -> WrongType | None:
         except SegmentationError as error:
             return WrongType(f"annotations[{i}].segmentation", str(error))
     return None
+
+
+def check_categories(content: dict[str, Any], path: str) -> None:
+    """Raise a DataError unless all annotations and segments are of one of the categories."""
+    if not content.get("categories") or "images" not in content:
+        raise DataError(f"{path} lacks one of the keys images, annotations, categories of the COCO format.")
+    known = {category.get("id") for category in content["categories"]}
+    for annotation in content.get("annotations", ()):
+        for part in annotation.get("segments_info", [annotation]):
+            if part.get("category_id") not in known:
+                raise DataError(
+                    f"{path} has category_id {part.get('category_id')} at an annotation of image "
+                    f"{annotation.get('image_id')}, which is not in its categories. Correct one of them."
+                )
 
 
 def _short(value: Any) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError
-from .coco_json import read_coco_json
+from .coco_records import instance_records, panoptic_records
+from .files import files_below
 from .split import Part, load_part
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def register_custom_datasets(cfg: CfgNode) -> None:
                 raise ConfigError(
                     f"DATASETS.CUSTOM[{i}].name: a data set {name!r} with other content exists. Choose another name."
                 )
-            load = _REGISTER[entry["type"]](name, entry)
+            load = FORMATS[entry["type"]](name, entry)
             if part is not None:
                 MetadataCatalog.get(name).part = part
                 load = functools.partial(load_part, load, name)
@@ -62,13 +62,10 @@ def _parts(entry: dict[str, Any]) -> list[tuple[str, Part | None]]:
     return [(f"{name}_train", Part(fraction, False)), (f"{name}_val", Part(fraction, True))]
 
 
-# Each sets the metadata of a name, and returns what loads the records.
-
-
 def _register_instance(name: str, entry: dict[str, Any]) -> Loader:
     json_file, images = entry["json"], entry["images"]
     MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
-    return lambda: load_instances_json(json_file, images, name)
+    return lambda: instance_records(json_file, images, name)
 
 
 def _register_panoptic(name: str, entry: dict[str, Any]) -> Loader:
@@ -82,7 +79,7 @@ def _register_panoptic(name: str, entry: dict[str, Any]) -> Loader:
         label_divisor=1000,
     )
     paths = entry["panoptic_json"], entry["images"], entry["panoptic_root"]
-    return lambda: load_panoptic_json(*paths, name)
+    return lambda: panoptic_records(*paths, name)
 
 
 def _register_sem_seg(name: str, entry: dict[str, Any]) -> Loader:
@@ -124,80 +121,12 @@ KEYS: dict[str, dict[str, tuple[bool, tuple]]] = {
         "label_values": (False, (int, list, tuple)),
     },
 }
-_REGISTER: dict[str, Callable[[str, dict[str, Any]], Loader]] = {
+# Type -> sets the metadata of a name from an entry, and returns what loads the records.
+FORMATS: dict[str, Callable[[str, dict[str, Any]], Loader]] = {
     "coco_instance": _register_instance,
     "coco_panoptic": _register_panoptic,
     "sem_seg": _register_sem_seg,
 }
-
-
-def load_instances_json(json_file: str, image_root: str, name: str) -> list[dict]:
-    """Detectron2's load_coco_json, after the file was checked."""
-    read_coco_json(json_file)
-    return load_coco_json(json_file, image_root, name)
-
-
-def load_panoptic_json(json_file: str, image_root: str, panoptic_root: str, name: str) -> list[dict]:
-    """Read a COCO panoptic JSON with any categories and image types, and set the classes in the metadata of name.
-
-    Contiguous ids are things, then stuff, each by rising category id.
-    """
-    content = read_coco_json(json_file)
-    contiguous, things = _set_panoptic_classes(content["categories"], json_file, name)
-    images = {image["id"]: image for image in content["images"]}
-    if "annotations" not in content:  # images to predict only
-        return [
-            {**image, "file_name": os.path.join(image_root, image["file_name"]), "image_id": image["id"]}
-            for image in content["images"]
-        ]
-    records = []
-    for annotation in content["annotations"]:
-        if annotation["image_id"] not in images:
-            raise DataError(
-                f"{json_file} has annotations for image_id {annotation['image_id']}, which is not in its images."
-            )
-        image = images[annotation["image_id"]]
-        segments = []
-        for segment in annotation["segments_info"]:
-            if "id" not in segment:
-                raise DataError(f"{json_file}: a segment of image_id {annotation['image_id']} lacks its 'id'.")
-            category = segment["category_id"]
-            segments.append({**segment, "category_id": contiguous[category], "isthing": category in things})
-        record = {
-            "file_name": os.path.join(image_root, image["file_name"]),
-            "image_id": annotation["image_id"],
-            "pan_seg_file_name": os.path.join(panoptic_root, annotation["file_name"]),
-            "segments_info": segments,
-        }
-        if {"height", "width"} <= set(image):
-            record.update(height=image["height"], width=image["width"])
-        records.append(record)
-    return records
-
-
-def _set_panoptic_classes(categories: list[dict], json_file: str, name: str) -> tuple[dict[int, int], set[int]]:
-    """Returns the contiguous id of each category id, and the category ids of the things."""
-    for category in categories:
-        for key in ("id", "name", "isthing"):
-            if key not in category:
-                raise DataError(
-                    f"{json_file}: category {category} lacks {key!r}. Panoptic categories have id, name and isthing."
-                )
-    ordered = sorted(categories, key=lambda category: (not category["isthing"], category["id"]))
-    contiguous = {category["id"]: i for i, category in enumerate(ordered)}
-    things = {category["id"] for category in ordered if category["isthing"]}
-    metadata = MetadataCatalog.get(name)
-    names = [category["name"] for category in ordered]
-    metadata.set(
-        thing_classes=names,
-        stuff_classes=names,
-        thing_dataset_id_to_contiguous_id={k: v for k, v in contiguous.items() if k in things},
-        stuff_dataset_id_to_contiguous_id={k: v for k, v in contiguous.items() if k not in things},
-    )
-    if all("color" in category for category in ordered):
-        colors = [category["color"] for category in ordered]
-        metadata.set(thing_colors=colors, stuff_colors=colors)
-    return contiguous, things
 
 
 def load_label_folder(image_root: str, label_root: str, label_map: np.ndarray) -> list[dict]:
@@ -208,7 +137,7 @@ def load_label_folder(image_root: str, label_root: str, label_map: np.ndarray) -
         label_root: folder of PNGs that hold one class id per pixel.
         label_map: value in the PNG -> label, see read_sem_seg.
     """
-    images, labels = _files(image_root, IMAGE_SUFFIXES), _files(label_root, (".png",))
+    images, labels = _by_stem(image_root, IMAGE_SUFFIXES), _by_stem(label_root, (".png",))
     missing = sorted(set(images) - set(labels))
     if missing:
         raise DataError(
@@ -225,18 +154,12 @@ def load_label_folder(image_root: str, label_root: str, label_map: np.ndarray) -
     ]
 
 
-def _files(root: str, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """Path below root without suffix -> path, of the files with one of the suffixes."""
-    found = {}
-    for folder, _, names in os.walk(root, followlinks=True):
-        for name in names:
-            path = os.path.join(folder, name)
-            stem, suffix = os.path.splitext(os.path.relpath(path, root))
-            if suffix.lower() not in suffixes:
-                continue
-            if stem in found:
-                raise DataError(f"{found[stem]} and {path} have the same name. Rename one, or move it away.")
-            found[stem] = path
+def _by_stem(root: str, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """The files below root with one of the suffixes: path below root without suffix -> path."""
+    found: dict[str, str] = {}
+    for stem, path in files_below(root, suffixes):
+        if found.setdefault(stem, path) != path:
+            raise DataError(f"{found[stem]} and {path} have the same name. Rename one, or move it away.")
     if not found:
         state = f"has no file of type {', '.join(suffixes)}" if os.path.isdir(root) else "does not exist"
         raise DataError(f"Folder {root} {state}.")

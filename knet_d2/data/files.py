@@ -3,7 +3,7 @@
 import glob
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from detectron2.data import detection_utils
@@ -33,6 +33,27 @@ def find_images(inputs: Sequence[str]) -> list[str]:
             raise DataError(f"{path}: no image there (files ending in {', '.join(IMAGE_TYPES)}).")
         files += found
     return files
+
+
+def files_below(root: str, suffixes: Sequence[str], _parents: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """The files in a folder and all folders in it with one of the suffixes, in the order of their names.
+
+    A link to a folder is followed, unless that is one of the folders that the link is in.
+
+    Yields:
+        (path below root without suffix, path).
+    """
+    real = os.path.realpath(root)
+    if real in _parents or not os.path.isdir(root):
+        return
+    for name in sorted(os.listdir(root)):
+        path = os.path.join(root, name)
+        stem, suffix = os.path.splitext(name)
+        if os.path.isdir(path):
+            for below, file in files_below(path, suffixes, (*_parents, real)):
+                yield os.path.join(name, below), file
+        elif suffix.lower() in suffixes:
+            yield stem, path
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:

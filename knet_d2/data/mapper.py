@@ -15,6 +15,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Instances, polygons_to_bitmask
 
 from ..errors import ConfigError, DataError
+from ..tasks import Task, get_task
 from .augmentation import build_augmentations
 from .files import read_image, read_labels, read_panoptic, segment_index
 from .segmentation import check_coordinates, read_rle
@@ -25,13 +26,15 @@ _ANNOTATION_KEYS = ("annotations", "segments_info", "sem_seg_file_name", "sem_se
 class KNetDatasetMapper:
     """Reads and augments an image, in training with its ground truth.
 
-    What is read depends on the task and on what the record has:
+    What is read depends on what the task learns from and on what the record has:
 
-    ========  ==========================================================
-    instance  "annotations", else "pan_seg_file_name" + "segments_info"
-    panoptic  "pan_seg_file_name" + "segments_info" (COCO panoptic), else "annotations" + "sem_seg_file_name"
-    semantic  "sem_seg_file_name", else "pan_seg_file_name" + "segments_info"
-    ========  ==========================================================
+    ===========  ==========================================================
+    instances    "annotations", else "pan_seg_file_name" + "segments_info"
+    sem_seg      "sem_seg_file_name", else "pan_seg_file_name" + "segments_info"
+    both         "pan_seg_file_name" + "segments_info" (COCO panoptic), else "annotations" + "sem_seg_file_name"
+    ===========  ==========================================================
+
+    Where instances are learned, crowds are left out: from the masks, and from the label map of a panoptic PNG.
     """
 
     @configurable
@@ -39,7 +42,7 @@ class KNetDatasetMapper:
         self,
         *,
         is_train: bool,
-        task: str,
+        task: Task,
         augmentations: list,
         image_format: str,
         thing_category_ids: list[int],
@@ -51,7 +54,7 @@ class KNetDatasetMapper:
         """
         Args:
             is_train: whether ground truth is read.
-            task: "instance", "panoptic" or "semantic".
+            task: tells which annotations are read.
             augmentations: Detectron2's augmentations or transforms.
             image_format: as in INPUT.FORMAT.
             thing_category_ids: the metadata's contiguous id of each thing class of the model.
@@ -72,11 +75,11 @@ class KNetDatasetMapper:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool) -> dict[str, Any]:
-        knet, crop = cfg.MODEL.KNET, cfg.INPUT.CROP
-        pads = is_train and knet.TASK == "semantic" and crop.ENABLED and crop.TYPE == "absolute"
+        knet, crop, task = cfg.MODEL.KNET, cfg.INPUT.CROP, get_task(cfg)
+        pads = is_train and "instances" not in task.annotations and crop.ENABLED and crop.TYPE == "absolute"
         return {
             "is_train": is_train,
-            "task": knet.TASK,
+            "task": task,
             "augmentations": build_augmentations(cfg, is_train),
             "image_format": cfg.INPUT.FORMAT,
             "thing_category_ids": knet.THING_CATEGORY_IDS,
@@ -93,8 +96,7 @@ class KNetDatasetMapper:
 
         Returns:
             dict: the record without annotations, and "image": uint8 [C, h, w]. In training also "instances"
-                (gt_classes, gt_masks as BitMasks; tasks instance and panoptic) and "sem_seg": int64 [h, w] (tasks
-                panoptic and semantic).
+                (gt_classes, gt_masks as BitMasks) and "sem_seg": int64 [h, w], as far as the task learns from them.
         """
         image = read_image(record["file_name"], self.image_format)
         result = {key: copy.deepcopy(value) for key, value in record.items() if key not in _ANNOTATION_KEYS}
@@ -111,76 +113,90 @@ class KNetDatasetMapper:
         return result
 
     def _read_example(self, record: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
-        if self.task == "semantic":
-            return self._semantic_example(record, image)
-        if "pan_seg_file_name" in record and not (self.task == "instance" and "annotations" in record):
-            return self._panoptic_example(record, image)
-        return self._instance_example(record, image)
-
-    def _semantic_example(self, record: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
-        if "sem_seg_file_name" in record:
-            labels = read_sem_seg(record, image.shape[:2], len(self.stuff_classes), self.ignore_value)
-        else:
-            labels = read_panoptic_labels(record, image.shape[:2], self.stuff_classes, self.ignore_value)
-        # PIL resizes uint8 only, and its nearest neighbour is the one that agrees with the image's geometry.
-        aug_input = T.AugInput(image, sem_seg=labels.astype(np.uint8))
-        self.augmentations(aug_input)
+        needed, size = self.task.annotations, image.shape[:2]
+        keys = {"instances": "annotations", "sem_seg": "sem_seg_file_name"}
+        has_own = all(keys[x] in record for x in needed)
+        from_png = "pan_seg_file_name" in record and (len(needed) > 1 or not has_own)
+        if not (has_own or from_png):
+            raise DataError(
+                f"Image {record['file_name']} has no ground truth for MODEL.KNET.TASK {self.task.name!r}, which needs "
+                f"{self.task.annotation_files}. Choose another data set (DATASETS.TRAIN) or task."
+            )
+        png = index = labels = None
+        if from_png:
+            png, index = read_panoptic_segments(record, size)
+        if "sem_seg" in needed:
+            labels = self._read_label_map(record, size) if index is None else self._segment_labels(record, index)
+        # Labels are uint8, as PIL resizes no other; its nearest neighbour is the one that agrees with the image.
+        aug_input = T.AugInput(image, sem_seg=labels)
+        transforms = self.augmentations(aug_input)
+        example = {}
+        if "instances" in needed:
+            example["instances"] = self._instances(record, png, transforms, size, aug_input.image.shape[:2])
         image, labels = aug_input.image, aug_input.sem_seg
         if self.pad_size is not None:
             image = pad_image(image, self.pad_size, self.pad_pixel)
             labels = pad_image(labels, self.pad_size, (self.ignore_value,))
-        return {"image": _to_tensor(image), "sem_seg": torch.from_numpy(labels.astype(np.int64))}
+        example["image"] = _to_tensor(image)
+        if labels is not None:
+            example["sem_seg"] = torch.from_numpy(labels.astype(np.int64))
+        return example
 
-    def _panoptic_example(self, record: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
+    def _instances(
+        self,
+        record: dict[str, Any],
+        png: np.ndarray | None,
+        transforms: T.TransformList,
+        image_size: tuple[int, int],
+        size: tuple[int, int],
+    ) -> Instances:
+        """The things of a panoptic PNG, or the annotations, after augmentation; see annotation_mask for the sizes."""
+        if png is None:
+            annotations = [x for x in record["annotations"] if not x.get("iscrowd", 0)]
+            classes = [self._class_of(x, True, record) for x in annotations]
+            found = [annotation_mask(x, transforms, image_size, size, record) for x in annotations]
+            return make_instances(np.stack(found) if found else np.zeros((0, *size), bool), classes, size)
         segments = record["segments_info"]
-        classes = [self._class_of(x["category_id"], x.get("isthing", True), record) for x in segments]
-        ids_rgb = read_panoptic_segments(record, image.shape[:2])
-        aug_input = T.AugInput(image)
-        transforms = self.augmentations(aug_input)
-        index = segment_index(transforms.apply_segmentation(ids_rgb), [x["id"] for x in segments])
-        crowd = [bool(x.get("iscrowd", 0)) for x in segments]
-        things = [i for i, x in enumerate(segments) if x.get("isthing", True) and not crowd[i]]
+        index = segment_index(transforms.apply_segmentation(png), [x["id"] for x in segments])
+        classes = self._segment_classes(record)
+        things = [i for i, x in enumerate(segments) if classes[i] < len(self.thing_classes) and not x.get("iscrowd", 0)]
         masks = index == np.array(things, dtype=index.dtype)[:, None, None]
-        example = {
-            "image": _to_tensor(aug_input.image),
-            "instances": make_instances(masks, [classes[i] for i in things], aug_input.image.shape[:2]),
-        }
-        if self.task == "panoptic":
-            labels = [self.ignore_value if c else k for k, c in zip(classes, crowd, strict=True)]
-            lookup = np.array([*labels, self.ignore_value, self.ignore_value], dtype=np.int64)
-            example["sem_seg"] = torch.from_numpy(lookup[index])
-        return example
+        return make_instances(masks, [classes[i] for i in things], size)
 
-    def _instance_example(self, record: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
-        if "annotations" not in record:
-            raise _missing_annotations(record, self.task)
-        aug_input = T.AugInput(image)
-        transforms = self.augmentations(aug_input)
-        size = aug_input.image.shape[:2]
-        annotations = [x for x in record["annotations"] if not x.get("iscrowd", 0)]
-        classes = [self._class_of(x["category_id"], True, record) for x in annotations]
-        found = [annotation_mask(x, transforms, image.shape[:2], size, record) for x in annotations]
-        masks = np.stack(found) if found else np.zeros((0, *size), bool)
-        example = {"image": _to_tensor(aug_input.image), "instances": make_instances(masks, classes, size)}
-        if self.task == "panoptic":
-            labels = self._stuff_labels(record, image.shape[:2])
-            example["sem_seg"] = torch.from_numpy(transforms.apply_segmentation(labels).astype(np.int64))
-        return example
+    def _segment_labels(self, record: dict[str, Any], index: np.ndarray) -> np.ndarray:
+        """Model classes of the pixels of a panoptic PNG, uint8 [H, W]; void is ignored.
 
-    def _stuff_labels(self, record: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+        index: see segment_index.
+        """
+        segments = record["segments_info"]
+        ignored = [bool(x.get("iscrowd", 0)) and "instances" in self.task.annotations for x in segments]
+        classes = self._segment_classes(record)
+        lookup = [self.ignore_value if i else k for i, k in zip(ignored, classes, strict=True)]
+        return np.array([*lookup, self.ignore_value], np.uint8)[index]
+
+    def _segment_classes(self, record: dict[str, Any]) -> list[int]:
+        """The model's class of each segment of a panoptic PNG."""
+        # Cityscapes' segments don't say whether they are things; there, a thing and a stuff class never share an id
+        return [
+            self._class_of(x, x.get("isthing", x["category_id"] in self.thing_classes), record)
+            for x in record["segments_info"]
+        ]
+
+    def _read_label_map(self, record: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
         """Model classes of the stuff pixels, uint8 [H, W]; all other pixels (things, crowds, void) are ignored."""
-        if "sem_seg_file_name" not in record:
-            raise _missing_annotations(record, self.task)
         # Every id of the metadata is a valid label: those that the model has no stuff class for are things.
-        num_labels = max(self.stuff_classes, default=0) + 1
-        labels = read_sem_seg(record, size, num_labels, self.ignore_value)
+        labels = read_sem_seg(record, size, max(self.stuff_classes, default=0) + 1, self.ignore_value)
         lookup = np.full(256, self.ignore_value, np.uint8)
-        for category, model_class in self.stuff_classes.items():
-            lookup[category] = model_class
+        lookup[list(self.stuff_classes)] = list(self.stuff_classes.values())
         return lookup[labels]
 
-    def _class_of(self, category: int, isthing: bool, record: dict[str, Any]) -> int:
-        """The model's class; stuff that an instance model does not have is ignored."""
+    def _class_of(self, segment: dict[str, Any], isthing: bool, record: dict[str, Any]) -> int:
+        """The model's class; stuff that an instance model does not have is ignored.
+
+        A semantic model, which has no thing classes, counts things among the stuff.
+        """
+        category = segment["category_id"]
+        isthing = isthing and bool(self.thing_classes)
         classes = self.thing_classes if isthing else self.stuff_classes
         if category in classes:
             return classes[category]
@@ -200,7 +216,10 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> KNetDatasetMapper:
     if is_train and not (knet.THING_CATEGORY_IDS or knet.STUFF_CATEGORY_IDS):
         raise ConfigError("The classes of MODEL.KNET are not known yet: call knet_d2.data.resolve_classes(cfg) first.")
     num_classes, ignore = knet.NUM_THING_CLASSES + knet.NUM_STUFF_CLASSES, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
-    if not num_classes <= ignore <= 255:
+    learns_labels = "sem_seg" in get_task(cfg).annotations
+    if learns_labels and num_classes > 255:
+        raise ConfigError(f"MODEL.KNET has {num_classes} classes: learn at most 255 from label maps of 8 bits.")
+    if learns_labels and not num_classes <= ignore <= 255:
         raise ConfigError(f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {ignore}; it must be {num_classes} (classes) to 255.")
     return KNetDatasetMapper(cfg, is_train)
 
@@ -236,14 +255,15 @@ def read_sem_seg(record: dict[str, Any], size: tuple[int, int], num_classes: int
     return labels
 
 
-def read_panoptic_segments(record: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-    """Read "pan_seg_file_name", checked against "segments_info": uint8 [H, W, 3]."""
+def read_panoptic_segments(record: dict[str, Any], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Read "pan_seg_file_name", checked against "segments_info": uint8 [H, W, 3], and its segment_index [H, W]."""
     path = record["pan_seg_file_name"]
     ids_rgb = read_panoptic(path, record["file_name"], size)
     ids = [x["id"] for x in record["segments_info"]]
-    pixels = np.bincount(segment_index(ids_rgb, ids).reshape(-1), minlength=len(ids) + 2)
+    index = segment_index(ids_rgb, ids)
+    pixels = np.bincount(index.reshape(-1), minlength=len(ids) + 2)
     if pixels[-1]:
-        unknown = ids_rgb[segment_index(ids_rgb, ids) > len(ids)][0].astype(np.int64) @ [1, 256, 65536]
+        unknown = ids_rgb[index > len(ids)][0].astype(np.int64) @ [1, 256, 65536]
         raise DataError(
             f"Panoptic PNG {path} has segment id {unknown}, which its JSON's segments_info lacks. "
             "Add the segment to the JSON or paint it 0 (void)."
@@ -254,29 +274,7 @@ def read_panoptic_segments(record: dict[str, Any], size: tuple[int, int]) -> np.
                 f"The JSON's segments_info of panoptic PNG {path} has segment id {segment['id']}, which the PNG lacks. "
                 "Remove the segment from the JSON or paint it."
             )
-    return ids_rgb
-
-
-def read_panoptic_labels(
-    record: dict[str, Any], size: tuple[int, int], classes: dict[int, int], ignore_value: int
-) -> np.ndarray:
-    """Class per pixel from a panoptic PNG, crowds included, void ignored: int64 [H, W].
-
-    classes: the metadata's contiguous id -> label.
-    """
-    if "pan_seg_file_name" not in record:
-        raise _missing_annotations(record, "semantic")
-    segments = record["segments_info"]
-    ids_rgb = read_panoptic_segments(record, size)
-    lookup = np.full(len(segments) + 1, ignore_value, np.int64)
-    for i, segment in enumerate(segments):
-        if segment["category_id"] not in classes:
-            raise DataError(
-                f"The segments of image {record['file_name']} have category_id {segment['category_id']}, which is not "
-                f"among the {len(classes)} classes. Correct the annotation or the classes of its data set."
-            )
-        lookup[i] = classes[segment["category_id"]]
-    return lookup[segment_index(ids_rgb, [x["id"] for x in segments])]
+    return ids_rgb, index
 
 
 def annotation_mask(
@@ -306,7 +304,7 @@ def annotation_mask(
             polygons = [transforms.apply_coords(x).reshape(-1) for x in polygons]
             return polygons_to_bitmask(polygons, *size)
         if isinstance(segmentation, dict):
-            segmentation = mask_util.decode(read_rle(segmentation))
+            segmentation = mask_util.decode(read_rle(segmentation, image_size))
         if segmentation.shape != tuple(image_size):
             raise DataError(f"its mask has (height, width) {segmentation.shape}, the image {tuple(image_size)}")
         return transforms.apply_segmentation(segmentation.astype(np.uint8)).astype(bool)
@@ -338,15 +336,3 @@ def pad_image(image: np.ndarray, size: tuple[int, int], value: tuple[float, ...]
 
 def _to_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
-
-
-def _missing_annotations(record: dict[str, Any], task: str) -> DataError:
-    needed = {
-        "instance": "annotations with instance masks",
-        "panoptic": "a panoptic PNG with segments, or instance masks and a label map",
-        "semantic": "a label map or a panoptic PNG",
-    }[task]
-    return DataError(
-        f"Image {record['file_name']} has no ground truth for MODEL.KNET.TASK {task!r}, which needs {needed}. "
-        "Choose another data set (DATASETS.TRAIN) or task."
-    )

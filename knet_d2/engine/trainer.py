@@ -17,7 +17,7 @@ from torch import nn
 from ..checkpoint import Checkpointer, describe_model, periodic_checkpoints, remove_unfinished, write_atomically
 from ..config.merging import config_to_blame, resolve_seed
 from ..config.output_dir import lock_output_dir, release_output_dir
-from ..data import build_loss_loader, build_test_loader, build_train_loader
+from ..data import build_loss_loader, build_test_loader, build_train_loader, with_classes
 from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import build_evaluators
 from ..modeling.tta import KNetWithTTA
@@ -54,7 +54,7 @@ class Trainer(DefaultTrainer):
         cfg.defrost()
         cfg.SEED = resolve_seed(cfg)
         cfg.freeze()
-        self.cfg = cfg
+        self.cfg = cfg = with_classes(cfg)
         model = self.build_model(cfg)
         device = next(model.parameters()).device
         dtype = amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)

@@ -13,7 +13,8 @@ from detectron2.evaluation import (
 )
 from detectron2.utils.file_io import PathManager
 
-from ..data import load_dataset, loaded_metadata
+from ..data import load_dataset
+from ..data.classes import loaded_metadata
 from ..errors import ConfigError
 from ..tasks import get_task
 from .instance import InstanceEvaluator
@@ -25,48 +26,44 @@ logger = logging.getLogger(__name__)
 Builder = Callable[[CfgNode, str, "str | None"], DatasetEvaluator]
 
 
-def _build_instance(cfg: CfgNode, name: str, output_folder: str | None) -> DatasetEvaluator:
-    return InstanceEvaluator(name, tasks=("bbox", "segm"), output_dir=output_folder)
+def _instance(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
+    return InstanceEvaluator(name, folder, cfg.TEST.DETECTIONS_PER_IMAGE)
 
 
-def _build_lvis(cfg: CfgNode, name: str, output_folder: str | None) -> DatasetEvaluator:
-    return LVISEvaluator(name, output_dir=output_folder)
+def _panoptic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
+    return PanopticEvaluator(name, folder)
 
 
-def _build_panoptic(cfg: CfgNode, name: str, output_folder: str | None) -> DatasetEvaluator:
-    return PanopticEvaluator(name, output_folder)
-
-
-def _build_semantic(cfg: CfgNode, name: str, output_folder: str | None) -> DatasetEvaluator:
+def _semantic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
     knet = cfg.MODEL.KNET
     # Data sets whose label maps show things as one class, or not at all, give no thing class an id of its own.
     separated = knet.NUM_THING_CLASSES and "things" in loaded_metadata(name).stuff_classes[:1]
     things = [0] * knet.NUM_THING_CLASSES if separated else knet.THING_CATEGORY_IDS
-    return SemanticEvaluator(name, class_ids=[*things, *knet.STUFF_CATEGORY_IDS], output_dir=output_folder)
+    return SemanticEvaluator(name, class_ids=[*things, *knet.STUFF_CATEGORY_IDS], output_dir=folder)
 
 
-def _build_cityscapes_instance(cfg: CfgNode, name: str, output_folder: str | None) -> DatasetEvaluator:
-    return CityscapesInstanceEvaluator(name)
+class _CityscapesSemanticEvaluator(CityscapesSemSegEvaluator):
+    """Detectron2's, which calls the mean over the classes "IoU"; "mIoU" is the name that other data sets have."""
 
-
-def _build_cityscapes_semantic(cfg: CfgNode, name: str, output_folder: str | None) -> DatasetEvaluator:
-    return CityscapesSemSegEvaluator(name)
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        results = super().evaluate()
+        return results and {"sem_seg": {"mIoU": results["sem_seg"]["IoU"], **results["sem_seg"]}}
 
 
 # evaluator_type -> output of the model -> (metadata key that must be there, builder).
-_PANOPTIC_BUILDERS: dict[str, tuple[str, Builder]] = {
-    "panoptic_seg": ("panoptic_json", _build_panoptic),
-    "instances": ("json_file", _build_instance),
-    "sem_seg": ("sem_seg_root", _build_semantic),
+_PANOPTIC: dict[str, tuple[str, Builder]] = {
+    "panoptic_seg": ("panoptic_json", _panoptic),
+    "instances": ("json_file", _instance),
+    "sem_seg": ("sem_seg_root", _semantic),
 }
 EVALUATORS: dict[str, dict[str, tuple[str, Builder]]] = {
-    "coco": {"instances": ("json_file", _build_instance)},
-    "coco_panoptic_seg": _PANOPTIC_BUILDERS,
-    "cityscapes_panoptic_seg": _PANOPTIC_BUILDERS,
-    "sem_seg": {"sem_seg": ("stuff_classes", _build_semantic)},
-    "lvis": {"instances": ("json_file", _build_lvis)},
-    "cityscapes_instance": {"instances": ("gt_dir", _build_cityscapes_instance)},
-    "cityscapes_sem_seg": {"sem_seg": ("gt_dir", _build_cityscapes_semantic)},
+    "coco": {"instances": ("thing_classes", _instance)},
+    "coco_panoptic_seg": _PANOPTIC,
+    "cityscapes_panoptic_seg": _PANOPTIC,
+    "sem_seg": {"sem_seg": ("stuff_classes", _semantic)},
+    "lvis": {"instances": ("json_file", lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder))},
+    "cityscapes_instance": {"instances": ("gt_dir", lambda cfg, name, folder: CityscapesInstanceEvaluator(name))},
+    "cityscapes_sem_seg": {"sem_seg": ("gt_dir", lambda cfg, name, folder: _CityscapesSemanticEvaluator(name))},
 }
 
 
@@ -84,7 +81,8 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None 
     if dataset_name not in DatasetCatalog:
         load_dataset(dataset_name, "DATASETS.TEST")  # raises with a suggestion
     metadata = loaded_metadata(dataset_name)
-    kind, outputs = metadata.get("evaluator_type"), get_task(cfg).checked_outputs(cfg.MODEL.KNET.TEST.OUTPUTS)
+    kind = metadata.get("evaluator_type") or _kind_of_records(dataset_name)
+    outputs = get_task(cfg).checked_outputs(cfg.MODEL.KNET.TEST.OUTPUTS)
     if kind not in EVALUATORS:
         raise ConfigError(
             f"Data set {dataset_name} (DATASETS.TEST) has evaluator_type {kind!r} in its metadata; known are "
@@ -106,3 +104,10 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None 
             f"MODEL.KNET.TEST.OUTPUTS) gives {', '.join(outputs)}."
         )
     return evaluators
+
+
+def _kind_of_records(name: str) -> str | None:
+    """The evaluator_type of a data set that was registered in Python without one."""
+    record = load_dataset(name, "DATASETS.TEST")[0]
+    kinds = {"annotations": "coco", "sem_seg_file_name": "sem_seg"}
+    return next((kind for key, kind in kinds.items() if key in record), None)

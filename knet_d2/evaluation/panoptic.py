@@ -13,10 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from detectron2.evaluation import COCOPanopticEvaluator
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from panopticapi.evaluation import PQStat, pq_compute_single_core
+from panopticapi.utils import id2rgb
+from PIL import Image
 from tabulate import tabulate
 
 from ..data.coco_json import read_coco_json
@@ -29,8 +32,8 @@ logger = logging.getLogger(__name__)
 _PARTS = (("", None), ("_th", True), ("_st", False))
 
 
-class PanopticEvaluator(COCOPanopticEvaluator):
-    """Detectron2's evaluator with panopticapi's counts and the same result keys, but
+class PanopticEvaluator(DatasetEvaluator):
+    """panopticapi's counts, with the same result keys as Detectron2's evaluator, but
 
     - it works with any categories: where a data set has no things or no stuff, their quality is NaN;
     - predictions lie on the disk until they are compared, and each process compares its own, in threads;
@@ -38,22 +41,41 @@ class PanopticEvaluator(COCOPanopticEvaluator):
     - images may have the same file name in different folders.
     """
 
+    def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
+        """
+        Args:
+            dataset_name: as registered.
+            output_dir: where predictions are written; None: nowhere.
+        """
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._dataset_ids = {  # contiguous -> the JSON's, by isthing
+            isthing: {v: k for k, v in self._metadata.get(f"{kind}_dataset_id_to_contiguous_id").items()}
+            for kind, isthing in (("thing", True), ("stuff", False))
+        }
+        self._output_dir = output_dir
+        if output_dir:
+            os.makedirs(output_dir, exist_ok=True)
+
     def reset(self) -> None:
-        super().reset()
+        self._predictions: list[dict[str, Any]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="panoptic_eval")
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        """See COCOPanopticEvaluator; it would change the outputs' segments_info, so it gets a copy."""
-        copies = []
-        for output in outputs:
-            segments, info = output["panoptic_seg"]
-            copies.append({"panoptic_seg": (segments, [dict(segment) for segment in info])})
-        first = len(self._predictions)
-        super().process(inputs, copies)
-        for i, prediction in enumerate(self._predictions[first:], first):
-            prediction["file_name"] = f"{i}.png"
-            with open(os.path.join(self._folder.name, prediction["file_name"]), "wb") as f:
-                f.write(prediction.pop("png_string"))
+        """
+        Args:
+            inputs: with "image_id".
+            outputs: with "panoptic_seg": segment ids [H, W], 0 where there is none, and a dict of each segment with
+                "id", "isthing" and "category_id".
+        """
+        for image, output in zip(inputs, outputs, strict=True):
+            ids, segments = output["panoptic_seg"]
+            file_name = f"{len(self._predictions)}.png"
+            Image.fromarray(id2rgb(ids.cpu().numpy())).save(os.path.join(self._folder.name, file_name))
+            info = [{**x, "category_id": self._dataset_ids[x["isthing"]][x["category_id"]]} for x in segments]
+            for segment in info:
+                del segment["isthing"]
+            prediction = {"image_id": image["image_id"], "file_name": file_name, "segments_info": info}
+            self._predictions.append(prediction)
 
     def evaluate(self) -> "OrderedDict[str, dict[str, float]] | None":
         """Returns {"panoptic_seg": {"PQ", "SQ", "RQ", "PQ_th", ..., "RQ_st"}} in percent, on the main process."""
@@ -86,14 +108,16 @@ class PanopticEvaluator(COCOPanopticEvaluator):
 
     def _read_ground_truth(self) -> dict[str, Any]:
         ground_truth = read_coco_json(self._metadata.panoptic_json)
+        if "annotations" not in ground_truth:
+            return ground_truth
         images = self._metadata.get("image_ids")  # of a data set that is a part of the JSON's images
-        if images is not None and "annotations" in ground_truth:
-            of_part = set(images)
-            ground_truth["annotations"] = [x for x in ground_truth["annotations"] if x["image_id"] in of_part]
-        for annotation in ground_truth.get("annotations", ()):
-            for segment in annotation["segments_info"]:
-                segment.setdefault("iscrowd", 0)
-        return ground_truth
+        of_part = None if images is None else set(images)
+        annotations = [
+            {**x, "segments_info": [{"iscrowd": 0, **segment} for segment in x["segments_info"]]}
+            for x in ground_truth["annotations"]
+            if of_part is None or x["image_id"] in of_part
+        ]
+        return {**ground_truth, "annotations": annotations}
 
     def _write_submission(self, image_info: dict[str, Any]) -> None:
         """Predictions for images without ground truth in COCO's result format: a JSON and a folder of PNGs."""

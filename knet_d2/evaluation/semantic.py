@@ -1,26 +1,33 @@
 """Intersection over union of semantic segmentation."""
 
+import json
 import logging
+import os
 from typing import Any
 
 import numpy as np
-from detectron2.evaluation import SemSegEvaluator
+import pycocotools.mask as mask_util
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
 from ..data import load_dataset
+from ..data.build import ONE_CLASS, warn_of_absent_classes
 from ..data.mapper import read_sem_seg
 from ..errors import DataError
 
 logger = logging.getLogger(__name__)
 
 
-class SemanticEvaluator(SemSegEvaluator):
-    """Detectron2's evaluator; ground truth is read as in training: with its label map, and checked.
+class SemanticEvaluator(DatasetEvaluator):
+    """IoU and accuracy, with the same result keys and files as Detectron2's evaluator; ground truth is read as in
+    training: with its label map, and checked.
 
     mIoU is the mean over all classes that are in the ground truth or predicted, as in Detectron2 0.6 and in
     MMSegmentation, with which K-Net's published figures were made: a class that is predicted but nowhere in the
-    ground truth counts as 0. Detectron2's main branch leaves such a class out, which can only raise the figure; here
-    both give the same. Its boundary metrics are switched off, for the same results everywhere.
+    ground truth counts as 0. Detectron2's main branch leaves such a class out, which can only raise the figure.
     """
 
     def __init__(self, dataset_name: str, *, class_ids: list[int], output_dir: str | None = None) -> None:
@@ -30,12 +37,16 @@ class SemanticEvaluator(SemSegEvaluator):
             class_ids: the label that the data set gives each class of the model.
             output_dir: where predictions and results are written; None: nowhere.
         """
-        super().__init__(dataset_name, output_dir=output_dir)
-        self._compute_boundary_iou = False
-        # What it would log are its own figures, before mIoU is replaced.
-        self._logger = logging.Logger(__name__, level=logging.WARNING)
+        self._dataset_name = dataset_name
         self._records = {record["file_name"]: record for record in load_dataset(dataset_name)}
+        self._metadata = MetadataCatalog.get(dataset_name)
         self._class_ids = np.asarray(class_ids, np.int64)
+        self._output_dir = output_dir
+
+    def reset(self) -> None:
+        size = len(self._metadata.stuff_classes) + 1  # the last row and column: ignored
+        self._confusion = np.zeros((size, size), np.int64)
+        self._predictions: list[dict[str, Any]] = []
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """
@@ -43,34 +54,67 @@ class SemanticEvaluator(SemSegEvaluator):
             inputs: with "file_name".
             outputs: with "sem_seg": scores [K, H, W] of the K classes of the model.
         """
-        size = self._num_classes + 1
+        size, ignored = len(self._confusion), self._metadata.get("ignore_label", 255)
         for image, output in zip(inputs, outputs, strict=True):
             predicted = self._class_ids[output["sem_seg"].argmax(dim=0).cpu().numpy()]
-            labels = read_sem_seg(
-                self._records[image["file_name"]], predicted.shape, self._num_classes, self._ignore_label
-            )
-            labels = np.where(labels == self._ignore_label, self._num_classes, labels)
+            labels = read_sem_seg(self._records[image["file_name"]], predicted.shape, size - 1, ignored)
+            labels = np.where(labels == ignored, size - 1, labels)
             pairs = np.bincount((size * predicted + labels).reshape(-1), minlength=size**2)
-            self._conf_matrix += pairs.reshape(size, size)
+            self._confusion += pairs.reshape(size, size)
             if self._output_dir:
-                self._predictions.extend(self.encode_json_sem_seg(predicted, image["file_name"]))
+                self._predictions += self._encode(predicted, image["file_name"])
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Returns {"sem_seg": {"mIoU", "fwIoU", "mACC", "pACC", "IoU-<class>", "ACC-<class>"}} in percent."""
-        results = super().evaluate()
-        if results is None:
+        comm.synchronize()
+        gathered = comm.gather((self._confusion, self._predictions))
+        if not comm.is_main_process():
             return None
-        confusion = self._conf_matrix[:-1, :-1]
+        confusion = sum(counts for counts, _ in gathered)[:-1, :-1]
         if not confusion.any():
             raise DataError(
                 f"Data set {self._dataset_name} has no labelled pixel to evaluate on. Check its ignored labels."
             )
-        metrics = {key: float(value) for key, value in results["sem_seg"].items()}
-        metrics["mIoU"] = 100 * mean_iou(confusion)
-        overall = {key: metrics[key] for key in ("mIoU", "fwIoU", "mACC", "pACC")}
-        per_class = ", ".join(f"{name} {metrics['IoU-' + name]:.1f}" for name in self._class_names)
-        logger.info("Semantic evaluation results:\n%s\nIoU of each class: %s", create_small_table(overall), per_class)
+        right, of_class = confusion.diagonal(), confusion.sum(axis=0)
+        there = of_class > 0
+        names = self._metadata.stuff_classes
+        absent = [name for name, is_there in zip(names, there, strict=True) if not is_there]
+        if there.sum() == 1:
+            logger.warning(ONE_CLASS, self._dataset_name, names[there.argmax()])
+        else:
+            warn_of_absent_classes(self._dataset_name, absent, "pixel")
+        accuracy, iou = np.full((2, len(confusion)), np.nan)
+        accuracy[there] = right[there] / of_class[there]
+        iou[there] = right[there] / (of_class + confusion.sum(axis=1) - right)[there]
+        overall = {
+            "mIoU": mean_iou(confusion),
+            "fwIoU": np.sum(iou[there] * of_class[there]) / of_class.sum(),
+            "mACC": accuracy[there].mean(),
+            "pACC": right.sum() / of_class.sum(),
+        }
+        each = {f"{key}-{name}": x for key, of in (("IoU", iou), ("ACC", accuracy)) for name, x in zip(names, of)}
+        metrics = {key: 100 * float(value) for key, value in {**overall, **each}.items()}
+        if self._output_dir:
+            os.makedirs(self._output_dir, exist_ok=True)
+            torch.save(metrics, os.path.join(self._output_dir, "sem_seg_evaluation.pth"))
+            with open(os.path.join(self._output_dir, "sem_seg_predictions.json"), "w") as f:
+                json.dump([x for _, part in gathered for x in part], f)
+        table = create_small_table({key: metrics[key] for key in overall})
+        per_class = ", ".join(f"{name} {metrics['IoU-' + name]:.1f}" for name in names)
+        logger.info("Semantic evaluation results:\n%s\nIoU of each class: %s", table, per_class)
         return {"sem_seg": metrics}
+
+    def _encode(self, predicted: np.ndarray, file_name: str) -> list[dict[str, Any]]:
+        """The classes of one image in COCO's result format for stuff."""
+        contiguous = self._metadata.get("stuff_dataset_id_to_contiguous_id")
+        dataset_ids = {v: k for k, v in contiguous.items()} if contiguous else {}
+        results = []
+        for label in np.unique(predicted).tolist():
+            rle = mask_util.encode(np.asfortranarray(predicted == label, np.uint8))
+            segmentation = {**rle, "counts": rle["counts"].decode()}
+            category = dataset_ids[label] if contiguous else label
+            results.append({"file_name": file_name, "category_id": category, "segmentation": segmentation})
+        return results
 
 
 def mean_iou(confusion: np.ndarray) -> float:

@@ -12,6 +12,7 @@ from detectron2.modeling import build_model
 
 from ..checkpoint import Checkpointer
 from ..data.augmentation import Resize
+from ..data.classes import with_classes
 from ..modeling.tta import KNetWithTTA
 
 
@@ -25,7 +26,7 @@ class Predictor(DefaultPredictor):
     """
 
     def __init__(self, cfg: CfgNode):
-        self.cfg = cfg.clone()
+        self.cfg = with_classes(cfg).clone()
         self.network = self.model = build_model(self.cfg).eval()
         Checkpointer(self.network).load(cfg.MODEL.WEIGHTS)
         shorter = cfg.INPUT.MIN_SIZE_TEST

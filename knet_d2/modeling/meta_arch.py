@@ -11,7 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.structures import ImageList
 from torch import nn
 
-from ..data.categories import resolve_classes
+from ..data.classes import with_classes
 from ..errors import ConfigError, DataError
 from ..tasks import get_task
 from .cascade import KernelUpdateCascade, select_stage
@@ -71,9 +71,7 @@ class KNet(nn.Module):
     @classmethod
     def from_config(cls, cfg) -> dict[str, Any]:
         task = get_task(cfg)
-        cfg = cfg.clone()
-        cfg.defrost()
-        resolve_classes(cfg)
+        cfg = with_classes(cfg)
         knet = cfg.MODEL.KNET
         if "instances" in task.annotations and knet.NUM_KERNELS < 1:
             raise ConfigError(f"MODEL.KNET.NUM_KERNELS = {knet.NUM_KERNELS}: use at least 1.")

@@ -29,11 +29,8 @@ class Output(NamedTuple):
 
 def _panoptic_masks(output: tuple[torch.Tensor, list[dict[str, Any]]], classes: ClassTable):
     ids, segments = output[0].cpu().numpy(), output[1]
-    # Thing and stuff ids may overlap
-    keys = ((i < classes.num_things, category) for i, category in enumerate(classes.category_ids))
-    label_of = {key: i for i, key in enumerate(keys)}
     for x in segments:
-        yield ids == x["id"], label_of[bool(x["isthing"]), x["category_id"]], x["score"]
+        yield ids == x["id"], classes.label_of(x["category_id"], x["isthing"]), x["score"]
 
 
 def _instance_masks(output: Instances, classes: ClassTable):

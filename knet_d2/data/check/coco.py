@@ -1,6 +1,5 @@
 """What COCO's instances and panoptic JSON have in common: images and categories with ids."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -8,7 +7,8 @@ from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
-from ..coco_json import find_wrong_type
+from ...errors import DataError
+from ..coco_json import find_wrong_type, parse_json
 from ..split import Part
 from .faults import Fault
 from .images import ImageEntry
@@ -25,10 +25,9 @@ def read_json(path: str, use: Use, faults: list[Fault]) -> dict[str, Any] | None
         faults.append(Fault("missing file", path, "", "does not exist"))
         return None
     try:
-        with PathManager.open(path) as f:
-            content = json.load(f)
-    except (ValueError, RecursionError) as error:
-        faults.append(Fault("broken JSON", path, "", f"is no valid JSON ({error})"))
+        content = parse_json(path)
+    except DataError as error:
+        faults.append(Fault("broken JSON", path, "", f"is no valid JSON ({error.__cause__})"))
         return None
     if not isinstance(content, dict):
         faults.append(Fault("missing key", path, "", f"is a {type(content).__name__}, not COCO's mapping of lists"))
@@ -68,34 +67,23 @@ def lacking(items: list[dict], keys: Iterable[str], path: str, what: str, faults
     return complete
 
 
-def check_categories(categories: list[dict], path: str, faults: list[Fault]) -> None:
-    ids = Counter(category["id"] for category in categories)
-    faults += [
-        Fault("category id twice", path, f"category {i}", f"{count} categories have this id")
-        for i, count in ids.items()
-        if count > 1
-    ]
-    first: dict[str, Any] = {}
-    for category in categories:
-        other = first.setdefault(category["name"], category["id"])
-        if other != category["id"]:
-            what = f"is called {category['name']!r} as category {other} is"
-            faults.append(Fault("category name twice", path, f"category {category['id']}", what))
+def check_twice(items: list[dict], what: str, key: str, path: str, faults: list[Fault]) -> None:
+    """Faults for ids, and values of another key, that two of the items have.
 
-
-def check_image_list(images: list[dict], path: str, faults: list[Fault]) -> None:
-    ids = Counter(image["id"] for image in images)
-    faults += [
-        Fault("image id twice", path, f"image {i}", f"{count} images have this id")
-        for i, count in ids.items()
-        if count > 1
-    ]
+    Args:
+        items: the images or categories of a JSON, with "id" and ``key``.
+        what: "image" or "category".
+        key: "file_name" or "name".
+    """
+    for i, count in Counter(item["id"] for item in items).items():
+        if count > 1:
+            faults.append(Fault(f"{what} id twice", path, f"{what} {i}", f"{count} entries have this id"))
     first: dict[str, Any] = {}
-    for image in images:
-        other = first.setdefault(image["file_name"], image["id"])
-        if other != image["id"]:
-            what = f"has the file_name {image['file_name']!r} as image {other} has"
-            faults.append(Fault("image file twice", path, f"image {image['id']}", what))
+    for item in items:
+        other = first.setdefault(item[key], item["id"])
+        if other != item["id"]:
+            kind = "image file twice" if what == "image" else "category name twice"
+            faults.append(Fault(kind, path, f"{what} {item['id']}", f"has the {key} {item[key]!r} of {what} {other}"))
 
 
 def image_entries(images: list[dict], root: str) -> list[ImageEntry]:

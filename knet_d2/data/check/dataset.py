@@ -7,8 +7,9 @@ from detectron2.data.transforms import AugmentationList
 from tqdm import tqdm
 
 from ...errors import KNetError
+from ...tasks import get_task
 from ..build import load_dataset
-from ..categories import resolve_classes
+from ..classes import resolve_classes
 from ..mapper import build_mapper
 from .faults import ERROR, Fault
 from .instances import check_instances
@@ -55,10 +56,9 @@ def _check_dataset(cfg: CfgNode, name: str) -> list[DatasetReport]:
 def _check_files(cfg: CfgNode, name: str, metadata: Metadata) -> list[DatasetReport]:
     """The checks of known formats; none where a data set has another."""
     kind = metadata.get("evaluator_type")
-    knet = cfg.MODEL.KNET
-    use = Use(name in cfg.DATASETS.TRAIN, knet.TASK, knet.NUM_KERNELS, metadata.get("part"))
+    use = Use(name in cfg.DATASETS.TRAIN, get_task(cfg), cfg.MODEL.KNET.NUM_KERNELS, metadata.get("part"))
     reports = []
-    if metadata.get("panoptic_json"):
+    if metadata.get("panoptic_json") and kind == "coco_panoptic_seg":  # Cityscapes' images have other names
         paths = (metadata.panoptic_json, metadata.image_root, metadata.panoptic_root)
         reports.append(check_panoptic(name, *paths, use))
     if metadata.get("json_file") and kind in ("coco", "coco_panoptic_seg"):

@@ -53,7 +53,9 @@ KINDS: dict[str, Kind] = {
     ),
     "image without annotation": Kind(WARNING, "The image is not read. Annotate it, or remove it from the JSON."),
     "annotation id twice": Kind(ERROR, "Give each annotation an id of its own."),
-    "annotation id 0": Kind(ERROR, "COCO's evaluation takes 0 for 'no match': count ids from 1."),
+    "annotation id 0": Kind(
+        WARNING, "K-Net numbers annotations anew, but other programs take 0 for 'no match': count ids from 1."
+    ),
     "category id twice": Kind(ERROR, "Two classes would become one: give each category an id of its own."),
     "category name twice": Kind(WARNING, "Both are classes of their own: give them different names, or merge them."),
     "unused class": Kind(WARNING, "The model can't learn it: remove the class, or check the export."),
@@ -115,7 +117,8 @@ KINDS: dict[str, Kind] = {
     ),
     "nothing labelled": Kind(WARNING, "All pixels are ignored. Remove the image, or check 'ignore'."),
     "only one class": Kind(
-        ERROR, "There is nothing to tell apart: check label_values and ignore (which has 255 by default)."
+        ERROR,
+        "There is nothing to tell apart: give the rest a class, too. Check label_values and ignore (255 by default).",
     ),
     "other classes": Kind(ERROR, "Training and validation must have the same classes in the same order."),
 }

@@ -3,8 +3,9 @@
 import difflib
 import hashlib
 import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
@@ -16,7 +17,7 @@ from ..files import read_image
 from .faults import Fault
 
 _EXIF_ORIENTATION = 0x0112
-MAX_THREADS = 8
+_MAX_THREADS = 8
 
 
 class ImageEntry(NamedTuple):
@@ -34,6 +35,12 @@ class ImageFacts(NamedTuple):
     digest: str
 
 
+def map_files(read: Callable[[Any], Any], items: Sequence[Any], title: str) -> Iterator[Any]:
+    """What ``read`` gives for each of the items, in their order; it runs in threads, with a progress bar."""
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        yield from tqdm(pool.map(read, items), title, len(items), unit="image", mininterval=1)
+
+
 def check_images(entries: list[ImageEntry]) -> tuple[dict[str, ImageFacts], list[Fault]]:
     """Read all images.
 
@@ -43,16 +50,15 @@ def check_images(entries: list[ImageEntry]) -> tuple[dict[str, ImageFacts], list
     facts: dict[str, ImageFacts] = {}
     faults: list[Fault] = []
     first: dict[str, str] = {}
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        results = tqdm(pool.map(_check_image, entries), "Reading images", len(entries), unit="image", mininterval=1)
-        for entry, (found, problems) in zip(entries, results, strict=True):
-            faults += problems
-            if found is None or entry.path in facts:
-                continue
-            facts[entry.path] = found
-            same = first.setdefault(found.digest, entry.path)
-            if same != entry.path:
-                faults.append(Fault("same picture", entry.path, entry.where, f"has the same content as {same}"))
+    results = map_files(_check_image, entries, "Reading images")
+    for entry, (found, problems) in zip(entries, results, strict=True):
+        faults += problems
+        if found is None or entry.path in facts:
+            continue
+        facts[entry.path] = found
+        same = first.setdefault(found.digest, entry.path)
+        if same != entry.path:
+            faults.append(Fault("same picture", entry.path, entry.where, f"has the same content as {same}"))
     return facts, faults
 
 

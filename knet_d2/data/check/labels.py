@@ -2,16 +2,14 @@
 
 import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tqdm import tqdm
 
 from ...errors import DataError
 from ..custom import IMAGE_SUFFIXES
-from ..files import read_labels
+from ..files import files_below, read_labels
 from .faults import Fault
-from .images import MAX_THREADS, ImageEntry, check_images
+from .images import ImageEntry, check_images, map_files
 from .report import DatasetReport, Use
 
 _IGNORED = 255
@@ -31,8 +29,9 @@ def check_labels(
         use: what the data set is for.
     """
     faults: list[Fault] = []
-    images = _files(image_root, IMAGE_SUFFIXES, faults)
-    labels = _files(label_root, (".png",), faults)
+    folders = (image_root, label_root)
+    faults += [Fault("missing folder", x, "", "does not exist") for x in folders if not os.path.isdir(x)]
+    images, labels = dict(files_below(image_root, IMAGE_SUFFIXES)), dict(files_below(label_root, (".png",)))
     if use.part is not None:
         names = {os.path.relpath(path, image_root).replace(os.sep, "/"): stem for stem, path in images.items()}
         others = set(images) - {names[name] for name in use.part.select(names)}
@@ -50,27 +49,11 @@ def check_labels(
     stems = sorted(set(labels) & set(images))
     paths = [labels[stem] for stem in stems]
     sizes = [facts[images[stem]].size if images[stem] in facts else None for stem in stems]
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        values = tqdm(pool.map(_read_values, paths), "Reading label maps", len(paths), unit="image", mininterval=1)
-        for path, size, found in zip(paths, sizes, values, strict=True):
-            faults += [found] if isinstance(found, Fault) else counts.add(path, size, *found)
+    for path, size, found in zip(paths, sizes, map_files(_read_values, paths, "Reading label maps"), strict=True):
+        faults += [found] if isinstance(found, Fault) else counts.add(path, size, *found)
     if use.is_training:
         faults += counts.find_unused_classes(label_root)
     return DatasetReport(name, image_faults + faults, len(images), counts.table(), counts.summary(), facts)
-
-
-def _files(root: str, suffixes: tuple[str, ...], faults: list[Fault]) -> dict[str, str]:
-    """Path below root without suffix -> path, of the files with one of the suffixes."""
-    if not os.path.isdir(root):
-        faults.append(Fault("missing folder", root, "", "does not exist"))
-    found = {}
-    for folder, _, names in os.walk(root, followlinks=True):
-        for name in sorted(names):
-            path = os.path.join(folder, name)
-            stem, suffix = os.path.splitext(os.path.relpath(path, root))
-            if suffix.lower() in suffixes:
-                found[stem] = path
-    return found
 
 
 def _read_values(path: str) -> tuple[tuple[int, int], dict[int, int]] | Fault:
@@ -120,8 +103,8 @@ class _Counts:
         if not self._pixels:
             return []  # nothing was read at all
         used = [i for i in range(len(self._classes)) if self._pixels[i]]
-        if len(used) == 1 and len(self._classes) > 1:
-            what = f"all labelled pixels are {self._classes[used[0]]!r}, of {len(self._classes)} classes"
+        if len(used) == 1:
+            what = f"all labelled pixels are {self._classes[used[0]]!r}"
             return [Fault("only one class", label_root, "", what)]
         return [
             Fault("unused class", label_root, f"class {i}", f"{name!r} has no pixel")

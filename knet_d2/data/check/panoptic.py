@@ -1,21 +1,22 @@
 """COCO panoptic JSON with its PNGs and images."""
 
+import functools
 import os
-from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
 from panopticapi.utils import rgb2id
-from tqdm import tqdm
 
 from ...errors import DataError
+from ...tasks import Task
 from ..files import read_panoptic
-from .coco import check_categories, check_image_ids, check_image_list, image_entries, lacking, read_json
+from .coco import check_image_ids, check_twice, image_entries, lacking, read_json
+from .counts import ObjectCounts
 from .faults import Fault
-from .images import MAX_THREADS, check_images
-from .report import DatasetReport, Use, size_name
+from .images import check_images, map_files
+from .report import DatasetReport, Use
 
 # Unknown ids of a PNG that are named one by one; more are the work of a lossy file.
 _MOST_IDS = 5
@@ -37,7 +38,7 @@ def check_panoptic(name: str, json_file: str, image_root: str, panoptic_root: st
     Args:
         name: of the data set.
         json_file, image_root, panoptic_root: its paths.
-        use: what the data set is for; the task "panoptic" needs things and stuff.
+        use: what the data set is for; its task tells whether things and stuff are needed.
     """
     faults: list[Fault] = []
     content = read_json(json_file, use, faults)
@@ -45,10 +46,10 @@ def check_panoptic(name: str, json_file: str, image_root: str, panoptic_root: st
         return DatasetReport(name, faults)
     images = lacking(content["images"], ("id", "file_name"), json_file, "image", faults)
     categories = lacking(content["categories"], ("id", "name", "isthing"), json_file, "category", faults)
-    check_categories(categories, json_file, faults)
+    check_twice(categories, "category", "name", json_file, faults)
     if len(categories) == len(content["categories"]):
         faults += _check_kinds(categories, json_file, use.task)
-    check_image_list(images, json_file, faults)
+    check_twice(images, "image", "file_name", json_file, faults)
     facts, image_faults = check_images(image_entries(images, image_root))
     by_id = {image["id"]: image for image in images}
     keys = ("image_id", "file_name", "segments_info")
@@ -63,34 +64,28 @@ def check_panoptic(name: str, json_file: str, image_root: str, panoptic_root: st
         image = os.path.join(image_root, by_id[annotation["image_id"]]["file_name"])
         size = facts[image].size if image in facts else None
         pngs.append(_Png(annotation, os.path.join(panoptic_root, annotation["file_name"]), size))
-    counts = _Counts({category["id"]: category for category in content["categories"] if "id" in category}, json_file)
-    for png, (found, areas) in zip(pngs, _check_pngs(pngs, json_file), strict=True):
-        faults += found
-        faults += counts.add(png.annotation, areas, use.num_kernels)
+    by_category = {category["id"]: category for category in content["categories"] if "id" in category}
+    counts = ObjectCounts(by_category, json_file, "segment")
+    results = map_files(functools.partial(_check_png, json_file=json_file), pngs, "Reading panoptic PNGs")
+    for png, (found, areas) in zip(pngs, results, strict=True):
+        faults += found + _check_segments(png.annotation, areas, counts, json_file)
+    faults += counts.find_crowded_images(use.num_kernels, {i: image["file_name"] for i, image in by_id.items()})
     if use.is_training:
         faults += counts.find_unused_classes()
     return DatasetReport(name, image_faults + faults, len(images), counts.table(), counts.summary(), facts)
 
 
-def _check_kinds(categories: list[dict], path: str, task: str) -> list[Fault]:
-    if task == "semantic":
-        return []
+def _check_kinds(categories: list[dict], path: str, task: Task) -> list[Fault]:
     faults = []
-    if not any(category["isthing"] for category in categories):
+    if task.things and not any(category["isthing"] for category in categories):
         faults.append(Fault("no things", path, "", "none of its categories is a thing"))
-    if task == "panoptic" and all(category["isthing"] for category in categories):
+    if task.stuff == "stuff" and all(category["isthing"] for category in categories):
         faults.append(Fault("no stuff", path, "", "all its categories are things"))
     return faults
 
 
-def _check_pngs(pngs: list[_Png], json_file: str) -> list[tuple[list[Fault], dict[int, int]]]:
-    """Faults, and pixels by segment id, of each."""
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda png: _check_png(png, json_file), pngs)
-        return list(tqdm(results, "Reading panoptic PNGs", len(pngs), unit="image", mininterval=1))
-
-
 def _check_png(png: _Png, json_file: str) -> tuple[list[Fault], dict[int, int]]:
+    """Faults, and pixels by segment id."""
     annotation, path, size = png
     faults = []
     segments = [segment for segment in annotation["segments_info"] if "id" in segment]
@@ -140,81 +135,32 @@ def _compare_ids(pixels: np.ndarray, areas: dict[int, int], expected: set[int], 
     ]
 
 
-class _Counts:
-    """Looks at segments of one image after the other, and counts."""
+def _check_segments(annotation: dict, areas: dict[int, int], counts: ObjectCounts, path: str) -> list[Fault]:
+    """What is wrong with the segments of one image, which are counted.
 
-    def __init__(self, categories: dict[Any, dict], path: str) -> None:
-        self._categories = categories
-        self._path = path
-        self._counts: dict[Any, Counter] = defaultdict(Counter)
-        self._images = 0
-        self._most = 0
-
-    def add(self, annotation: dict, areas: dict[int, int], num_kernels: int) -> list[Fault]:
-        """areas: pixels by segment id; empty where the PNG can't be read."""
-        faults: list[Fault] = []
-        image = f"image {annotation['image_id']}"
-        of_class: Counter = Counter()
-        for segment in annotation["segments_info"]:
-            missing = [key for key in ("id", "category_id") if key not in segment]
-            faults += [Fault("missing key", self._path, image, f"a segment lacks {key!r}") for key in missing]
-            if not missing:
-                where = f"{image}, segment {segment['id']}"
-                faults += self._add_segment(segment, areas.get(segment["id"], 0), where, of_class)
-        for category, count in of_class.items():
-            self._counts[category]["images"] += 1
-            if count > 1 and not self._is_thing(category):
-                what = f"has {count} segments of the stuff class {self._categories[category].get('name')!r}"
-                faults.append(Fault("stuff in pieces", self._path, image, what))
-        instances = sum(count for category, count in of_class.items() if self._is_thing(category))
-        if instances > num_kernels:
-            what = f"has {instances} instances, the model {num_kernels} kernels for them"
-            faults.append(Fault("more instances than kernels", self._path, image, what))
-        self._most, self._images = max(self._most, instances), self._images + 1
-        return faults
-
-    def _add_segment(self, segment: dict, area: int, where: str, of_class: Counter) -> list[Fault]:
-        category = segment["category_id"]
-        if category not in self._categories:
+    Args:
+        areas: pixels by segment id; empty where the PNG can't be read.
+    """
+    faults, image = [], f"image {annotation['image_id']}"
+    of_stuff: Counter = Counter()
+    for segment in annotation["segments_info"]:
+        missing = [key for key in ("id", "category_id") if key not in segment]
+        faults += [Fault("missing key", path, image, f"a segment lacks {key!r}") for key in missing]
+        if missing:
+            continue
+        where, category = f"{image}, segment {segment['id']}", segment["category_id"]
+        if category not in counts.categories:
             what = f"has category_id {category!r}, which is not in categories"
-            return [Fault("unknown category", self._path, where, what)]
-        counts = self._counts[category]
-        if segment.get("iscrowd"):
-            counts["crowds"] += 1
-        else:
-            of_class[category] += 1
-            counts["segments"] += 1
-        counts["pixels"] += area
-        if not area:
-            return []
-        if self._is_thing(category) and not segment.get("iscrowd"):
-            counts[size_name(area)] += 1
+            faults.append(Fault("unknown category", path, where, what))
+            continue
+        area, is_crowd = areas.get(segment["id"], 0), bool(segment.get("iscrowd"))
+        counts.add(annotation["image_id"], category, is_crowd, area)
+        of_stuff[category] += not (is_crowd or counts.is_thing(category))
         stated = segment.get("area", area)
-        if abs(stated - area) > max(_AREA_PIXELS, _AREA_PART * area):
-            return [Fault("wrong area", self._path, where, f"area is {stated}, but it has {area} pixels")]
-        return []
-
-    def _is_thing(self, category: Any) -> bool:
-        return bool(self._categories[category].get("isthing"))
-
-    def find_unused_classes(self) -> list[Fault]:
-        return [
-            Fault("unused class", self._path, f"category {i}", f"{category.get('name')!r} has no segment")
-            for i, category in self._categories.items()
-            if not self._counts[i]["segments"]
-        ]
-
-    def table(self) -> list[dict[str, Any]]:
-        total = sum(counts["pixels"] for counts in self._counts.values()) or 1
-        rows = []
-        ordered = sorted(self._categories.items(), key=lambda item: (not item[1].get("isthing"), str(item[0])))
-        for i, category in ordered:
-            counts = self._counts[i]
-            columns = ("images", "segments", "small", "medium", "large", "crowds")
-            row = {"class": category.get("name"), "thing": "yes" if category.get("isthing") else ""}
-            row.update({column: counts[column] for column in columns})
-            rows.append({**row, "% of pixels": 100 * counts["pixels"] / total})
-        return rows
-
-    def summary(self) -> str:
-        return f"at most {self._most} instances in an image"
+        if area and abs(stated - area) > max(_AREA_PIXELS, _AREA_PART * area):
+            faults.append(Fault("wrong area", path, where, f"area is {stated}, but it has {area} pixels"))
+    for category, count in of_stuff.items():
+        if count > 1:
+            what = f"has {count} segments of the stuff class {counts.categories[category].get('name')!r}"
+            faults.append(Fault("stuff in pieces", path, image, what))
+    return faults

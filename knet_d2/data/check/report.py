@@ -6,16 +6,10 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from ...tasks import Task
 from ..split import Part
 from .faults import ERROR, KINDS, Fault
 from .images import ImageFacts
-
-# COCO's: areas in pixels of the original image.
-_SMALL, _MEDIUM = 32**2, 96**2
-
-
-def size_name(area: int) -> str:
-    return "small" if area < _SMALL else "medium" if area < _MEDIUM else "large"
 
 
 class Use(NamedTuple):
@@ -23,13 +17,13 @@ class Use(NamedTuple):
 
     Attributes:
         is_training: whether it is trained on.
-        task: MODEL.KNET.TASK.
+        task: of the model.
         num_kernels: instance kernels of the model.
         part: which of its images are used, if not all.
     """
 
     is_training: bool
-    task: str
+    task: Task
     num_kernels: int
     part: Part | None = None
 

@@ -1,16 +1,18 @@
-"""Registers shapes with Detectron2's own functions; the files are made when a split is first asked for."""
+"""Registers shapes as DATASETS.CUSTOM is; the files are made when a split is first asked for."""
 
+import functools
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_sem_seg, register_coco_instances, register_coco_panoptic
 from iopath.common.file_io import file_lock
 
 from ...errors import DataError
-from .writer import IGNORE_LABEL, shapes_categories, write_shapes
+from ..custom import FORMATS
+from .writer import shapes_categories, write_shapes
 
 # Part of the folder's name, so that a changed generator never meets the files of an older one.
 VERSION = "v1"
@@ -61,70 +63,41 @@ def _rename(source: str, target: str) -> None:
 
 def register_shapes(root: str) -> None:
     """Register shapes_{instance,panoptic,semantic}_{train,val}, with files below root/shapes."""
+    categories = shapes_categories()
+    names, colors = ([category[key] for category in categories] for key in ("name", "color"))
+    ids = {
+        kind: {category["id"]: i for i, category in enumerate(categories) if category["isthing"] == isthing}
+        for kind, isthing in (("thing", 1), ("stuff", 0))
+    }
+    number = len(ids["thing"])
+    of_instance = {"thing_classes": names[:number], "thing_colors": colors[:number]}
+    of_panoptic = {"thing_classes": names, "thing_colors": colors, "stuff_classes": names, "stuff_colors": colors}
+    metadata: dict[str, dict[str, Any]] = {
+        "instance": {**of_instance, "thing_dataset_id_to_contiguous_id": ids["thing"]},
+        "panoptic": {**of_panoptic, **{f"{kind}_dataset_id_to_contiguous_id": x for kind, x in ids.items()}},
+        "semantic": {"stuff_classes": names, "stuff_colors": colors},
+    }
     for split in SPLITS:
-        _register_instance(split, root)
-        _register_panoptic(split, root)
-        _register_semantic(split, root)
+        folder = _folder(split, root)
+        files = ("images", "instances.json", "panoptic.json", "panoptic", "semantic")
+        images, instances, panoptic_json, panoptic_root, labels = (os.path.join(folder, file) for file in files)
+        panoptic = {"panoptic_json": panoptic_json, "panoptic_root": panoptic_root, "instances_json": instances}
+        entries: dict[str, dict[str, Any]] = {
+            "instance": {"type": "coco_instance", "images": images, "json": instances},
+            "panoptic": {"type": "coco_panoptic", "images": images, **panoptic},
+            "semantic": {"type": "sem_seg", "images": images, "labels": labels, "classes": names},
+        }
+        for task, entry in entries.items():
+            name = f"shapes_{task}_{split}"
+            load = FORMATS[entry["type"]](name, {"name": name, **entry})
+            MetadataCatalog.get(name).set(**metadata[task])
+            DatasetCatalog.register(name, functools.partial(_make_and_load, split, root, load))
 
 
 def _folder(split: str, root: str) -> str:
     return os.path.join(root, "shapes", VERSION, split)
 
 
-def _register_instance(split: str, root: str) -> None:
-    name, folder = f"shapes_instance_{split}", _folder(split, root)
-    things = [category for category in shapes_categories() if category["isthing"]]
-    metadata = {
-        "thing_classes": [category["name"] for category in things],
-        "thing_colors": [category["color"] for category in things],
-        "thing_dataset_id_to_contiguous_id": {category["id"]: i for i, category in enumerate(things)},
-    }
-    images, annotations = os.path.join(folder, "images"), os.path.join(folder, "instances.json")
-    register_coco_instances(name, metadata, annotations, images)
-    _make_before_loading(name, split, root)
-
-
-def _register_panoptic(split: str, root: str) -> None:
-    name, folder = f"shapes_panoptic_{split}", _folder(split, root)
-    categories = shapes_categories()
-    names = [category["name"] for category in categories]
-    colors = [category["color"] for category in categories]
-    contiguous = {category["id"]: i for i, category in enumerate(categories)}
-    things = {category["id"] for category in categories if category["isthing"]}
-    metadata = {
-        "thing_classes": names,
-        "thing_colors": colors,
-        "stuff_classes": names,
-        "stuff_colors": colors,
-        "thing_dataset_id_to_contiguous_id": {k: v for k, v in contiguous.items() if k in things},
-        "stuff_dataset_id_to_contiguous_id": {k: v for k, v in contiguous.items() if k not in things},
-    }
-    paths = [os.path.join(folder, file) for file in ("images", "panoptic", "panoptic.json", "instances.json")]
-    register_coco_panoptic(name, metadata, *paths)
-    _make_before_loading(name, split, root)
-
-
-def _register_semantic(split: str, root: str) -> None:
-    name, folder = f"shapes_semantic_{split}", _folder(split, root)
-    images, labels = os.path.join(folder, "images"), os.path.join(folder, "semantic")
-    categories = shapes_categories()
-    DatasetCatalog.register(name, lambda: load_sem_seg(labels, images))
-    MetadataCatalog.get(name).set(
-        stuff_classes=[category["name"] for category in categories],
-        stuff_colors=[category["color"] for category in categories],
-        image_root=images,
-        sem_seg_root=labels,
-        evaluator_type="sem_seg",
-        ignore_label=IGNORE_LABEL,
-    )
-    _make_before_loading(name, split, root)
-
-
-def _make_before_loading(name: str, split: str, root: str) -> None:
-    load: Callable[[], list[dict]] = DatasetCatalog.pop(name)
-
-    def make_and_load() -> list[dict]:
-        make_split(split, root)
-        return load()
-
-    DatasetCatalog.register(name, make_and_load)
+def _make_and_load(split: str, root: str, load: Callable[[], list[dict]]) -> list[dict]:
+    make_split(split, root)
+    return load()

@@ -1,0 +1,127 @@
+"""Records of data sets, Detectron2's standard dicts, from JSON in COCO's format; their classes go into the metadata."""
+
+import os
+from typing import Any
+
+import pycocotools.mask as mask_util
+from detectron2.data import MetadataCatalog
+from detectron2.structures import BoxMode
+
+from ..errors import DataError
+from .coco_json import WrongType, check_categories, raise_wrong, read_coco_json
+
+
+def instance_records(path: str, image_root: str, name: str) -> list[dict]:
+    """The records of a JSON of instances, as Detectron2's load_coco_json gives them, and the classes in the metadata.
+
+    Raises:
+        DataError: names the place.
+    """
+    content = read_coco_json(path)
+    check_categories(content, path)
+    metadata = MetadataCatalog.get(name)
+    ordered = sorted(content["categories"], key=lambda category: category["id"])
+    contiguous = {category["id"]: i for i, category in enumerate(ordered)}
+    metadata.thing_classes = [category["name"] for category in ordered]
+    metadata.thing_dataset_id_to_contiguous_id = contiguous
+    of_image: dict[Any, list[dict]] = {image["id"]: [] for image in content["images"]}
+    ids = set()
+    for i, annotation in enumerate(content.get("annotations", ())):
+        if annotation.get("ignore", 0):
+            raise_wrong(WrongType(f"annotations[{i}].ignore", "is set, which is not supported"), path)
+        if annotation["id"] in ids and "minival" not in path:  # COCO's own minival sets have ids twice
+            raise_wrong(WrongType(f"annotations[{i}].id", f"is {annotation['id']!r}, as another one's"), path)
+        ids.add(annotation["id"])
+        if annotation["image_id"] in of_image:
+            of_image[annotation["image_id"]].append(annotation)
+    return [
+        {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": [x for x in (_instance(y, contiguous) for y in of_image[image["id"]]) if x],
+        }
+        for image in sorted(content["images"], key=lambda image: image["id"])
+    ]
+
+
+def _instance(annotation: dict[str, Any], contiguous: dict[Any, int]) -> dict[str, Any] | None:
+    """An annotation of a record; None where none of its polygons has an area."""
+    keys = ("iscrowd", "bbox", "keypoints", "category_id")
+    instance = {key: annotation[key] for key in keys if key in annotation}
+    if instance.get("keypoints"):  # x and y count pixels, not corners of pixels as all other coordinates do
+        instance["keypoints"] = [x if i % 3 == 2 else x + 0.5 for i, x in enumerate(instance["keypoints"])]
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, list) and segmentation:
+        segmentation = [polygon for polygon in segmentation if len(polygon) % 2 == 0 and len(polygon) >= 6]
+        if not segmentation:
+            return None
+    elif isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
+        segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
+    if segmentation:
+        instance["segmentation"] = segmentation
+    return {**instance, "bbox_mode": BoxMode.XYWH_ABS, "category_id": contiguous[annotation["category_id"]]}
+
+
+def panoptic_records(json_file: str, image_root: str, panoptic_root: str, name: str) -> list[dict]:
+    """Read a COCO panoptic JSON with any categories and image types, and set the classes in the metadata of name.
+
+    Contiguous ids are things, then stuff, each by rising category id.
+    """
+    content = read_coco_json(json_file)
+    contiguous, things = _set_panoptic_classes(content["categories"], json_file, name)
+    images = {image["id"]: image for image in content["images"]}
+    if "annotations" not in content:  # images to predict only
+        return [
+            {**image, "file_name": os.path.join(image_root, image["file_name"]), "image_id": image["id"]}
+            for image in content["images"]
+        ]
+    records = []
+    for annotation in content["annotations"]:
+        if annotation["image_id"] not in images:
+            raise DataError(
+                f"{json_file} has annotations for image_id {annotation['image_id']}, which is not in its images."
+            )
+        image = images[annotation["image_id"]]
+        segments = []
+        for segment in annotation["segments_info"]:
+            if "id" not in segment:
+                raise DataError(f"{json_file}: a segment of image_id {annotation['image_id']} lacks its 'id'.")
+            category = segment["category_id"]
+            segments.append({**segment, "category_id": contiguous[category], "isthing": category in things})
+        record = {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "image_id": annotation["image_id"],
+            "pan_seg_file_name": os.path.join(panoptic_root, annotation["file_name"]),
+            "segments_info": segments,
+        }
+        if {"height", "width"} <= set(image):
+            record.update(height=image["height"], width=image["width"])
+        records.append(record)
+    return records
+
+
+def _set_panoptic_classes(categories: list[dict], json_file: str, name: str) -> tuple[dict[int, int], set[int]]:
+    """Returns the contiguous id of each category id, and the category ids of the things."""
+    for category in categories:
+        for key in ("id", "name", "isthing"):
+            if key not in category:
+                raise DataError(
+                    f"{json_file}: category {category} lacks {key!r}. Panoptic categories have id, name and isthing."
+                )
+    ordered = sorted(categories, key=lambda category: (not category["isthing"], category["id"]))
+    contiguous = {category["id"]: i for i, category in enumerate(ordered)}
+    things = {category["id"] for category in ordered if category["isthing"]}
+    metadata = MetadataCatalog.get(name)
+    names = [category["name"] for category in ordered]
+    metadata.set(
+        thing_classes=names,
+        stuff_classes=names,
+        thing_dataset_id_to_contiguous_id={k: v for k, v in contiguous.items() if k in things},
+        stuff_dataset_id_to_contiguous_id={k: v for k, v in contiguous.items() if k not in things},
+    )
+    if all("color" in category for category in ordered):
+        colors = [category["color"] for category in ordered]
+        metadata.set(thing_colors=colors, stuff_colors=colors)
+    return contiguous, things
