@@ -6,7 +6,7 @@ import os
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from knet_d2.modeling.norm import EvalBatchNorm2d, sync_batch_norm
+from knet_d2.modeling.layers import EvalBatchNorm2d, sync_batch_norm
 from torch import nn
 from toys import Interrupted, ToyNet, ToyTrainer, reset_toys, toy_cfg
 
