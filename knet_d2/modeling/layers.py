@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.utils import comm
 from torch import distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-# Where mixed precision ends: sums over thousands of pixels overflow float16 and round too much in bfloat16
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+# ---- precision: sums over thousands of pixels overflow float16, and round too much in bfloat16 -----------------
 
 
 def full_precision(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -22,13 +23,13 @@ def full_precision(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def no_autocast(x: torch.Tensor) -> AbstractContextManager:
-    """A context in which operations on x's device keep the type of their inputs."""
+    """A context without autocast on x's device: operations keep the type of their inputs."""
     if not torch.amp.is_autocast_available(x.device.type):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
-# Batch norm as K-Net's models use it: in eval mode with trainable affine weights, or synchronised
+# ---- batch norm ------------------------------------------------------------------------------------------------
 
 
 class EvalBatchNorm2d(nn.BatchNorm2d):
@@ -67,19 +68,19 @@ def resolve_norm(name: str) -> str | Callable[[int], nn.Module]:
     return {"EvalBN": EvalBatchNorm2d, "SyncBN": sync_batch_norm}.get(name, name)
 
 
-# What makes convolutions faster and changes no result beyond rounding
+# ---- faster convolutions, with the same results up to rounding -------------------------------------------------
 
 
 def channels_last(images: torch.Tensor) -> torch.Tensor:
-    """[B, C, H, W] with the channels next to each other in memory on a CPU, where that is faster; all maps follow."""
+    """[B, C, H, W] in the channels_last memory format on a CPU, where it is faster; all feature maps inherit it."""
     if images.device.type != "cpu":
         return images
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def is_affine(norm: nn.Module | None) -> bool:
-    """Whether a norm now is one factor and one offset per channel: batch norm in eval mode."""
-    if isinstance(norm, _BatchNorm):
+    """Whether a norm is one factor and one offset per channel at present: batch norm in eval mode."""
+    if isinstance(norm, BATCH_NORMS):
         return not norm.training and norm.track_running_stats and norm.affine
     return isinstance(norm, FrozenBatchNorm2d)
 
@@ -93,15 +94,15 @@ def folded_weights(conv: Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class FoldedConv2d(Conv2d):
-    """A convolution that in evaluation applies its batch norm through its weights, so that no map goes through it.
+    """A convolution that folds its batch norm into its weights in evaluation, which saves a pass over the map.
 
-    Parameters and their names are those of the convolution and its norm, and nothing is kept that could go stale. In
-    training it is the convolution as before: its gradients are the official ones to the last bits.
+    The parameters and their names are those of the convolution and its norm; the folded weights are not stored. In
+    training it is an ordinary convolution, so that gradients equal the official ones to the last bit.
     """
 
     @classmethod
     def share(cls, conv: Conv2d) -> "FoldedConv2d":
-        """One with the parameters, the norm and all settings of an existing convolution."""
+        """A folded convolution that shares the parameters and the norm of an existing one."""
         with torch.device("meta"):
             folded = cls(
                 conv.in_channels,
@@ -127,11 +128,11 @@ class FoldedConv2d(Conv2d):
 
 
 def fold_norms(module: nn.Module) -> None:
-    """Put a :class:`FoldedConv2d` in place of each of Detectron2's convolutions with batch norm; parameters stay."""
+    """Replace each of Detectron2's convolutions with batch norm by a :class:`FoldedConv2d` that shares its parameters."""
     folded = {
         conv: FoldedConv2d.share(conv)
         for conv in module.modules()
-        if type(conv) is Conv2d and isinstance(conv.norm, (_BatchNorm, FrozenBatchNorm2d))
+        if type(conv) is Conv2d and isinstance(conv.norm, (*BATCH_NORMS, FrozenBatchNorm2d))
     }
     for parent in list(module.modules()):
         for name, child in parent.named_children():

@@ -1,12 +1,13 @@
 """Test-time augmentation (TEST.AUG): one result from several sizes of an image and their mirror images.
 
-Semantic models: the mean of the class probabilities of all views at every pixel, as in the official multi-scale test.
-Instance and panoptic models: a kernel stands for another object in another view, because kernels own places. So each
-view's instance kernels are matched one-to-one to those of the plain view, the one that a test without augmentation
-sees, and the mean is taken over what is matched. Kernels that stand for a class are matched to themselves.
+Semantic models: the class probabilities of all views are averaged at every pixel, as in the official multi-scale test.
+Instance and panoptic models: an instance kernel specialises in a location, so the same kernel can represent different
+objects in different views. Therefore the instance kernels of each view are matched one-to-one to those of the plain
+view, which is the image without augmentation, and matched kernels are averaged. Kernels that stand for a class are
+matched to themselves.
 
-Views are computed one after the other. Only the plain one, another one and the sums are in memory, at the head's
-resolution (semantic models: the sum, at the result's).
+Views are computed one after the other. The memory holds the plain view, one other view and the sums, at the resolution
+of the head (semantic models: the sum, at the resolution of the result).
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from ..tasks import KernelBank, get_task
 from .layers import no_autocast
 from .postprocessing import ImageGeometry, ImagePrediction
 
-# Kernels of two views are the same object only if their masks agree at least so much.
+# Lowest mask IoU of two kernels that are taken for the same object
 MIN_IOU = 0.5
 
 
