@@ -6,11 +6,11 @@ import os
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from knet_d2.modeling.layers import EvalBatchNorm2d, sync_batch_norm
 from torch import nn
 from toys import Interrupted, ToyNet, ToyTrainer, reset_toys, toy_cfg
 
 from knet_d2.errors import KNetError
+from knet_d2.modeling.layers import EvalBatchNorm2d, sync_batch_norm
 
 CASES = {
     "BN": (nn.BatchNorm2d, {}),

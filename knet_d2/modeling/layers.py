@@ -128,7 +128,7 @@ class FoldedConv2d(Conv2d):
 
 
 def fold_norms(module: nn.Module) -> None:
-    """Replace each of Detectron2's convolutions with batch norm by a :class:`FoldedConv2d` that shares its parameters."""
+    """Replace Detectron2's convolutions with batch norm by :class:`FoldedConv2d` layers that share their parameters."""
     folded = {
         conv: FoldedConv2d.share(conv)
         for conv in module.modules()
