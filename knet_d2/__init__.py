@@ -19,8 +19,9 @@ if import_detectron2():
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # "load", which needs OpenCV; or any name where Detectron2 is missing, whose error the import raises
     try:
-        from .inference import load  # brings matplotlib and OpenCV, which training does without
+        from .inference import load
     except ModuleNotFoundError as error:
         message = f"knet_d2.load needs {error.name}, which is not installed: python -m knet_d2.doctor"
         raise ImportError(message, name=error.name) from error

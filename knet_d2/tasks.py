@@ -92,11 +92,12 @@ class Task(NamedTuple):
     Attributes:
         name: value of MODEL.KNET.TASK.
         groups: (number of matched kernels, thing classes, stuff classes) -> the groups of kernels.
-        things, stuff: what the thing and the stuff classes of a model are among those of a data set's metadata:
-            "things", "stuff" (what is stuff only), "all", or None for no such classes.
+        things: which classes of a data set's metadata become the model's thing classes: "things", or None for none.
+        stuff: which become its stuff classes: "stuff" (classes that are stuff only), "all", or None.
         annotations: what is learned from: "instances" (masks and classes of things), "sem_seg" (a class per pixel).
         annotation_files: what a data set must have for that, in words.
-        losses: terms of the loss in the order of their sum, see :data:`knet_d2.modeling.criterion.TERMS`.
+        losses: terms of the loss, keys of :data:`knet_d2.modeling.criterion.TERMS`, in the order in which they are
+            summed; a weight of 0 switches a term off.
         soft_gather: whether group features are assembled by a softmax over the kernels instead of hard masks.
         has_class_branch: whether a stage classifies its kernels; without, each kernel is its class.
         pads_images: whether images of several sizes may share a padded batch in evaluation.
@@ -119,16 +120,16 @@ class Task(NamedTuple):
     outputs: tuple[str, ...]
     best_metric: str
 
-    def bank(self, *, num_kernels: int, num_things: int, num_stuff: int) -> KernelBank:
+    def bank(self, *, num_matched: int, num_things: int, num_stuff: int) -> KernelBank:
         """The kernels of a model.
 
         Args:
-            num_kernels: N of the group that is matched to instances, where the task has one.
+            num_matched: kernels of the group that is matched to instances, where the task has one.
             num_things, num_stuff: numbers of classes; those of a kind that the task does not have are not counted.
         """
         num_things, num_stuff = num_things if self.things else 0, num_stuff if self.stuff else 0
         num_classes = num_things + num_stuff
-        groups = self.groups(num_kernels, range(num_things), range(num_things, num_classes))
+        groups = self.groups(num_matched, range(num_things), range(num_things, num_classes))
         return KernelBank(groups, num_classes)
 
     def checked_outputs(self, outputs: Sequence[str]) -> tuple[str, ...]:

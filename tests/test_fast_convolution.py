@@ -10,20 +10,20 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from knet_d2.modeling.layers import EvalBatchNorm2d, channels_last, fold_norms
+from knet_d2.modeling.layers import EvalBatchNorm2d, channels_last, use_folded_convolutions
 
 NORMS = {"BN": nn.BatchNorm2d, "EvalBN": EvalBatchNorm2d, "FrozenBN": FrozenBatchNorm2d}
 
 
 def make_pair(norm, bias=False):
-    """A convolution in float64 with a norm far from the identity, and the same one with fold_norms."""
+    """A convolution in float64 with a norm far from the identity, and the same one with use_folded_convolutions."""
     torch.manual_seed(0)
     plain = Conv2d(6, 8, 3, stride=2, dilation=2, groups=2, bias=bias, norm=norm(8), activation=F.relu).double()
     for name, value in plain.norm.state_dict().items():
         if value.is_floating_point():
             value.copy_(torch.rand_like(value) + (0.5 if name in ("weight", "running_var") else -0.5))
     folded = copy.deepcopy(plain)
-    fold_norms(nn.Sequential(folded))
+    use_folded_convolutions(nn.Sequential(folded))
     return plain.eval(), folded.eval()
 
 

@@ -152,7 +152,7 @@ class GivenMatches:
 
 
 def make_criterion(matcher=None, bank=None, weights=WEIGHTS, ignore_value=IGNORE):
-    bank = bank or TASKS["panoptic"].bank(num_kernels=KERNELS, num_things=THINGS, num_stuff=STUFF)
+    bank = bank or TASKS["panoptic"].bank(num_matched=KERNELS, num_things=THINGS, num_stuff=STUFF)
     return KNetCriterion(
         bank=bank,
         matcher=matcher or HungarianMatcher(),
@@ -429,14 +429,14 @@ def test_rank_loss_of_identity_assignment_is_the_semantic_loss():
     logits = [random(2, STUFF, 3, 4, seed=s) for s in range(2)]
     none = torch.zeros(0, dtype=torch.long), torch.zeros(0, 6, 8, dtype=torch.float64)
 
-    semantic_bank = TASKS["semantic"].bank(num_kernels=0, num_things=0, num_stuff=STUFF)
+    semantic_bank = TASKS["semantic"].bank(num_matched=0, num_things=0, num_stuff=STUFF)
     state = KernelState(random(2, 2, 3, 4), random(2, STUFF, 2), logits[0])
     targets = [Targets(*none, *none, sem_seg=image) for image in labels]
     criterion = make_criterion(bank=semantic_bank, weights=SEMANTIC_WEIGHTS)
     semantic = criterion(state, [StageOutput(state.kernels, logits[1])], targets)
 
     # The same as stuff of a panoptic model, whose one instance kernel claims nothing
-    panoptic_bank = TASKS["panoptic"].bank(num_kernels=1, num_things=1, num_stuff=STUFF)
+    panoptic_bank = TASKS["panoptic"].bank(num_matched=1, num_things=1, num_stuff=STUFF)
     with_thing = [torch.cat([torch.full((2, 1, 3, 4), -1e9, dtype=torch.float64), x], dim=1) for x in logits]
     state = KernelState(random(2, 2, 3, 4), random(2, 1 + STUFF, 2), with_thing[0], with_thing[0])
     stage = StageOutput(state.kernels, with_thing[1], random(2, 1 + STUFF, 1 + STUFF))
@@ -454,7 +454,7 @@ def test_rank_loss_of_identity_assignment_is_the_semantic_loss():
 
 
 def test_semantic_losses_are_on_static_logits_stages_and_auxiliary_logits():
-    bank = TASKS["semantic"].bank(num_kernels=0, num_things=0, num_stuff=STUFF)
+    bank = TASKS["semantic"].bank(num_matched=0, num_things=0, num_stuff=STUFF)
     none = torch.zeros(0, dtype=torch.long), torch.zeros(0, 6, 8)
     targets = [Targets(*none, *none, sem_seg=torch.ones(6, 8, dtype=torch.long))]
     state = KernelState(random(1, 2, 3, 4), random(1, STUFF, 2), random(1, STUFF, 3, 4))
@@ -485,6 +485,6 @@ def test_half_precision_logits_are_compared_in_float32():
 
 
 def test_ignore_value_must_not_be_a_class():
-    bank = TASKS["panoptic"].bank(num_kernels=4, num_things=3, num_stuff=2)
+    bank = TASKS["panoptic"].bank(num_matched=4, num_things=3, num_stuff=2)
     with pytest.raises(ConfigError, match="MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 4"):
         KNetCriterion(tiny_config("panoptic", {"MODEL.SEM_SEG_HEAD.IGNORE_VALUE": 4}), bank)

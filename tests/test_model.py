@@ -26,7 +26,7 @@ from knet_d2.tasks import TASKS
 COUNTS = [[0], [2], [9], [0, 0], [3, 0], [1, 8, 0]]  # instances of each image; there are 6 kernels
 RESULT_OF_TASK = {"instance": "instances", "panoptic": "panoptic_seg", "semantic": "sem_seg"}
 ALL_OUTPUTS = ["panoptic_seg", "instances", "sem_seg"]
-BANK = TASKS["panoptic"].bank(num_kernels=6, num_things=3, num_stuff=2)
+BANK = TASKS["panoptic"].bank(num_matched=6, num_things=3, num_stuff=2)
 
 
 def example(size=(64, 64), count=2, **changes):

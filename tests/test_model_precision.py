@@ -28,7 +28,7 @@ from knet_d2.engine.optimizer import build_gradient_clipper, build_optimizer
 from knet_d2.engine.train_step import TrainStep
 from knet_d2.modeling.cascade import KernelUpdateCascade
 from knet_d2.modeling.layers import full_precision
-from knet_d2.modeling.postprocessing import ImageGeometry, ImagePrediction, PostProcessor, ResultOptions, dense
+from knet_d2.modeling.postprocessing import ImageGeometry, ImageLogits, PostProcessor, ResultOptions, dense
 from knet_d2.modeling.postprocessing.rules import best_pairs, masks_to_boxes
 from knet_d2.modeling.structures import KernelState, NetworkOutput
 from knet_d2.modeling.targets import build_targets
@@ -197,10 +197,10 @@ def test_results_take_few_launches_on_accelerators_and_wait_at_the_end_only(monk
     geometry = ImageGeometry((800, 1216), (800, 1200), (427, 640))
     with FakeTensorMode(), Launches() as launches, Transfers() as transfers:
         class_logits, mask_logits = torch.zeros(153, 133, device="cuda"), torch.zeros(153, 100, 152, device="cuda")
-        bank = TASKS["panoptic"].bank(num_kernels=100, num_things=80, num_stuff=53)
+        bank = TASKS["panoptic"].bank(num_matched=100, num_things=80, num_stuff=53)
         options = ResultOptions(("panoptic_seg",))
         postprocessor = PostProcessor(bank=bank, category_ids=list(range(133)), options=options).to("cuda")
-        segment_map, _ = postprocessor(ImagePrediction(class_logits, mask_logits, geometry))["panoptic_seg"]
+        segment_map, _ = postprocessor(ImageLogits(class_logits, mask_logits, geometry))["panoptic_seg"]
         assert segment_map.device == CUDA
         assert launches.count <= 160 and read == [(153,)] * 3 and transfers.waits == []
         launches.count = 0
@@ -217,7 +217,7 @@ def test_targets_move_to_the_model_s_device_without_waiting(task, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__int__", lambda self: 0)
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: False)
     monkeypatch.setattr(torch.Tensor, "unique", lambda self: torch.arange(3, 5))
-    bank = TASKS[task].bank(num_kernels=6, num_things=3, num_stuff=2)
+    bank = TASKS[task].bank(num_matched=6, num_things=3, num_stuff=2)
     with FakeTensorMode(), Transfers() as transfers:
         masks = BitMasks(torch.zeros(2, 64, 96, dtype=torch.bool))
         instances = Instances((64, 96), gt_classes=torch.zeros(2, dtype=torch.int64), gt_masks=masks)

@@ -11,7 +11,7 @@ from helpers import sigmoid, slow_bilinear
 
 from knet_d2.modeling.postprocessing import (
     ImageGeometry,
-    ImagePrediction,
+    ImageLogits,
     PostProcessor,
     ResultOptions,
     cells,
@@ -85,7 +85,7 @@ def slow_panoptic(class_logits, probs, class_mask, thing_threshold=0.3, overlap_
 
 
 def bank(num_kernels):
-    return TASKS["panoptic"].bank(num_kernels=num_kernels, num_things=THINGS, num_stuff=STUFF)
+    return TASKS["panoptic"].bank(num_matched=num_kernels, num_things=THINGS, num_stuff=STUFF)
 
 
 def class_mask(num_kernels):
@@ -98,7 +98,7 @@ WAYS = (cells, dense)
 def run(postprocessor, class_logits, mask_logits, geometry):
     """The processor's only output, made from cells and from dense masks."""
     prediction, (key,), results = (
-        ImagePrediction(class_logits, mask_logits, geometry),
+        ImageLogits(class_logits, mask_logits, geometry),
         postprocessor.options.outputs,
         [],
     )
@@ -122,7 +122,7 @@ def run_panoptic(class_logits, mask_logits, geometry, **thresholds):
 
 def run_instances(class_logits, mask_logits, geometry, **options):
     num_kernels, num_things = class_logits.shape
-    instance_bank = TASKS["instance"].bank(num_kernels=num_kernels, num_things=num_things, num_stuff=0)
+    instance_bank = TASKS["instance"].bank(num_matched=num_kernels, num_things=num_things, num_stuff=0)
     options = ResultOptions(("instances",), **options)
     postprocessor = PostProcessor(bank=instance_bank, category_ids=list(range(num_things)), options=options)
     result, other = run(postprocessor, class_logits, mask_logits, geometry)

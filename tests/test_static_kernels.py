@@ -21,9 +21,9 @@ from knet_d2.tasks import TASKS, Assignment, KernelBank, KernelGroup
 DIM = 32
 LEVELS = {f"p{i}": ShapeSpec(channels=8, stride=2**i) for i in (2, 3, 4, 5)}
 BANKS = {
-    "instance": TASKS["instance"].bank(num_kernels=6, num_things=3, num_stuff=0),
-    "panoptic": TASKS["panoptic"].bank(num_kernels=6, num_things=3, num_stuff=2),
-    "semantic": TASKS["semantic"].bank(num_kernels=6, num_things=0, num_stuff=5),
+    "instance": TASKS["instance"].bank(num_matched=6, num_things=3, num_stuff=0),
+    "panoptic": TASKS["panoptic"].bank(num_matched=6, num_things=3, num_stuff=2),
+    "semantic": TASKS["semantic"].bank(num_matched=6, num_things=0, num_stuff=5),
 }
 
 
@@ -274,7 +274,7 @@ def test_kernel_bank_of_each_task():
 
 
 def test_semantic_bank_has_no_things():
-    bank = TASKS["semantic"].bank(num_kernels=6, num_things=3, num_stuff=5)
+    bank = TASKS["semantic"].bank(num_matched=6, num_things=3, num_stuff=5)
     assert (bank.num_classes, bank.num_things, bank.fixed_class_ids) == (5, 0, [0, 1, 2, 3, 4])
 
 

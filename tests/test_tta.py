@@ -17,13 +17,13 @@ from knet_d2.data.shapes import write_shapes
 from knet_d2.engine import Predictor, Trainer
 from knet_d2.errors import ConfigError
 from knet_d2.modeling.meta_arch import KNet
-from knet_d2.modeling.postprocessing import ImageGeometry, ImagePrediction
+from knet_d2.modeling.postprocessing import ImageGeometry, ImageLogits
 from knet_d2.modeling.tta import KNetWithTTA, View, match_kernels, merge_views, resample_masks
 from knet_d2.programs import train
 from knet_d2.tasks import TASKS
 
 SIZES = {"INPUT.MIN_SIZE_TEST": 40, "INPUT.MAX_SIZE_TEST": 70}
-BANK = TASKS["panoptic"].bank(num_kernels=3, num_things=2, num_stuff=1)
+BANK = TASKS["panoptic"].bank(num_matched=3, num_things=2, num_stuff=1)
 
 
 def augmented(task, sizes=(40,), flip=False, max_size=4000):
@@ -163,7 +163,7 @@ def prediction(order=(0, 1, 2), shift=0.0):
     """Three things and one stuff region; the things are those of BOXES in this order."""
     class_logits = torch.tensor([[2.0, -3.0, -9.0], [-3.0, 1.0, -9.0], [0.5, -1.0, -9.0], [-9.0, -9.0, 3.0]]) + shift
     things = list(order)
-    return ImagePrediction(class_logits[[*things, 3]], blocks([BOXES[i] for i in (*things, 3)], (8, 16)), GEOMETRY)
+    return ImageLogits(class_logits[[*things, 3]], blocks([BOXES[i] for i in (*things, 3)], (8, 16)), GEOMETRY)
 
 
 def test_kernels_of_a_mirrored_image_find_their_objects():

@@ -85,9 +85,11 @@ def _things_over_stuff(model) -> Sequence[Patch]:
     original, num_matched = criterion.rank_targets, model.bank.num_matched
 
     def targets(positives):
-        image_then_stuff_first = 2 * positives.images + (positives.kernels < num_matched)
+        image_then_stuff_first = 2 * positives.image_index + (positives.kernel_index < num_matched)
         order = image_then_stuff_first.argsort(stable=True)
-        return original(positives._replace(kernels=positives.kernels[order], masks=positives.masks[order]))
+        return original(
+            positives._replace(kernel_index=positives.kernel_index[order], target_masks=positives.target_masks[order])
+        )
 
     return [(criterion, "rank_targets", targets)]
 
@@ -97,8 +99,8 @@ def _normalised_by_things(model) -> Sequence[Patch]:
 
     def loss(self, batch, stage, weight):
         positives = batch.positives(stage)
-        things = int((positives.kernels < self.bank.num_matched).sum())
-        return original.compute(self, batch, stage, weight) * max(1, len(positives.kernels)) / max(1, things)
+        things = int((positives.kernel_index < self.bank.num_matched).sum())
+        return original.compute(self, batch, stage, weight) * max(1, len(positives.kernel_index)) / max(1, things)
 
     return [(criterion, "TERMS", {**criterion.TERMS, "class": original._replace(compute=loss)})]
 
@@ -152,13 +154,13 @@ def _mean_over_owned(model) -> Sequence[Patch]:
 
 
 def _own_matches(model) -> Sequence[Patch]:
-    original, num_matched = criterion.Batch._candidates, model.bank.num_matched
+    original, num_matched = criterion.MatchedBatch._candidates, model.bank.num_matched
 
     def candidates(self):
-        own = [criterion.Candidates(masks, None) for masks in self.masks(1)[:, :num_matched]]
+        own = [criterion.Candidates(masks, None) for masks in self.upsampled_logits(1)[:, :num_matched]]
         return [own, *original(self)[1:]]
 
-    return [(criterion.Batch, "_candidates", candidates)]
+    return [(criterion.MatchedBatch, "_candidates", candidates)]
 
 
 def _only_confident_compete(model) -> Sequence[Patch]:

@@ -93,7 +93,7 @@ def check_training(
     checked = _check_running_statistics(model, case, arrays)
     with ExitStack() as stack:
         calls = {name: _record_calls(stack, criterion_module, name) for name in ("dense_labels", "rank_targets")}
-        calls["positives"] = _record_calls(stack, criterion_module.Batch, "_build_positives")
+        calls["positives"] = _record_calls(stack, criterion_module.MatchedBatch, "_build_positives")
         calls["match"] = _record_calls(stack, HungarianMatcher, "match")
         calls["cross_entropy"] = _record_calls(stack, criterion_module, "kernel_cross_entropy")
         calls["criterion"] = _record_calls(stack, criterion_module.KNetCriterion, "forward")
@@ -138,7 +138,7 @@ def _accuracies(calls, task: str) -> dict[str, float]:
     stages = calls["criterion"][0][0][2]
     positives = [result for _, result in calls["positives"][1:]]
     return {
-        f"s{i}_pos_acc": _percentage(stage.class_logits[p.images, p.kernels].argmax(dim=-1) == p.classes)
+        f"s{i}_pos_acc": _percentage(stage.class_logits[p.image_index, p.kernel_index].argmax(dim=-1) == p.classes)
         for i, (stage, p) in enumerate(zip(stages, positives))
     }
 
@@ -191,11 +191,11 @@ def _check_targets(model, case: str, arrays, calls) -> list[Result]:
 def _check_kernel_targets(model, case: str, arrays, prefix: str, positives) -> list[Result]:
     """Class, class weights and mask area of every kernel of the batch."""
     bank, batch_size = model.bank, 2
-    index = positives.images * bank.num_kernels + positives.kernels
+    index = positives.image_index * bank.num_kernels + positives.kernel_index
     labels = torch.full((batch_size * bank.num_kernels,), bank.num_classes)
     labels[index] = positives.classes
-    areas = torch.zeros(len(labels), dtype=positives.masks.dtype)
-    areas[index] = positives.masks.sum(dim=(1, 2))
+    areas = torch.zeros(len(labels), dtype=positives.target_masks.dtype)
+    areas[index] = positives.target_masks.sum(dim=(1, 2))
     weights = model.postprocessor.class_mask.repeat(batch_size, 1)
     return [
         Result(case, prefix + "labels", share_of_different(labels, arrays[prefix + "labels"]), 0.0),

@@ -180,12 +180,12 @@ class KernelUpdateHead(nn.Module):
             kernels: K_{i-1}, [B, N, C].
             mask_logits: M_{i-1}, [B, N, h, w]; resized bilinearly to H x W where the sizes differ.
         """
-        group_features = self._assemble(feature, mask_logits)
+        group_features = self._gather(feature, mask_logits)
         kernels = self.interaction(self.kernel_update(group_features, kernels))
         class_logits = None if self.class_branch is None else self.class_branch(kernels)
         return StageOutput(kernels, self._segment(feature, kernels), class_logits)
 
-    def _assemble(self, feature: torch.Tensor, mask_logits: torch.Tensor) -> torch.Tensor:
+    def _gather(self, feature: torch.Tensor, mask_logits: torch.Tensor) -> torch.Tensor:
         """Group features of the transformed feature F': [B, N, C]."""
         if mask_logits.shape[-2:] != feature.shape[-2:]:
             mask_logits = F.interpolate(mask_logits, feature.shape[-2:], mode="bilinear", align_corners=False)
@@ -266,16 +266,16 @@ class KernelUpdateCascade(nn.Module):
 
 
 def select_stage(output: NetworkOutput, stage: int) -> StageOutput:
-    """Predictions of one stage: 0 the static kernels', 1 to S a stage's, -1 the last one's (MODEL.KNET.TEST.STAGE)."""
-    number = stage % (len(output.stages) + 1)
+    """Predictions of one stage: 0 are the static kernels, 1 to S the update stages, -1 is the last one."""
+    number = stage % (len(output.stages) + 1)  # -1 becomes S
     return output.stages[number - 1] if number else static_predictions(output.state)
 
 
 def static_predictions(state: KernelState) -> StageOutput:
     """The static kernels as if they were a stage's output, to look at results from before the first update.
 
-    They have no class branch: a kernel's probability of a class is the mean of the dense semantic probabilities over
-    its mask; semantic kernels are their classes, so that there is nothing to score.
+    Static kernels have no class branch. The class probability of a kernel is the mean of the dense semantic
+    probabilities over its mask. Kernels that each stand for a class need no score.
     """
     kernels, mask_logits = full_precision(state.kernels), full_precision(state.mask_logits)
     if state.semantic_logits is None:

@@ -28,16 +28,16 @@ class Positives(NamedTuple):
 
     Attributes:
         counts: number of positive kernels of each image; they sum to P.
-        images, kernels: int64 [P].
-        classes: int64 [P].
-        masks: [P, h, w].
+        image_index, kernel_index: int64 [P], which kernels these are.
+        classes: int64 [P], the classes that they have to predict.
+        target_masks: [P, h, w], the masks that they have to predict.
     """
 
     counts: list[int]
-    images: torch.Tensor
-    kernels: torch.Tensor
+    image_index: torch.Tensor
+    kernel_index: torch.Tensor
     classes: torch.Tensor
-    masks: torch.Tensor
+    target_masks: torch.Tensor
 
 
 class KNetCriterion(nn.Module):
@@ -61,10 +61,11 @@ class KNetCriterion(nn.Module):
     ):
         """
         Args:
-            weights: of the terms, names of TERMS, in the order of their sum.
-            global_normalizers: whether every term is normalised by a count over all processes, such that their mean
-                loss is what one process computes for their batches together. False, as in the official release:
-                only the class losses are, by the mean over the processes; the other terms by each process's own.
+            weights: from the name of a term (a key of TERMS) to its weight; the losses are summed in this order.
+            auxiliary_weight: of the auxiliary head's cross entropy.
+            global_normalizers: True divides every term by a count over all processes, so that the mean of their losses
+                is what one process computes for all their images. False, as in the official release, divides class
+                losses by the mean count over the processes, and all other terms by the process's own count.
         """
         super().__init__()
         self.bank = bank
@@ -123,31 +124,34 @@ class KNetCriterion(nn.Module):
         """
         losses = {}
         with no_autocast(state.feature):
-            batch = Batch(self, state, stages, targets)
+            batch = MatchedBatch(self, state, stages, targets)
             for stage in range(len(stages) + 1):
                 for name, weight in self.weights.items():
                     term = TERMS[name]
                     if term.applies(stage, weight):
-                        losses[f"loss_{term.key}_s{stage}"] = term.compute(self, batch, stage, weight)
+                        losses[f"loss_{term.log_name}_s{stage}"] = term.compute(self, batch, stage, weight)
             if auxiliary_logits is not None:
                 labels = batch.labels
                 loss = kernel_cross_entropy(full_precision(auxiliary_logits), labels, self.ignore_value)
-                losses["loss_auxiliary"] = self.auxiliary_weight * loss * self.share(labels.numel(), loss)
+                losses["loss_auxiliary"] = (
+                    self.auxiliary_weight * loss * self.normalizer_correction(labels.numel(), loss)
+                )
         return losses
 
-    def share(self, count: int | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
-        """What a mean over ``count`` things of this process has to be multiplied with, see ``global_normalizers``."""
+    def normalizer_correction(self, count: int | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
+        """Factor that turns a mean over this process's ``count`` into one over all processes; 1 where that is off."""
         if not self.global_normalizers:
             return 1.0
-        # At least 1 thing in all processes together, as one process alone has it
+        # All processes together count at least 1, as one process alone does
         total = average_over_ranks(count, like).clamp(min=1 / comm.get_world_size())
         return scalar_like(count, like).clamp(min=1) / total
 
 
-class Batch:
-    """Predictions and ground truth of a batch, and what several terms need of them, computed when first asked for.
+class MatchedBatch:
+    """Predictions, ground truth and matches of a batch; what several terms share is computed when first asked for.
 
-    Stage 0 is the static kernels; of these only the matched ones are trained, before stuff joins them.
+    A stage is given by its number: 0 for the static kernels, 1 to S for the update stages. At stage 0, mask, dice and
+    rank losses are computed for the matched kernels only; the static stuff kernels learn from the dense term.
     """
 
     def __init__(
@@ -160,7 +164,7 @@ class Batch:
         self.state, self.stages, self.targets = state, stages, targets
         self._bank, self._matcher = criterion.bank, criterion.matcher
         self._kernel_of_class = criterion.kernel_of_class
-        self._masks: dict[int, torch.Tensor] = {}
+        self._upsampled: dict[int, torch.Tensor] = {}
         self._positives: dict[int, Positives] = {}
         self._positive_logits: dict[int, torch.Tensor] = {}
 
@@ -173,15 +177,18 @@ class Batch:
         """All kernels' masks of a stage at the head's resolution: [B, N, H, W]."""
         return self.stages[stage - 1].mask_logits if stage else full_precision(self.state.mask_logits)
 
-    def masks(self, stage: int) -> torch.Tensor:
+    def upsampled_logits(self, stage: int) -> torch.Tensor:
         """The masks of a stage at the resolution of the mask losses: [B, N, h, w]."""
-        if stage not in self._masks:
+        if stage not in self._upsampled:
             logits = self.mask_logits(stage)
-            self._masks[stage] = upsample_masks(logits if stage else logits[:, : self._bank.num_matched])
-        return self._masks[stage]
+            self._upsampled[stage] = upsample_masks(logits if stage else logits[:, : self._bank.num_matched])
+        return self._upsampled[stage]
 
     def positives(self, stage: int) -> Positives:
-        """What the kernels of a stage have to segment: the instances that the *input* of the stage was matched to."""
+        """What the kernels of a stage have to segment.
+
+        Stages 0 and 1 learn from the match of stage 0, and stage i from that of stage i - 1, which is its input.
+        """
         if stage not in self._positives:
             matches = self.matches[max(stage - 1, 0)]
             self._positives[stage] = self._build_positives(matches, with_stuff=stage > 0)
@@ -191,7 +198,7 @@ class Batch:
         """The masks of the positive kernels: [P, h, w]."""
         if stage not in self._positive_logits:
             positives = self.positives(stage)
-            self._positive_logits[stage] = self.masks(stage)[positives.images, positives.kernels]
+            self._positive_logits[stage] = self.upsampled_logits(stage)[positives.image_index, positives.kernel_index]
         return self._positive_logits[stage]
 
     @functools.cached_property
@@ -210,10 +217,12 @@ class Batch:
     def _candidates(self) -> list[list[Candidates]]:
         """Per stage, per image: what is matched to the instances. The static kernels have no classes."""
         num_matched, num_things = self._bank.num_matched, self._bank.num_things
-        candidates = [[Candidates(masks, None) for masks in self.masks(0)]]
+        candidates = [[Candidates(masks, None) for masks in self.upsampled_logits(0)]]
         for i, stage in enumerate(self.stages[:-1], start=1):
             class_logits = stage.class_logits[:, :num_matched, :num_things]
-            candidates.append([Candidates(*item) for item in zip(self.masks(i)[:, :num_matched], class_logits)])
+            candidates.append(
+                [Candidates(*item) for item in zip(self.upsampled_logits(i)[:, :num_matched], class_logits)]
+            )
         return candidates
 
     def _build_positives(self, matches: Sequence[Match], *, with_stuff: bool) -> Positives:
@@ -235,69 +244,77 @@ class Batch:
 # The terms: each gives the weighted scalar of one stage
 
 
-def _class_term(criterion: KNetCriterion, batch: Batch, stage: int, weight: float) -> torch.Tensor:
+def _class_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> torch.Tensor:
     """Focal loss on the kernels' classes, over the classes that each kernel can take."""
     logits, positives = batch.stages[stage - 1].class_logits, batch.positives(stage)
     one_hot = torch.zeros_like(logits)
-    index = (positives.images, positives.kernels, positives.classes)
+    index = (positives.image_index, positives.kernel_index, positives.classes)
     one_hot.index_put_(index, logits.new_ones(()))  # made on the device; a number would be copied there
     total = focal_loss(logits, one_hot, criterion.class_mask.to(logits.dtype), **criterion.focal)
-    count = len(positives.kernels)
+    count = len(positives.kernel_index)
     if criterion.global_normalizers:
-        return weight * total / max(count, 1) * criterion.share(count, logits)
+        return weight * total / max(count, 1) * criterion.normalizer_correction(count, logits)
     return weight * total / average_over_ranks(count, logits).clamp(min=1)
 
 
-def _mask_term(criterion: KNetCriterion, batch: Batch, stage: int, weight: float) -> torch.Tensor:
+def _mask_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> torch.Tensor:
     """Binary cross entropy on the masks of the positive kernels."""
     logits = batch.positive_logits(stage)
-    return weight * mask_loss(logits, batch.positives(stage).masks) * criterion.share(logits.numel(), logits)
+    return (
+        weight
+        * mask_loss(logits, batch.positives(stage).target_masks)
+        * criterion.normalizer_correction(logits.numel(), logits)
+    )
 
 
-def _dice_term(criterion: KNetCriterion, batch: Batch, stage: int, weight: float) -> torch.Tensor:
+def _dice_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> torch.Tensor:
     """Dice loss on the masks of the positive kernels."""
     logits = batch.positive_logits(stage)
-    return weight * dice_loss(logits, batch.positives(stage).masks) * criterion.share(len(logits), logits)
+    return (
+        weight
+        * dice_loss(logits, batch.positives(stage).target_masks)
+        * criterion.normalizer_correction(len(logits), logits)
+    )
 
 
-def _rank_term(criterion: KNetCriterion, batch: Batch, stage: int, weight: float) -> torch.Tensor:
+def _rank_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> torch.Tensor:
     """Cross entropy over the kernels at the pixels that a positive kernel owns."""
     labels = rank_targets(batch.positives(stage))
-    loss = kernel_cross_entropy(batch.masks(stage), labels, UNOWNED)
-    return weight * loss * criterion.share(labels.numel(), loss)
+    loss = kernel_cross_entropy(batch.upsampled_logits(stage), labels, UNOWNED)
+    return weight * loss * criterion.normalizer_correction(labels.numel(), loss)
 
 
-def _dense_term(criterion: KNetCriterion, batch: Batch, stage: int, weight: float) -> torch.Tensor:
+def _dense_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> torch.Tensor:
     """Focal loss on the static semantic logits at every pixel."""
     logits = upsample_masks(full_precision(batch.state.semantic_logits))
     background = criterion.bank.num_classes
     labels = torch.stack([dense_labels(*item, background) for item in zip(batch.targets, batch.matches[0])])
     total = dense_focal_loss(logits, labels, **criterion.focal)
     count = (labels != background).sum()
-    return weight * total / count.clamp(min=1) * criterion.share(count, logits)
+    return weight * total / count.clamp(min=1) * criterion.normalizer_correction(count, logits)
 
 
-def _label_map_term(criterion: KNetCriterion, batch: Batch, stage: int, weight: float) -> torch.Tensor:
+def _label_map_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> torch.Tensor:
     """Cross entropy over kernels that each stand for a class, whose target is the label map itself."""
     logits = batch.mask_logits(stage)
     loss = kernel_cross_entropy(logits, batch.labels, criterion.ignore_value)
-    return weight * criterion.share(batch.labels.numel(), logits) * loss
+    return weight * criterion.normalizer_correction(batch.labels.numel(), logits) * loss
 
 
 class Term(NamedTuple):
     """A term of the loss.
 
     Attributes:
-        key: names it in "loss_<key>_s<stage>".
+        log_name: names it in "loss_<log_name>_s<stage>".
         weight_key: its weight in MODEL.KNET.LOSS.
         compute: (criterion, batch, stage, weight) -> weighted scalar.
         at_static, at_updates: whether it is computed for stage 0, and for the stages 1 to S.
         is_optional: whether a weight of 0 leaves it out, with its key.
     """
 
-    key: str
+    log_name: str
     weight_key: str
-    compute: Callable[[KNetCriterion, Batch, int, float], torch.Tensor]
+    compute: Callable[[KNetCriterion, MatchedBatch, int, float], torch.Tensor]
     at_static: bool = True
     at_updates: bool = True
     is_optional: bool = False
@@ -313,6 +330,7 @@ TERMS: dict[str, Term] = {
     "dice": Term("dice", "DICE_WEIGHT", _dice_term, is_optional=True),
     "rank": Term("rank", "RANK_WEIGHT", _rank_term, is_optional=True),
     "dense": Term("dense", "DENSE_WEIGHT", _dense_term, at_updates=False),
+    # The same cross entropy as "rank", with the label map as target, and under the same name in the log
     "label_map": Term("rank", "RANK_WEIGHT", _label_map_term),
 }
 
@@ -366,7 +384,7 @@ def last_nonzero(masks: torch.Tensor, values: torch.Tensor, background: int) -> 
 
 def rank_targets(positives: Positives) -> torch.Tensor:
     """The kernel that owns each pixel: int64 [B, h, w]; where several are positive the last one wins."""
-    masks, kernels = positives.masks.split(positives.counts), positives.kernels.split(positives.counts)
+    masks, kernels = positives.target_masks.split(positives.counts), positives.kernel_index.split(positives.counts)
     return torch.stack([last_nonzero(*item, background=UNOWNED) for item in zip(masks, kernels)])
 
 

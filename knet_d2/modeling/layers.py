@@ -127,7 +127,7 @@ class FoldedConv2d(Conv2d):
         return x if self.activation is None else self.activation(x)
 
 
-def fold_norms(module: nn.Module) -> None:
+def use_folded_convolutions(module: nn.Module) -> None:
     """Replace Detectron2's convolutions with batch norm by :class:`FoldedConv2d` layers that share their parameters."""
     folded = {
         conv: FoldedConv2d.share(conv)

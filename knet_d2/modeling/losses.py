@@ -29,7 +29,8 @@ def dense_focal_loss(logits: torch.Tensor, labels: torch.Tensor, *, alpha: float
     index, labelled = labels.clamp(max=num_classes - 1).unsqueeze(1), (labels < num_classes).unsqueeze(1)
     own = logits.gather(1, index)
     own = torch.where(labelled, -own, own)
-    # A positive is a negative of the other sign and another weight; nothing large is added and taken away again
+    # The loss of a negative logit x is (1 - alpha) f(x), that of a positive one alpha f(-x). So flip the sign of each
+    # pixel's own class, sum f with weight 1 - alpha, and add the difference of the weights, 2 alpha - 1, for that class
     negatives = _focal_term(logits.scatter(1, index, own), gamma).sum()
     return (1 - alpha) * negatives + (2 * alpha - 1) * (_focal_term(own, gamma) * labelled).sum()
 

@@ -16,8 +16,8 @@ from ..errors import ConfigError, DataError
 from ..tasks import get_task
 from .cascade import KernelUpdateCascade, select_stage
 from .criterion import KNetCriterion
-from .layers import channels_last, fold_norms
-from .postprocessing import ImageGeometry, ImagePrediction, PostProcessor
+from .layers import channels_last, use_folded_convolutions
+from .postprocessing import ImageGeometry, ImageLogits, PostProcessor
 from .resize import upsampled_size
 from .static_kernels import build_auxiliary_head, build_static_kernels
 from .structures import KernelState, NetworkOutput, Targets
@@ -66,7 +66,7 @@ class KNet(nn.Module):
         self.pads_images = pads_images
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).float().view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).float().view(-1, 1, 1), persistent=False)
-        fold_norms(self)
+        use_folded_convolutions(self)
 
     @classmethod
     def from_config(cls, cfg) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class KNet(nn.Module):
         if "instances" in task.annotations and knet.NUM_KERNELS < 1:
             raise ConfigError(f"MODEL.KNET.NUM_KERNELS = {knet.NUM_KERNELS}: use at least 1.")
         bank = task.bank(
-            num_kernels=knet.NUM_KERNELS, num_things=knet.NUM_THING_CLASSES, num_stuff=knet.NUM_STUFF_CLASSES
+            num_matched=knet.NUM_KERNELS, num_things=knet.NUM_THING_CLASSES, num_stuff=knet.NUM_STUFF_CLASSES
         )
         postprocessor = PostProcessor(cfg, bank)
         backbone = build_backbone(cfg)
@@ -106,13 +106,13 @@ class KNet(nn.Module):
 
     def forward(
         self, batched_inputs: list[dict[str, Any]], do_postprocess: bool = True
-    ) -> dict[str, torch.Tensor] | list[dict[str, Any]] | list[ImagePrediction]:
+    ) -> dict[str, torch.Tensor] | list[dict[str, Any]] | list[ImageLogits]:
         """
         Args:
-            batched_inputs: per image a dict with "image" (C, H, W in the order of INPUT.FORMAT, 0 .. 255); for
-                training "instances" (gt_classes, gt_masks) and / or "sem_seg" ([H, W], classes over things, then
-                stuff); for inference optionally "height" and "width" of the result.
-            do_postprocess: False gives the :class:`ImagePrediction` of each image in evaluation.
+            batched_inputs: per image a dict with "image", [channels, height, width] in the order of INPUT.FORMAT, values
+                0 .. 255; for training "instances" (gt_classes, gt_masks) and / or "sem_seg", [height, width], the class
+                of every pixel; for inference optionally "height" and "width" of the result.
+            do_postprocess: False gives the :class:`ImageLogits` of each image in evaluation.
 
         Returns:
             In training a dict of weighted losses. In evaluation per image a dict with some of
@@ -122,7 +122,7 @@ class KNet(nn.Module):
             * "sem_seg": [K, H, W] scores.
         """
         if not self.training:
-            predictions = self.predict(batched_inputs)
+            predictions = self.predict_logits(batched_inputs)
             return [self.postprocessor(prediction) for prediction in predictions] if do_postprocess else predictions
         images = self.preprocess_image(batched_inputs)
         output = self.network(images.tensor)
@@ -140,11 +140,11 @@ class KNet(nn.Module):
         state = self.sem_seg_head(features)
         return NetworkOutput(features, state, self.cascade(state))
 
-    def predict(self, batched_inputs: list[dict[str, Any]]) -> list[ImagePrediction]:
+    def predict_logits(self, batched_inputs: list[dict[str, Any]]) -> list[ImageLogits]:
         """What the stage that MODEL.KNET.TEST.STAGE names predicts for each image, before post-processing."""
         if not self.pads_images and len({x["image"].shape for x in batched_inputs}) > 1:
             # An image's result must not depend on the sizes of its neighbours
-            return [prediction for x in batched_inputs for prediction in self.predict([x])]
+            return [prediction for x in batched_inputs for prediction in self.predict_logits([x])]
         images = self.preprocess_image(batched_inputs)
         return self.image_predictions(self.network(images.tensor), batched_inputs, images)
 
@@ -175,7 +175,7 @@ class KNet(nn.Module):
 
     def image_predictions(
         self, output: NetworkOutput, batched_inputs: list[dict[str, Any]], images: ImageList, stage: int | None = None
-    ) -> list[ImagePrediction]:
+    ) -> list[ImageLogits]:
         """One stage's predictions, image by image.
 
         Args:
@@ -188,5 +188,5 @@ class KNet(nn.Module):
             output_size = (x.get("height", image_size[0]), x.get("width", image_size[1]))
             geometry = ImageGeometry(tuple(images.tensor.shape[-2:]), image_size, output_size)
             class_logits = None if shown.class_logits is None else shown.class_logits[i]
-            predictions.append(ImagePrediction(class_logits, shown.mask_logits[i], geometry))
+            predictions.append(ImageLogits(class_logits, shown.mask_logits[i], geometry))
         return predictions

@@ -29,11 +29,15 @@ def upsampled_size(mask_logits: torch.Tensor) -> tuple[int, int]:
 
 def upsampled_probabilities(mask_logits: torch.Tensor) -> torch.Tensor:
     """[N, h, w] logits of the head -> [N, 2h, 2w]: what masks of the result are resized from."""
-    return upsample_masks(mask_logits[:, None])[:, 0].sigmoid_()  # interpolate() rejects no maps as channels
+    # The masks are the batch, since interpolate() takes a batch of 0 maps, but not 0 channels
+    return upsample_masks(mask_logits[:, None])[:, 0].sigmoid_()
 
 
 def resize(maps: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
-    """[N, h, w] of the network's input -> [N, H, W] of the result, in the order that the official numbers need."""
+    """Resize maps of any resolution that cover the padded input, [N, h, w], to the result, [N, H, W].
+
+    As in the official release: resize to the padded size, crop to the image, resize to the result.
+    """
     maps = F.interpolate(maps[:, None], geometry.padded, mode="bilinear", align_corners=False)
     maps = maps[..., : geometry.image[0], : geometry.image[1]]
     return F.interpolate(maps, geometry.output, mode="bilinear", align_corners=False)[:, 0]

@@ -1,8 +1,9 @@
 """The data that flows through a K-Net.
 
-Shape legend (used in every docstring of this project):
-    B: images in the batch          N: kernels             K: classes (things first, then stuff)
-    C: channels of the feature      H, W: feature size     S: kernel update stages
+Shape legend of the network; docs/ARCHITECTURE.md has the letters of the other packages:
+    B: images in the batch          N: kernels, matched ones first      K: classes, things first
+    C: channels of the feature      H, W: size of the feature           S: kernel update stages
+    G: instances of an image        U: stuff classes in an image        h, w: size of the masks in the losses
 """
 
 from typing import NamedTuple
@@ -62,7 +63,8 @@ class Targets(NamedTuple):
         masks: [G, h, w], the instances' masks at the resolution of the mask losses; soft at their borders.
         stuff_classes: int64 [U], the stuff classes in the image.
         stuff_masks: [U, h, w], likewise.
-        sem_seg: int64 [Hp, Wp] or None, class of every pixel; the ignore value where nothing is known.
+        sem_seg: int64 [Hp, Wp] or None, class of every pixel, or the ignore value; read by the label_map term and the
+            auxiliary head.
     """
 
     classes: torch.Tensor

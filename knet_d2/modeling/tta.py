@@ -24,7 +24,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..tasks import KernelBank, get_task
 from .layers import no_autocast
-from .postprocessing import ImageGeometry, ImagePrediction
+from .postprocessing import ImageGeometry, ImageLogits
 
 # Lowest mask IoU of two kernels that are taken for the same object
 MIN_IOU = 0.5
@@ -97,7 +97,7 @@ class KNetWithTTA(nn.Module):
             return {"sem_seg": self._mean_probabilities(predictions, flips)}
         return self.model.postprocessor(merge_views(predictions, flips, self.model.bank))
 
-    def _mean_probabilities(self, predictions: Iterator[ImagePrediction], flips: list[bool]) -> torch.Tensor:
+    def _mean_probabilities(self, predictions: Iterator[ImageLogits], flips: list[bool]) -> torch.Tensor:
         """[K, H, W]."""
         total: Any = 0.0
         for prediction, flipped in zip(predictions, flips):
@@ -122,7 +122,7 @@ def _show(pixels: np.ndarray, view: View) -> torch.Tensor:
 # ---- instance and panoptic models ------------------------------------------------------------------------------
 
 
-def merge_views(predictions: Iterator[ImagePrediction], flips: list[bool], bank: KernelBank) -> ImagePrediction:
+def merge_views(predictions: Iterator[ImageLogits], flips: list[bool], bank: KernelBank) -> ImageLogits:
     """The mean of an image's views.
 
     Args:
@@ -147,7 +147,7 @@ def merge_views(predictions: Iterator[ImagePrediction], flips: list[bool], bank:
 class _MergedViews:
     """Sums over the views of what the plain view's kernels were matched to."""
 
-    def __init__(self, plain: ImagePrediction, finest: ImagePrediction, bank: KernelBank):
+    def __init__(self, plain: ImageLogits, finest: ImageLogits, bank: KernelBank):
         self._bank = bank
         height, width = finest.mask_logits.shape[-2:]
         self._size, self._geometry = (height, width), finest.geometry
@@ -156,7 +156,7 @@ class _MergedViews:
         self._plain_masks = self._inside(mask_logits > 0)
         self._classes, self._masks = _LogitMean(plain.class_logits), _LogitMean(mask_logits)
 
-    def add(self, view: ImagePrediction, flipped: bool) -> None:
+    def add(self, view: ImageLogits, flipped: bool) -> None:
         matched = self._bank.num_matched
         mask_logits = self._on_grid(view, flipped)
         masks = self._inside(mask_logits > 0)
@@ -168,13 +168,13 @@ class _MergedViews:
         self._classes.add(view.class_logits[columns], rows)
         self._masks.add(mask_logits[columns], rows)
 
-    def prediction(self) -> ImagePrediction:
-        return ImagePrediction(self._classes.logits(), self._masks.logits(), self._geometry)
+    def prediction(self) -> ImageLogits:
+        return ImageLogits(self._classes.logits(), self._masks.logits(), self._geometry)
 
-    def _thing_scores(self, view: ImagePrediction) -> torch.Tensor:
+    def _thing_scores(self, view: ImageLogits) -> torch.Tensor:
         return view.class_logits[: self._bank.num_matched, : self._bank.num_things].sigmoid()
 
-    def _on_grid(self, view: ImagePrediction, flipped: bool) -> torch.Tensor:
+    def _on_grid(self, view: ImageLogits, flipped: bool) -> torch.Tensor:
         """[N, *size], also of where the image is not: there it is not meaningful."""
         return resample_masks(view.mask_logits, view.geometry, self._size, self._geometry, flipped)
 

@@ -20,7 +20,6 @@ from ..data.files import read_image
 from ..errors import ConfigError, DataError
 from ..inference import ImagePredictor, Prediction, Trace, load
 from ..results.outputs import OUTPUTS
-from ..results.writers import coco_file
 
 # What an upload may be: formats that Pillow reads itself, without the help of other programs
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -56,7 +55,7 @@ class View(NamedTuple):
         message: a line of text: what is seen, or what is wrong.
         picture: uint8 RGB [h, w, 3], the segments over the image.
         rows: for each segment, what COLUMNS says.
-        coco: a COCO file, see :func:`coco_file`.
+        coco: a COCO file, see :meth:`Prediction.to_coco_file`.
         num_stages: of the model.
     """
 
@@ -117,7 +116,7 @@ class Viewer:
         height, width = prediction.size
         where = "the static kernels, before any update" if stage == 0 else f"stage {stage} of {num_stages}"
         message = f"{len(prediction.segments)} segments by {where}; {width} x {height} pixels."
-        coco = coco_file(prediction, PurePath(path).name)
+        coco = prediction.to_coco_file(PurePath(path).name)
         return View(message, prediction.draw(image), table(prediction), coco, num_stages)
 
     def _new_trace(self, path: str, name: str) -> tuple[np.ndarray, Trace]:

@@ -1,4 +1,4 @@
-"""The one place that knows what a model's outputs ("instances", "panoptic_seg", "sem_seg") mean as predictions."""
+"""What a model's outputs ("instances", "panoptic_seg", "sem_seg") mean as predictions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _instance_masks(output: Instances, classes: ClassTable):
 
 
 def _semantic_masks(output: torch.Tensor, classes: ClassTable):
-    # Planes behind the classes, as one for the background, are no segments
+    # A task may append planes that are no classes, such as one for the background
     yield from label_masks(output.argmax(dim=0).cpu().numpy(), len(classes.names))
 
 

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 
-from ..data.classes import ClassTable
+from ..data.classes import ClassTable, categories
 from ..errors import ConfigError
 from .pictures import draw_segments
 
@@ -125,7 +125,9 @@ class Prediction(NamedTuple):
         return found
 
     def to_coco(self, masks: str = "rle") -> list[dict[str, Any]]:
-        """The segments as in COCO's result format, ready for JSON.
+        """The segments as in COCO's result format, without the image_id, ready for JSON.
+
+        "category_id" is the id in ``classes.category_ids``: Detectron2's contiguous id, not the one of a COCO JSON.
 
         Args:
             masks: what "segmentation" is: "rle" or "polygons" (see :meth:`Segment.polygons` for what they lose).
@@ -143,6 +145,19 @@ class Prediction(NamedTuple):
             }
             for segment in self.segments
         ]
+
+    def to_coco_file(self, file_name: str) -> dict[str, Any]:
+        """A COCO file of this image, as pycocotools reads it, the segments as annotations with scores.
+
+        Args:
+            file_name: of the image.
+        """
+        records = enumerate(self.to_coco(), start=1)
+        return {
+            "images": [{"id": 1, "file_name": file_name, "height": self.size[0], "width": self.size[1]}],
+            "categories": categories(self.classes),
+            "annotations": [{"id": i, "image_id": 1, "iscrowd": 0, **record} for i, record in records],
+        }
 
     def draw(self, image: np.ndarray) -> np.ndarray:
         """Paint the segments over their image, uint8 [H, W, 3] RGB; a small one is enlarged."""

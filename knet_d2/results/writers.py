@@ -1,4 +1,4 @@
-"""Predictions as files: the JSON and PNG files of the demo, and COCO files. demo/README.md describes the schema."""
+"""The JSON and PNG files of the demo; demo/README.md describes the schema."""
 
 from __future__ import annotations
 
@@ -13,16 +13,6 @@ from PIL import Image
 from ..data.classes import ClassTable, categories
 from .outputs import OUTPUTS
 from .prediction import Prediction
-
-
-def coco_file(prediction: Prediction, file_name: str) -> dict[str, Any]:
-    """A COCO file of one image, as pycocotools reads it, the segments as annotations with scores."""
-    records = enumerate(prediction.to_coco(), start=1)
-    return {
-        "images": [{"id": 1, "file_name": file_name, "height": prediction.size[0], "width": prediction.size[1]}],
-        "categories": categories(prediction.classes),
-        "annotations": [{"id": i, "image_id": 1, "iscrowd": 0, **record} for i, record in records],
-    }
 
 
 def panoptic_png(segment_map: np.ndarray) -> np.ndarray:
@@ -48,7 +38,7 @@ class JsonWriter:
         head = json.dumps({"info": dict(info), "categories": categories(classes), "images": []})
         self._file.write(head)
         self._file.flush()
-        self._end = len(head) - len("]}")
+        self._end = len(head) - len("]}")  # JSON is ASCII, so that characters are bytes
 
     def write(self, file_name: str, predictions: Mapping[str, Prediction]) -> None:
         """Add one image: its predictions by the keys of the model's outputs."""

@@ -6,13 +6,13 @@ exported graphs; both have the same functions.
 """
 
 from ..resize import ImageGeometry, mask_probabilities
-from .processor import ImagePrediction, PostProcessor, ResultOptions
+from .processor import ImageLogits, PostProcessor, ResultOptions
 from .rules import MASK_THRESHOLD
 
 __all__ = [
     "MASK_THRESHOLD",
     "ImageGeometry",
-    "ImagePrediction",
+    "ImageLogits",
     "PostProcessor",
     "ResultOptions",
     "mask_probabilities",

@@ -1,8 +1,10 @@
 """The functions of pixels on a CPU, for one image: masks are computed only where they matter.
 
-Behind the sigmoid, resizing is linear and separable: a matrix for each axis. So a cell of the result, some pixels high
-and wide, depends on a small window of probabilities. Where the lowest and the highest one of the window show that a
-kernel's mask is full or empty, or can't win, none of the cell's pixels is computed. See :class:`.rules.PixelFunctions`.
+After the sigmoid, resizing is linear and separable: one matrix per axis. So a cell of the result, a few pixels high and
+wide, depends on a small window of probabilities. If the lowest and the highest probability of the window show that a
+kernel's mask is full or empty there, or that the kernel can't win, none of the cell's pixels is computed. For example,
+masks of 200 x 272 probabilities and a result of 480 x 640 give 48 x 64 cells of 10 x 10 pixels, whose windows have
+6 x 6 probabilities. See :class:`.rules.PixelFunctions`.
 
 Shapes: N kernels, h x w up-sampled probabilities, H x W the result, in J x K cells; a cell has p x q pixels, and its
 window a x b probabilities. The last cells may extend past the result; probabilities are 0 there.
@@ -50,7 +52,8 @@ def assign_pixels(
     cells = Cells(mask_logits, geometry)
     owners = cells.zeros(1, np.dtype("int32"))
     best, worst = (scores[:, None, None] * bound for bound in (cells.high, cells.low))
-    # A kernel whose best pixel is worse than the worst one of another kernel wins nothing in a cell
+    # A kernel wins nothing in a cell if another kernel's lowest claim there exceeds its highest one. Negated, so that a
+    # kernel with NaN still competes
     competes = (~(best < worst.amax(dim=0))).permute(1, 2, 0)
     counts = competes.sum(dim=2)
     for count in counts.unique().tolist():
@@ -66,7 +69,15 @@ def assign_pixels(
 def _winners(
     cells: "Cells", scores: torch.Tensor, kernels: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
-    """The owners of the pixels of m cells, of their competing kernels [m, n]: int32 [m, p, q], [m, 1, 1] for n = 1."""
+    """Which of its competing kernels wins each pixel of a cell.
+
+    Args:
+        kernels: int64 [m, n], the competing kernels of m cells.
+        rows, columns: int64 [m], the cells.
+
+    Returns:
+        int32 [m, p, q], kernels; [m, 1, 1] if only one competes.
+    """
     count = kernels.shape[1]
     if count == 1:
         return kernels[:, :, None].int()
@@ -178,6 +189,9 @@ class _Axis:
         self.sizes = (output - pixels * torch.arange(count)).clamp(max=pixels)
 
     def pool(self, maps: torch.Tensor, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """torch.amin or amax over the window of each cell: [N, L, M] -> [N, M, J]; fast along the second dimension."""
+        """Reduce (torch.amin or amax) the windows along dimension 1, which moves to the end: [N, L, M] -> [N, M, J].
+
+        One call for each axis gives [N, J, K].
+        """
         pooled = [reduce(maps.narrow(1, start, self._window), 1) for start in self.starts.tolist()]
         return torch.stack(pooled, dim=1).transpose(1, 2).contiguous()

@@ -16,7 +16,7 @@ from . import cells, dense
 from .rules import PixelFunctions, best_pairs, masks_to_boxes, panoptic, semantic_scores
 
 
-class ImagePrediction(NamedTuple):
+class ImageLogits(NamedTuple):
     """What the network says of one image, before post-processing.
 
     Attributes:
@@ -90,7 +90,7 @@ class PostProcessor(nn.Module):
             "options": options,
         }
 
-    def forward(self, prediction: ImagePrediction, options: ResultOptions | None = None) -> dict[str, Any]:
+    def forward(self, prediction: ImageLogits, options: ResultOptions | None = None) -> dict[str, Any]:
         """The results of one image by their keys, see :meth:`knet_d2.modeling.meta_arch.KNet.forward`.
 
         Args:

@@ -112,7 +112,8 @@ def panoptic(
     # A quotient, as float32 rounds threshold * area such that a part of exactly the threshold may seem smaller
     kept = candidates & (areas > 0) & (mask_areas > 0) & (areas / mask_areas >= overlap_threshold)
 
-    # Scores are in -1 .. 1. ONNX has no stable sort, so that each kernel counts the kernels before it
+    # Each kernel counts the kernels that come before it, because ONNX has no stable sort. Scores are in -1 .. 1, so
+    # that subtracting 4 puts all dropped kernels behind the kept ones
     keys, index = torch.where(kept, scores, scores - 4), torch.arange(scores.shape[-1], device=scores.device)
     key, other = keys[..., :, None], keys[..., None, :]
     rows = ((other > key) | ((other == key) & (index < index[:, None]))).sum(dim=-1)

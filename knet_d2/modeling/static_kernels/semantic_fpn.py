@@ -145,7 +145,7 @@ class SemanticFPN(nn.Module):
 class SemanticFPNKernelHead(nn.Module):
     """Learned instance kernels and, for panoptic segmentation, the semantic classifier's stuff kernels.
 
-    The first ones become object kernels by adding the features of the pixels they claim.
+    The features under the mask of an instance kernel are added to it, which gives its K_0.
     """
 
     @configurable
@@ -210,16 +210,16 @@ class SemanticFPNKernelHead(nn.Module):
         localization_feature = self.localization_branch(fused)
         semantic_feature = self.semantic_branch(fused)
         feature = localization_feature + semantic_feature
-        masks = self.instance_kernels(localization_feature)
+        mask_logits = self.instance_kernels(localization_feature)
         semantic_logits = self.classifier(semantic_feature)
 
         with no_autocast(feature):
-            hard_masks = (masks > 0).to(full_precision(feature).dtype)
-            kernels = gather_group_features(hard_masks, full_precision(feature))
+            masks = (mask_logits > 0).to(full_precision(feature).dtype)
+            kernels = gather_group_features(masks, full_precision(feature))
             kernels = self.instance_kernels.weight.flatten(1) + kernels
             fixed = self.fixed_class_ids
             if len(fixed):
                 stuff_kernels = self.classifier.weight[fixed].flatten(1).expand(kernels.shape[0], -1, -1)
                 kernels = torch.cat([kernels, stuff_kernels], dim=1)
-                masks = torch.cat([masks, semantic_logits[:, fixed]], dim=1)
-        return KernelState(feature, kernels, masks, semantic_logits)
+                mask_logits = torch.cat([mask_logits, semantic_logits[:, fixed]], dim=1)
+        return KernelState(feature, kernels, mask_logits, semantic_logits)
