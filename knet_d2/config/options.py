@@ -28,7 +28,7 @@ def add_knet_config(cfg: CN) -> None:
 def _add_model_config(cfg: CN) -> None:
     cfg.MODEL.KNET = CN()
     knet = cfg.MODEL.KNET
-    # Task: "instance", "panoptic" or "semantic". It selects the groups of kernels.
+    # Task: "instance", "panoptic" or "semantic"; see knet_d2/tasks.py for what it selects.
     knet.TASK = "panoptic"
     # Number of instance kernels N (paper: 100). Semantic models ignore it: they have one kernel per class.
     knet.NUM_KERNELS = 100
@@ -71,7 +71,7 @@ def _add_model_config(cfg: CN) -> None:
     # Weight of the dice loss on the positive kernels' masks.
     knet.LOSS.DICE_WEIGHT = 4.0
     # Weight of the cross entropy over kernels. Panoptic models use it as rank loss (0.1), semantic models as main loss
-    # (1).
+    # (1); the instance configs set it to 0.
     knet.LOSS.RANK_WEIGHT = 0.1
     # Weight of the per-pixel class loss on the static semantic logits.
     knet.LOSS.DENSE_WEIGHT = 1.0
