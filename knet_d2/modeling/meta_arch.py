@@ -110,8 +110,8 @@ class KNet(nn.Module):
         """
         Args:
             batched_inputs: per image a dict with "image", [channels, height, width] in the order of INPUT.FORMAT,
-                values 0 .. 255; for training "instances" (gt_classes, gt_masks) and / or "sem_seg", [height, width], the class
-                of every pixel; for inference optionally "height" and "width" of the result.
+                values 0 .. 255; for training "instances" (gt_classes, gt_masks) and / or "sem_seg" [height, width],
+                the class of every pixel; for inference optionally "height" and "width" of the result.
             do_postprocess: False gives the :class:`ImageLogits` of each image in evaluation.
 
         Returns:
