@@ -144,18 +144,25 @@ class Task(NamedTuple):
         return tuple(outputs) or self.outputs[:1]
 
 
-def _matched(count: int, things: Sequence[int]) -> KernelGroup:
-    return KernelGroup(count, Assignment.HUNGARIAN, things)
+# Functions of the module, since a Task is pickled where data loading processes are spawned
 
 
-def _fixed(classes: Sequence[int]) -> KernelGroup:
-    return KernelGroup(len(classes), Assignment.IDENTITY, classes)
+def _instance_groups(num_matched: int, things: Sequence[int], stuff: Sequence[int]) -> tuple[KernelGroup, ...]:
+    return (KernelGroup(num_matched, Assignment.HUNGARIAN, things),)
+
+
+def _semantic_groups(num_matched: int, things: Sequence[int], stuff: Sequence[int]) -> tuple[KernelGroup, ...]:
+    return (KernelGroup(len(stuff), Assignment.IDENTITY, stuff),)
+
+
+def _panoptic_groups(num_matched: int, things: Sequence[int], stuff: Sequence[int]) -> tuple[KernelGroup, ...]:
+    return _instance_groups(num_matched, things, stuff) + _semantic_groups(num_matched, things, stuff)
 
 
 _TASKS = (
     Task(
         name="instance",
-        groups=lambda count, things, stuff: (_matched(count, things),),
+        groups=_instance_groups,
         things="things",
         stuff=None,
         annotations=("instances",),
@@ -170,7 +177,7 @@ _TASKS = (
     ),
     Task(
         name="panoptic",
-        groups=lambda count, things, stuff: (_matched(count, things), _fixed(stuff)),
+        groups=_panoptic_groups,
         things="things",
         stuff="stuff",
         annotations=("instances", "sem_seg"),
@@ -185,7 +192,7 @@ _TASKS = (
     ),
     Task(
         name="semantic",
-        groups=lambda count, things, stuff: (_fixed(stuff),),
+        groups=_semantic_groups,
         things=None,
         stuff="all",
         annotations=("sem_seg",),
