@@ -15,6 +15,8 @@ from fvcore.common.history_buffer import HistoryBuffer
 from ..checkpoint import write_atomically
 from ..setup.compat import stored_images
 
+logger = logging.getLogger(__name__)
+
 WINDOW = 20  # number of iterations for smoothing (median), the same as in Detectron2
 TIME_WINDOW = 1000  # number of iterations for estimating the remaining time
 # These differ from run to run, so they are not written to metrics.json.
@@ -137,7 +139,6 @@ class ConsoleWriter(EventWriter):
 
     def __init__(self, max_iter: int):
         self._max_iter = max_iter
-        self._logger = logging.getLogger(__name__)
 
     def write(self) -> None:
         storage = get_event_storage()
@@ -150,7 +151,7 @@ class ConsoleWriter(EventWriter):
             parts.append(f"lr: {storage.history('lr').latest():.4g}")
         if torch.cuda.is_available():
             parts.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
-        self._logger.info("  ".join(parts))
+        logger.info("  ".join(parts))
 
     def _time_left(self, storage: EventStorage) -> str:
         if "time" not in storage.histories():
