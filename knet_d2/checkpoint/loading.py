@@ -118,7 +118,7 @@ def open_archive(path: str) -> Iterator[zipfile.ZipFile]:
 def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
     folder = archive.namelist()[0].split("/")[0]
     if f"{folder}/byteorder" in archive.namelist() and archive.read(f"{folder}/byteorder") != b"little":
-        raise Refused("written by a machine of another byte order. Save it anew on one like this.")
+        raise Refused("written on a machine with another byte order. Save it again on a little-endian machine.")
 
     def read_storage(storage: Storage) -> bytes:
         return archive.read(f"{folder}/data/{storage.key}")
@@ -135,7 +135,7 @@ def _read_old_torch(content: mmap.mmap) -> Any:
     storages: dict[str | int, Storage] = {}
     _, version, machine = (read_pickle(content, most_objects=1000) for _ in range(3))
     if version != 1001 or machine["little_endian"] is not True:
-        raise Refused("written by a machine of another byte order. Save it anew on one like this.")
+        raise Refused("written on a machine with another byte order. Save it again on a little-endian machine.")
     tree, keys = read_pickle(content, storages), read_pickle(content, most_objects=MOST_OBJECTS // 10)
     places = {}
     position = content.tell()

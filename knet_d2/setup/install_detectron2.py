@@ -167,10 +167,10 @@ def apply_substitutions(files: dict[str, bytes], substitutions: Sequence[Substit
     files = dict(files)
     for file, old, new, count in substitutions:
         if file not in files:
-            raise InstallError(f"{file}: Detectron2's sources lack this file, so {old!r} can't be replaced in it")
+            raise InstallError(f"{file}: Detectron2's sources lack this file, so {old!r} can't be replaced in it.")
         text = files[file].decode()
         if text.count(old) != count:
-            raise InstallError(f"{file}: {old!r} occurs {text.count(old)} times, expected {count}")
+            raise InstallError(f"{file}: {old!r} occurs {text.count(old)} times, expected {count}.")
         files[file] = text.replace(old, new).encode()
     return files
 
