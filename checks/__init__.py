@@ -1,1 +1,1 @@
-"""What proves the project to its developers; README.md says what each check proves and how long it takes."""
+"""Checks for developers that take too long for the tests. README.md states what each one verifies and its duration."""

@@ -1,7 +1,7 @@
-"""Run the checks one after another and note in LAST_RUN.json when each ran, on which commit, and how it ended.
+"""Run the checks one after another, and write date, commit and result of each to LAST_RUN.json.
 
-python -m checks                  # all of them, some hours; `make check` first trains the model that exports needs
-python -m checks kills growth     # the named ones
+python -m checks                  # all checks, some hours; `make check` first trains the model for the check exports
+python -m checks kills growth     # these checks
 python -m checks references --references FOLDER
 """
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAST_RUN = ROOT / "checks" / "LAST_RUN.json"
 FUZZED = {"annotations": 15000, "panoptic": 15000, "images": 15000, "weights": 15000, "configs": 1000}
 
-# Name -> commands, in words after "python"; {references}, {weights} and {folder} (a temporary one) are filled in
+# Name -> commands without "python"; {references}, {weights} and {folder} (a temporary folder) are replaced.
 CHECKS = {
     "house": ["-m checks.house"],
     "references": ["-m checks.references --references {references}"],
@@ -42,14 +42,16 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m checks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", help=f"some of {', '.join(CHECKS)}; default: all")
-    parser.add_argument("--references", default="tests/data/references", help="folder with the official tensors")
-    parser.add_argument("--weights", default="output/shapes_panoptic/model_final.pth", help="model to export")
+    parser.add_argument("names", nargs="*", help=f"checks to run: {', '.join(CHECKS)}; default: all")
+    parser.add_argument("--references", default="tests/data/references", help="folder with the recorded tensors")
+    parser.add_argument(
+        "--weights", default="output/shapes_panoptic/model_final.pth", help="weights of the exported model"
+    )
     return parser
 
 
 def run_check(name: str, args: argparse.Namespace) -> dict[str, str | int]:
-    """Run the commands of a check up to the first that fails; returns its entry in LAST_RUN.json."""
+    """Run the commands of a check until one fails; returns its entry in LAST_RUN.json."""
     entry: dict[str, str | int] = {"date": f"{datetime.date.today()}", "commit": commit(), "result": "passed"}
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +66,7 @@ def run_check(name: str, args: argparse.Namespace) -> dict[str, str | int]:
 
 
 def commit() -> str:
-    """The commit that is checked out; "-dirty" follows where files differ from it."""
+    """Return the current commit, with "-dirty" appended if files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 

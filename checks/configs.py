@@ -1,7 +1,7 @@
-"""Build the models of the zoo, and take one training step and one prediction with each, on small random images.
+"""Build each model of the zoo, and run one training step and one prediction with it, on small random images.
 
-python -m checks.configs                                         # all of them, on the CPU
-python -m checks.configs coco/panoptic/knet_swin_l_fpn_3x.yaml   # the named ones
+python -m checks.configs                                         # all models, on the CPU
+python -m checks.configs coco/panoptic/knet_swin_l_fpn_3x.yaml   # these models
 """
 
 import argparse
@@ -24,12 +24,12 @@ OBJECT = (slice(8, 40), slice(16, 48))
 
 
 def zoo_config_files() -> list[str]:
-    """The configs of the zoo, relative to configs/."""
+    """Return the paths of the configs of the zoo, relative to configs/."""
     return sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").glob("*/*/knet_*.yaml"))
 
 
 def random_example(size, bank, seed: int) -> dict[str, Any]:
-    """An image with one rectangular object, or region, of class 0 before a region of the last class."""
+    """Make an image with a rectangle of class 0 (object or region) on a region of the last class."""
     generator = torch.Generator().manual_seed(seed)
     masks = torch.zeros(1, *size, dtype=torch.bool)
     masks[0][OBJECT] = True
@@ -40,11 +40,11 @@ def random_example(size, bank, seed: int) -> dict[str, Any]:
 
 
 def train_and_predict(cfg: CfgNode) -> dict[str, Any]:
-    """One optimiser step on a batch, then one prediction.
+    """Run one optimiser step on a batch, then one prediction.
 
     Returns:
-        "losses": of the step; "changed": how many trainable parameters it changed; "parameters": how many there are;
-        "result": of the first image.
+        "losses": losses of the step; "changed": number of trainable tensors that the step changed; "trained": number
+        of trainable tensors; "parameters": number of parameters; "result": result for the first image.
     """
     model = build_model(cfg).train()
     batch = [random_example(size, model.bank, seed) for seed, size in enumerate(IMAGE_SIZES)]

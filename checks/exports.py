@@ -1,12 +1,13 @@
-"""Compare exported models with the PyTorch model that they come from, on images at several sizes and batch sizes.
+"""Compare exported models with their PyTorch model, on images at several sizes and batch sizes.
 
-Prints, for each file, size and batch size, the largest difference of a score, the smallest IoU of a mask, the smallest
-part of equal pixels of a map, the milliseconds an image, and how many times PyTorch's that is. The exit code is 1 where
-scores differ by more than 1e-4, masks overlap by less than 0.999 or maps agree in less than 99.9 %.
+For each file, size and batch size, this prints the largest difference of a score, the smallest IoU of a mask, the
+smallest share of equal pixels in a map, the milliseconds per image, and the ratio to PyTorch's time. The exit code is 1
+if scores differ by more than 1e-4, the IoU of masks is below 0.999, or less than 99.9 % of the pixels of a map are
+equal.
 
-A pixel whose mask logit is nearly 0 enters or leaves the group feature of its kernel by rounding alone, and from there
-on everything differs a little. Images with such a logit, within what float32 and float64 differ by, are left out of
-these figures; they are counted, and have a line of their own.
+If a mask logit is nearly 0, rounding alone decides whether its pixel is gathered into the group feature of the kernel,
+and all later results differ a little. Images with such a logit, closer to 0 than float32 and float64 differ, are left
+out of these metrics. They are counted, and their metrics are printed in a separate line.
 """
 
 import argparse
@@ -40,7 +41,13 @@ Runner = Callable[[np.ndarray, np.ndarray, np.ndarray], Tensors]
 
 
 class Agreement(NamedTuple):
-    """How far two results for one image are from each other."""
+    """The agreement of two results for one image.
+
+    Attributes:
+        score_difference: largest difference of a score.
+        iou: smallest IoU of a mask.
+        equal: share of equal pixels of a map, 0 to 1.
+    """
 
     score_difference: float = 0.0
     iou: float = 1.0
@@ -54,18 +61,18 @@ class Agreement(NamedTuple):
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", help="the trained model")
-    parser.add_argument("exported", nargs="+", help=".onnx and .pt2 files made from it")
+    parser.add_argument("exported", nargs="+", help="exported .onnx and .pt2 files of this model")
     parser.add_argument("--images", nargs="+", required=True, help="image files, folders, or quoted patterns")
-    parser.add_argument("--number", type=int, default=20, help="images at each size")
+    parser.add_argument("--number", type=int, default=20, help="number of images at each size")
     parser.add_argument("--sizes", nargs="+", metavar="HxW", default=[f"{h}x{w}" for h, w in SIZES])
-    parser.add_argument("--config-file", metavar="FILE", help="for weights that bring no config")
-    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="that of the export")
+    parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
+    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="the same as in the export")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
     return parser
 
 
 def open_exported(path: str, output: str) -> Runner:
-    """A function from the inputs of the graph to its outputs by name."""
+    """Open an exported model; returns a function that maps the inputs of the graph to its outputs by name."""
     if path.endswith(".onnx"):
         import onnxruntime
 
@@ -79,7 +86,7 @@ def open_exported(path: str, output: str) -> Runner:
 
         return run
     if not path.endswith(".pt2"):
-        raise ConfigError(f"{path}: must end in .onnx or .pt2.")
+        raise ConfigError(f"{path}: not an exported model. Name a file that ends in .onnx or .pt2.")
     module = torch.export.load(path).module()
 
     def run_program(*inputs: np.ndarray) -> Tensors:
@@ -92,7 +99,7 @@ def open_exported(path: str, output: str) -> Runner:
 
 
 def run_model(model: KNet, images: np.ndarray, output_size: tuple[int, int]) -> list[Tensors]:
-    """What PyTorch gives for images [B, 3, H, W], as the outputs of the graph for one image each."""
+    """Run the PyTorch model on images [B, 3, H, W]; returns the outputs of each image in the format of the graph."""
     height, width = map(int, output_size)
     inputs = [{"image": torch.from_numpy(image), "height": height, "width": width} for image in images]
     with torch.inference_mode():
@@ -120,7 +127,7 @@ def _as_tensors(result: dict, output: str, category_ids: list[int]) -> Tensors:
 
 
 def agreement(expected: Tensors, found: Tensors, score_threshold: float) -> Agreement:
-    """Of the results for one image: PyTorch's and an exported model's."""
+    """Compare the results for one image of PyTorch (expected) and of an exported model (found)."""
     if "label_map" in expected:
         return Agreement(equal=float((expected["label_map"] == found["label_map"]).mean()))
     if "masks" in expected:
@@ -129,7 +136,7 @@ def agreement(expected: Tensors, found: Tensors, score_threshold: float) -> Agre
 
 
 def _instance_agreement(expected: Tensors, found: Tensors, score_threshold: float) -> Agreement:
-    """Rows pair up by class and order of scores, and among nearly equal scores by their masks."""
+    """Compare instances, which are matched by class and score; of several with nearly equal scores, the best mask."""
     scores = found["scores"]
     free = set(np.flatnonzero(scores >= score_threshold - MAX_SCORE_DIFFERENCE).tolist())
     score_difference, lowest_iou = 0.0, 1.0
@@ -148,7 +155,7 @@ def _instance_agreement(expected: Tensors, found: Tensors, score_threshold: floa
 
 
 def _panoptic_agreement(expected: Tensors, found: Tensors) -> Agreement:
-    """Segments pair up in the order of their scores; the maps are equal where pixels have the same segment."""
+    """Compare panoptic maps; segments are matched in the order of their scores."""
     count = len(expected["scores"])
     if int((found["areas"] > 0).sum()) != count or (found["labels"][:count] != expected["labels"]).any():
         return Agreement(score_difference=1.0, iou=0.0, equal=0.0)
@@ -164,7 +171,7 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def is_at_a_gate(model: KNet, exact: KNet, image: np.ndarray) -> bool:
-    """Whether a mask logit that decides which pixels a kernel gathers is 0 within the rounding of float32."""
+    """Return whether a mask logit that selects pixels for a kernel's group feature is 0 within float32 rounding."""
     if model.bank.num_matched == 0:
         return False
     logits, exact_logits = (_gating_logits(x, image) for x in (model, exact))
@@ -183,24 +190,27 @@ def _gating_logits(model: KNet, image: np.ndarray) -> list[torch.Tensor]:
 
 
 def read_images(files: Sequence[str], size: tuple[int, int], order: str) -> np.ndarray:
-    """Images of one size, uint8 [n, 3, H, W]."""
+    """Read images and resize them to one size; returns uint8 [n, 3, H, W]."""
     return np.stack([cv2.resize(read_image(path, order), size[::-1]).transpose(2, 0, 1) for path in files])
 
 
 def padded(images: np.ndarray, step: int) -> np.ndarray:
-    """Zeros at the bottom and the right, to multiples of ``step``."""
+    """Pad images with zeros at the bottom and right, to multiples of ``step``."""
     height, width = (-length % max(step, 1) for length in images.shape[2:])
     return np.pad(images, ((0, 0), (0, 0), (0, height), (0, width)))
 
 
 class Row(NamedTuple):
-    """What one file does with images of one size in batches of one size.
+    """The results of one file for images of one size in batches of one size.
 
     Attributes:
-        file: its path.
-        kept, left_out: worst agreement of the images, and of those with a gating logit at 0.
-        num_left_out: of num_images.
-        seconds, pytorch_seconds: median per image.
+        file: path of the file.
+        size: (height, width) of the images.
+        batch: number of images in a batch.
+        kept: worst agreement of the images without a gating logit at 0.
+        left_out: worst agreement of the images with a gating logit at 0.
+        num_images, num_left_out: number of images, and of those left out.
+        seconds, pytorch_seconds: median time per image of the file and of PyTorch.
     """
 
     file: str
@@ -230,7 +240,7 @@ def _format_agreement(x: Agreement) -> tuple[str, str, str]:
 
 
 def worst(results: Sequence[Agreement]) -> Agreement:
-    """The worst of each figure."""
+    """Return the worst value of each metric."""
     if not results:
         return Agreement()
     differences, ious, parts = zip(*results)
@@ -240,12 +250,15 @@ def worst(results: Sequence[Agreement]) -> Agreement:
 def compare(
     model: KNet, runners: dict[str, Runner], images: np.ndarray, at_gate: Sequence[bool], batch: int, threshold: float
 ) -> Iterator[Row]:
-    """Run all models on images of one size, [n, 3, H, W], with results of another size.
+    """Run all models on images of one size, [n, 3, H, W], and request results of another size.
 
     Args:
-        runners: by the paths of the files.
-        at_gate: which images have a gating logit at 0.
-        threshold: of the instances' scores.
+        model: the PyTorch model.
+        runners: functions of the exported models, by path.
+        images: the images.
+        at_gate: whether each image has a gating logit at 0.
+        batch: number of images in a batch.
+        threshold: lowest score of an instance.
     """
     size = images.shape[2:]
     output_size = np.array([size[0] * 3 // 2, size[1] * 5 // 4])

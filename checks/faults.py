@@ -1,9 +1,10 @@
-"""Break what is around a training, see what it says, mend it, resume, and compare with a run that was not interrupted.
+"""Cause a fault during a training run, remove the fault, resume, and compare with an uninterrupted run.
 
 python -m checks.faults
 
-The disk is full, the disk becomes read-only, a process that loads data is killed. Needs Linux and the rights to mount a
-file system in memory (root). Exit code 1 where a run does not end with one message, or is not the same in the end.
+The faults are: the disk is full, the disk becomes read-only, a worker process of the data loader is killed. This needs
+Linux and the right to mount a file system in memory (root). The exit code is 1 if a run does not end with exactly one
+error message, or if the resumed run ends differently from the uninterrupted one.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def full_disk(folder: Path, training: Training) -> Iterator[None]:
 
 @contextlib.contextmanager
 def read_only_disk(folder: Path, training: Training) -> Iterator[None]:
-    # one over the other, because files that are open keep a file system from becoming read-only
+    # Mount a second, read-only file system on top: the first one can't become read-only while files are open.
     mount(folder, "ro")
     yield
     subprocess.run(["umount", str(folder)], check=True)
@@ -63,7 +64,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def try_fault(name: str, whole: Path, run: Path, arguments: tuple) -> bool:
-    """Whether a run with a fault ends with one message, and is the same as the whole one after it was resumed."""
+    """Return whether a run with a fault ends with one message, and equals the uninterrupted run after it is resumed."""
     run.mkdir()
     mount(run, "size=256m")
     try:

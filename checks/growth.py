@@ -1,9 +1,9 @@
-"""Whether memory, open files or threads grow in long runs: a tiny model trains, then predicts.
+"""Check that memory, open files and threads do not grow in long runs: train a tiny model, then predict with it.
 
 python -m checks.growth --iterations 2000
 
-Prints the resident memory of all its processes after the first tenth and at the end, and the slope of a line through
-what lies between. Exit code 1 where the line rises by 2 % or more, or files or threads become more.
+This prints the resident memory of all processes after the first tenth and at the end, and the slope of a line fitted to
+the memory in between. The exit code is 1 if the line rises by 2 % or more, or if the number of files or threads grows.
 """
 
 import argparse
@@ -28,16 +28,16 @@ TASKS = ("instance", "panoptic", "semantic")
 
 
 class Sample(NamedTuple):
-    """Of this process and those that it has started."""
+    """Resources of this process and its child processes."""
 
     memory: float
-    """MiB that are resident."""
+    """Resident memory in MiB."""
     files: int
     threads: int
 
 
 def processes() -> list[int]:
-    """This process and its children."""
+    """Return the ids of this process and its child processes."""
     pid = os.getpid()
     return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
@@ -58,7 +58,7 @@ class SampleHook(HookBase):
 
 
 def judge(name: str, samples: list[Sample]) -> bool:
-    """Print what grows; returns whether it is little enough."""
+    """Print how much the resources grow; returns whether the growth is within the limits."""
     late = samples[len(samples) // 10 :]
     memory = np.array([sample.memory for sample in late])
     slope, start = np.polyfit(np.arange(len(late)), memory, 1)
@@ -78,7 +78,7 @@ def judge(name: str, samples: list[Sample]) -> bool:
 
 
 def train(config: str, iterations: int, folder: str) -> bool:
-    """With a process that loads data, and 20 evaluations, pictures and checkpoints."""
+    """Check a training run with one worker process and 20 evaluations, pictures and checkpoints."""
     period = max(iterations // 20, 1)
     opts = ["OUTPUT_DIR", folder, "DATALOADER.NUM_WORKERS", 1, "SOLVER.MAX_ITER", iterations, "TEST.NUM_PICTURES", 1]
     trainer = Trainer(load_config(config, [*opts, "SOLVER.CHECKPOINT_PERIOD", period, "TEST.EVAL_PERIOD", period]))
@@ -90,7 +90,7 @@ def train(config: str, iterations: int, folder: str) -> bool:
 
 
 def predict(config: str, iterations: int, folder: str) -> bool:
-    """On images of changing sizes."""
+    """Check predictions on images of changing sizes."""
     predictor = Predictor(load_config(config, ["MODEL.WEIGHTS", os.path.join(folder, "model_final.pth")]))
     draw, samples = np.random.default_rng(0), []
     for _ in range(iterations):

@@ -1,10 +1,10 @@
-"""Numbers of the house: how many lines the rooms have, what a reader enters, and which modules import each other.
+"""Measure the size and structure of the code: lines per folder, files that a run executes, import cycles.
 
     python -m checks.house [--package PATH] [--json FILE]
 
-prints a Markdown table for a package folder (default: knet_d2 beside this folder) and writes the same as JSON. Lines
-are those after ``ruff format`` at width 120. The package may be another checkout's; the tiny model is that of its own
-``tests/helpers.py``. The exit code is 1 if modules import each other in a cycle.
+This prints a Markdown table for a package folder (default: knet_d2 of this repository), and writes the same numbers as
+JSON. Lines are counted after ``ruff format`` at width 120. The package may be in another checkout; the tiny model is
+that of the checkout's ``tests/helpers.py``. The exit code is 1 if there is an import cycle.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import networkx
 
 OUTPUT_NAMES = ("instances", "panoptic_seg", "sem_seg")
 TINY = {
-    "MODEL.KNET.NUM_THING_CLASSES": 4,  # those of the shapes
+    "MODEL.KNET.NUM_THING_CLASSES": 4,  # the classes of shapes
     "MODEL.KNET.NUM_STUFF_CLASSES": 3,
     "MODEL.KNET.THING_CATEGORY_IDS": [0, 1, 2, 3],
     "MODEL.KNET.STUFF_CATEGORY_IDS": [4, 5, 6],
@@ -38,22 +38,22 @@ TINY = {
     "SOLVER.IMS_PER_BATCH": 2,
     "SOLVER.MAX_ITER": 2,
     "SOLVER.STEPS": (),
-    "MODEL.KNET.TEST.THING_SCORE_THRESHOLD": 0.0,  # an untrained model's scores are about 0.01
+    "MODEL.KNET.TEST.THING_SCORE_THRESHOLD": 0.0,  # the scores of an untrained model are about 0.01
     "MODEL.KNET.TEST.OVERLAP_THRESHOLD": 0.0,
 }
 
-# ---- what stands in the files ----------------------------------------------------------------------------------
+# ---- measured from the files -----------------------------------------------------------------------------------
 
 
 def python_files(folder: Path) -> list[Path]:
-    """All Python files, without hidden folders and what a build leaves."""
+    """Return all Python files outside hidden folders and build outputs."""
     files = (path.relative_to(folder) for path in folder.rglob("*.py"))
     left_out = {"build", "output", "shared"}
     return sorted(p for p in files if p.parts[0] not in left_out and not any(x.startswith(".") for x in p.parts))
 
 
 def formatted_lines(folder: Path) -> dict[Path, int]:
-    """Lines of each file after ``ruff format`` at width 120, on a copy."""
+    """Count the lines of each file after ``ruff format`` at width 120 (of a copy)."""
     files = python_files(folder)
     with tempfile.TemporaryDirectory() as copy:
         for path in files:
@@ -66,7 +66,7 @@ def formatted_lines(folder: Path) -> dict[Path, int]:
 
 
 def lines_by_part(lines: dict[Path, int]) -> dict[str, int]:
-    """Sums over the first folder of each path; a file without a folder stands for itself."""
+    """Sum the lines by the first folder of each path; files without a folder are separate entries."""
     sums: Counter[str] = Counter()
     for path, count in lines.items():
         sums[path.parts[0] + ("/" if len(path.parts) > 1 else "")] += count
@@ -74,13 +74,13 @@ def lines_by_part(lines: dict[Path, int]) -> dict[str, int]:
 
 
 def read_modules(package: Path) -> dict[str, ast.Module]:
-    """Dotted name (a.b.c, a.b.__init__) -> syntax tree."""
+    """Parse all modules; returns {dotted name (a.b.c, a.b.__init__): syntax tree}."""
     paths = python_files(package)
     return {".".join([package.name, *p.with_suffix("").parts]): ast.parse((package / p).read_text()) for p in paths}
 
 
 def imported_names(name: str, tree: ast.Module) -> Iterator[list[str]]:
-    """The parts of every dotted name that a module imports, also within functions."""
+    """Yield the parts of every dotted name that a module imports, also inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".") for alias in node.names)
@@ -91,10 +91,10 @@ def imported_names(name: str, tree: ast.Module) -> Iterator[list[str]]:
 
 
 def import_graph(modules: dict[str, ast.Module]) -> dict[str, set[str]]:
-    """Module -> modules of the package whose code its imports run.
+    """Return {module: modules of the package that its imports execute}.
 
-    Importing a.b.c runs the ``__init__`` of a and of a.b first. Those of the folders that the importing module lies in
-    count only where it imports a name from them: otherwise they have begun before it.
+    Importing a.b.c first executes the ``__init__`` of a and of a.b. The ``__init__`` of a folder that contains the
+    importing module counts only if the module imports a name from it, because it always starts before the module.
     """
     graph = {}
     for name, tree in modules.items():
@@ -108,13 +108,13 @@ def import_graph(modules: dict[str, ast.Module]) -> dict[str, set[str]]:
 
 
 def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Strongly connected components of more than one module, the largest first."""
+    """Return the strongly connected components with more than one module, largest first."""
     components = networkx.strongly_connected_components(networkx.DiGraph(graph))
     return sorted((sorted(x) for x in components if len(x) > 1), key=len, reverse=True)
 
 
 def constructor_arguments(modules: dict[str, ast.Module]) -> dict[str, int]:
-    """Class -> number of arguments of its ``__init__`` besides self, falling."""
+    """Return {class: number of arguments of its ``__init__`` without self}, in descending order."""
     counts = {
         f"{name}.{node.name}": len(method.args.posonlyargs + method.args.args + method.args.kwonlyargs) - 1
         for name, tree in modules.items()
@@ -127,12 +127,12 @@ def constructor_arguments(modules: dict[str, ast.Module]) -> dict[str, int]:
 
 
 def has_output_name(tree: ast.Module) -> bool:
-    """Whether a string of the code is the name of an output: compared, a key, or an argument."""
+    """Return whether a string constant of the code is the name of an output of a model."""
     return any(isinstance(node, ast.Constant) and node.value in OUTPUT_NAMES for node in ast.walk(tree))
 
 
 def static_numbers(package: Path) -> dict[str, Any]:
-    """What needs no running code."""
+    """Measure everything that does not require running the code."""
     repository = formatted_lines(package.parent)
     own = {path.relative_to(package.name): n for path, n in repository.items() if path.parts[0] == package.name}
     modules = read_modules(package)
@@ -155,11 +155,11 @@ def static_numbers(package: Path) -> dict[str, Any]:
     }
 
 
-# ---- what runs -------------------------------------------------------------------------------------------------
+# ---- measured while the code runs ------------------------------------------------------------------------------
 
 
 def entered(package: Path, action: Callable[[], object]) -> dict[str, Any]:
-    """Files and named functions of the package that ``action`` enters, and how often the next one is another file's."""
+    """Count the files and functions of the package that ``action`` calls, and the calls that go to another file."""
     prefix, calls = str(package) + os.sep, []
 
     def profile(frame, event, arg):
@@ -183,9 +183,10 @@ def entered(package: Path, action: Callable[[], object]) -> dict[str, Any]:
 
 
 def dynamic_numbers(package: Path) -> dict[str, Any]:
-    """What these enter: losses of a batch, a whole training step, an inference, a loaded file with an image.
+    """Count the functions that are called by the losses of a batch, a training step, an inference, and loading a file.
 
-    The model is panoptic, tiny, on the CPU. The second of two rounds counts: imports and caches belong to the first.
+    The model is tiny and panoptic, on the CPU. Everything runs twice and the second run is counted, because the first
+    one also imports modules and fills caches.
     """
     folder = tempfile.mkdtemp()
     os.environ["DETECTRON2_DATASETS"] = folder  # read when knet_d2.data is imported
@@ -221,7 +222,7 @@ def dynamic_numbers(package: Path) -> dict[str, Any]:
 
 
 def as_table(numbers: dict[str, Any]) -> str:
-    """Markdown with a row per number; a table of numbers has a row per entry, a list its length and entries."""
+    """Format the numbers as a Markdown table; a dict gives one row per entry, a list its length and its entries."""
     rows = []
     for name, value in numbers.items():
         entries = value.items() if isinstance(value, dict) else [("", value)]

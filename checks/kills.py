@@ -1,9 +1,10 @@
-"""Kill trainings by SIGKILL at random moments, resume them, and compare each with a run that was not interrupted.
+"""Kill training runs by SIGKILL at random times, resume them, and compare each with an uninterrupted run.
 
 python -m checks.kills --runs 25
 
-Every second one is killed while it writes a checkpoint. All train a tiny panoptic model on the CPU with 2 processes
-that load data. Exit code 1 where a run does not end with the same weights, optimiser and metrics file, bit for bit.
+Every second run is killed while it writes a checkpoint. All runs train a tiny panoptic model on the CPU, with 2 worker
+processes of the data loader. The exit code is 1 if a run does not end with exactly the same weights, optimiser state
+and metrics file.
 """
 
 import argparse
@@ -26,17 +27,17 @@ ITERATIONS, PERIOD, EVALUATIONS = 48, 6, 16
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
     return parser
 
 
 def count_lines(path: Path) -> int:
-    """Iterations in a metrics file; a line that was not written whole does not count."""
+    """Count the iterations in a metrics file; an incomplete line is not counted."""
     return sum(line.endswith("\n") for line in open(path)) if path.exists() else 0
 
 
 def kill(training: Training, folder: Path, iterations: int, seconds: float, while_writing: bool) -> None:
-    """Kill a training some seconds after an iteration, or when it writes the next checkpoint then."""
+    """Kill a training run some seconds after an iteration, or when it writes the next checkpoint after that."""
     training.wait_until(lambda: count_lines(folder / "metrics.json") >= iterations)
     time.sleep(seconds)
     if while_writing:

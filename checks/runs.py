@@ -1,4 +1,4 @@
-"""The repository's programs with tiny models on a few generated images, as processes of their own."""
+"""Runs the programs of the repository with tiny models on a few generated images, in separate processes."""
 
 import json
 import multiprocessing
@@ -26,7 +26,7 @@ TINY_MODEL = {
 
 
 def write_config(folder, shapes, task, **solver):
-    """A config file in ``folder`` that trains a tiny model on what write_shapes wrote; returns its path."""
+    """Write a config file for training a tiny model on a data set of write_shapes; returns its path."""
     shapes = Path(shapes)
     categories = json.loads((shapes / "panoptic.json").read_text())["categories"]
     entry = {
@@ -61,14 +61,16 @@ def write_config(folder, shapes, task, **solver):
 
 
 class Program:
-    """A program of the repository in a process of its own, ended with the block."""
+    """A program of the repository in a separate process, which ends with the ``with`` block."""
 
     def __init__(self, folder, program, *arguments, starter=(), environment=None):
         """
         Args:
-            folder: has room for the program's output.
-            starter: arguments of Python that come before the program's path.
-            environment: variables beside the present ones.
+            folder: folder for a file with the program's output.
+            program: path of the program in the repository.
+            arguments: command line arguments.
+            starter: arguments of Python before the program's path.
+            environment: additional environment variables.
         """
         paths = os.pathsep.join([str(ROOT), *sys.path])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **(environment or {})}
@@ -94,21 +96,22 @@ class Program:
             time.sleep(0.002)
 
     def finish(self):
-        """Returns exit code and output."""
+        """Wait for the end of the program; returns its exit code and output."""
         code = self.process.wait(timeout=300)
         self._log.seek(0)
         return code, self._log.read()
 
 
 class Training:
-    """train_net.py --resume in a process that is forked from this one, which saves the time of the imports."""
+    """Runs ``train_net.py --resume`` in a process that is forked from this one, to save the time of the imports."""
 
     def __init__(self, config, opts, folder, log):
         """
         Args:
-            opts: KEY VALUE ...
+            config: path of the config file.
+            opts: KEY VALUE pairs that change the config.
             folder: OUTPUT_DIR.
-            log: the file to which it appends what it prints.
+            log: file to which the output is appended.
         """
         self._log = Path(log)
         self._log.touch()
@@ -123,29 +126,29 @@ class Training:
         sys.exit(train.main(args))
 
     def output(self):
-        """All that it, and those before with the same log, have printed."""
+        """Return the output of this run and of earlier runs with the same log."""
         return self._log.read_text()
 
     def wait_until(self, is_reached):
-        """Wait until a function gives True."""
+        """Wait until a function returns True."""
         while not is_reached():
             assert self.process.is_alive(), self.output()
             time.sleep(0.0005)
 
     def finish(self):
-        """Returns the output of a training that has to end well."""
+        """Wait for the end of the run, which must succeed; returns its output."""
         self.process.join()
         assert self.process.exitcode == 0, self.output()
         return self.output()
 
 
 def errors_in(output):
-    """What a program's output tells a person as the reason of its failure."""
+    """Return the error messages in the output of a program."""
     return [line for line in output.splitlines() if line.startswith("Error: ")]
 
 
 def first_difference(a, b, where="content"):
-    """Where two nested values differ in a type, an order of keys or a bit of a tensor; None if nowhere."""
+    """Return the first difference of two nested values in a type, the order of keys or a value; None if equal."""
     if type(a) is not type(b):
         return f"{where}: {type(a).__name__} and {type(b).__name__}"
     if isinstance(a, dict):
@@ -163,7 +166,7 @@ def first_difference(a, b, where="content"):
 
 
 def compare_runs(folder, other):
-    """What differs between the ends of two runs, all of model_final.pth or a byte of metrics.json; None if nothing."""
+    """Return the first difference of two runs in model_final.pth or metrics.json; None if they are identical."""
     states = [torch.load(Path(run) / "model_final.pth", weights_only=True) for run in (folder, other)]
     metrics = [(Path(run) / "metrics.json").read_bytes() for run in (folder, other)]
     return first_difference(*states, "model_final.pth") or first_difference(*metrics, "metrics.json")

@@ -1,10 +1,10 @@
-"""Is this code as fast as that of another checkout? Both in one process, in turns.
+"""Compare the speed of this code with that of another checkout, in turns in one process.
 
     python -m checks.speed ../knet_d2_before --rounds 15 --size 480x640
 
-Both packages build the same models with the same weights and get the same images, in evaluation and in training
-(forward and backward). It prints the median of the ratios of the rounds (this / the other) with a 95 % interval by
-bootstrap, and how many operators each calls.
+Both packages build the same models with the same weights, and get the same images in evaluation and in training
+(forward and backward). This prints the median over the rounds of the ratio of times (this / the other) with a 95 %
+bootstrap interval, and the number of operators that each calls.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COUNTS = ["MODEL.KNET.NUM_THING_CLASSES", "80", "MODEL.KNET.NUM_STUFF_CLASSES", 
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operators that are called."""
+    """Counts the calls of PyTorch operators."""
 
     count = 0
 
@@ -41,7 +41,7 @@ class Counter(TorchDispatchMode):
 
 
 def load_package(folder: Path) -> Callable[[str, list[str]], Any]:
-    """Import knet_d2 from a folder in place of the one that is imported; returns its function from config to model."""
+    """Import knet_d2 from a folder instead of the imported one; returns its function that builds a model."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "knet_d2"]:
         del sys.modules[name]
     for registry in (META_ARCH_REGISTRY, BACKBONE_REGISTRY, SEM_SEG_HEADS_REGISTRY):
@@ -65,7 +65,7 @@ def load_package(folder: Path) -> Callable[[str, list[str]], Any]:
 
 
 def make_batch(size: tuple[int, int], count: int = 10) -> list[dict[str, Any]]:
-    """An image with rectangles as instances over bands of stuff."""
+    """Make a batch of one image with rectangles as instances on bands of stuff."""
     height, width = size
     generator = torch.Generator().manual_seed(0)
     masks = torch.zeros(count, height, width, dtype=torch.bool)
@@ -89,7 +89,7 @@ def run_once(model: Any, batch: list[dict[str, Any]], training: bool) -> None:
 
 
 def compare(models: list[Any], batch: list[dict[str, Any]], training: bool, rounds: int) -> list[Any]:
-    """Columns of the table: seconds of both, ratio, interval, operators of both."""
+    """Measure two models; returns columns of the table: seconds of both, ratio, interval, operators of both."""
     operators = []
     for model in models:
         with Counter() as counter:
@@ -112,7 +112,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="the other checkout")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--size", default="480x640", help="of the image, HxW")
+    parser.add_argument("--size", default="480x640", help="size of the image, HxW")
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="paths below configs/")
     return parser
 

@@ -48,5 +48,5 @@ def test_different_weights_are_found(found):
         if world_size == 1:
             assert message is None
         else:
-            assert "have trained different values of module.backbone.weight (1 differ" in message
+            assert "have different values of module.backbone.weight (1 tensors differ" in message
             assert not list((folder / "disturbance").glob("model_*.pth"))

@@ -570,7 +570,7 @@ def test_two_processes_share_out_one_batch(entries, monkeypatch):
         parts.append(_digests(itertools.islice(build_train_loader(cfg), 3)))
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
     cfg.SOLVER.IMS_PER_BATCH = 3
-    with pytest.raises(ConfigError, match="IMS_PER_BATCH is 3"):
+    with pytest.raises(ConfigError, match="IMS_PER_BATCH = 3"):
         build_train_loader(cfg)
 
 

@@ -73,14 +73,14 @@ def test_each_part_has_an_image(fraction, number):
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 20, "0.2"])
 def test_a_wrong_fraction_is_an_error_that_names_the_key(root, value):
-    with pytest.raises(ConfigError, match=r"CUSTOM\[0\]\.validation is"):
+    with pytest.raises(ConfigError, match=r"CUSTOM\[0\]\.validation = "):
         split_cfg("sem_seg", root, validation=value)
 
 
 def test_one_image_is_too_few(tmp_path):
     write_shapes(str(tmp_path), num_images=1, seed=3, size=48)
     _, train, _ = split_cfg("sem_seg", str(tmp_path))
-    with pytest.raises(DataError, match=f"{train} can't be a part of 1 images"):
+    with pytest.raises(DataError, match=f"{train} can't be split: it has 1 images"):
         load_dataset(train)
 
 

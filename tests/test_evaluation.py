@@ -195,7 +195,7 @@ def test_images_without_a_prediction_and_damaged_ground_truth_are_named(tmp_path
     evaluator = PanopticEvaluator(name)
     evaluator.reset()
     evaluator.process([load_dataset(name)[0]], [_panoptic_output(ids, [{"id": 1, "isthing": False, "category_id": 0}])])
-    with pytest.raises(DataError, match="panoptic.json has 1 images without a prediction, as 1"):
+    with pytest.raises(DataError, match="panoptic.json: 1 images have no prediction; the first has the id 1"):
         evaluator.evaluate()
     png = tmp_path / "panoptic" / "0.png"
     Image.open(png).crop((0, 0, 8, 5)).save(png)
@@ -538,8 +538,8 @@ def test_evaluators_follow_the_data_set_and_the_outputs(root, panoptic, caplog):
     both = panoptic[0].clone()
     both.MODEL.KNET.TEST.OUTPUTS = ["panoptic_seg", "sem_seg"]
     assert [type(x) for x in build_evaluators(both, panoptic[1])] == [PanopticEvaluator]
-    assert "no ground truth to evaluate the model's 'sem_seg'" in caplog.text
-    with pytest.raises(ConfigError, match=r"evaluator_type 'coco'\) can evaluate instances.*gives sem_seg"):
+    assert "no ground truth for the model's output 'sem_seg'" in caplog.text
+    with pytest.raises(ConfigError, match=r"evaluator_type 'coco' can evaluate instances.*the outputs sem_seg"):
         build_evaluators(semantic, instance.DATASETS.TRAIN[0])
 
 

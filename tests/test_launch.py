@@ -63,10 +63,10 @@ def test_processes_that_start_the_others():
     [
         (TORCHRUN, {"num_gpus": 4}, "torchrun has started 8 processes.*--num-gpus"),
         (SRUN, {"num_gpus": 4}, "srun has started 8 processes.*--num-gpus"),
-        ({**TORCHRUN, "RANK": "five"}, {}, "RANK is 'five'"),
-        ({**SRUN, "SLURM_PROCID": ""}, {}, "SLURM_PROCID is ''"),
-        ({**SRUN, "SLURM_STEP_NODELIST": ""}, {}, "SLURM_STEP_NODELIST is ''.*MASTER_ADDR"),
-        ({**SRUN, "SLURM_LOCALID": "2"}, {}, "machine by machine.*--distribution=block"),
+        ({**TORCHRUN, "RANK": "five"}, {}, "RANK = 'five'"),
+        ({**SRUN, "SLURM_PROCID": ""}, {}, "SLURM_PROCID = ''"),
+        ({**SRUN, "SLURM_STEP_NODELIST": ""}, {}, "SLURM_STEP_NODELIST = ''.*MASTER_ADDR"),
+        ({**SRUN, "SLURM_LOCALID": "2"}, {}, "consecutive on each machine.*--distribution=block"),
     ],
 )
 def test_environments_that_cannot_be_used(environment, arguments, message):
@@ -240,7 +240,7 @@ def test_every_starter_trains_the_same(tmp_path, shapes):  # noqa: F811
         program.process.send_signal(signal.SIGTERM)
         code, text = program.finish()
     assert code == EXIT_PREEMPTED == 75 and "Traceback" not in text and not errors_in(text), text[-3000:]
-    assert "Received SIGTERM" in text and "continue with --resume" in text
+    assert "Received SIGTERM" in text and "Continue with --resume" in text
     stopped_at = int((tmp_path / "launch" / "last_checkpoint").read_text()[6:13])
     assert stopped_at < 5
 
@@ -296,7 +296,7 @@ def test_error_in_all_processes_is_told_once(tmp_path, shapes):  # noqa: F811
     with Program(tmp_path, "train_net.py", *arguments) as program:
         code, text = program.finish()
     (message,) = errors_in(text)
-    assert code == 1 and "SOLVER.IMS_PER_BATCH is 3" in message and "Traceback" not in text, text[-3000:]
+    assert code == 1 and "SOLVER.IMS_PER_BATCH = 3" in message and "Traceback" not in text, text[-3000:]
 
 
 def test_killed_process_ends_all_with_one_message(tmp_path, shapes):  # noqa: F811

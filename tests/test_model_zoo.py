@@ -150,7 +150,7 @@ def test_without_network(published):
     with pytest.raises(CheckpointError) as error:
         Checkpointer(target).load(f"knet://{entry.name}")
     place = os.path.join(download.cache_folder(), entry.checkpoint_file)
-    assert entry.url in str(error.value) and f"put it at {place}" in str(error.value)
+    assert entry.url in str(error.value) and f"from another machine to {place}" in str(error.value)
     shutil.copy(source_of(entry).with_suffix(".away"), place)
     Checkpointer(target).load(f"knet://{entry.name}")
     assert_same_state(model.state_dict(), target.state_dict())

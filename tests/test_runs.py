@@ -363,7 +363,7 @@ def test_file_in_place_of_the_folder_is_explained(tmp_path):
     args = default_argument_parser().parse_args([*classes, "OUTPUT_DIR", str(tmp_path / "run")])
     with pytest.raises(OSError) as error:
         setup(args)
-    assert explain(error.value).startswith(f"{tmp_path / 'run'}: File exists. OUTPUT_DIR must be a folder")
+    assert explain(error.value).startswith(f"{tmp_path / 'run'}: File exists. Set OUTPUT_DIR to a writable folder")
 
 
 def test_failed_run_keeps_its_last_checkpoint(tmp_path):

@@ -1,1 +1,1 @@
-"""Damaged files of every kind that the project reads; see __main__.py."""
+"""Fuzzing: reads damaged files of every kind; see __main__.py."""

@@ -1,9 +1,10 @@
-"""Feed damaged files to the project: each must be used, or refused by one of the project's own errors.
+"""Read damaged files: each must be accepted, or rejected by one of the project's own errors.
 
 python -m checks.fuzzing annotations --count 15000
 
-Inputs are made from valid files and depend on --seed and their number alone: --first N --count 1 repeats one. Each has
-a cap on its time and memory. Exit code 1 where an input ends in any other error, a crash, a hang or too much memory.
+The inputs are made from valid files. Each input depends only on --seed and its number, so --first N --count 1 repeats
+input N. Time and memory of each input are limited. The exit code is 1 if an input causes any other error, a crash, a
+hang, or too much memory.
 """
 
 import argparse

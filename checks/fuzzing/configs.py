@@ -1,4 +1,4 @@
-"""Config files."""
+"""Fuzzing of config files."""
 
 import json
 import os
@@ -38,16 +38,16 @@ TINY = {
     "MODEL.KNET.UPDATE_HEAD.FFN_DIM": 8,
     "MODEL.KNET.UPDATE_HEAD.NUM_HEADS": 2,
 }
-# What nothing of a K-Net reads
+# Options that K-Net does not read
 OTHERS = ("MODEL.ROI", "MODEL.RPN", "MODEL.RETINANET", "MODEL.PROPOSAL", "MODEL.ANCHOR", "MODEL.PANOPTIC_FPN")
 TAGS = ("!!python/object/apply:os.mkdir [{0}]", "!!python/name:os.system", "!!python/object/new:os.mkdir [{0}]")
-"""YAML that runs code where the reader lets it."""
+"""YAML tags that run code if the reader is not safe."""
 
 
 class Configs:
-    """From the file to the trainer with its model, and the first batch."""
+    """Reads a config, and builds the trainer, its model and the first batch."""
 
-    may_take_memory = True  # a config may ask for a large model
+    may_take_memory = True  # a config may describe a large model
 
     def __init__(self, folder: str) -> None:
         self._folder = folder

@@ -1,4 +1,4 @@
-"""Annotations, panoptic PNGs, label maps and images."""
+"""Fuzzing of annotations, panoptic PNGs, label maps and images."""
 
 import itertools
 import json
@@ -62,7 +62,7 @@ class Files:
         return [{"id": 5 * i, "file_name": f"{i}.png", "height": SIZE, "width": SIZE} for i in range(2)]
 
     def instances(self) -> dict[str, Any]:
-        """Polygons, both kinds of RLE and a crowd."""
+        """Return an instances JSON with polygons, both kinds of RLE and a crowd."""
         mask = np.asfortranarray((self.ids == 300).astype(np.uint8))
         rle = mask_util.encode(mask)
         runs = [len(list(group)) for _, group in itertools.groupby(mask.reshape(-1, order="F"))]
@@ -88,7 +88,7 @@ class Files:
         return {"images": self.images(), "annotations": annotations, "categories": CATEGORIES}
 
     def config(self, task: str, name: str, kind: str, **entry: Any) -> CfgNode:
-        """Of a loader without other processes that gives both images at once; the data set is registered."""
+        """Return a config whose loader has no worker processes and one batch of both images; registers the data set."""
         cfg = default_config()
         cfg.MODEL.KNET.TASK = task
         cfg.DATASETS.CUSTOM = [{"name": name, "type": kind, "images": self.path("images"), **entry}]
@@ -100,7 +100,7 @@ class Files:
 
 
 class Annotations:
-    """JSONs of COCO instances and of COCO panoptic: read for training, in evaluation, and by the check of data sets."""
+    """Reads JSONs of COCO instances and COCO panoptic: for training, in evaluation, and by the check of data sets."""
 
     may_take_memory = False
 
@@ -151,7 +151,7 @@ def _predict_something(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class PanopticPngs:
-    """Panoptic PNGs and label maps: read for training and, panoptic ones, in evaluation."""
+    """Reads panoptic PNGs and label maps for training, and panoptic PNGs also in evaluation."""
 
     may_take_memory = False
 
@@ -204,7 +204,7 @@ class PanopticPngs:
 
 
 class Images:
-    """Images of all types, for training and prediction."""
+    """Reads images of all types for training and prediction."""
 
     may_take_memory = False
 
@@ -251,5 +251,5 @@ class Images:
 
 def _exif() -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # orientation: rotated by 90 degrees
     return exif

@@ -1,4 +1,4 @@
-"""Feeding damaged files to the project in a process of its own, with caps on time and memory."""
+"""The fuzzing loop: reads damaged files in a separate process, with limits on time and memory."""
 
 import logging
 import multiprocessing
@@ -18,36 +18,37 @@ from knet_d2.errors import KNetError
 from .targets import TARGETS
 
 SUCCESS, REFUSED, FAULT = "success", "refused", "fault"
-WAITING = 10  # times the processor time: what waits for something that never comes uses none
+# Limit of the waiting time, as a multiple of the limit of processor time: a blocked process uses no processor time.
+WAITING = 10
 
 
 class Outcome(NamedTuple):
-    """What became of an input."""
+    """The outcome of one input."""
 
     index: int
     reached: bool
-    """Whether what the file holds was decoded, and so came to the model or the loader."""
+    """Whether the file was decoded, so that its content reached the model or the loader."""
     kind: str
     detail: str = ""
-    """Of a fault: what it is, in one line, for counting."""
+    """For a fault: one line that identifies it, for counting."""
     trace: str = ""
 
 
 class Summary(NamedTuple):
-    """Of all inputs of a kind."""
+    """The outcomes of all inputs of one kind."""
 
     counts: "Counter[str]"
     reached: int
     faults: dict[str, Outcome]
-    """The first of each fault."""
+    """Detail of a fault -> its first outcome."""
 
 
 def fuzz(kind: str, count: int, seed: int, first: int = 0, seconds: float = 20, memory_mib: int = 2048) -> Summary:
-    """Make and use inputs first, ..., first + count - 1; each is a function of kind, seed and its number.
+    """Make and read the inputs first, ..., first + count - 1; each depends only on kind, seed and its number.
 
     Args:
-        seconds, memory_mib: what an input may take: processor time, so that a busy machine changes nothing, and address
-            space beyond what the process had before.
+        seconds: limit of the processor time of an input, which does not depend on other load.
+        memory_mib: limit of the address space of an input, in addition to that of the process before.
     """
     counts, faults, reached, index = Counter(), {}, 0, first
     while index < first + count:
@@ -58,11 +59,11 @@ def fuzz(kind: str, count: int, seed: int, first: int = 0, seconds: float = 20, 
         theirs.close()
         while index < first + count:
             try:
-                # second by second, which does not count while all of this is suspended
+                # Poll for single seconds, so that the limit does not run while this process is suspended.
                 if any(ours.poll(1) for _ in range(round(seconds * WAITING))):
                     outcome = ours.recv()
                 else:
-                    outcome = Outcome(index, True, FAULT, "waits for ever")
+                    outcome = Outcome(index, True, FAULT, "waits forever")
             except EOFError:
                 worker.join()
                 reason = "hangs" if worker.exitcode == -signal.SIGPROF else f"ends the process: {worker.exitcode}"
@@ -73,7 +74,7 @@ def fuzz(kind: str, count: int, seed: int, first: int = 0, seconds: float = 20, 
                 faults.setdefault(outcome.detail, outcome)
             index += 1
             if outcome.kind == FAULT and not outcome.trace:
-                break  # with a new process
+                break  # the process has ended: start a new one
         worker.kill()
         worker.join()
     return Summary(counts, reached, faults)
@@ -92,7 +93,7 @@ def _work(kind: str, indices: range, seed: int, seconds: float, memory_mib: int,
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         for index in indices:
             draw = random.Random(f"{kind} {seed} {index}")
-            signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process after this time
             connection.send(_try(target, draw, index))
 
 

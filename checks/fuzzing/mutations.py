@@ -29,7 +29,7 @@ def nested(depth: int) -> list[Any]:
 
 
 def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
-    """One to four changes: bits, bytes, runs cut out, repeated or taken from elsewhere, the end cut off."""
+    """Make one to four changes: flip bits, replace bytes, remove, repeat or copy ranges, or cut off the end."""
     data = bytearray(content)
     for _ in range(draw.randint(1, 4)):
         place, length = draw.randrange(len(data) + 1), draw.choice((1, 1, 2, 4, 16, 64))
@@ -53,7 +53,7 @@ def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
 
 
 def places(value: Any, prefix: tuple[Key, ...] = ()) -> list[tuple[Key, ...]]:
-    """Paths to everything in nested dicts and lists, but not to the whole."""
+    """Return the paths of all items in nested dicts and lists, without the path of the whole."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     found = []
     for key, item in items:
@@ -63,7 +63,7 @@ def places(value: Any, prefix: tuple[Key, ...] = ()) -> list[tuple[Key, ...]]:
 
 
 def mutate_tree(tree: Any, draw: random.Random, changes: int) -> Any:
-    """A copy of nested dicts and lists in which values are replaced, removed, repeated, exchanged or changed a bit."""
+    """Return a copy of nested dicts and lists, with values replaced, removed, repeated, copied or slightly changed."""
     tree = copy.deepcopy(tree)
     for _ in range(changes):
         paths = places(tree)
@@ -91,7 +91,7 @@ def odd_value(draw: random.Random) -> Any:
 
 
 def nudge(value: Any, draw: random.Random) -> Any:
-    """A value of the same type that is nearly right."""
+    """Return a slightly changed value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -112,11 +112,11 @@ def _parent(tree: Any, path: tuple[Key, ...]) -> tuple[Any, Key]:
     return tree, path[-1]
 
 
-# PNG: changes that only a right checksum lets through.
+# PNG: changed chunks need right checksums, because readers reject the file otherwise.
 
 
 def png_chunks(content: bytes) -> list[tuple[bytes, bytes]]:
-    """(type, data) of each chunk."""
+    """Return (type, data) of each chunk of a PNG."""
     chunks, place = [], 8
     while place + 8 <= len(content):
         (length,) = struct.unpack(">I", content[place : place + 4])
@@ -133,7 +133,7 @@ def join_png(chunks: list[tuple[bytes, bytes]]) -> bytes:
 
 
 def mutate_png(content: bytes, draw: random.Random) -> bytes:
-    """Change chunks of a PNG (header, palette, pixels, text, order) and keep all checksums right."""
+    """Change chunks of a PNG (header, palette, pixels, text, order), with right checksums."""
     chunks = png_chunks(content)
     place = draw.randrange(len(chunks))
     kind, data = chunks[place]

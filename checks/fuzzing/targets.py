@@ -1,7 +1,7 @@
-"""What is damaged and how it is read: one class for each kind of file.
+"""The table of fuzzing targets, one class for each kind of file.
 
-Each prepares valid files in a folder; ``make`` writes a damaged one, ``use`` reads it as the programs do and tells when
-what it holds came to the model or the loader.
+A target creates valid files in a folder. ``make`` writes a damaged file. ``use`` reads it like the programs do, and
+calls ``reached`` when the content has reached the model or the loader.
 """
 
 from .configs import Configs

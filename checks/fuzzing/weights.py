@@ -1,4 +1,4 @@
-"""Weights files: PyTorch's two formats, pickles of arrays, safetensors, and checkpoints that a run resumes from."""
+"""Fuzzing of weights files: PyTorch's two formats, pickles of arrays, safetensors, and checkpoints to resume from."""
 
 import io
 import json
@@ -31,7 +31,7 @@ FORMATS = ("zip", "legacy", "pickle", "crafted", "resume", *(["safetensors"] if 
 
 
 class Part(nn.Module):
-    """A few parameters with names as those of a K-Net and of its backbone."""
+    """A model with a few parameters, with the names of a K-Net and its backbone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Weights:
         try:
             read_description(content, self._path)
         except KNetError:
-            pass  # most have none; the weights may be good all the same
+            pass  # most files have no description, but their weights may be valid
         if self._format == "resume":
             with open(os.path.join(self._folder, "last_checkpoint"), "w") as f:
                 f.write(os.path.basename(self._path))
@@ -150,7 +150,7 @@ class Weights:
 
 
 class _Code:
-    """What leaves a file behind when it is unpickled without care."""
+    """An object that creates a file when an unsafe reader unpickles it."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -167,7 +167,7 @@ def _described_config() -> CfgNode:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether every format can hold it, each element by itself."""
+    """Return whether every format can store a tensor."""
     is_dense = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_contiguous()
     return is_dense and not tensor.is_quantized
 
@@ -188,7 +188,7 @@ _NAMES = (
 
 
 def _crafted_pickle(draw: random.Random) -> bytes:
-    """Opcodes in an order that no writer makes, most of which a reader of weights knows."""
+    """Return a pickle of random opcodes; a reader of weights knows most of them, but not their order."""
     pieces = [
         b"(",
         b"t",
@@ -228,14 +228,14 @@ def _crafted_pickle(draw: random.Random) -> bytes:
 
 
 def _with_odd_header(data: bytes, draw: random.Random) -> bytes:
-    """A safetensors file with a changed header (JSON), whose length is right."""
+    """Change the header (JSON) of a safetensors file, with a right length."""
     (length,) = struct.unpack("<Q", data[:8])
     header = json.dumps(mutate_tree(json.loads(data[8 : 8 + length]), draw, 1)).encode()
     return struct.pack("<Q", len(header)) + header + data[8 + length :]
 
 
 def _with_odd_records(data: bytes, draw: random.Random) -> bytes:
-    """A PyTorch file with changed records, whose checksums are right."""
+    """Change a record of a PyTorch file, with right checksums."""
     source, stream = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
     changed = draw.choice(source.namelist())
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:

@@ -1,1 +1,1 @@
-"""Comparison with tensors that the official K-Net computed, from weights that anyone can regenerate."""
+"""Compares tensors with those of the official K-Net, which were computed with weights that can be regenerated."""

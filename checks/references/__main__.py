@@ -1,4 +1,4 @@
-"""``python -m checks.references``."""
+"""Starts ``python -m checks.references``."""
 
 import sys
 

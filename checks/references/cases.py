@@ -1,7 +1,8 @@
-"""The recorded cases, and models with the weights that they were computed with.
+"""The recorded cases, and models with the weights that the recording used.
 
-A reference folder holds ``ref_<architecture>_<case>.npz`` (inference), ``train_<architecture>_<case>.npz`` (training)
-and the official state dicts' names and shapes, in ``manifests.json.gz`` or one ``manifest_*.json`` each.
+A reference folder contains ``ref_<architecture>_<case>.npz`` (inference) and ``train_<architecture>_<case>.npz``
+(training). It also has the names and shapes of the official state dicts, in ``manifests.json.gz`` or in one
+``manifest_*.json`` each.
 """
 
 import gzip
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "tests" / "data" / "references"
 
 
-# The config of every architecture that has an official state dict
+# Architecture with an official state dict -> config
 CONFIGS = {
     "ins_r50": "coco/instance/knet_r50_fpn_1x.yaml",
     "ins_r101": "coco/instance/knet_r101_fpn_3x.yaml",
@@ -45,18 +46,18 @@ CONFIGS = {
 }
 
 
-# Entries of a reference file that are inputs, or describe others
+# Entries of a reference file that are inputs or descriptions of other entries
 _DESCRIPTIONS = re.compile(r"info|image\d*|gt_\w+|spatial_step|masks_shape|masks_near_thr")
 
 
 class Result(NamedTuple):
-    """One recorded thing beside ours.
+    """The comparison of one recorded value with ours.
 
     Attributes:
         case: name of the reference file.
-        name: what was compared.
-        difference: relative to the largest recorded value, or the share of entries that differ.
-        tolerance: how much is allowed.
+        name: name of the compared entry.
+        difference: difference relative to the largest recorded value, or share of entries that differ.
+        tolerance: largest allowed difference.
     """
 
     case: str
@@ -70,19 +71,19 @@ class Result(NamedTuple):
 
 
 def architecture_of(case: str) -> str:
-    """ "ref_seg_uper_swint_b" -> "seg_uper_swint"."""
+    """Return the architecture of a case: "ref_seg_uper_swint_b" -> "seg_uper_swint"."""
     return case.split("_", 1)[1].rsplit("_", 1)[0]
 
 
 def find_cases(folder: Path) -> list[str]:
-    """Names of the reference files in a folder, those of one architecture together."""
+    """Return the names of the reference files in a folder, sorted by architecture."""
     cases = [path.stem for pattern in ("ref_*.npz", "train_*.npz") for path in folder.glob(pattern)]
     order = list(CONFIGS)
     return sorted(cases, key=lambda case: (order.index(architecture_of(case)), case))
 
 
 def load_case(folder: Path, case: str) -> dict[str, np.ndarray]:
-    """The arrays of a reference file; "info" is its decoded description."""
+    """Read the arrays of a reference file; "info" is its decoded description."""
     with np.load(folder / f"{case}.npz", allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     arrays["info"] = json.loads(str(arrays.pop("info_json")))
@@ -90,13 +91,13 @@ def load_case(folder: Path, case: str) -> dict[str, np.ndarray]:
 
 
 def not_compared(arrays: Iterable[str], results: Iterable[Result]) -> list[str]:
-    """Names of the recorded entries that no result is about."""
+    """Return the names of the recorded entries without a result."""
     compared = {re.sub(r"^float\d+ |:.*", "", result.name) for result in results}
     return [name for name in arrays if name not in compared and not _DESCRIPTIONS.fullmatch(name)]
 
 
 def load_manifests(folder: Path) -> dict[str, dict[str, Any]]:
-    """Architecture -> {"num_params", "num_trainable", "state_dict": {official name: shape}}."""
+    """Read {architecture: {"num_params", "num_trainable", "state_dict": {official name: shape}}}."""
     packed = folder / "manifests.json.gz"
     if packed.exists():
         with gzip.open(packed, "rt") as f:
@@ -113,7 +114,7 @@ def load_manifests(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def zoo_config(path: str, device: str = "cpu") -> CfgNode:
-    """The config of a file below configs/, for models without weights."""
+    """Read a config below configs/, with empty MODEL.WEIGHTS."""
     cfg = get_knet_cfg()
     cfg.merge_from_file(str(ROOT / "configs" / path))
     cfg.MODEL.WEIGHTS = ""
@@ -122,7 +123,11 @@ def zoo_config(path: str, device: str = "cpu") -> CfgNode:
 
 
 def filled_model(architecture: str, shapes: dict[str, list[int]]) -> torch.nn.Module:
-    """A model with the official weights of the rule, without dropout; every key has to find its place."""
+    """Build a model without dropout, with the weights of :func:`filled_state_dict`.
+
+    Raises:
+        ValueError: an official key can't be translated.
+    """
     cfg = zoo_config(CONFIGS[architecture])
     cfg.MODEL.KNET.DROPOUT = 0.0
     model = build_model(cfg)
@@ -135,7 +140,7 @@ def filled_model(architecture: str, shapes: dict[str, list[int]]) -> torch.nn.Mo
 
 
 def relative_difference(ours, recorded, scale: float | None = None) -> float:
-    """Largest difference over the largest recorded value (or ``scale``); infinite where the shapes differ."""
+    """Return the largest difference divided by the largest recorded value (or ``scale``); inf if the shapes differ."""
     ours = ours.detach().double().numpy() if isinstance(ours, torch.Tensor) else np.asarray(ours, np.float64)
     recorded = np.asarray(recorded, np.float64)
     if ours.shape != recorded.shape:
@@ -148,7 +153,7 @@ def relative_difference(ours, recorded, scale: float | None = None) -> float:
 
 
 def share_of_different(ours, recorded) -> float:
-    """How many of the entries differ; 1 where the shapes do."""
+    """Return the share of entries that differ, 0 to 1; 1 if the shapes differ."""
     ours, recorded = np.asarray(ours), np.asarray(recorded)
     if ours.shape != recorded.shape:
         return 1.0

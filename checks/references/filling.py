@@ -1,6 +1,6 @@
-"""Weights that follow from the names and shapes of the official state dicts, so that no weights have to be stored.
+"""Weights that are computed from the names and shapes of the official state dicts, so that no weights are stored.
 
-Recorded outputs of the official implementation were computed with these weights.
+The outputs of the official implementation were recorded with these weights.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-# (pattern searched in the name, factor, addend), all that match in this order
+# (pattern, factor, addend): all adjustments whose pattern occurs in the name are applied, in this order.
 ADJUSTMENTS = [
     (r"\.bn3\.weight$", 0.5, 0.0),
     (r"^rpn_head\.(loc|seg)_convs\.0\.gn\.", 0.05, 0.0),
@@ -44,7 +44,7 @@ def _base_value(name: str, noise: np.ndarray) -> np.ndarray:
 
 
 def fill(name: str, shape: Sequence[int]) -> np.ndarray:
-    """The float32 parameter (or running statistic) of an official name; a batch counter is int64 0."""
+    """Return the float32 parameter or running statistic for an official name; a batch counter is int64 0."""
     if name.endswith("num_batches_tracked"):
         return np.zeros(shape, np.int64)
     value = _base_value(name, np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape))
@@ -57,7 +57,7 @@ def fill(name: str, shape: Sequence[int]) -> np.ndarray:
 
 
 def filled_state_dict(shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
-    """An official state dict; the constant index of Swin's bias tables, which has no rule, is left out."""
+    """Return an official state dict, without the constant index of Swin's bias tables."""
     return {
         name: torch.from_numpy(fill(name, shape))
         for name, shape in shapes.items()

@@ -1,4 +1,4 @@
-"""Recorded inference: every tensor from the backbone to the final masks."""
+"""Compares inference with the recordings: every tensor from the backbone to the final masks."""
 
 import re
 from contextlib import ExitStack
@@ -11,17 +11,17 @@ from knet_d2.modeling import postprocessing
 
 from .cases import Result, not_compared, relative_difference, share_of_different
 
-TOLERANCE = 1e-4  # of the largest recorded value
-NOISE_FACTOR = 10  # times the recorded rounding noise of float32, where that is more
+TOLERANCE = 1e-4  # relative to the largest recorded value
+NOISE_FACTOR = 10  # the tolerance is at least this multiple of the recorded rounding noise of float32
 LABEL_MAP_TOLERANCE = 1e-3  # share of pixels
-SAME_SCORE = 1e-5  # results whose scores differ by less can swap places
+SAME_SCORE = 1e-5  # results whose scores differ by less may be in another order
 NEAR_THRESHOLD = 1e-4  # mask pixels whose probability is this close to the threshold may differ
-VOID = 133  # of the official panoptic maps
-INDEX_STEP = 1000  # official panoptic maps: class + 1000 * running index
+VOID = 133  # value of void pixels in the official panoptic maps
+INDEX_STEP = 1000  # values of the official panoptic maps are class + 1000 * index of the segment
 
 
 def _outputs_of(model: torch.nn.Module, names: dict[str, str], stack: ExitStack) -> dict[str, Any]:
-    """A dict that fills with what the named modules return: {our key: module name}."""
+    """Return a dict that gets the outputs of modules while they run; ``names`` is {key of the dict: module name}."""
     outputs = {}
     for key, name in names.items():
         hook = model.get_submodule(name).register_forward_hook(lambda m, i, o, key=key: outputs.__setitem__(key, o))
@@ -30,7 +30,7 @@ def _outputs_of(model: torch.nn.Module, names: dict[str, str], stack: ExitStack)
 
 
 def run_inference(model: torch.nn.Module, arrays: dict[str, Any]) -> dict[str, Any]:
-    """All tensors of one image, by the names of the recordings; "result" is the model's own."""
+    """Return all tensors of one image, by the names in the recordings; "result" is the result of the model."""
     height, width = arrays["info"]["img_meta"]["ori_shape"][:2]
     image = torch.from_numpy(arrays["image"]).permute(2, 0, 1)
     detection = model.bank.num_matched > 0
@@ -72,7 +72,10 @@ def _detection_tensors(model, outputs) -> dict[str, torch.Tensor]:
 
 
 def _boundary_differences(model, outputs) -> dict[str, float]:
-    """Logits of exactly 0, which no image has: they belong to no mask, neither of the static kernels nor of a stage."""
+    """Check that pixels with a logit of exactly 0 belong to no mask, of the static kernels and of a stage.
+
+    The recordings do not contain such logits. All returned differences must be 0.
+    """
     weight, state, stage = model.sem_seg_head.instance_kernels.weight, outputs["state"], model.cascade.stages[0]
     kept = weight.clone()
     weight.zero_()
@@ -98,7 +101,7 @@ def _semantic_tensors(outputs) -> dict[str, torch.Tensor]:
 
 
 def check_inference(model: torch.nn.Module, case: str, arrays: dict[str, Any]) -> list[Result]:
-    """Everything that a file of inference records, beside ours."""
+    """Compare all entries of a recorded inference with ours."""
     tensors, boundary = run_inference(model, arrays), []
     finals = {"instance": _check_instances, "panoptic": _check_panoptic, "semantic": _check_semantic}
     for name, difference in tensors.get("boundary", {}).items():
@@ -109,7 +112,7 @@ def check_inference(model: torch.nn.Module, case: str, arrays: dict[str, Any]) -
 
 
 def _check_tensor(case: str, name: str, arrays, tensors) -> Result:
-    """One recorded tensor: whole, its first channels ("_slice"), every n-th of an axis, or "_stats"."""
+    """Compare one recorded tensor: whole, its first channels ("_slice"), every n-th channel, or its "_stats"."""
     base, part = re.fullmatch(r"(.*?)(_stats|_slice|_every\d+|_sub8)?", name).groups()
     recorded, ours = arrays[name], tensors[base]
     noise = arrays["info"].get("noise_f32_vs_f64", {}).get(base, {}).get("abs", 0.0)
@@ -146,7 +149,7 @@ def _check_instances(case: str, arrays, tensors) -> list[Result]:
         return [Result(case, name, float("inf"), 0.0) for name in ("scores", "labels", "masks_packed")]
     results = [Result(case, "scores", relative_difference(scores, arrays["scores"]), TOLERANCE)]
 
-    # Within a run of equal scores the order is by label, for both
+    # Sort results with equal scores by label, in both lists.
     ties = np.concatenate([[0], np.cumsum(-np.diff(arrays["scores"]) >= SAME_SCORE)])
     order = np.lexsort((labels, ties))
     recorded_order = np.lexsort((arrays["labels"], ties))
@@ -189,8 +192,8 @@ def _check_semantic(case: str, arrays, tensors) -> list[Result]:
     best = probabilities.topk(2, dim=0)
     wrong = share_of_different(best.indices[0].numpy(), arrays["argmax"])
     results = [Result(case, "argmax", wrong, LABEL_MAP_TOLERANCE)]
-    if "prob_margin" in arrays:  # the committed subset goes without it
-        # recorded in float16, which rounds by up to 2^-11
+    if "prob_margin" in arrays:  # the recordings in the repository do not have it
+        # It was recorded in float16, whose rounding error is up to 2^-11.
         margin = relative_difference(best.values[0] - best.values[1], arrays["prob_margin"])
         results.append(Result(case, "prob_margin", margin, TOLERANCE + 2**-11))
     return results

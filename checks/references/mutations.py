@@ -1,4 +1,4 @@
-"""Wrong versions of parts of the model: each of them has to make the comparison fail."""
+"""Wrong versions of parts of the model; the comparison must fail for each of them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +16,7 @@ from knet_d2.modeling.resize import upsample_masks
 from knet_d2.modeling.static_kernels import semantic_fpn
 from knet_d2.modeling.structures import Match, Targets
 
-# What to replace: (owner, attribute, replacement)
+# (owner, attribute, replacement)
 Patch = tuple[Any, str, Any]
 
 INSTANCE, PANOPTIC = "ref_ins_r50_b", "ref_pan_r50_b"
@@ -25,11 +25,11 @@ TRAINING, INSTANCE_TRAINING, SEMANTIC_TRAINING = "train_pan_r50_two", "train_ins
 
 
 class Mutation(NamedTuple):
-    """A wrong version.
+    """A wrong version of a part of the model.
 
     Attributes:
-        patches: from the model to what has to be replaced.
-        cases: reference files that have to notice; one that does is enough.
+        patches: function that returns the patches for a model.
+        cases: reference files; the comparison must fail for at least one of them.
     """
 
     patches: Callable[[torch.nn.Module], Sequence[Patch]]
@@ -38,7 +38,7 @@ class Mutation(NamedTuple):
 
 @contextmanager
 def mutated(mutation: Mutation, model: torch.nn.Module) -> Iterator[None]:
-    """The mutation is in force within this context."""
+    """Apply a mutation inside a ``with`` block."""
     with ExitStack() as stack:
         for patch in mutation.patches(model):
             stack.enter_context(mock.patch.object(*patch))

@@ -1,8 +1,8 @@
 """Compare this implementation with the official K-Net, tensor by tensor.
 
-python -m checks.references                            # the references that come with the tests
-python -m checks.references --references FOLDER        # another set
-python -m checks.references --mutate all               # the check has to fail when something is wrong
+python -m checks.references                            # the references in tests/data
+python -m checks.references --references FOLDER        # other references
+python -m checks.references --mutate all               # check that the comparison detects errors
 """
 
 import argparse
@@ -33,9 +33,9 @@ from .training import check_training
 
 
 def check_case(folder: Path, case: str, model: torch.nn.Module) -> tuple[list[Result], list[str]]:
-    """All comparisons of one reference file, and what it records that none of them is about.
+    """Compare one reference file; returns the results, and the names of the recorded entries that are not compared.
 
-    The model is left in float32.
+    The model is in float32 afterwards.
     """
     arrays = load_case(folder, case)
     if case.startswith("ref_"):
@@ -47,7 +47,7 @@ def check_case(folder: Path, case: str, model: torch.nn.Module) -> tuple[list[Re
 
 
 def print_table(results: list[Result]) -> None:
-    """Architecture by tensor the worst difference of all cases; * marks what is beyond its tolerance."""
+    """Print the worst difference of each tensor over all cases of an architecture; * marks failed comparisons."""
     worst: dict[str, dict[str, Result]] = {}
     for result in results:
         name = re.sub(r"(_stats|_slice|_every\d+|_sub8)$|/.*", "", result.name)
@@ -67,7 +67,7 @@ def _excess(result: Result) -> float:
 
 
 def run_checks(folder: Path, architectures: list[str]) -> tuple[list[Result], list[str]]:
-    """The state dicts of the architectures, then :func:`check_case` of their cases, with one model at a time."""
+    """Check the state dicts and then all cases of the architectures, with only one model in memory."""
     manifests, model, architecture = load_manifests(folder), None, None
     results: list[Result] = []
     skipped: list[str] = []
@@ -87,10 +87,12 @@ def run_checks(folder: Path, architectures: list[str]) -> tuple[list[Result], li
 
 
 def first_failure(folder: Path, mutation: Mutation, model_of: Callable[[str], torch.nn.Module]) -> Result | None:
-    """What notices a mutation first, of the cases that the folder has; None if nothing does.
+    """Return the first comparison that fails under a mutation, of the cases in the folder; None if none fails.
 
     Args:
-        model_of: from an architecture to the model with the official weights.
+        folder: folder with the references.
+        mutation: the mutation.
+        model_of: function that returns the model of an architecture, with the weights of the recordings.
     """
     for case in mutation.cases:
         if not (folder / f"{case}.npz").exists():
@@ -106,7 +108,7 @@ def first_failure(folder: Path, mutation: Mutation, model_of: Callable[[str], to
 
 
 def run_mutations(folder: Path, names: list[str]) -> int:
-    """Run the check under each mutation; the number of those that nothing notices."""
+    """Run the comparison under each mutation; returns the number of mutations that it does not detect."""
     manifests, uncaught = load_manifests(folder), 0
 
     @functools.lru_cache(maxsize=2)
@@ -125,7 +127,9 @@ def run_mutations(folder: Path, names: list[str]) -> int:
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--references", type=Path, default=COMMITTED, help="folder with the recorded tensors")
-    parser.add_argument("--architecture", action="append", choices=CONFIGS, help="only this one (can be repeated)")
+    parser.add_argument(
+        "--architecture", action="append", choices=CONFIGS, help="check only this one (can be repeated)"
+    )
     names = ["all", *MUTATIONS]
     parser.add_argument("--mutate", metavar="NAME", choices=names, help=f"one of {', '.join(names)}")
     return parser
@@ -138,7 +142,9 @@ def main(args: argparse.Namespace) -> int:
 
     results, skipped = run_checks(args.references, args.architecture or list(CONFIGS))
     if not results:
-        raise DataError(f"--references {args.references}: there are no manifest*.json*, ref_*.npz or train_*.npz.")
+        raise DataError(
+            f"{args.references}: has no manifest*.json*, ref_*.npz or train_*.npz. Set --references to another folder."
+        )
     print_table(results)
     failed = [result for result in results if not result.passed]
     print(f"\n{len(results)} compared, {len(skipped)} skipped, {len(failed)} beyond tolerance")

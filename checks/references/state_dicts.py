@@ -1,4 +1,4 @@
-"""The official state dicts: names, shapes and numbers of parameters."""
+"""Compares names, shapes and numbers of parameters with the official state dicts."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from knet_d2.checkpoint.openmmlab import openmmlab_rules
 
 from .cases import CONFIGS, Result, zoo_config
 
-# The official files hold this constant of every window attention; here it follows from the window's size
+# The official files contain this constant of every window attention; here it is computed from the window size.
 CONSTANT = "relative_position_index"
 
 
 def check_state_dict(architecture: str, manifest: dict[str, Any]) -> list[Result]:
-    """How many entries of an official state dict don't find their place, and ours that it leaves empty.
+    """Count the differences of an official state dict from ours: missing, unexpected and differently shaped entries.
 
-    The model is built without memory for its weights.
+    The model is built on the meta device, without memory for its weights.
     """
     with torch.device("meta"):
         model = build_model(zoo_config(CONFIGS[architecture], "meta"))

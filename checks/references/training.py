@@ -1,4 +1,4 @@
-"""Recorded training: losses, targets, costs, assignments and gradients of a batch of two images."""
+"""Compares training with the recordings: losses, targets, costs, assignments and gradients of a batch of two images."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -16,22 +16,23 @@ from knet_d2.modeling.matcher import HungarianMatcher
 
 from .cases import Result, relative_difference, share_of_different
 
-# Relative tolerances of the losses, and of the gradients' norms, by precision. What a gradient norm in float32 has of
-# rounding noise depends on the processor: 6e-5 on one for the instance model, whose recording has 1e-6, and an image
-# that is changed by half a rounding step changes norms by up to 2e-4. Allowed is twice that, or ten times the noise of
-# the recordings (panoptic 7e-5, semantic 2e-3). Float64, which nothing of this touches, decides.
+# Relative tolerances of the losses and of the gradient norms, by precision. The rounding noise of a gradient norm in
+# float32 depends on the processor: for the instance model it is 1e-6 in the recording and 6e-5 on another processor.
+# Changing the image by half a rounding step changes the norms by up to 2e-4. The tolerance is twice this value, or ten
+# times the noise of the recordings (panoptic 7e-5, semantic 2e-3). The comparison in float64 is not affected by this
+# noise, and is the strict one.
 LOSS_TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-5}
 NORM_TOLERANCES = {torch.float64: {"instance": 1e-5, "panoptic": 1e-5, "semantic": 1e-5}}
 NORM_TOLERANCES[torch.float32] = {"instance": 4e-4, "panoptic": 7e-4, "semantic": 2e-2}
-# Of our gradients' first entries in float64; they are recorded in float32 only
+# Tolerances of the first entries of the gradients: ours are float64, but they were recorded only in float32.
 GRADIENT_TOLERANCES = {"instance": 3e-4, "panoptic": 1e-2, "semantic": 3e-2}
 COST_TOLERANCE = 1e-4
 TARGET_TOLERANCE = 1e-6
-UNOWNED = 255  # of the official rank targets
+UNOWNED = 255  # ignore index of the official rank targets
 
 
 def make_batch(arrays: dict[str, Any], task: str) -> list[dict[str, Any]]:
-    """The recorded images and ground truth as the model takes them."""
+    """Return the recorded images and ground truth as a batch for the model."""
     batch = []
     for i in range(2):
         x = {"image": torch.from_numpy(arrays[f"image{i}"]).permute(2, 0, 1)}
@@ -48,7 +49,7 @@ def make_batch(arrays: dict[str, Any], task: str) -> list[dict[str, Any]]:
 
 
 def _record_calls(stack: ExitStack, owner: Any, name: str) -> list[Any]:
-    """A list that fills with (arguments, result) of every call of ``owner.name``."""
+    """Return a list that gets (arguments, result) of every call of ``owner.name``."""
     calls, function = [], getattr(owner, name)
 
     def wrapper(*args, **kwargs):
@@ -61,7 +62,7 @@ def _record_calls(stack: ExitStack, owner: Any, name: str) -> list[Any]:
 
 
 def _recorded_loss_name(name: str) -> str:
-    """Ours -> the official name."""
+    """Return the official name for our name of a loss."""
     if name == "loss_auxiliary":
         return "aux.loss_ce"
     term, stage = name[len("loss_") :].rsplit("_s", 1)
@@ -77,7 +78,7 @@ def _official_losses(losses: dict[str, torch.Tensor], task: str, arrays) -> dict
         names = {name: _recorded_loss_name(name) for name in losses}
     official = {names[name]: value for name, value in losses.items()}
     official["loss"] = sum(losses.values())
-    if "loss/loss_rank" in arrays:  # the official name where a batch has nothing in it
+    if "loss/loss_rank" in arrays:  # the official name if a batch has no ground truth
         official["loss_rank"] = official.pop("loss_rpn_rank")
     return official
 
@@ -85,7 +86,7 @@ def _official_losses(losses: dict[str, torch.Tensor], task: str, arrays) -> dict
 def check_training(
     model: torch.nn.Module, case: str, arrays: dict[str, Any], dtype: torch.dtype = torch.float64
 ) -> list[Result]:
-    """Everything that a file of training records, beside ours in one precision."""
+    """Compare all entries of a recorded training step with ours, in one precision."""
     task = "semantic" if "gt_semantic_seg" in arrays else "panoptic" if "loss/s0_loss_rank" in arrays else "instance"
     model = model.to(dtype).train()
     model.zero_grad()
@@ -98,14 +99,14 @@ def check_training(
         calls["cross_entropy"] = _record_calls(stack, criterion_module, "kernel_cross_entropy")
         calls["criterion"] = _record_calls(stack, criterion_module.KNetCriterion, "forward")
         if dtype == torch.float32:
-            # Convolutions by oneDNN or with channels last round by what suits the processor, up to 70 times the
-            # recorded noise; in float64 they are compared as they are
+            # The rounding of convolutions by oneDNN or with channels_last depends on the processor, and is up to 70
+            # times the recorded noise. Therefore both are off in float32; the comparison in float64 uses them.
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.enter_context(mock.patch.object(meta_arch, "channels_last", lambda images: images))
         losses = model(make_batch(arrays, task))
         sum(losses.values()).backward()
     for name, buffer in buffers.items():
-        model.get_buffer(name).copy_(buffer)  # batch norm's running statistics have moved
+        model.get_buffer(name).copy_(buffer)  # restore the running statistics of batch norm
 
     prefix, official = ("loss64/" if dtype == torch.float64 else "loss/"), _official_losses(losses, task, arrays)
     recorded_losses = {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
@@ -127,7 +128,7 @@ def _percentage(correct: torch.Tensor) -> float:
 
 
 def _accuracies(calls, task: str) -> dict[str, float]:
-    """What the official code reports beside its losses: percentages of pixels or positive kernels that are right."""
+    """Return the accuracies that the official code reports: percentages of right pixels or positive kernels."""
     if task == "semantic":
         accuracies = []
         for (logits, labels, _), _ in calls["cross_entropy"]:
@@ -144,7 +145,7 @@ def _accuracies(calls, task: str) -> dict[str, float]:
 
 
 def _check_running_statistics(model, case: str, arrays) -> list[Result]:
-    """Batch norm's statistics as they were filled: the recorded step left them as they are."""
+    """Compare the statistics of batch norm before the step, because the recorded step did not change them."""
     results = []
     for name in (name for name in arrays if name.startswith("after_step/")):
         ours = _ours(model, name.split("/", 1)[1], buffers=True)
@@ -153,7 +154,7 @@ def _check_running_statistics(model, case: str, arrays) -> list[Result]:
 
 
 def _ours(model: torch.nn.Module, official_name: str, buffers: bool = False) -> torch.Tensor:
-    """Our parameter or buffer for an official name."""
+    """Return our parameter or buffer for an official name."""
     detection = {"neck.": None} if model.bank.num_matched else {}
     name = translate_key(official_name, find_rule(official_name, openmmlab_rules(detection)))
     return model.get_buffer(name) if buffers else model.get_parameter(name)
@@ -163,7 +164,7 @@ def _check_targets(model, case: str, arrays, calls) -> list[Result]:
     results = []
     ((matcher, stages, classes, masks), matches) = calls["match"][0]
     names = ("rpn", "s0", "s1", "s2")
-    # The first stage shares the match of the static kernels
+    # Stage 1 (s0) is matched on the predictions of the static kernels, so both have the same match.
     for name, stage in zip(names, (0, 0, 1, 2)):
         for image in range(2):
             kernels, instances = matches[stage][image]

@@ -1,4 +1,4 @@
-"""``knet://<name>`` in MODEL.WEIGHTS: official checkpoints, downloaded once and checked."""
+"""Resolves ``knet://<name>`` in MODEL.WEIGHTS: official checkpoints, which are downloaded once and checked."""
 
 import contextlib
 import hashlib
@@ -23,13 +23,13 @@ _SECONDS_WITHOUT_DATA = 20.0
 
 
 def cache_folder() -> str:
-    """Where downloaded checkpoints are: below FVCORE_CACHE, as Detectron2's."""
+    """Return the folder of downloaded checkpoints, below FVCORE_CACHE like those of Detectron2."""
     return os.path.join(get_cache_dir(), "knet_d2")
 
 
 @contextlib.contextmanager
 def download_errors(address: str, advice: str) -> Iterator[None]:
-    """Limit the time without data of downloads; turn their errors into a CheckpointError that ends in ``advice``."""
+    """Set a time limit for downloads that send no data, and raise their errors as CheckpointError with ``advice``."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_SECONDS_WITHOUT_DATA)
     try:
@@ -44,45 +44,49 @@ def download_errors(address: str, advice: str) -> Iterator[None]:
 
 
 def fetch_checkpoint(entry: ZooEntry) -> str:
-    """Path of the official checkpoint of a zoo entry, which is downloaded if it is not there yet.
+    """Return the path of the official checkpoint of a zoo entry; downloads it on first use.
 
-    The file's name has eight digits of its sha256, which tell damage, but not an attacker, who finds another file with
-    the same eight in minutes. All 64 are shown at the first use, kept beside the file, and compared at each later use.
+    The published file name contains eight digits of the sha256. Eight digits detect a damaged file, but an attacker
+    can make another file with the same eight digits within minutes. Therefore all 64 digits are printed on first use,
+    stored beside the file, and compared on each later use.
 
     Raises:
-        CheckpointError: there is none, it can't be had, or the file is not the published one.
+        CheckpointError: no checkpoint was published, the download fails, or the file is not the published one.
     """
     if entry.url is None:
         raise CheckpointError(
             f"{PREFIX}{entry.name}: no checkpoint was published for this config. Train it with train_net.py "
-            f"--config-file configs/{entry.name}.yaml, or give other weights in MODEL.WEIGHTS."
+            f"--config-file configs/{entry.name}.yaml, or set MODEL.WEIGHTS to another file."
         )
     path = os.path.join(cache_folder(), entry.checkpoint_file)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with file_lock(path):  # the processes of one run ask for it at the same time
+    with file_lock(path):  # all processes of a run ask for the file at the same time
         if os.path.isfile(path):
-            _check_hash(path, path, f"Delete it; the right one is {entry.url}.")
+            _check_hash(path, path, f"Delete it; the published file is {entry.url}.")
         else:
             _download(entry.url, path)
     return path
 
 
 def _download(url: str, path: str) -> None:
-    """Into a temporary folder beside ``path``; only a complete file with the right hash gets its name."""
+    """Download to a temporary folder beside ``path``, check the hash, and then move the file to ``path``."""
     folder, name = f"{path}.download", os.path.basename(path)
-    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # a killed process may have left it
     try:
-        with download_errors(url, f"get this file by other means and put it at {path}, or name it in MODEL.WEIGHTS."):
+        with download_errors(url, f"copy this file from another machine to {path}, or set MODEL.WEIGHTS to it."):
             temporary = download(url, folder, filename=name)
         size = os.path.getsize(temporary)
-        _check_hash(temporary, path, f"What {url} gave ({size} bytes) was deleted; try again.")
+        _check_hash(temporary, path, f"The download from {url} ({size} bytes) was deleted; try again.")
         os.replace(temporary, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_hash(file: str, path: str, advice: str) -> None:
-    """Compare a file with the sha256 beside ``path``; if there is none, with the digits in its name, and write one."""
+    """Compare the sha256 of a file with the one stored beside ``path``.
+
+    On first use, compare it with the digits in the file name, and store it.
+    """
     published = re.search(r"-([0-9a-f]{8,64})\.\w+$", path)
     if published is None:
         raise CheckpointError(f"{path}: its name does not end in the first eight digits of its sha256. Rename it.")
@@ -96,11 +100,11 @@ def _check_hash(file: str, path: str, advice: str) -> None:
             expected = f.read(64)
         if found != expected:
             raise CheckpointError(
-                f"{path}: its sha256 is {found}, and {expected} is written in {record}. Delete both files if you "
-                "do not know why; the file is downloaded again."
+                f"{path}: its sha256 is {found}, but {record} contains {expected}. If you have not changed the file, "
+                "delete both files; the checkpoint is then downloaded again."
             )
         return
-    with open(record, "w") as f:  # as the program sha256sum writes and reads it
+    with open(record, "w") as f:  # in the format of the program sha256sum
         f.write(f"{found}  {os.path.basename(path)}\n")
     print(f"{path}: sha256 {found}", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""Tables that translate the keys of foreign state dicts into ours."""
+"""Translates the keys of state dicts from other libraries into our keys, by tables of rules."""
 
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -10,37 +10,38 @@ Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 class KeyRule(NamedTuple):
-    """What becomes of the keys that match a pattern as a whole."""
+    """A rule for all keys that match a pattern."""
 
     pattern: str
-    """A regular expression."""
+    """Regular expression that matches the whole key."""
     target: str | Callable[[re.Match], str] | None
-    """Our key, as ``re.Match.expand`` or a function understands it; None: nothing here corresponds to the entry."""
+    """Our key: a template for ``re.Match.expand`` or a function of the match; None: our models have no such entry."""
     transform: Transform | None = None
-    """Brings the tensor into our layout."""
+    """Converts the tensor to our layout."""
     optional: bool = False
-    """Not every model has this entry: it is left out where the model has no place for it."""
+    """Whether the entry is ignored if the model does not have our key."""
 
 
 class Translation(NamedTuple):
-    """A state dict in our keys, and what became of the rest."""
+    """A translated state dict."""
 
     state_dict: dict[str, Any]
+    """Our key -> tensor."""
     source_keys: dict[str, str]
-    """Our key -> the key that it came from."""
+    """Our key -> original key."""
     ignored: list[str]
-    """Foreign keys that carry nothing the model needs."""
+    """Original keys that the model does not need."""
     unknown: list[str]
-    """Foreign keys that no rule matches."""
+    """Original keys that match no rule."""
 
 
 def find_rule(key: str, rules: Sequence[KeyRule]) -> KeyRule | None:
-    """The first rule that matches the whole key."""
+    """Return the first rule that matches the whole key; None if there is none."""
     return next((rule for rule in rules if re.fullmatch(rule.pattern, key)), None)
 
 
 def translate_key(key: str, rule: KeyRule) -> str | None:
-    """Our key for a foreign one that the rule matches; None if nothing corresponds to it."""
+    """Return our key for an original key that matches the rule; None if our models have no such entry."""
     if rule.target is None:
         return None
     match = re.fullmatch(rule.pattern, key)
@@ -50,12 +51,12 @@ def translate_key(key: str, rule: KeyRule) -> str | None:
 def translate_state_dict(
     state_dict: Mapping[str, Any], rules: Sequence[KeyRule], model_keys: Container[str] | None = None
 ) -> Translation:
-    """Translate every entry of a foreign state dict.
+    """Translate every entry of a state dict from another library.
 
     Args:
-        state_dict: foreign key -> tensor.
-        rules: the first one that matches a key counts.
-        model_keys: the model's keys, which decide about optional entries; None keeps them all.
+        state_dict: original key -> tensor.
+        rules: rules; the first one that matches a key is applied.
+        model_keys: keys of the model, for optional entries; None keeps all optional entries.
     """
     result = Translation({}, {}, [], [])
     for key, value in state_dict.items():

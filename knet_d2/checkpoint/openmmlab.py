@@ -1,4 +1,4 @@
-"""The official K-Net checkpoints (OpenMMLab): key tables for the heads, and the whole model's table."""
+"""Key tables for the official K-Net checkpoints (OpenMMLab): the heads, and the whole model."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from .openmmlab_backbones import openmmlab_backbone_rules, openmmlab_neck_rules
 _WEIGHTS = r"(weight|bias)"
 _NORM_ENTRIES = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 
-# Our names of a stage's layers by the official ones
+# Official name of a stage's layer -> our name
 _STAGE_LAYERS = {
     "attention.attn.in_proj_": "interaction.in_proj.",
     "attention.attn.out_proj.": "interaction.out_proj.",
@@ -39,12 +39,12 @@ _STAGE_LAYERS = {
 
 
 def _matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """The weight of a 1x1 convolution as a matrix."""
+    """Convert the weight of a 1x1 convolution to a matrix."""
     return tensor.flatten(1)
 
 
 def _stage_rules(source: str) -> list[KeyRule]:
-    """One update head; ``source`` has one group, the index of the stage."""
+    """Return the rules for an update head; the only group of the pattern ``source`` is the index of the stage."""
     rules = [
         KeyRule(source + re.escape(theirs) + _WEIGHTS, rf"cascade.stages.\1.{ours}\2")
         for theirs, ours in _STAGE_LAYERS.items()
@@ -68,7 +68,7 @@ def _semantic_fpn_rules() -> list[KeyRule]:
     return [
         *conv_rules(
             source + r"localization_fpn\.convs_all_levels\.([0-3])\.conv([0-2])",
-            # Up-sampling layers stand between the convolutions of a level
+            # Each convolution of a level is followed by an up-sampling layer, hence the factor 2.
             lambda m: f"{target}semantic_fpn.levels.p{int(m[1]) + 2}.{2 * int(m[2])}",
         ),
         *conv_rules(source + r"localization_fpn\.conv_pred", lambda m: f"{target}localization_branch.0"),
@@ -81,7 +81,11 @@ def _semantic_fpn_rules() -> list[KeyRule]:
 
 
 def _decode_head_rules(pyramid: bool) -> list[KeyRule]:
-    """FCN, PSP, ASPP and UPer heads; pyramid: it is UPer, whose "bottleneck" belongs to its pooling."""
+    """Return the rules for FCN, PSP, ASPP and UPer heads.
+
+    Args:
+        pyramid: whether the head is UPer; its "bottleneck" is then part of the pooling.
+    """
     source, target = r"decode_head\.kernel_generate_head\.", "sem_seg_head."
 
     def conv_rules(pattern: str, name: str) -> list[KeyRule]:
@@ -106,7 +110,7 @@ def _decode_head_rules(pyramid: bool) -> list[KeyRule]:
 
 
 def openmmlab_rules(state_dict: Mapping[str, torch.Tensor]) -> list[KeyRule]:
-    """The table for an official K-Net of either release, detection or segmentation."""
+    """Return the rules for an official K-Net, of the detection or the segmentation release."""
     detection = any(key.startswith("neck.") for key in state_dict)
     pyramid = any(key.startswith("decode_head.kernel_generate_head.fpn_bottleneck.") for key in state_dict)
     return [

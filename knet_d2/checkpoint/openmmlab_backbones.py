@@ -1,6 +1,6 @@
 """Key tables for backbones and FPN: OpenMMLab's releases, pretrained backbones, the Swin release.
 
-Every function takes the prefix of our keys: "backbone.bottom_up." under an FPN, "backbone." without.
+``target_prefix`` is the prefix of our keys: "backbone.bottom_up." with an FPN, "backbone." without one.
 """
 
 import re
@@ -14,11 +14,11 @@ _WEIGHTS = r"(weight|bias)"
 
 
 def _norm_rules(pattern: str, target: Callable[[re.Match], str]) -> list[KeyRule]:
-    """Rules for a batch norm; its counter is optional, since a frozen one has none.
+    """Return the rules for a batch norm; its batch counter is optional, because a frozen batch norm has none.
 
     Args:
-        pattern: of the norm's name.
-        target: from that pattern's match to our name of the norm.
+        pattern: regular expression for the official name of the norm.
+        target: function that maps the match of the pattern to our name of the norm.
     """
 
     def entry(match: re.Match) -> str:
@@ -31,7 +31,7 @@ def _norm_rules(pattern: str, target: Callable[[re.Match], str]) -> list[KeyRule
 
 
 def resnet_rules(source_prefix: str, target_prefix: str) -> list[KeyRule]:
-    """ResNets of torchvision, mmdet and mmseg (with deformable convolutions, with the V1c stem)."""
+    """Return the rules for ResNets of torchvision, mmdet and mmseg (also deformable, also with the V1c stem)."""
     source, target = re.escape(source_prefix), target_prefix
     block = source + r"layer([1-4])\.(\d+)"
 
@@ -52,7 +52,7 @@ def resnet_rules(source_prefix: str, target_prefix: str) -> list[KeyRule]:
 
 
 def swin_rules(source_prefix: str, target_prefix: str) -> list[KeyRule]:
-    """Swin transformers of mmdet and mmseg."""
+    """Return the rules for Swin transformers of mmdet and mmseg."""
     source, target = re.escape(source_prefix), target_prefix
     block, ours = source + r"stages\.(\d)\.blocks\.(\d+)", target + r"stages.\1.blocks.\2"
     return [
@@ -74,20 +74,20 @@ def swin_rules(source_prefix: str, target_prefix: str) -> list[KeyRule]:
 
 
 def merging_from_swin_release(tensor: torch.Tensor) -> torch.Tensor:
-    """A patch merging's norm or reduction, from the Swin release's order of inputs to ours.
+    """Convert the norm or reduction of a patch merging from the Swin release's order of inputs to ours.
 
-    The release concatenates whole neighbours, (y, x) = (0, 0), (1, 0), (0, 1), (1, 1); here all four neighbours
-    of a channel lie side by side, in row-major order.
+    The release concatenates the channels of the neighbours (y, x) = (0, 0), (1, 0), (0, 1), (1, 1). Our order groups
+    the four neighbours of each channel, in row-major order.
 
     Args:
-        tensor: [4 C] or [2 C, 4 C].
+        tensor: weight or bias, [4 C] or [2 C, 4 C].
     """
     by_x_y_channel = tensor.unflatten(-1, (2, 2, -1))
     return by_x_y_channel.transpose(-1, -3).flatten(-3)  # by channel, y, x
 
 
 def swin_release_rules(target_prefix: str) -> list[KeyRule]:
-    """The Swin release's classifiers; the norms of the outputs do not exist there."""
+    """Return the rules for the classifiers of the Swin release, which have no norms of the outputs."""
     target = target_prefix
     block, ours = r"layers\.(\d)\.blocks\.(\d+)", target + r"stages.\1.blocks.\2"
     return [
@@ -109,12 +109,12 @@ def swin_release_rules(target_prefix: str) -> list[KeyRule]:
 
 
 def openmmlab_backbone_rules(target_prefix: str) -> list[KeyRule]:
-    """The part "backbone." of an official K-Net, whatever the backbone."""
+    """Return the rules for the keys "backbone.*" of an official K-Net with any backbone."""
     return resnet_rules("backbone.", target_prefix) + swin_rules("backbone.", target_prefix)
 
 
 def openmmlab_neck_rules() -> list[KeyRule]:
-    """The part "neck." of an official K-Net: an FPN on res2 .. res5."""
+    """Return the rules for the keys "neck.*" of an official K-Net: an FPN on res2 .. res5."""
     return [
         KeyRule(
             rf"neck\.(lateral|fpn)_convs\.([0-3])\.conv\.{_WEIGHTS}",
@@ -124,9 +124,9 @@ def openmmlab_neck_rules() -> list[KeyRule]:
 
 
 def pretrained_backbone_rules(keys: Container[str], target_prefix: str) -> list[KeyRule] | None:
-    """Rules for a bare pretrained backbone, recognised by its keys; None if it is of no known layout.
+    """Return the rules for a pretrained backbone without a K-Net, detected by its keys; None for an unknown layout.
 
-    Known are the Swin release and the ResNets of torchvision and OpenMMLab (V1c, without a prefix).
+    The known layouts are the Swin release and the ResNets of torchvision and OpenMMLab (V1c, without a prefix).
     """
     if "patch_embed.proj.weight" in keys:
         return swin_release_rules(target_prefix)

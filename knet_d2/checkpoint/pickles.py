@@ -1,9 +1,9 @@
-"""A reader of pickles that calls nothing: it keeps what the file says, and builds tensors from it afterwards.
+"""A reader of pickles that calls no function of the file: it parses the file, and then builds tensors from the result.
 
-``pickle`` and ``torch.load(weights_only=True)`` call the functions that a file names, with its arguments. Some
-of these calls write to memory that the file chooses, reserve memory that the file only claims to need, or never end.
-Here a file gives plain containers, numbers, strings and :class:`Call` objects. :class:`Builder` knows the few calls
-that weights files need, checks their arguments, and makes tensors from bytes, an element type and a shape.
+``pickle`` and ``torch.load(weights_only=True)`` call functions that the file names, with arguments from the file. Some
+of these calls can write to any memory, reserve more memory than the file needs, or run without end. This reader turns
+a file into containers, numbers, strings and :class:`Call` objects. :class:`Builder` knows the few calls that weights
+files need. It checks their arguments, and makes tensors from bytes, an element type and a shape.
 """
 
 import math
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-# Opcodes in a file, and values in what it holds. The checkpoint of a Swin-L run has 0.1 million.
+# Limit of the opcodes in a file, and of the values in its content. The checkpoint of a Swin-L run has 100,000.
 MOST_OBJECTS = 500_000
 _DEEPEST = 64
-# Views of one storage, such as tied weights, count for each name.
+# More than 1, because views of one storage, such as tied weights, are counted once for each name.
 _MOST_BYTES_PER_FILE_BYTE = 4
 
 _VALUES = frozenset(
@@ -51,7 +51,7 @@ _STORAGE_TYPES = {
     "torch.DoubleStorage": torch.float64,
     "torch.storage.UntypedStorage": torch.uint8,
 }
-# Element types without a storage class, which the file names beside an untyped storage
+# Element types without a storage class: the file contains an untyped storage and the name of the type.
 _ELEMENT_TYPES = {"torch.uint16": torch.uint16, "torch.uint32": torch.uint32, "torch.uint64": torch.uint64}
 _NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")  # numpy 1 and 2
 _CALLABLE = frozenset(
@@ -65,11 +65,11 @@ _KNOWN_NAMES = frozenset({*_CALLABLE, *_MAPPINGS, *_STORAGE_TYPES, *_ELEMENT_TYP
 
 
 class Refused(ValueError):
-    """What a file holds is not read; the message, which continues "<path>: ", says why and what to do."""
+    """The content of a file is not allowed. The message follows "<path>: " and says why and what to do."""
 
 
 def _without_values(path: str) -> Refused:
-    return Refused(f"it holds a {path[:200]} without its values. Save tensors, arrays, numbers and strings only.")
+    return Refused(f"it contains a {path[:200]} without its values. Save only tensors, arrays, numbers and strings.")
 
 
 class Name(NamedTuple):
@@ -79,7 +79,7 @@ class Name(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """The place of tensor values outside of the pickle."""
+    """A reference to tensor values that are stored outside the pickle."""
 
     key: str | int
     dtype: torch.dtype
@@ -88,25 +88,26 @@ class Storage(NamedTuple):
 
 @dataclass(eq=False)
 class Call:
-    """A call that a file asks for."""
+    """A call that the file requests and that is not executed."""
 
     function: str
     arguments: tuple[Any, ...]
     state: Any = None
-    """What the file sets the result's state to."""
+    """State that the file sets on the result of the call."""
 
 
 def read_pickle(stream: Any, storages: dict[str | int, Storage] | None = None, most_objects: int = MOST_OBJECTS) -> Any:
-    """Containers, numbers, strings, :class:`Call`, :class:`Name` and :class:`Storage` objects in a pickle.
+    """Parse a pickle into containers, numbers, strings, :class:`Call`, :class:`Name` and :class:`Storage` objects.
 
     Args:
-        stream: binary, at the pickle's start; its ``read(n)`` must reserve no more memory than there is to read.
-        storages: filled with the storages that the pickle refers to.
-        most_objects: the largest number of opcodes.
+        stream: binary stream at the start of the pickle; its ``read(n)`` must not reserve more memory than the rest
+            of the stream has.
+        storages: gets the storages that the pickle refers to, by key.
+        most_objects: largest allowed number of opcodes.
 
     Raises:
-        Refused: it names what no weights file needs, or is too large.
-        Exception: nearly any, where it is damaged.
+        Refused: the pickle names an object that weights files do not need, or is too large.
+        Exception: almost any other exception, if the pickle is damaged.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -120,7 +121,7 @@ def read_pickle(stream: Any, storages: dict[str | int, Storage] | None = None, m
 
     for number, (opcode, value, _) in enumerate(pickletools.genops(stream)):
         if number == most_objects:
-            raise Refused(f"it has more than {most_objects} objects. Save the model's state dict alone.")
+            raise Refused(f"it has more than {most_objects} objects. Save only the model's state dict.")
         code = opcode.name
         if code in _VALUES:
             stack.append(_checked_number(value) if type(value) is int else value)
@@ -169,22 +170,22 @@ def read_pickle(stream: Any, storages: dict[str | int, Storage] | None = None, m
             _expect(dict, stack[-1]).update(_mapping(_pairs(items)))
         elif code == "BUILD":
             state = stack.pop()
-            if type(stack[-1]) is not dict:  # attributes of a state dict: versions of layers, which nothing uses
+            if type(stack[-1]) is not dict:  # attributes of a state dict are versions of layers, which are not used
                 _expect(Call, stack[-1]).state = state
         elif code == "STOP":
             return stack.pop()
         elif code not in ("PROTO", "FRAME"):
-            raise Refused(f"it uses pickle's {code}. Save tensors, numbers and strings in lists and dicts only.")
+            raise Refused(f"it uses pickle's {code}. Save only tensors, numbers and strings in lists and dicts.")
 
 
 def _checked_number(value: int) -> int:
-    if value.bit_length() > 256:  # arithmetic with longer ones can take any time
-        raise Refused(f"it holds a number of {value.bit_length()} bits. Save numbers of at most 256 bits.")
+    if value.bit_length() > 256:  # arithmetic with longer numbers can take very long
+        raise Refused(f"it contains a number of {value.bit_length()} bits. Save numbers of at most 256 bits.")
     return value
 
 
 def _checked_index(value: Any) -> int:
-    """A small number: larger ones can be chosen such that their hashes collide."""
+    """Check that a value is a small number, because an attacker can choose large numbers whose hashes collide."""
     if type(value) is not int or not 0 <= value < 1 << 31:
         raise ValueError("an index out of range")
     return value
@@ -201,7 +202,7 @@ def _pairs(items: Sequence[Any]) -> Sequence[Any]:
 
 
 def checked_key(key: Any) -> str | int:
-    """A string or a small number; to be asked before a key is hashed: hashing a nested tuple may never end."""
+    """Check that a key is a string or a small number, before it is hashed: hashing a nested tuple may never end."""
     return key if type(key) is str else _checked_index(key)
 
 
@@ -212,8 +213,8 @@ def _mapping(pairs: Sequence[Any]) -> dict[str | int, Any]:
 def _known_name(path: str) -> Name:
     if path not in _KNOWN_NAMES:
         raise Refused(
-            f"it holds a {path[:200]}, and reading that could run code. A weights file must hold tensors, numpy "
-            "arrays, numbers and strings only."
+            f"it contains a {path[:200]}, and reading this object could run code. Save only tensors, numpy arrays, "
+            "numbers and strings."
         )
     return Name(path)
 
@@ -243,11 +244,11 @@ def _size(value: Any) -> tuple[int, ...]:
 
 
 class Builder:
-    """Makes tensors of the calls in what :func:`read_pickle` gave.
+    """Builds tensors from the calls in the result of :func:`read_pickle`.
 
     Args:
-        file_size: bytes of the file, which what is built may exceed by a small factor only.
-        read_storage: from a storage to its bytes.
+        file_size: size of the file in bytes; the built tensors may exceed it only by a small factor.
+        read_storage: function that returns the bytes of a storage.
     """
 
     def __init__(self, file_size: int, read_storage: Callable[[Storage], bytes]) -> None:
@@ -258,10 +259,13 @@ class Builder:
         self._built: dict[int, Any] = {}
 
     def build(self, value: Any, depth: int = 0) -> Any:
-        """A value with tensors in place of calls; a container that occurs twice becomes two, so that none is cyclic."""
+        """Return a copy of a value with tensors in place of calls.
+
+        A container that occurs twice is copied twice, so the result has no cycles.
+        """
         self._objects_left -= 1
         if self._objects_left < 0 or depth > _DEEPEST:
-            raise Refused("its containers are nested too deeply or in circles. Save the model's state dict alone.")
+            raise Refused("its containers are nested too deeply or in cycles. Save only the model's state dict.")
         kind = type(value)
         if kind is dict:
             return {key: self.build(item, depth + 1) for key, item in value.items()}
@@ -278,7 +282,7 @@ class Builder:
     def _take(self, num_bytes: int) -> None:
         self._bytes_left -= num_bytes
         if self._bytes_left < 0:
-            raise Refused("its arrays are larger than the file. Save them without views that share memory.")
+            raise Refused("its arrays are larger than the file. Save arrays that do not share memory.")
 
     def _make(self, call: Call) -> Any:
         name = call.function.rpartition(".")[2]
@@ -293,14 +297,14 @@ class Builder:
             return _size(*call.arguments)
         if name.startswith("_rebuild_parameter"):
             return self._make(_expect(Call, call.arguments[0]))
-        if name == "_rebuild_from_type_v2":  # a tensor with attributes
+        if name == "_rebuild_from_type_v2":  # a tensor with attributes, which are dropped
             return self._make(_call(*call.arguments[0:3:2]))
         if name.startswith("_rebuild_tensor"):
             return self._tensor(*call.arguments)
         raise _without_values(call.function)
 
     def _bytes(self, value: Any) -> bytes:
-        """Bytes as Python 3 writes them in new and in old protocols, and as Python 2 does."""
+        """Return a value as bytes: new and old pickle protocols and Python 2 write bytes in different ways."""
         if type(value) is Call and value.function == "_codecs.encode" and value.arguments[1] == "latin1":
             value = value.arguments[0]
         self._take(len(value))
@@ -310,7 +314,7 @@ class Builder:
         (code, order), shape = _element_type(dtype), _size(shape)
         data = self._bytes(values)
         if math.prod(shape) * int(code[1]) != len(data):
-            raise Refused("an array has another size than its shape. The file is damaged; get it again.")
+            raise Refused("the size of an array differs from its shape. The file is damaged; download it again.")
         if code == "b1":
             array = np.frombuffer(data, np.uint8) != 0
         else:
@@ -319,33 +323,33 @@ class Builder:
 
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> torch.Tensor:
         key, dtype, num_bytes = _expect(Storage, storage)
-        if len(rest) > 2 and type(rest[2]) is Name:  # after whether it needs gradients, and hooks
+        if len(rest) > 2 and type(rest[2]) is Name:  # rest is requires_grad, hooks, element type
             dtype = _ELEMENT_TYPES[rest[2].path]
         size, stride, (offset,) = _size(size), _size(stride), _size((offset,))
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         num_elements, available = math.prod(size), num_bytes // dtype.itemsize
         if num_elements > available or (num_elements and last >= available):
             raise Refused(
-                f"a tensor of shape {size} has {available} values in the file. Save it whole, with .contiguous()."
+                f"a tensor of shape {size} has only {available} values in the file. Save tensors with .contiguous()."
             )
         self._take(num_elements * dtype.itemsize)
         if key not in self._storages:
             data = self._read_storage(storage)
             if len(data) != num_bytes:
-                raise Refused("a tensor's record has another size than the tensor. The file is damaged; get it again.")
+                raise Refused("the record of a tensor has a wrong size. The file is damaged; download it again.")
             self._storages[key] = torch.empty(num_bytes, dtype=torch.uint8)
             self._storages[key].numpy()[:] = np.frombuffer(data, np.uint8)
         flat = self._storages[key]
-        if dtype == torch.bool:  # whose bytes may be 0 and 1 only
+        if dtype == torch.bool:  # other bytes than 0 and 1 would be invalid in a bool tensor
             return flat.as_strided(size, stride, offset) != 0
         return flat.view(dtype).as_strided(size, stride, offset)
 
 
 def _element_type(dtype: Any) -> tuple[str, str]:
-    """The code ("f4") and the byte order ("<", ">", "=") of a numpy element type."""
+    """Return the code ("f4") and the byte order ("<", ">", "=") of a numpy element type."""
     code = _expect(Call, dtype).arguments[0]
     if dtype.function != "numpy.dtype" or type(code) is not str or code not in _NUMPY_CODES:
         kind = code[:40] if type(code) is str else type(code).__name__
-        raise Refused(f"it holds an array of {kind!r}, not of numbers. Save arrays of numbers only.")
+        raise Refused(f"it contains an array of {kind!r}, not of numbers. Save only arrays of numbers.")
     order = dtype.state[1] if type(dtype.state) is tuple else "="
     return code, order if order in ("<", ">") else "="

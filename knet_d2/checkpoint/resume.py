@@ -1,4 +1,4 @@
-"""Which file a run continues from."""
+"""Selects the checkpoint from which a run continues."""
 
 import logging
 import os
@@ -13,42 +13,43 @@ _PERIODIC = re.compile(r"model_\d{7,}\.pth")
 
 
 def periodic_checkpoints(folder: str) -> list[str]:
-    """Names of a run's periodic checkpoints, ``model_<iteration>.pth``, the newest first."""
+    """Return the names of a run's periodic checkpoints, ``model_<iteration>.pth``, newest first."""
     if not os.path.isdir(folder):
         return []
     return sorted((name for name in os.listdir(folder) if _PERIODIC.fullmatch(name)), key=_age, reverse=True)
 
 
 def _age(name: str) -> tuple[int, str]:
-    return len(name), name  # at least 7 digits, and more for later iterations only
+    return len(name), name  # names have at least 7 digits, so a longer name has a higher number
 
 
 def resumable_checkpoints(folder: str) -> list[str]:
-    """Names of the files that a run in a folder can continue from, the best first.
+    """Return the names of the files from which a run in a folder can continue, best first.
 
-    It is the file that "last_checkpoint" names, then the periodic ones before it (all, where there is no such file).
+    The first is the file that "last_checkpoint" names. The earlier periodic checkpoints follow, or all of them if
+    there is no file "last_checkpoint".
     """
     periodic, last = periodic_checkpoints(folder), ""
     try:
         with open(os.path.join(folder, "last_checkpoint"), errors="replace") as f:
             last = os.path.basename(f.read().strip("\0 \n"))
     except FileNotFoundError:
-        pass  # killed between its first checkpoint and the file that names it
+        pass  # the run was killed after it wrote the first checkpoint and before it wrote this file
     if not last:
         return periodic
-    # later ones are damaged: an earlier resume has passed over them
+    # Checkpoints of later iterations are damaged: an earlier resume has skipped them.
     before = [name for name in periodic if not _PERIODIC.fullmatch(last) or _age(name) < _age(last)]
     return [last, *before]
 
 
 def newest_whole_checkpoint(folder: str) -> str | None:
-    """Path of the last checkpoint in a folder; of the one before, with a warning, where the last one is damaged.
+    """Return the path of the newest checkpoint that is not damaged; warns if a newer one is damaged.
 
     Returns:
-        None where no run has left a checkpoint.
+        The path; None if the folder has no checkpoint.
 
     Raises:
-        CheckpointError: there are some, and all are damaged.
+        CheckpointError: all checkpoints are damaged.
     """
     reasons = []
     for name in resumable_checkpoints(folder):
@@ -56,31 +57,33 @@ def newest_whole_checkpoint(folder: str) -> str | None:
         reason = find_damage(path)
         if reason is None:
             if reasons:
-                logger.warning(f"Damaged: {'; '.join(reasons)}. The run continues from {path}, the one before.")
+                logger.warning(
+                    "Damaged: %s. The run continues from the checkpoint before, %s.", "; ".join(reasons), path
+                )
             return path
         reasons.append(f"{path} ({reason})")
     if reasons:
         raise CheckpointError(
-            f"No checkpoint to resume from is whole: {'; '.join(reasons)}. Start anew without --resume, or put a good "
-            "copy in place of one of them."
+            f"All checkpoints of the run are damaged: {'; '.join(reasons)}. Start again without --resume, or replace "
+            "one of them by an intact copy."
         )
     return None
 
 
 def remove_unfinished(folder: str) -> None:
-    """Remove what a killed run had begun to write, see write_atomically."""
+    """Remove the temporary files of write_atomically that a killed run has left."""
     for name in os.listdir(folder):
         if re.fullmatch(r"\..+\.\d+\.tmp", name):
             os.remove(os.path.join(folder, name))
 
 
 def find_damage(path: str) -> str | None:
-    """Why a checkpoint, as PyTorch writes it, can't be whole; None if its checksums are right. Reads all of it."""
+    """Return why a checkpoint of PyTorch is damaged; None if its checksums are right. Reads the whole file."""
     try:
         with open_archive(path) as archive:
             damaged = archive.testzip()
     except FileNotFoundError:
-        return "it is not there"
-    except Exception as error:  # readers of damaged files raise nearly anything
+        return "the file does not exist"
+    except Exception as error:  # a damaged file can cause almost any exception in a reader
         return f"{os.path.getsize(path)} bytes: {error or type(error).__name__}"
-    return None if damaged is None else f"the checksum of {damaged} in it is wrong"
+    return None if damaged is None else f"the checksum of its record {damaged} is wrong"

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and parameters alone, to share them."""
+"""Writes files atomically, and writes weights files that contain only parameters, for sharing."""
 
 import errno
 import os
@@ -11,19 +11,25 @@ import torch
 from ..errors import CheckpointError
 from .loading import SAFETENSORS_COMMAND
 
-# Where less is free, a disk counts as full: its last blocks can be too few for what was to be written
+# A disk with less free space counts as full: the last blocks may be too small for the write that failed.
 _FULL_DISK_BYTES = 1 << 20
 
 
 def write_atomically(path: str, write: Callable[[Any], None], mode: str = "wb") -> None:
-    """Let ``write`` fill a temporary file beside ``path`` and rename it; ``path`` is the old or the new file, whole."""
+    """Write a file so that ``path`` is always either the complete old file or the complete new file.
+
+    Args:
+        path: path of the file.
+        write: function that writes the content to an open file; the file is temporary and renamed at the end.
+        mode: mode in which the file is opened.
+    """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
     try:
         with open(temporary, mode) as f:
             try:
                 write(f)
-            except RuntimeError as e:  # PyTorch's writer does not say that the disk is full
+            except RuntimeError as e:  # PyTorch's writer raises it without a reason when the disk is full
                 if shutil.disk_usage(folder).free >= _FULL_DISK_BYTES:
                     raise
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
@@ -33,7 +39,7 @@ def write_atomically(path: str, write: Callable[[Any], None], mode: str = "wb") 
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-    if os.name == "posix":  # the new name reaches the disk with its folder
+    if os.name == "posix":  # the rename is on disk only after the folder is synchronised
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -42,7 +48,7 @@ def write_atomically(path: str, write: Callable[[Any], None], mode: str = "wb") 
 
 
 def write_checkpoint(path: str, write: Callable[[Any], None]) -> None:
-    """:func:`write_atomically` for weights files.
+    """Write a weights file by :func:`write_atomically`.
 
     Raises:
         CheckpointError: the file can't be written.
@@ -50,26 +56,28 @@ def write_checkpoint(path: str, write: Callable[[Any], None]) -> None:
     try:
         write_atomically(path, write)
     except (OSError, RuntimeError) as e:
-        raise CheckpointError(f"{path}: can't be written ({e}). Earlier files are intact.") from e
+        raise CheckpointError(
+            f"{path}: can't be written ({e}). Earlier files are intact; free disk space or change the path."
+        ) from e
 
 
 def save_weights(path: str, state_dict: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a file that MODEL.WEIGHTS takes; ``path`` is the old or the new file, whole.
+    """Write a weights file for MODEL.WEIGHTS, atomically.
 
     Args:
-        path: ends in ".pth" ({"model": ..., "metadata": ...}) or ".safetensors".
-        state_dict: in our names.
-        metadata: about the parameters.
+        path: path that ends in ".pth" ({"model": ..., "metadata": ...}) or ".safetensors".
+        state_dict: parameters by our names.
+        metadata: description of the model.
 
     Raises:
-        CheckpointError: another ending, a missing package, or a file that can't be written.
+        CheckpointError: the path has another ending, a package is missing, or the file can't be written.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     if path.endswith(".safetensors"):
         try:
             from safetensors.torch import save
         except ImportError:
-            raise CheckpointError(f"{path}: writing it needs a package; {SAFETENSORS_COMMAND}.") from None
+            raise CheckpointError(f"{path}: needs the package safetensors; {SAFETENSORS_COMMAND}.") from None
         write_checkpoint(path, lambda f: f.write(save(tensors, {"format": "pt", **metadata})))
     elif path.endswith(".pth"):
         write_checkpoint(path, lambda f: torch.save({"model": tensors, "metadata": metadata}, f))

@@ -1,4 +1,4 @@
-"""The published K-Nets: the table of their configs and checkpoints, and which config a state dict belongs to."""
+"""The table of the published K-Nets with their configs and checkpoints, and the config that fits a state dict."""
 
 import difflib
 import functools
@@ -26,27 +26,27 @@ class ZooEntry(NamedTuple):
     """One published K-Net."""
 
     name: str
-    """Path of its config below ``configs``, without ".yaml"."""
+    """Path of the config below ``configs``, without ".yaml"."""
     official_name: str | None
-    """What the official release calls it; None where only the paper has it."""
+    """Name in the official release; None if only the paper has this model."""
     metrics: dict[str, float]
-    """On the validation set: "PQ"; "AP"; "mIoU" and "mIoU_ms" (several scales, flipped)."""
+    """Metrics on the validation set: "PQ"; "AP"; "mIoU" and "mIoU_ms" (several scales, flipped)."""
     note: str
-    """On the metrics."""
+    """Note on the metrics."""
     url: str | None
-    """Of the official checkpoint; None where none was published."""
+    """URL of the official checkpoint; None if none was published."""
     parameters: str = ""
-    """The :func:`fingerprint` of its model."""
+    """:func:`fingerprint` of the model."""
 
     @property
     def checkpoint_file(self) -> str | None:
-        """The checkpoint's file name."""
+        """File name of the checkpoint; None if none was published."""
         return self.url and self.url.rsplit("/", 1)[-1]
 
 
 @functools.cache
 def zoo_entries() -> dict[str, ZooEntry]:
-    """All entries by name, in the order of MODEL_ZOO.md."""
+    """Return all entries by name, in the order of MODEL_ZOO.md."""
     table = json.loads(_TABLE.read_text(encoding="utf-8"))
     entries = []
     for row in table["models"]:
@@ -57,35 +57,37 @@ def zoo_entries() -> dict[str, ZooEntry]:
 
 
 def zoo_entry(name: str) -> ZooEntry:
-    """The entry of a name, with or without ".yaml", or of what follows "knet://" in an address with options.
+    """Return the entry for a name, which may end in ".yaml" or in options ("?...").
 
     Raises:
-        ConfigError: there is none; names the nearest.
+        ConfigError: there is no such entry; suggests the most similar name.
     """
     entries, short = zoo_entries(), name.partition("?")[0].removesuffix(".yaml")
     if short in entries:
         return entries[short]
     nearest = difflib.get_close_matches(short, entries, n=1, cutoff=0.0)[0]
-    raise ConfigError(f"{name!r} is not in the model zoo. Did you mean {nearest!r}? knet_d2.model_zoo.names() has all.")
+    raise ConfigError(
+        f"{name!r} is not in the model zoo. Did you mean {nearest!r}? knet_d2.model_zoo.names() lists all."
+    )
 
 
 def fitting_entries(state_dict: Mapping[str, torch.Tensor]) -> list[ZooEntry]:
-    """The entries whose model has exactly the parameters of a state dict in our names."""
+    """Return the entries whose model has exactly the parameters of a state dict with our names."""
     return [entry for entry in zoo_entries().values() if entry.parameters == fingerprint(state_dict)]
 
 
 def fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """16 digits that follow from the names and shapes of parameters."""
+    """Return 16 hexadecimal digits that depend only on the names and shapes of the parameters."""
     lines = sorted(f"{name} {tuple(value.shape)}" for name, value in state_dict.items() if not is_counter(name))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def build_on_meta(cfg: CfgNode, most_modules: int = 100_000) -> nn.Module:
-    """The model of a config with parameters that have names and shapes, and no values.
+    """Build the model of a config on the meta device: its parameters have names and shapes, but no values.
 
     Raises:
-        ConfigError: it has more modules than ``most_modules``.
-        Exception: nearly any, where the config can't be built.
+        ConfigError: the model has more than ``most_modules`` modules.
+        Exception: almost any other exception, if the config is wrong.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -94,7 +96,7 @@ def build_on_meta(cfg: CfgNode, most_modules: int = 100_000) -> nn.Module:
 
     def count(*_: Any) -> None:
         if next(counter) > most_modules:
-            raise ConfigError(f"the model of this config has more than {most_modules} modules. Check its numbers.")
+            raise ConfigError(f"the model of this config has more than {most_modules} modules. Use smaller numbers.")
 
     hook = register_module_module_registration_hook(count)
     try:
@@ -105,6 +107,6 @@ def build_on_meta(cfg: CfgNode, most_modules: int = 100_000) -> nn.Module:
 
 
 def fitting_hint(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """For messages: the config files that :func:`fitting_entries` finds, as a sentence; "" where there is none."""
+    """Return a sentence for error messages that names the config files that fit a state dict; "" if none fits."""
     paths = [os.path.join("configs", f"{entry.name}.yaml") for entry in fitting_entries(state_dict)]
     return f" It is a checkpoint for {' or '.join(paths)}." if paths else ""

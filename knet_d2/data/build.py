@@ -1,4 +1,4 @@
-"""Data loaders."""
+"""The data loaders for training, evaluation and the validation loss, and the records that they load."""
 
 import contextlib
 import difflib
@@ -27,13 +27,13 @@ from .workers import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
 
-# Of a semantic data set: its name, that of the class
+# Arguments: the name of the semantic data set, the name of the class.
 ONE_CLASS = (
-    "All labelled pixels of %s that were read are of the class %s: nothing can be learned, and mIoU says nothing. Give "
-    "the other pixels a class, too: masks of 0 and 255 have classes: [background, object], label_values: [0, 255] and "
-    "ignore: [] in DATASETS.CUSTOM."
+    "All labelled pixels of %s that were read are of the class %s. The model can't learn from one class, and mIoU has "
+    "no meaning for it. Give the other pixels a class, too: for masks with the values 0 and 255, set classes: "
+    "[background, object], label_values: [0, 255] and ignore: [] in DATASETS.CUSTOM."
 )
-# Label maps that are read when training starts.
+# Number of label maps that are read for the warning ONE_CLASS when a training run starts.
 _SAMPLED_LABEL_MAPS = 32
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
@@ -42,25 +42,29 @@ Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 def build_train_loader(
     cfg: CfgNode, *, mapper: Mapper | None = None, dataset: list[dict] | None = None, start_iter: int = 0
 ) -> torch.utils.data.DataLoader:
-    """An endless loader of training batches, each a list of SOLVER.IMS_PER_BATCH / (number of processes) dicts.
+    """Build an endless loader of training batches, each a list of SOLVER.IMS_PER_BATCH / (number of processes) dicts.
 
-    Batch i of a run is a function of (SEED, i) alone, and the random augmentation of a sample one of (SEED, its
-    place in the run): neither the number of workers nor where the run started (start_iter) changes them, and the
-    processes of a distributed run share out the batch that a single process would have had.
+    Batch i of a run depends only on (SEED, i). The random augmentation of a sample depends only on SEED and the
+    sample's position in the run. The number of workers and the first iteration of the run (start_iter) therefore
+    change neither. The processes of a distributed run divide the batch that a single process would get.
 
     Args:
         cfg: the config, with its classes resolved.
-        mapper: record -> example; default: build_mapper(cfg, is_train=True).
-        dataset: records; default: those of DATASETS.TRAIN.
+        mapper: maps a record to an example; default: build_mapper(cfg, is_train=True).
+        dataset: the records; default: the records of DATASETS.TRAIN.
         start_iter: the first iteration.
+
+    Raises:
+        ConfigError: an option that the loader needs is wrong; names the option.
+        DataError: a data set can't be read; names the file.
     """
     world_size, batch_size = comm.get_world_size(), cfg.SOLVER.IMS_PER_BATCH
     if batch_size < 1 or batch_size % world_size:
-        raise ConfigError(f"SOLVER.IMS_PER_BATCH is {batch_size}; it must be a multiple of the {world_size} processes.")
-    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         raise ConfigError(
-            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}; only 'TrainingSampler' is supported."
+            f"SOLVER.IMS_PER_BATCH = {batch_size}: use a positive multiple of the number of processes, {world_size}."
         )
+    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        raise ConfigError(f"DATALOADER.SAMPLER_TRAIN = {cfg.DATALOADER.SAMPLER_TRAIN!r}: use 'TrainingSampler'.")
     if dataset is None:
         dataset = load_datasets(
             cfg.DATASETS.TRAIN,
@@ -86,12 +90,12 @@ def build_train_loader(
 
 
 def build_test_loader(cfg: CfgNode, name: str, mapper: Mapper | None = None) -> torch.utils.data.DataLoader:
-    """A loader of one image a batch over a data set; processes share out the images.
+    """Build a loader for evaluation with one image per batch; the processes divide the images of the data set.
 
     Args:
         cfg: the config.
-        name: of the data set.
-        mapper: record -> example; default: build_mapper(cfg, is_train=False).
+        name: name of the data set.
+        mapper: maps a record to an example; default: build_mapper(cfg, is_train=False).
     """
     dataset = load_datasets([name], "DATASETS.TEST")
     mapped = MappedDataset(dataset, mapper or build_mapper(cfg, is_train=False), seed=0)
@@ -99,17 +103,17 @@ def build_test_loader(cfg: CfgNode, name: str, mapper: Mapper | None = None) -> 
 
 
 def build_loss_loader(cfg: CfgNode, name: str) -> tuple[torch.utils.data.DataLoader, int]:
-    """A loader of one image a batch with ground truth as in training, and without random augmentation.
+    """Build a loader for the validation loss: one image per batch, ground truth as in training, no augmentation.
 
-    It is equally long for all processes, as computing losses needs all of them: with S images and P processes, batch i
-    of process r is image i P + r, from the first again where that is S or more.
+    The loader has the same length in all processes, because the losses all-reduce and so need every process. With S
+    images and P processes, batch i of process r holds image (i P + r) modulo S.
 
     Args:
         cfg: the config, with its classes resolved.
-        name: of the data set.
+        name: name of the data set.
 
     Returns:
-        The loader, and S.
+        The loader, and the number of images S.
     """
     dataset = load_datasets([name], "DATASETS.TEST")
     world_size, rank = comm.get_world_size(), comm.get_rank()
@@ -120,9 +124,10 @@ def build_loss_loader(cfg: CfgNode, name: str) -> tuple[torch.utils.data.DataLoa
 
 
 class MappedDataset(torch.utils.data.Dataset):
-    """Records and their mapper. A sample is drawn by its SampleKey, or by its index where nothing is random.
+    """The records of data sets, mapped to examples.
 
-    What is wrong with the data comes back as a DataError in place of the example, see RaisingDataLoader.
+    A sample is addressed by its SampleKey, or by its index where nothing is random. If a record can't be read, the
+    error is returned in place of the example; RaisingDataLoader raises it.
     """
 
     def __init__(self, records: list[dict], mapper: Mapper, seed: int) -> None:
@@ -143,7 +148,10 @@ class MappedDataset(torch.utils.data.Dataset):
 
 
 class RaisingDataLoader(torch.utils.data.DataLoader):
-    """Raises errors of the data in the main process: through a worker they would come with its whole traceback."""
+    """Raises the errors of MappedDataset in the main process.
+
+    An error that a worker process raises would reach the user with the whole traceback of the worker.
+    """
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:  # type: ignore[override]
         for batch in super().__iter__():
@@ -155,7 +163,7 @@ class RaisingDataLoader(torch.utils.data.DataLoader):
 
 @contextlib.contextmanager
 def seeded(*seed: int) -> Iterator[None]:
-    """Seed the generators that augmentations use (random, NumPy, torch on the CPU); restore them afterwards."""
+    """Seed the generators that augmentations use (random, NumPy, torch on the CPU), and restore them on exit."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     first, second, third = np.random.SeedSequence(seed).generate_state(3)
     random.seed(int(first))
@@ -172,16 +180,20 @@ def seeded(*seed: int) -> Iterator[None]:
 def load_datasets(
     names: Sequence[str], key: str, *, filter_empty: bool = False, with_sizes: bool = False
 ) -> list[dict]:
-    """The records of data sets.
+    """Return the records of one or more data sets in one list.
 
     Args:
-        names: as registered.
-        key: the config key that they come from, for error messages.
-        filter_empty: leave out images whose "annotations" have no instance.
-        with_sizes: look up sizes of images that the records lack, where a JSON has them.
+        names: names of registered data sets.
+        key: config key that holds the names, for error messages.
+        filter_empty: leave out images whose "annotations" contain no instance.
+        with_sizes: add image sizes from the panoptic JSON to records that have none.
+
+    Raises:
+        ConfigError: there is no name, or a name is not registered.
+        DataError: a data set can't be read, or no image is left.
     """
     if not names:
-        raise ConfigError(f"{key} is empty; name at least one data set.")
+        raise ConfigError(f"{key} is empty: name at least one data set.")
     records = []
     for name in names:
         added = load_dataset(name, key)
@@ -196,18 +208,29 @@ def load_datasets(
             print_instances_class_histogram(records, class_names)
     if not records:
         raise DataError(
-            f"No image of {', '.join(names)} ({key}) has an instance. Check the annotations, or set "
+            f"{key}: no image of {', '.join(names)} has an instance. Check the annotations, or set "
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS to False."
         )
     return records
 
 
 def load_dataset(name: str, key: str = "DATASETS") -> list[dict]:
-    """The records of one data set; whatever keeps it from being read is a DataError that names the file."""
+    """Return the records of one data set.
+
+    Args:
+        name: name of a registered data set.
+        key: config key that holds the name, for error messages.
+
+    Raises:
+        ConfigError: the name is not registered.
+        DataError: the data set can't be read or has no images; names the file.
+    """
     if name not in DatasetCatalog:
         similar = difflib.get_close_matches(name, DatasetCatalog.list(), 3)
         hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
-        raise ConfigError(f"{key} names the data set {name!r}, which is not registered.{hint} See DATASETS.CUSTOM.")
+        raise ConfigError(
+            f"{key}: data set {name!r} is not registered.{hint} To register your own data, set DATASETS.CUSTOM."
+        )
     try:
         records = DatasetCatalog.get(name)
     except KNetError:
@@ -216,12 +239,12 @@ def load_dataset(name: str, key: str = "DATASETS") -> list[dict]:
         reason = _reason(name) or f"{type(error).__name__}: {error}"
         raise DataError(f"Data set {name} can't be read: {reason}") from error
     if not records:
-        raise DataError(f"Data set {name} has no images.")
+        raise DataError(f"Data set {name} has no images. Check its paths.")
     return records
 
 
 def _reason(name: str) -> str | None:
-    """Why a data set can't be read, from the files that its metadata names."""
+    """Find out from the files that its metadata names why a data set can't be read; None if they are all there."""
     metadata = MetadataCatalog.get(name).as_dict()
     hint = "Put it there, correct the path, or set DETECTRON2_DATASETS to the folder that holds the data sets."
     for key in ("panoptic_json", "json_file"):
@@ -242,7 +265,7 @@ def _reason(name: str) -> str | None:
 
 
 def _add_sizes(records: list[dict], metadata: Metadata) -> None:
-    """Detectron2 leaves the sizes in a panoptic JSON unread; add them to the records in place."""
+    """Add image sizes from the panoptic JSON to the records in place, because Detectron2's readers leave them out."""
     path = metadata.get("panoptic_json")
     if path is None:
         return
@@ -254,19 +277,19 @@ def _add_sizes(records: list[dict], metadata: Metadata) -> None:
 
 
 def _aspect_groups(records: list[dict]) -> list[int] | None:
-    """1 for upright images, 0 for others; None where the records don't tell sizes."""
+    """Return 1 for each upright image and 0 for each other one; None if a record has no size."""
     if not all("width" in record and "height" in record for record in records):
         return None
     return [int(record["width"] <= record["height"]) for record in records]
 
 
 def _warn_of_one_class(records: list[dict], cfg: CfgNode) -> None:
-    """Warn where all pixels of some label maps, evenly spread over the data sets, are of one class or ignored."""
+    """Warn if all labelled pixels are of one class, in a sample of label maps from all parts of the data sets."""
     mapper = build_loss_mapper(cfg)
     mapper.augmentations = AugmentationList([])
     seen: set[int] = set()
     for i in np.unique(np.linspace(0, len(records) - 1, _SAMPLED_LABEL_MAPS).astype(int)):
-        with contextlib.suppress(KNetError):  # the loader raises it where the image is needed
+        with contextlib.suppress(KNetError):  # the loader raises this error when training reads the image
             seen.update(mapper(records[i])["sem_seg"].unique().tolist())
         if len(seen - {mapper.ignore_value}) > 1:
             return
@@ -276,7 +299,7 @@ def _warn_of_one_class(records: list[dict], cfg: CfgNode) -> None:
 
 
 def warn_of_absent_classes(name: str, absent: Sequence[str], what: str) -> None:
-    """Warn of classes that do not occur in a data set; what: "pixel" or "instance"."""
+    """Warn of classes that do not occur in a data set; ``what`` is "pixel" or "instance"."""
     if absent:
         more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
         logger.warning("No %s of data set %s is of the classes %s%s.", what, name, ", ".join(absent[:10]), more)
@@ -287,7 +310,7 @@ def _loader_options(cfg: CfgNode) -> dict[str, Any]:
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
         "collate_fn": _as_list,
         "worker_init_fn": ignore_stop_signals,
-        # A generator of its own, because starting to iterate draws a number.
+        # iter(loader) draws a base seed; a private generator keeps the global RNG, and exact resume, intact.
         "generator": torch.Generator(),
     }
 

@@ -1,6 +1,6 @@
-"""COCO's JSON, instances or panoptic, read once per process, such that what uses it meets the types that it expects.
+"""Reads JSON files in COCO's instances or panoptic format, once per process, and checks the types of their values.
 
-Decoders of masks crash or take all memory where numbers are wrong; so these are checked here, too.
+Numbers of masks are checked as well, because wrong ones make mask decoders crash or use up the memory.
 """
 
 import json
@@ -15,13 +15,19 @@ from ..errors import DataError
 from .segmentation import SegmentationError, check_segmentation
 
 _LARGEST_SIDE = 2**16
-# Files of this many bytes together stay in memory, where their content takes about five times as much.
+# Largest total size of the files whose content is kept. In memory the content takes about five times as much.
 _KEPT_BYTES = 2**26
 
 
 @dataclass
 class _File:
-    """A JSON that was read: (time of its last change, size in bytes), its content, and whether that was checked."""
+    """A JSON file that was read.
+
+    Attributes:
+        stamp: (time of the last change in nanoseconds, size in bytes).
+        content: the parsed content.
+        is_checked: whether the content passed all checks.
+    """
 
     stamp: tuple[int, int]
     content: Any
@@ -32,14 +38,19 @@ _files: dict[str, _File] = {}
 
 
 class WrongType(NamedTuple):
-    """where: the place in the JSON, as "annotations[3].bbox"; what: what is wrong there."""
+    """A wrong value in a JSON.
+
+    Attributes:
+        where: place in the JSON, for example "annotations[3].bbox"; "" for the whole file.
+        what: what is wrong there, as the rest of a sentence whose subject is the place.
+    """
 
     where: str
     what: str
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e15  # which NaN is not
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e15  # false for NaN, too
 
 
 def _is_id(x: Any) -> bool:
@@ -51,8 +62,8 @@ def _is_name(x: Any) -> bool:
 
 
 Check = tuple[Callable[[Any], bool], str]
-_ID: Check = (_is_id, "a whole number or a text")
-_NAME: Check = (_is_name, "a text")
+_ID: Check = (_is_id, "a whole number or a string")
+_NAME: Check = (_is_name, "a string")
 _FLAG: Check = (lambda x: isinstance(x, int) and x in (0, 1), "0 or 1")
 _NUMBER: Check = (_is_number, "a number")
 _NUMBERS: Check = (lambda x: isinstance(x, list) and all(map(_is_number, x)), "a list of numbers")
@@ -85,13 +96,16 @@ _TYPES: dict[str, dict[str, Check]] = {
 
 
 def read_coco_json(path: str) -> dict[str, Any]:
-    """The content of a JSON in COCO's format for instances or panoptic segmentation, which must not be changed.
+    """Read and check a JSON in COCO's format for instances or panoptic segmentation.
 
-    Keys that are missing are no matter here, only what is there: its types, and that masks can be decoded.
+    The keys that are present must have the right types, and the masks must be decodable. Missing keys are allowed.
+
+    Returns:
+        The content. It is shared with other callers: do not change it.
 
     Raises:
-        DataError: the file is no JSON, or holds something else; names the place.
-        OSError: it can't be opened.
+        DataError: the file is not valid JSON, or a value is wrong; names the file and the place.
+        OSError: the file can't be opened.
     """
     content = parse_json(path)
     if not _files[path].is_checked:
@@ -101,9 +115,13 @@ def read_coco_json(path: str) -> dict[str, Any]:
 
 
 def parse_json(path: str) -> Any:
-    """The content of any JSON, which must not be changed: it is parsed once, until the file changes.
+    """Parse a JSON file; a file that has not changed is parsed only once.
 
-    The last file is kept whatever its size, so that the classes of a data set and its records need one reading.
+    The last file is kept in memory even if it is large, because the classes and the records of a data set are read
+    one after the other from the same file.
+
+    Returns:
+        The content. It is shared with other callers: do not change it.
     """
     status = os.stat(PathManager.get_local_path(path))
     stamp = (status.st_mtime_ns, status.st_size)
@@ -112,21 +130,23 @@ def parse_json(path: str) -> Any:
             try:
                 _files[path] = _File(stamp, json.load(f))
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path} is no valid JSON ({error}). It may be cut off: fetch it again.") from error
+                raise DataError(
+                    f"{path}: is not valid JSON ({error}). The file may be cut off: download it again."
+                ) from error
         forget_large_files(but=path)
     return _files[path].content
 
 
 def forget_large_files(but: str | None = None) -> None:
-    """Free the content of the largest files that were read, but of one, until the others are small together."""
+    """Free the content of the largest files until the rest takes at most _KEPT_BYTES; ``but`` is never freed."""
     while sum(file.stamp[1] for file in _files.values()) > _KEPT_BYTES and set(_files) - {but}:
         del _files[max(set(_files) - {but}, key=lambda path: _files[path].stamp[1])]
 
 
 def check_for_evaluation(content: dict[str, Any], path: str) -> None:
-    """Raise a DataError unless the annotations of an instances JSON have all that COCO's evaluation reads.
+    """Raise a DataError unless the annotations of an instances JSON have all keys that COCO's evaluation reads.
 
-    RLE of another size than the image's would be compared as if it were of that size.
+    The size of RLE masks is checked, because COCO's evaluation would silently compare masks of different sizes.
     """
     sizes = {image.get("id"): [image.get("height"), image.get("width")] for image in content.get("images", ())}
     for i, annotation in enumerate(content.get("annotations", ())):
@@ -137,26 +157,26 @@ def check_for_evaluation(content: dict[str, Any], path: str) -> None:
             raise_wrong(WrongType(f"annotations[{i}]", f"lacks {missing[0]}, which the evaluation reads"), path)
         segmentation = annotation["segmentation"]
         if isinstance(segmentation, list) and len(segmentation[0]) < 5:
-            # from the length of the first one pycocotools concludes what the list holds
+            # pycocotools takes a list whose first item has fewer than 5 numbers for boxes, not polygons.
             wrong = WrongType(f"annotations[{i}].segmentation", "begins with a polygon of fewer than 3 points")
             raise_wrong(wrong, path)
         size = sizes.get(annotation["image_id"], [None, None])
         if isinstance(segmentation, dict) and None not in size and list(segmentation["size"]) != size:
-            what = f"is RLE of size {segmentation['size']}; its image has [height, width] {size}"
+            what = f"is RLE of size {segmentation['size']}, but its image has [height, width] {size}"
             raise_wrong(WrongType(f"annotations[{i}].segmentation", what), path)
 
 
 def raise_wrong(wrong: WrongType | None, path: str) -> None:
-    """Raise a DataError that names file and place, if anything is wrong."""
+    """Raise a DataError that names the file and the place, unless ``wrong`` is None."""
     if wrong:
         where = f"{wrong.where}: " if wrong.where else ""
         raise DataError(f"{path}: {where}{wrong.what}. Correct it, or export the annotations again.")
 
 
 def find_wrong_type(content: Any) -> WrongType | None:
-    """The first value that is not of the type that COCO's format gives it."""
+    """Find the first value whose type differs from COCO's format."""
     if not isinstance(content, dict):
-        return WrongType("", f"is a {type(content).__name__}, not COCO's mapping of lists")
+        return WrongType("", f"holds a {type(content).__name__}, but COCO's format is a mapping of lists")
     for key in ("images", "annotations", "categories"):
         wrong = _find_in_list(content.get(key, []), key, key)
         if wrong:
@@ -182,18 +202,18 @@ def _find_in_list(items: Any, kind: str, where: str) -> WrongType | None:
 
 
 def find_repeated_id(content: dict[str, Any]) -> WrongType | None:
-    """The first id that two images or two categories have, in content of right types."""
+    """Find the first id that two images or two categories share; the types of content must be right."""
     for kind in ("images", "categories"):
         seen = set()
         for i, item in enumerate(content.get(kind, ())):
             if "id" in item and item["id"] in seen:
-                return WrongType(f"{kind}[{i}].id", f"is {_short(item['id'])}, as another one's")
+                return WrongType(f"{kind}[{i}].id", f"is {_short(item['id'])}, which an earlier entry has, too")
             seen.add(item.get("id"))
     return None
 
 
 def find_wrong_mask(content: dict[str, Any]) -> WrongType | None:
-    """The first segmentation that can't be decoded safely, in content of right types."""
+    """Find the first segmentation that can't be decoded safely; the types of content must be right."""
     for i, annotation in enumerate(content.get("annotations", ())):
         try:
             check_segmentation(annotation.get("segmentation"))
@@ -203,16 +223,18 @@ def find_wrong_mask(content: dict[str, Any]) -> WrongType | None:
 
 
 def check_categories(content: dict[str, Any], path: str) -> None:
-    """Raise a DataError unless all annotations and segments are of one of the categories."""
+    """Raise a DataError unless all annotations and segments have a category of the JSON."""
     if not content.get("categories") or "images" not in content:
-        raise DataError(f"{path} lacks one of the keys images, annotations, categories of the COCO format.")
+        raise DataError(
+            f"{path}: lacks images or categories, which COCO's format requires. Export the annotations again."
+        )
     known = {category.get("id") for category in content["categories"]}
     for annotation in content.get("annotations", ()):
         for part in annotation.get("segments_info", [annotation]):
             if part.get("category_id") not in known:
                 raise DataError(
-                    f"{path} has category_id {part.get('category_id')} at an annotation of image "
-                    f"{annotation.get('image_id')}, which is not in its categories. Correct one of them."
+                    f"{path}: an annotation of image {annotation.get('image_id')} has category_id "
+                    f"{part.get('category_id')}, which is not in categories. Add the category or correct the id."
                 )
 
 

@@ -1,4 +1,4 @@
-"""Records of data sets, Detectron2's standard dicts, from JSON in COCO's format; their classes go into the metadata."""
+"""Makes records (Detectron2's standard dicts) from JSON in COCO's format, and writes the classes into the metadata."""
 
 import os
 from typing import Any
@@ -12,10 +12,12 @@ from .coco_json import WrongType, check_categories, raise_wrong, read_coco_json
 
 
 def instance_records(path: str, image_root: str, name: str) -> list[dict]:
-    """The records of a JSON of instances, as Detectron2's load_coco_json gives them, and the classes in the metadata.
+    """Read an instances JSON into the records that Detectron2's load_coco_json returns.
+
+    The classes are written into the metadata of the data set ``name``.
 
     Raises:
-        DataError: names the place.
+        DataError: the JSON is wrong; names the file and the place.
     """
     content = read_coco_json(path)
     check_categories(content, path)
@@ -28,9 +30,10 @@ def instance_records(path: str, image_root: str, name: str) -> list[dict]:
     ids = set()
     for i, annotation in enumerate(content.get("annotations", ())):
         if annotation.get("ignore", 0):
-            raise_wrong(WrongType(f"annotations[{i}].ignore", "is set, which is not supported"), path)
-        if annotation["id"] in ids and "minival" not in path:  # COCO's own minival sets have ids twice
-            raise_wrong(WrongType(f"annotations[{i}].id", f"is {annotation['id']!r}, as another one's"), path)
+            raise_wrong(WrongType(f"annotations[{i}].ignore", "is set, but 'ignore' is not supported"), path)
+        if annotation["id"] in ids and "minival" not in path:  # COCO's own minival files repeat ids
+            what = f"is {annotation['id']!r}, which an earlier annotation has, too"
+            raise_wrong(WrongType(f"annotations[{i}].id", what), path)
         ids.add(annotation["id"])
         if annotation["image_id"] in of_image:
             of_image[annotation["image_id"]].append(annotation)
@@ -47,10 +50,11 @@ def instance_records(path: str, image_root: str, name: str) -> list[dict]:
 
 
 def _instance(annotation: dict[str, Any], contiguous: dict[Any, int]) -> dict[str, Any] | None:
-    """An annotation of a record; None where none of its polygons has an area."""
+    """Convert an annotation of the JSON to one of a record; None if none of its polygons has 3 points."""
     keys = ("iscrowd", "bbox", "keypoints", "category_id")
     instance = {key: annotation[key] for key in keys if key in annotation}
-    if instance.get("keypoints"):  # x and y count pixels, not corners of pixels as all other coordinates do
+    if instance.get("keypoints"):
+        # COCO's keypoints are pixel indices; all other coordinates count from the corner of a pixel.
         instance["keypoints"] = [x if i % 3 == 2 else x + 0.5 for i, x in enumerate(instance["keypoints"])]
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, list) and segmentation:
@@ -65,14 +69,18 @@ def _instance(annotation: dict[str, Any], contiguous: dict[Any, int]) -> dict[st
 
 
 def panoptic_records(json_file: str, image_root: str, panoptic_root: str, name: str) -> list[dict]:
-    """Read a COCO panoptic JSON with any categories and image types, and set the classes in the metadata of name.
+    """Read a COCO panoptic JSON with any categories and image types into records.
 
-    Contiguous ids are things, then stuff, each by rising category id.
+    The classes are written into the metadata of the data set ``name``. Contiguous ids number the things first, then
+    the stuff, each in ascending order of the category ids.
+
+    Raises:
+        DataError: the JSON is wrong; names the file and the place.
     """
     content = read_coco_json(json_file)
     contiguous, things = _set_panoptic_classes(content["categories"], json_file, name)
     images = {image["id"]: image for image in content["images"]}
-    if "annotations" not in content:  # images to predict only
+    if "annotations" not in content:  # the JSON lists images for prediction only
         return [
             {**image, "file_name": os.path.join(image_root, image["file_name"]), "image_id": image["id"]}
             for image in content["images"]
@@ -81,13 +89,16 @@ def panoptic_records(json_file: str, image_root: str, panoptic_root: str, name: 
     for annotation in content["annotations"]:
         if annotation["image_id"] not in images:
             raise DataError(
-                f"{json_file} has annotations for image_id {annotation['image_id']}, which is not in its images."
+                f"{json_file}: an annotation has image_id {annotation['image_id']}, which is not in images. Add the "
+                "image, or remove the annotation."
             )
         image = images[annotation["image_id"]]
         segments = []
         for segment in annotation["segments_info"]:
             if "id" not in segment:
-                raise DataError(f"{json_file}: a segment of image_id {annotation['image_id']} lacks its 'id'.")
+                raise DataError(
+                    f"{json_file}: a segment of image_id {annotation['image_id']} lacks 'id'. Export it again."
+                )
             category = segment["category_id"]
             segments.append({**segment, "category_id": contiguous[category], "isthing": category in things})
         record = {
@@ -103,12 +114,12 @@ def panoptic_records(json_file: str, image_root: str, panoptic_root: str, name: 
 
 
 def _set_panoptic_classes(categories: list[dict], json_file: str, name: str) -> tuple[dict[int, int], set[int]]:
-    """Returns the contiguous id of each category id, and the category ids of the things."""
+    """Set the classes in the metadata; returns the contiguous id of each category id, and the ids of the things."""
     for category in categories:
         for key in ("id", "name", "isthing"):
             if key not in category:
                 raise DataError(
-                    f"{json_file}: category {category} lacks {key!r}. Panoptic categories have id, name and isthing."
+                    f"{json_file}: category {category} lacks {key!r}. Give each category id, name and isthing."
                 )
     ordered = sorted(categories, key=lambda category: (not category["isthing"], category["id"]))
     contiguous = {category["id"]: i for i, category in enumerate(ordered)}

@@ -1,4 +1,4 @@
-"""Data sets that are given in the config, DATASETS.CUSTOM, without a line of Python (see docs/DATASETS.md)."""
+"""Registers the data sets that a config describes in DATASETS.CUSTOM (see docs/DATASETS.md)."""
 
 import functools
 import logging
@@ -26,17 +26,17 @@ _registered: dict[str, tuple] = {}
 
 
 def register_custom_datasets(cfg: CfgNode) -> None:
-    """Register the data sets of DATASETS.CUSTOM; those that are registered already stay.
+    """Register the data sets of DATASETS.CUSTOM; an entry that is already registered is skipped.
 
-    An entry with "validation" gives two, NAME_train and NAME_val.
+    An entry with "validation" makes two data sets, NAME_train and NAME_val.
 
     Raises:
-        ConfigError: an entry that lacks a key, has an unknown one or a value of a wrong type, or has a name that
-            belongs to another data set.
+        ConfigError: an entry lacks a key, has an unknown key or a value of a wrong type, or its name belongs to
+            another data set.
     """
     entries = cfg.DATASETS.CUSTOM
     if not isinstance(entries, (list, tuple)):
-        raise ConfigError(f"DATASETS.CUSTOM must be a list of mappings, but is {entries!r}.")
+        raise ConfigError(f"DATASETS.CUSTOM = {entries!r}: use a list of mappings.")
     for i, entry in enumerate(entries):
         entry = checked_entry(entry, f"DATASETS.CUSTOM[{i}]")
         for name, part in _parts(entry):
@@ -44,7 +44,7 @@ def register_custom_datasets(cfg: CfgNode) -> None:
                 continue
             if name in DatasetCatalog:
                 raise ConfigError(
-                    f"DATASETS.CUSTOM[{i}].name: a data set {name!r} with other content exists. Choose another name."
+                    f"DATASETS.CUSTOM[{i}].name: a data set {name!r} with other content exists; choose another name."
                 )
             load = FORMATS[entry["type"]](name, entry)
             if part is not None:
@@ -55,7 +55,7 @@ def register_custom_datasets(cfg: CfgNode) -> None:
 
 
 def _parts(entry: dict[str, Any]) -> list[tuple[str, Part | None]]:
-    """Names of the data sets that an entry gives, and which part of its images each has (None: all)."""
+    """Return the names of the data sets that an entry makes, and the part of the images of each (None: all)."""
     name, fraction = entry["name"], entry.get("validation")
     if fraction is None:
         return [(name, None)]
@@ -97,8 +97,8 @@ def _register_sem_seg(name: str, entry: dict[str, Any]) -> Loader:
     return lambda: load_label_folder(images, labels, label_map)
 
 
-# Keys of all types, then those of each:
-# type -> {key: (required, types)}; paths may start with ~.
+# COMMON_KEYS: the keys of all types; KEYS: type -> the keys of this type. Each key has (whether it is required, its
+# Python types). Paths may start with ~.
 _PATH = (str,)
 COMMON_KEYS: dict[str, tuple[bool, tuple]] = {
     "name": (True, (str,)),
@@ -121,7 +121,7 @@ KEYS: dict[str, dict[str, tuple[bool, tuple]]] = {
         "label_values": (False, (int, list, tuple)),
     },
 }
-# Type -> sets the metadata of a name from an entry, and returns what loads the records.
+# Type -> function that sets the metadata of a name from an entry, and returns a function that loads the records.
 FORMATS: dict[str, Callable[[str, dict[str, Any]], Loader]] = {
     "coco_instance": _register_instance,
     "coco_panoptic": _register_panoptic,
@@ -130,24 +130,29 @@ FORMATS: dict[str, Callable[[str, dict[str, Any]], Loader]] = {
 
 
 def load_label_folder(image_root: str, label_root: str, label_map: np.ndarray) -> list[dict]:
-    """Records of all images in a folder with the label map of the same name (without suffix) in another.
+    """Make records from a folder of images and a folder of label maps.
+
+    An image and its label map have the same path below their folders, without the suffix.
 
     Args:
-        image_root: folder of images; folders in it count too.
+        image_root: folder of images; its sub-folders are searched, too.
         label_root: folder of PNGs that hold one class id per pixel.
-        label_map: value in the PNG -> label, see read_sem_seg.
+        label_map: maps a value of the PNG to a label, see read_sem_seg.
+
+    Raises:
+        DataError: an image has no label map, or a folder is missing or empty.
     """
     images, labels = _by_stem(image_root, IMAGE_SUFFIXES), _by_stem(label_root, (".png",))
     missing = sorted(set(images) - set(labels))
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(images)} images in {image_root} have no label map in {label_root}: the first is "
-            f"{images[missing[0]]}, which needs {os.path.join(label_root, missing[0] + '.png')}."
+            f"{label_root}: {len(missing)} of {len(images)} images in {image_root} have no label map here. The first "
+            f"is {images[missing[0]]}: add {os.path.join(label_root, missing[0] + '.png')}, or remove the image."
         )
     unused = sorted(set(labels) - set(images))
     if unused:
         first = labels[unused[0]]
-        logger.warning("%d label maps have no image in %s, the first is %s.", len(unused), image_root, first)
+        logger.warning("%d label maps have no image in %s. The first is %s.", len(unused), image_root, first)
     return [
         {"file_name": images[stem], "sem_seg_file_name": labels[stem], "sem_seg_label_map": label_map}
         for stem in sorted(images)
@@ -155,49 +160,52 @@ def load_label_folder(image_root: str, label_root: str, label_map: np.ndarray) -
 
 
 def _by_stem(root: str, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """The files below root with one of the suffixes: path below root without suffix -> path."""
+    """Find the files below root with one of the suffixes: {path below root, without suffix: path}."""
     found: dict[str, str] = {}
     for stem, path in files_below(root, suffixes):
         if found.setdefault(stem, path) != path:
-            raise DataError(f"{found[stem]} and {path} have the same name. Rename one, or move it away.")
+            raise DataError(f"{path}: has the same name as {found[stem]}. Rename or remove one of them.")
     if not found:
         state = f"has no file of type {', '.join(suffixes)}" if os.path.isdir(root) else "does not exist"
-        raise DataError(f"Folder {root} {state}.")
+        raise DataError(f"{root}: this folder {state}. Correct the path, or put the files there.")
     return found
 
 
 def _class_list(entry: dict[str, Any]) -> list[str]:
-    """The names of "classes", from the list or from the file with one name a line."""
+    """Return the class names of "classes": a list, or a file with one name per line."""
     classes = entry["classes"]
     if isinstance(classes, str):
         if not PathManager.isfile(classes):
-            raise DataError(f"DATASETS.CUSTOM, {entry['name']}: the file of classes {classes} does not exist.")
+            raise DataError(
+                f"{classes}: this file of class names does not exist. Correct classes of {entry['name']} in "
+                "DATASETS.CUSTOM."
+            )
         with PathManager.open(classes) as f:
             classes = [line.strip() for line in f if line.strip()]
     if not classes or len(set(classes)) < len(classes) or not all(isinstance(x, str) for x in classes):
-        raise ConfigError(
-            f"DATASETS.CUSTOM, {entry['name']}: classes must be different names, at least one; got {classes!r}."
-        )
+        raise ConfigError(f"DATASETS.CUSTOM, {entry['name']}: classes = {classes!r}: use one or more different names.")
     if len(classes) > IGNORE_LABEL:
         raise ConfigError(
-            f"DATASETS.CUSTOM, {entry['name']}: {len(classes)} classes; at most {IGNORE_LABEL} are possible."
+            f"DATASETS.CUSTOM, {entry['name']}: classes has {len(classes)} names: use at most {IGNORE_LABEL}."
         )
     return list(classes)
 
 
 def _label_map(entry: dict[str, Any], num_classes: int) -> np.ndarray:
-    """int16 array: value in a label file -> class, 255 where it is ignored, -1 where it must not occur."""
+    """Return an int16 array that maps a value of a label map to its class, 255 (ignored) or -1 (not allowed)."""
     where = f"DATASETS.CUSTOM, {entry['name']}"
     values, ignore = entry.get("label_values", 0), entry.get("ignore", [IGNORE_LABEL])
     if isinstance(values, int):
         values = list(range(values, values + num_classes))
     for key, numbers in (("label_values", values), ("ignore", ignore)):
         if not all(isinstance(x, int) and 0 <= x < 2**16 for x in numbers):
-            raise ConfigError(f"{where}: {key} must be integers from 0 to 65535; got {numbers!r}.")
+            raise ConfigError(f"{where}: {key} = {numbers!r}: use integers from 0 to 65535.")
     if len(values) != num_classes:
-        raise ConfigError(f"{where}: label_values has {len(values)} values for {num_classes} classes.")
+        raise ConfigError(f"{where}: label_values has {len(values)} values: use one for each of {num_classes} classes.")
     if len({*values, *ignore}) < len(values) + len(set(ignore)):
-        raise ConfigError(f"{where}: a value occurs twice in label_values {values} and ignore {list(ignore)}.")
+        raise ConfigError(
+            f"{where}: label_values = {values} and ignore = {list(ignore)}: use each value only once in both."
+        )
     label_map = np.full(max([*values, *ignore]) + 1, -1, np.int16)
     label_map[values] = np.arange(num_classes)
     label_map[list(ignore)] = IGNORE_LABEL
@@ -205,29 +213,37 @@ def _label_map(entry: dict[str, Any], num_classes: int) -> np.ndarray:
 
 
 def checked_entry(entry: Any, where: str) -> dict[str, Any]:
-    """A copy of an entry of DATASETS.CUSTOM with expanded paths, after all its keys were checked."""
+    """Check all keys of an entry of DATASETS.CUSTOM; returns a copy with expanded paths.
+
+    Args:
+        entry: the entry.
+        where: place of the entry in the config, for error messages.
+
+    Raises:
+        ConfigError: a key is missing or unknown, or a value is wrong.
+    """
     if not isinstance(entry, dict):
-        raise ConfigError(f"{where} must be a mapping with the keys name and type, but is {entry!r}.")
+        raise ConfigError(f"{where} = {entry!r}: use a mapping with the keys name and type.")
     kind = entry.get("type")
     if kind not in KEYS:
-        raise ConfigError(f"{where}.type is {kind!r}; it must be one of {', '.join(KEYS)}.")
+        raise ConfigError(f"{where}.type = {kind!r}: use one of {', '.join(KEYS)}.")
     keys = {**COMMON_KEYS, **KEYS[kind]}
     unknown = sorted(set(entry) - set(keys))
     if unknown:
-        raise ConfigError(f"{where} has the unknown key {unknown[0]!r}; type {kind} has {', '.join(keys)}.")
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; type {kind} has the keys {', '.join(keys)}.")
     checked = {}
     for key, (required, types) in keys.items():
         if key not in entry:
             if required:
-                raise ConfigError(f"{where} lacks the key {key!r}, which type {kind} needs.")
+                raise ConfigError(f"{where}: add the key {key!r}, which type {kind} needs.")
             continue
         value = entry[key]
         if not isinstance(value, types) or value == "":
             raise ConfigError(
-                f"{where}.{key} is {value!r}; it must be of type {' or '.join(t.__name__ for t in types)}."
+                f"{where}.{key} = {value!r}: use a value of type {' or '.join(t.__name__ for t in types)}."
             )
         is_path = isinstance(value, str) and key not in ("name", "type")
         checked[key] = os.path.expanduser(value) if is_path else value
     if not 0 < checked.get("validation", 0.5) < 1:
-        raise ConfigError(f"{where}.validation is {checked['validation']}; it must be between 0 and 1, as 0.2.")
+        raise ConfigError(f"{where}.validation = {checked['validation']}: use a number between 0 and 1, such as 0.2.")
     return checked

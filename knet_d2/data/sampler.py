@@ -1,7 +1,7 @@
-"""Which samples a training batch is made of: a pure function of the seed and the iteration.
+"""Selects the samples of each training batch, as a pure function of the seed and the iteration.
 
-Because nothing depends on what happened before, a run that is resumed at an iteration sees exactly what it would have
-seen, and no loader state needs saving.
+The selection does not depend on earlier iterations. A resumed run therefore gets exactly the batches of an
+uninterrupted run, and a checkpoint needs no state of the loader.
 """
 
 from collections.abc import Iterator
@@ -12,18 +12,23 @@ import torch.utils.data
 
 
 class SampleKey(NamedTuple):
-    """index: place in the data set; position: place in the endless stream of training samples."""
+    """The address of a training sample.
+
+    Attributes:
+        index: index of the record in the data set.
+        position: position in the endless stream of training samples; it seeds the random augmentation.
+    """
 
     index: int  # type: ignore[assignment]  # NamedTuple has a method of this name
     position: int
 
 
 class TrainingBatchSampler(torch.utils.data.Sampler):
-    """An endless stream of this process's share of each batch: lists of SampleKey.
+    """Yields this process's share of each batch, a list of SampleKey, without end.
 
-    Every data set is walked through in a new order each epoch, and batches run on from one epoch to the next. With
-    groups, a batch has samples of one group only: each group is such a stream of its own, and the batches are dealt
-    out to the groups in proportion to their sizes.
+    Each epoch goes through the data set in a new random order. A batch may contain the end of one epoch and the start
+    of the next. With groups, all samples of a batch are of one group: each group is a separate stream with its own
+    epochs, and gets a number of batches in proportion to its size.
     """
 
     def __init__(
@@ -39,12 +44,12 @@ class TrainingBatchSampler(torch.utils.data.Sampler):
     ) -> None:
         """
         Args:
-            size: samples in the data set.
-            batch_size: samples in a batch of all processes together.
+            size: number of samples in the data set.
+            batch_size: number of samples in a batch, over all processes.
             seed: a number >= 0, the same for all processes.
-            rank, world_size: this process's number, and how many there are.
+            rank, world_size: number of this process, and of all processes.
             start_iter: the first iteration.
-            groups: a number per sample; samples with the same number are batched together. None: no groups.
+            groups: group number of each sample; None: all samples are one group.
         """
         if batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} is not divisible by world_size {world_size}")
@@ -65,7 +70,7 @@ class TrainingBatchSampler(torch.utils.data.Sampler):
             iteration += 1
 
     def batch(self, iteration: int) -> list[SampleKey]:
-        """The whole batch of an iteration, of all processes."""
+        """Return the batch of an iteration, over all processes."""
         group, turn = self._turn(iteration)
         keys = []
         for i in range(self.batch_size):
@@ -74,10 +79,10 @@ class TrainingBatchSampler(torch.utils.data.Sampler):
         return keys
 
     def _turn(self, iteration: int) -> tuple[int, int]:
-        """The group whose turn an iteration is, and how many turns the group had before.
+        """Return the group that an iteration draws from, and the number of earlier iterations of this group.
 
-        With two groups of a and b samples, group 1 had floor(i * b / (a + b)) turns in the first i iterations; more
-        groups are told apart in the same way, one against all later ones.
+        With two groups of a and b samples, the second group gets floor(i * b / (a + b)) of the first i iterations.
+        With more groups, the same rule separates each group from all later groups.
         """
         remaining = [len(group) for group in self._groups]
         for group, size in enumerate(remaining[:-1]):

@@ -1,4 +1,4 @@
-"""One COCO "segmentation": polygons or RLE, checked from the format before any library decodes it."""
+"""Checks one COCO "segmentation", polygons or RLE, before a library decodes it."""
 
 import math
 from itertools import pairwise
@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 
-# Decoders take memory in proportion to both.
+# The memory that a decoder takes grows with both.
 _LARGEST_COORDINATE = 1e6
 _LONGEST_OUTLINE = 1e7
-# Polygons of careful tools end up to this many pixels outside.
+# Correct tools, too, write polygons that reach this many pixels beyond the image.
 _ROUNDING = 3.0
 
 
 class SegmentationError(ValueError):
-    """kind: as in knet_d2.data.check.faults.KINDS."""
+    """A segmentation is wrong; ``kind`` is a key of knet_d2.data.check.faults.KINDS."""
 
     def __init__(self, kind: str, what: str) -> None:
         super().__init__(what)
@@ -23,7 +23,7 @@ class SegmentationError(ValueError):
 
 
 def check_segmentation(segmentation: Any) -> None:
-    """Raise a SegmentationError where polygons or RLE can't be decoded safely; nothing at all is no matter."""
+    """Raise a SegmentationError if polygons or RLE can't be decoded safely; an empty segmentation is allowed."""
     if isinstance(segmentation, dict):
         read_rle(segmentation)
     elif isinstance(segmentation, list):
@@ -35,9 +35,9 @@ def check_segmentation(segmentation: Any) -> None:
 
 
 def check_coordinates(polygon: Any) -> None:
-    """Raise a SegmentationError unless a polygon is a list of numbers [x0, y0, x1, y1, ...] of sensible size."""
+    """Raise a SegmentationError unless a polygon is a list of numbers [x0, y0, x1, y1, ...] within the limits."""
     if not isinstance(polygon, list):
-        raise SegmentationError("bad polygon", "segmentation is a list of numbers, not of polygons")
+        raise SegmentationError("bad polygon", "segmentation is not a list of polygons, which are lists of numbers")
     if not polygon:
         return
     try:
@@ -50,7 +50,7 @@ def check_coordinates(polygon: Any) -> None:
         raise SegmentationError("bad polygon", f"the coordinate {str(wrong)[:40]} is not a number")
     if max(high, -low) > _LARGEST_COORDINATE:
         raise SegmentationError("bad polygon", f"it has coordinates from {low} to {high}")
-    if len(polygon) * (high - low) > _LONGEST_OUTLINE:  # it can't be longer than that
+    if len(polygon) * (high - low) > _LONGEST_OUTLINE:  # an upper bound of the length, which is quick to compute
         points = list(zip(polygon[0::2], polygon[1::2]))
         length = sum(max(abs(a[0] - b[0]), abs(a[1] - b[1])) for a, b in pairwise(points))
         if length > _LONGEST_OUTLINE:
@@ -65,10 +65,10 @@ def _is_finite(x: Any) -> bool:
 
 
 def read_segmentation(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """The mask of polygons or RLE as compressed RLE of height x width.
+    """Convert polygons or RLE to compressed RLE of size height x width.
 
     Raises:
-        SegmentationError: says what is wrong with it.
+        SegmentationError: the segmentation is wrong; says in which way.
     """
     if isinstance(segmentation, dict):
         return read_rle(segmentation, (height, width))
@@ -77,16 +77,16 @@ def read_segmentation(segmentation: Any, height: int, width: int) -> dict[str, A
     for polygon in segmentation:
         check_coordinates(polygon)
         if len(polygon) % 2:
-            raise SegmentationError("bad polygon", f"it has {len(polygon)} numbers, which is odd")
+            raise SegmentationError("bad polygon", f"it has an odd number of coordinates, {len(polygon)}")
         if len(polygon) < 6:
-            raise SegmentationError("bad polygon", f"it has {len(polygon) // 2} points, at least 3 are needed")
+            raise SegmentationError("bad polygon", f"it has {len(polygon) // 2} points, but at least 3 are needed")
     if max(max(polygon) for polygon in segmentation) <= 1.0 < max(height, width) / 2:
         raise SegmentationError("relative coordinates", "all coordinates are between 0 and 1")
     return mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
 
 
 def find_outside(segmentation: Any, height: int, width: int) -> tuple[str, str] | None:
-    """The kind of fault and what it is where polygons reach beyond the image."""
+    """Return (kind of fault, what is wrong) if polygons reach beyond the image, else None."""
     if not isinstance(segmentation, list):
         return None
     points = np.concatenate([np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in segmentation])
@@ -96,25 +96,26 @@ def find_outside(segmentation: Any, height: int, width: int) -> tuple[str, str] 
         return None
     inside = np.clip(high, 0, (width, height)) - np.clip(low, 0, (width, height))
     part = 1 - inside.prod() / max((high - low).prod(), 1e-6)
-    what = f"{part:.0%} of its box is outside the image of {width} x {height}, by up to {beyond:.0f} pixels"
+    what = f"{part:.0%} of its box is outside the image of {width} x {height} pixels, by up to {beyond:.0f} pixels"
     return ("polygon outside" if part > 0.5 else "polygon over the edge"), what
 
 
 def read_rle(segmentation: dict[str, Any], image_size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """RLE, compressed or not, as compressed RLE.
+    """Convert compressed or uncompressed RLE to compressed RLE.
 
     Args:
-        image_size: the (height, width) that it must have; None: any.
+        segmentation: RLE with "size" and "counts".
+        image_size: required (height, width); None: any.
 
     Raises:
-        SegmentationError: it is of another size, or damaged.
+        SegmentationError: the RLE has another size or is damaged.
     """
     size, counts = segmentation.get("size"), segmentation.get("counts")
     sides = size if isinstance(size, (list, tuple)) else ()
     if len(sides) != 2 or not all(type(x) is int and 0 < x <= 2**16 for x in sides):
         raise SegmentationError("bad RLE", f"its size is {str(size)[:40]}; it must be [height, width]")
     if image_size is not None and tuple(size) != image_size:
-        raise SegmentationError("bad RLE", f"its size is {list(size)} and the image's {list(image_size)}")
+        raise SegmentationError("bad RLE", f"its size is {list(size)}, but the image has {list(image_size)}")
     if isinstance(counts, (str, bytes)):
         numbers = _decode_counts(counts if isinstance(counts, str) else counts.decode("latin1"))
     elif isinstance(counts, list) and all(type(x) is int for x in counts):
@@ -123,14 +124,15 @@ def read_rle(segmentation: dict[str, Any], image_size: tuple[int, int] | None = 
         raise SegmentationError("bad RLE", f"counts is {str(counts)[:40]}, neither a string nor a list of integers")
     if min(numbers, default=0) < 0 or sum(numbers) != size[0] * size[1]:
         raise SegmentationError("bad RLE", f"its counts add up to {sum(numbers)} and not to {size[0] * size[1]}")
-    # "counts" must be a list for frPyObjects, and a string is one already.
+    # frPyObjects takes "counts" only as a list; RLE whose "counts" is a string is compressed already.
     return mask_util.frPyObjects(segmentation, *size) if isinstance(counts, list) else segmentation
 
 
 def _decode_counts(string: str) -> list[int]:
-    """The run lengths in COCO's compressed form: 5 bits a character, signed, from the fourth on differences.
+    """Decode the run lengths of COCO's compressed RLE.
 
-    pycocotools would read beyond the end of a damaged string.
+    Each character holds 5 bits of a signed number. From the fourth number on, the string holds the difference to the
+    number two places before. pycocotools can't check a string: it reads beyond the end of a damaged one.
     """
     counts: list[int] = []
     value, shift = 0, 0

@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop, and how data loading processes treat them."""
+"""The signals that ask a run to stop, and how the worker processes of a data loader treat them."""
 
 import os
 import signal
@@ -8,10 +8,10 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """Let a data loading process end when its parent says so, and at nobody else's signal; DataLoader's worker_init_fn.
+    """Make a worker process ignore stop signals, except those of its parent process; DataLoader's worker_init_fn.
 
-    Schedulers signal all processes of a run: its loaders would end before the run is saved. Signals of the parent
-    count: Python ends such processes by SIGTERM when the parent exits, and waits for them.
+    Schedulers signal all processes of a run. Workers that ended then would stop the run before it is saved. Signals
+    of the parent must work, because Python ends worker processes by SIGTERM when the parent exits, and waits for them.
     """
     if not hasattr(signal, "sigwaitinfo"):
         return

@@ -1,4 +1,4 @@
-"""Training and prediction: setup, trainer, optimiser, hooks, writers, predictor."""
+"""Training runs: trainer, training step, optimiser, hooks, writers and processes."""
 
 from ..config.merging import choose_device, load_config, merge_config, setup
 from ..inference.default_predictor import Predictor

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights (SOLVER.EMA_DECAY), which is evaluated and saved as the model."""
+"""The exponential moving average of the weights (SOLVER.EMA_DECAY), which is evaluated and saved as the model."""
 
 from typing import Any
 
@@ -11,30 +11,33 @@ from ..errors import ConfigError
 
 
 class WeightAverage(HookBase):
-    """Averages the weights after every step; buffers, as batch norm's statistics, are those of the model.
+    """Averages the weights after every step. Buffers, such as the statistics of batch norm, are not averaged.
 
-    A checkpoint's "model" is the average, so that whoever loads it needs to know nothing of this; the weights that
-    the optimiser goes on with are in this hook's state.
+    The average is stored as "model" in a checkpoint, so it loads like any other model. The weights that the
+    optimiser updates are stored in the state of this hook.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         """
         Args:
-            model: is trained; not wrapped for distributed training.
-            decay: part of the average that stays in a step.
+            model: model that is trained, without the wrapper for distributed training.
+            decay: weight of the old average in each step, 0 to 1: average = decay * average + (1 - decay) * weights.
         """
         self._model = model
-        # Not the buffers: PyTorch's average of integers rounds down.
+        # use_buffers=True would also average integer buffers, which rounds them down.
         self._averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
         self._resumed = False
 
     @property
     def averaged_model(self) -> nn.Module:
-        """A model of the same kind with the averaged weights."""
+        """A model of the same architecture with the averaged weights."""
         return self._averaged.module
 
     def start(self) -> None:
-        """Let the training begin with the weights that were loaded into the average, unless a run is resumed."""
+        """Copy the loaded weights, which the checkpointer put into the average, to the trained model.
+
+        In a resumed run both are loaded already.
+        """
         if not self._resumed:
             self._model.load_state_dict(self.averaged_model.state_dict())
 
@@ -51,8 +54,8 @@ class WeightAverage(HookBase):
 
 
 def build_weight_average(cfg: CfgNode, model: nn.Module) -> WeightAverage | None:
-    """The hook that SOLVER.EMA_DECAY asks for; None where it is 0."""
+    """Build the hook for SOLVER.EMA_DECAY; None if it is 0."""
     decay = cfg.SOLVER.EMA_DECAY
     if not 0 <= decay < 1:
-        raise ConfigError(f"SOLVER.EMA_DECAY = {decay}: use 0 (no average) or a number below 1, as 0.999.")
+        raise ConfigError(f"SOLVER.EMA_DECAY = {decay}: use 0 (no average) or a number below 1, such as 0.999.")
     return WeightAverage(model, decay) if decay else None

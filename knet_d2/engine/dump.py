@@ -1,7 +1,7 @@
-"""The batch of a training step as a file, to repeat the step.
+"""Writes and reads the batch of a training step, so that the step can be repeated.
 
-A training that stops at losses that are not finite leaves a folder with config.yaml, model.pth (the state before the
-step: weights, optimiser, iteration) and the batch of every process, batch_rank<r>.pth.
+When a training run stops because a loss is not finite, it writes a folder with config.yaml, model.pth (weights,
+optimiser state and iteration before the step) and one batch_rank<r>.pth per process.
 """
 
 import os
@@ -18,27 +18,30 @@ Batch = list[dict[str, Any]]
 
 
 def batch_file(folder: str, rank: int) -> str:
-    """Where the batch of a process is in the folder."""
+    """Return the path of a process's batch in the folder."""
     return os.path.join(folder, f"batch_rank{rank}.pth")
 
 
 def save_batch(path: str, batch: Batch) -> None:
-    """Write training examples as tensors, numbers and strings, which can be read without running code."""
+    """Write training examples as tensors, numbers and strings, because reading these can't run code."""
     write_atomically(path, lambda f: torch.save([_as_plain(sample) for sample in batch], f))
 
 
 def load_batch(path: str) -> Batch:
-    """The training examples that :func:`save_batch` wrote.
+    """Read the training examples that :func:`save_batch` wrote.
 
     Raises:
-        CheckpointError, DataError: the file is missing, damaged or something else.
+        CheckpointError: the file is missing or damaged.
+        DataError: the file does not contain a training batch.
     """
     try:
         return [_from_plain(sample) for sample in load_file(path)]
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         if isinstance(error, KNetError):
             raise
-        raise DataError(f"{path}: holds no training batch ({error!r}).") from error
+        raise DataError(
+            f"{path}: does not contain a training batch ({error!r}). Name a folder that a training run wrote."
+        ) from error
 
 
 def _as_plain(sample: dict[str, Any]) -> dict[str, Any]:

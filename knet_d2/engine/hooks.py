@@ -1,8 +1,8 @@
 """Hooks of a training run.
 
-Their order makes a run resumable at any moment: the checkpoint of an iteration is written before its evaluation
-(which can fail), its line in metrics.json last. A missing line tells a resumed run to repeat the hooks that follow
-the checkpoint for that iteration.
+The order of the hooks makes a run resumable at any time. In each iteration, the checkpoint is written first, then the
+model is evaluated (which can fail), and the line in metrics.json is written last. If this line is missing for the
+checkpoint's iteration, a resumed run repeats the hooks that follow the checkpoint.
 """
 
 import logging
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 def is_due(trainer: TrainerBase, *periods: int) -> bool:
-    """Whether the present iteration is the last one, or ends one of the periods (in iterations; 0 = none)."""
+    """Return whether the current iteration is the last one, or the last one of a period (in iterations; 0 = never)."""
     done = trainer.iter + 1
     return done == trainer.max_iter or any(period > 0 and done % period == 0 for period in periods)
 
 
 class MetricsHistory(HookBase):
-    """Keeps the recent values of all metrics in the checkpoint, so that a resumed run smooths over the same values."""
+    """Stores the recent values of all metrics in the checkpoint, so that a resumed run smooths over the same values."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, dict[str, Any]] = {}
@@ -54,7 +54,7 @@ class MetricsHistory(HookBase):
         for name, history in storage.histories().items():
             smoothed = storage.smoothing_hints()[name]
             values = [list(x) for x in history.values()[-WINDOW if smoothed else -1 :]]
-            # A metric that is not smoothed can be unwritten only if it is of this iteration
+            # Metrics without smoothing are needed only if this iteration set them: earlier ones are in the file.
             if name not in TIMINGS and (smoothed or values[-1][1] == storage.iter):
                 state[name] = {"values": values, "smoothed": smoothed}
         return state
@@ -64,16 +64,17 @@ class MetricsHistory(HookBase):
 
 
 class ProcessAgreement(HookBase):
-    """Gives all processes equal models before they are saved or evaluated, and checks that they are equal.
+    """Makes the models of all processes equal before they are saved or evaluated, and checks that they are equal.
 
-    Running statistics of plain batch norm are of each process's own images. All processes take those of the main one,
-    which are in the checkpoint.
+    Plain batch norm computes running statistics from the images of its own process. The statistics of the main
+    process are broadcast, because the checkpoint contains these.
     """
 
     def __init__(self, models: Sequence[nn.Module], *periods: int):
         """
         Args:
-            periods: in iterations; the hook is due whenever one of them is.
+            models: models of this process, in the same order in all processes.
+            periods: periods in iterations; the hook runs at the end of each of them.
         """
         self._models = models
         self._periods = periods
@@ -86,9 +87,10 @@ class ProcessAgreement(HookBase):
             self._make_equal()
 
     def _make_equal(self) -> None:
-        """
+        """Broadcast the buffers, then compare checksums of all parameters and buffers.
+
         Raises:
-            KNetError: parameters differ; in all processes.
+            KNetError: a value differs between processes; raised in all processes.
         """
         if comm.get_world_size() == 1:
             return
@@ -101,14 +103,14 @@ class ProcessAgreement(HookBase):
             differing = [name for (name, _), a, b in zip(state, sums, others) if a != b]
             if differing:
                 raise KNetError(
-                    f"Iteration {self.trainer.iter}: processes {comm.get_rank()} and {rank} have trained different "
-                    f"values of {differing[0]} ({len(differing)} differ in all). Continue from the last checkpoint "
-                    "with --resume; should it happen again, a device or its memory may be broken."
+                    f"Iteration {self.trainer.iter}: processes {comm.get_rank()} and {rank} have different values of "
+                    f"{differing[0]} ({len(differing)} tensors differ). Continue from the last checkpoint with "
+                    "--resume; if it happens again, check the device and its memory."
                 )
 
 
 def _checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor's bytes, int64."""
+    """Return the sum of a tensor's bytes, int64."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
 
 
@@ -118,8 +120,9 @@ class CheckpointHook(HookBase):
     def __init__(self, checkpointer: Checkpointer, period: int, keep: int):
         """
         Args:
-            period: iterations; 0: only model_final.pth.
-            keep: number of periodic checkpoints that stay, those of the run before a resume included; 0 = all.
+            checkpointer: writes the files.
+            period: number of iterations between checkpoints; 0: write only model_final.pth.
+            keep: number of periodic checkpoints to keep, also counting those from before a resume; 0 = all.
         """
         self._checkpointer = checkpointer
         self._period = period
@@ -133,7 +136,7 @@ class CheckpointHook(HookBase):
             self._checkpointer.save("model_final", iteration=self.trainer.iter)
 
     def save_unless_done(self) -> None:
-        """Write the checkpoint of this iteration, if after_step has not written one."""
+        """Write the checkpoint of this iteration unless after_step has written one."""
         if not is_due(self.trainer, self._period):
             self.save()
 
@@ -144,13 +147,13 @@ class CheckpointHook(HookBase):
         if self._keep and comm.is_main_process():
             folder = self._checkpointer.save_dir
             names = periodic_checkpoints(folder)
-            # Later ones are damaged files that a resume has passed over
+            # Checkpoints of later iterations stay: they are damaged files that a resume has skipped.
             for old in names[names.index(f"{name}.pth") + self._keep :]:
                 os.remove(os.path.join(folder, old))
 
 
 class StopHook(HookBase):
-    """Ends the training after a stop signal to any of its processes, with a checkpoint of the iteration."""
+    """Writes a checkpoint and ends the run after any of its processes has received a stop signal."""
 
     def __init__(self, signals: StopSignals, checkpoints: CheckpointHook):
         self._signals = signals
@@ -162,22 +165,25 @@ class StopHook(HookBase):
             self._stop(received[0])
 
     def stop_if_received(self, *_: Any) -> None:
-        """Stop without asking the other processes, which get the signal too; a forward hook of the evaluated model."""
+        """Stop without asking the other processes, because schedulers signal all processes of a run.
+
+        It is a forward hook of the evaluated model.
+        """
         if self._signals.received:
             self._stop(self._signals.received)
 
     def _stop(self, name: str) -> None:
-        logger.info(f"Received {name} in iteration {self.trainer.iter}.")
+        logger.info("Received %s in iteration %d.", name, self.trainer.iter)
         self._checkpoints.save_unless_done()
-        comm.synchronize()  # the launcher ends all processes as soon as one has ended
-        logger.info(f"Stopped with a checkpoint, exit code {EXIT_PREEMPTED}: continue with --resume.")
+        comm.synchronize()  # wait for the checkpoint: the launcher ends all processes as soon as one has ended
+        logger.info("Stopped with a checkpoint and exit code %d. Continue with --resume.", EXIT_PREEMPTED)
         raise Preempted
 
 
 class EvalHook(HookBase):
     """Evaluates the model periodically and after the last iteration.
 
-    A stop signal ends an evaluation at the next image; a resumed run repeats it from the start.
+    A stop signal ends an evaluation at the next image. A resumed run then repeats the evaluation from the start.
     """
 
     def __init__(self, period: int, stop: StopHook):
@@ -197,13 +203,14 @@ class EvalHook(HookBase):
 
 
 class BestCheckpointer(HookBase):
-    """Keeps the checkpoint with the highest value of one metric as model_best.pth."""
+    """Writes the checkpoint with the highest value of one metric to model_best.pth."""
 
     def __init__(self, checkpointer: Checkpointer, metric: str, metrics_file: str):
         """
         Args:
-            metric: name of a scalar, as "segm/AP".
-            metrics_file: what an interrupted run reached so far is read from there.
+            checkpointer: writes the file.
+            metric: name of a scalar, such as "segm/AP".
+            metrics_file: path of metrics.json; the best value before a resume is read from it.
         """
         self._checkpointer = checkpointer
         self._metric = metric
@@ -219,17 +226,17 @@ class BestCheckpointer(HookBase):
         if iteration != self.trainer.iter or not value > self._best:
             return
         self._best = value
-        logger.info(f"Best {self._metric} so far: {value:.3f} after iteration {iteration + 1}")
+        logger.info("Best %s so far: %.3f after iteration %d.", self._metric, value, iteration + 1)
         self._checkpointer.save("model_best", tag=False, iteration=iteration)
 
 
 class PeriodicWriter(HookBase):
-    """Writes every LOG_PERIOD iterations, after an evaluation and at the end; a failed run adds nothing."""
+    """Calls the writers of metrics at the end of each period and of the run. A failed iteration is not written."""
 
     def __init__(self, *periods: int):
         """
         Args:
-            periods: in iterations; writing is due whenever one of them is.
+            periods: periods in iterations; the writers are called at the end of each of them.
         """
         self._periods = periods
         self._writers: list[EventWriter] = []
@@ -248,7 +255,10 @@ class PeriodicWriter(HookBase):
 
 
 class FinishIteration(HookBase):
-    """Before a resumed run continues: repeats the hooks that follow the checkpoint for the checkpoint's iteration."""
+    """Completes the checkpoint's iteration before a resumed run continues.
+
+    If the interrupted run did not reach the end of this iteration, the hooks that follow the checkpoint are repeated.
+    """
 
     def __init__(self, hooks_after_checkpoint: Sequence[HookBase]):
         self._hooks = hooks_after_checkpoint
@@ -256,7 +266,7 @@ class FinishIteration(HookBase):
     def before_train(self) -> None:
         trainer = self.trainer
         last_iter = trainer.start_iter - 1
-        # The main process has cut the metrics file and knows its last line
+        # Only the main process knows the last line, because it has truncated the metrics file.
         if last_iter < 0 or comm.all_gather(trainer.last_written == last_iter)[0]:
             return
         trainer.iter = trainer.storage.iter = last_iter

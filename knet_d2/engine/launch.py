@@ -1,6 +1,7 @@
-"""Starts the processes of a run, stops them by a signal, and says once why a run has failed.
+"""Starts the processes of a run, stops them after a signal, and reports once why a run has failed.
 
-Detectron2's ``launch``, torchrun or SLURM's srun start the processes; the environment says which.
+The processes are started by torchrun or SLURM's srun if their environment variables are set, else by Detectron2's
+``launch``.
 """
 
 import argparse
@@ -35,17 +36,18 @@ EXIT_FAILED = 1
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 _RESUME = "The last checkpoint is intact: continue with --resume."
-_GRACE_PERIOD = 3  # seconds for the launcher to report a killed rank and to end the others
-_PORTS = range(12000, 32000)  # below the ports that systems give to outgoing connections
+# Grace period in seconds for the launcher to report a killed rank and to end the others.
+_GRACE_PERIOD = 3
+_PORTS = range(12000, 32000)  # below the ports that operating systems use for outgoing connections
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add what Detectron2's command line lacks."""
+    """Add the launch options that Detectron2's command line does not have."""
     parser.add_argument(
         "--timeout-minutes",
         type=float,
         default=30.0,
-        help="a process that waits longer than this for another one fails",
+        help="a process fails when it waits longer than this for another process",
     )
     return parser
 
@@ -54,14 +56,14 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
     """Run ``main(args)`` in every process of a run.
 
     Args:
-        main: a function of a module, or of the program itself.
-        args: of Detectron2's command line, with :func:`add_launch_arguments`.
+        main: function of a module or of the main program.
+        args: arguments of Detectron2's command line and of :func:`add_launch_arguments`.
 
     Returns:
-        The exit code: 0, or EXIT_FAILED after a failure. The first process that failed has printed why.
+        The exit code: 0, or EXIT_FAILED after a failure, which the first failed process has reported.
 
     Raises:
-        SystemExit: another exit code, as EXIT_PREEMPTED after a signal.
+        SystemExit: the run ends with another exit code, such as EXIT_PREEMPTED after a signal.
     """
     return _guarded(_start, main, args)
 
@@ -70,7 +72,9 @@ def _start(main: Callable, args: argparse.Namespace) -> None:
     timeout = datetime.timedelta(minutes=args.timeout_minutes)
     place = find_placement(os.environ, args.num_gpus, args.num_machines)
     if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
-        raise ConfigError(f"--num-gpus is {args.num_gpus}, but PyTorch sees {torch.cuda.device_count()} CUDA GPUs.")
+        raise ConfigError(
+            f"--num-gpus {args.num_gpus}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs; use at most these."
+        )
     if place is not None:
         _join(place, timeout)
     elif args.num_gpus * args.num_machines > 1:
@@ -79,7 +83,7 @@ def _start(main: Callable, args: argparse.Namespace) -> None:
 
 
 def _launch(main: Callable, args: argparse.Namespace, timeout: datetime.timedelta) -> None:
-    # It would report each process that it ends after a failure
+    # After a failure this logger would also report each of the other processes, which PyTorch then ends.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
         with _handlers(_pass_on):
@@ -96,66 +100,69 @@ def _launch(main: Callable, args: argparse.Namespace, timeout: datetime.timedelt
         if error.signal_name is None:
             sys.exit(error.exit_code)  # the process has printed why
         raise KNetError(
-            f"Process {error.error_index} was killed by {error.signal_name} (out of memory, perhaps). {_RESUME}"
+            f"Process {error.error_index} was killed by {error.signal_name}, maybe because memory ran out. {_RESUME}"
         ) from error
-    except ProcessRaisedException as error:  # raised before _work is called
-        raise KNetError(f"The processes can't be connected. {str(error).strip().splitlines()[-1]}") from error
+    except ProcessRaisedException as error:  # raised while the processes connect: _work reports its own errors
+        raise KNetError(f"The processes can't connect. {str(error).strip().splitlines()[-1]}") from error
 
 
 def _work(main: Callable, args: argparse.Namespace) -> None:
     sys.exit(_guarded(main, args))
 
 
-# ---- failures --------------------------------------------------------------------------------------------------
+# ---- user-readable messages for infrastructure failures ------------------------------------------------------------
 
 
 def explain(error: BaseException) -> str | None:
-    """One message that says what to do; None for a failure that only its traceback explains."""
+    """Return a message for the user that says what to do; None if only the traceback explains the failure."""
     if isinstance(error, KNetError):
         return str(error)
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if _is_lost_process(error):
         return (
-            "A process of this run, or one that loads data for it, has ended (out of memory, perhaps: try a smaller "
-            f"DATALOADER.NUM_WORKERS) or has not answered in time. {_RESUME} ({reason})"
+            "A process of this run or of its data loader has ended or has not answered in time. If memory ran out, use "
+            f"a smaller DATALOADER.NUM_WORKERS. {_RESUME} ({reason})"
         )
     if isinstance(error, OSError) and error.strerror:
         name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "A file of the run"
-        return f"{name}: {error.strerror}. OUTPUT_DIR must be a folder with room, which may be written to."
+        return f"{name}: {error.strerror}. Set OUTPUT_DIR to a writable folder with free disk space."
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
         return (
             "Out of memory. Use a smaller SOLVER.IMS_PER_BATCH, smaller images (INPUT.MIN_SIZE_TRAIN, "
-            f"INPUT.MAX_SIZE_TRAIN) or more parts of a batch (SOLVER.ACCUMULATE_GRADIENTS). ({reason})"
+            f"INPUT.MAX_SIZE_TRAIN) or more parts per batch (SOLVER.ACCUMULATE_GRADIENTS). ({reason})"
         )
     return None
 
 
 def _is_lost_process(error: BaseException) -> bool:
-    """Whether an error means that another process has ended; gloo and DataLoader raise plain RuntimeErrors."""
+    """Return whether an error means that another process has ended.
+
+    The message must be searched, because gloo and DataLoader raise plain RuntimeErrors.
+    """
     if isinstance(error, (distributed.DistError, ConnectionError, EOFError)):
         return True
     return isinstance(error, RuntimeError) and ("gloo" in str(error) or "DataLoader worker" in str(error))
 
 
 def _guarded(work: Callable, *args: Any) -> int:
-    """Do the work of this process; returns its exit code."""
-    # A full disk also fails in log files and in TensorBoard's thread, which would print tracebacks
+    """Run the work of this process and report its failure; returns the exit code."""
+    # With a full disk, writing log files and TensorBoard's thread fail, too, and would print more tracebacks.
     logging.raiseExceptions, threading.excepthook = False, _print_unexplained
     try:
         work(*args)
         return 0
     except Exception as error:
-        if hasattr(signal, "SIGCHLD"):  # PyTorch's handler raises an error wherever the main thread is
+        if hasattr(signal, "SIGCHLD"):  # PyTorch's handler could raise another error while this one is reported
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return _report(error)
 
 
 def _report(error: Exception) -> int:
-    """Print why this process ends, unless another one has failed before; returns the exit code."""
+    """Print why this process ends, unless another process has failed before; returns the exit code."""
     if _is_lost_process(error):
         time.sleep(_GRACE_PERIOD)
     if not _is_first_failure():
-        logger.info(f"Process {comm.get_rank()} ends, because another one has failed.")
+        logger.info("Process %d ends because another process has failed.", comm.get_rank())
         return EXIT_FAILED
     message = explain(error)
     if message is not None:
@@ -168,7 +175,7 @@ def _report(error: Exception) -> int:
 
 
 def _is_first_failure() -> bool:
-    """Whether no other process of the run has failed before."""
+    """Return whether no other process of the run has failed before."""
     if not distributed.is_available() or not distributed.is_initialized():
         return True
     try:
@@ -186,28 +193,32 @@ def _print_unexplained(args: threading.ExceptHookArgs) -> None:
 
 
 class Preempted(SystemExit):
-    """A signal stopped the run, and its state is saved."""
+    """Raised when a signal has stopped the run and its state is saved."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_PREEMPTED)
 
 
 class StopSignals:
-    """Remembers that the process was asked to stop."""
+    """Records that the process has received a stop signal.
+
+    Attributes:
+        received: name of the signal; None if there was none.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Set ``received`` to the name of a stop signal that comes inside the ``with`` block."""
+        """Record a stop signal that arrives inside the ``with`` block in ``received``."""
         self.received = None
         try:
             with _handlers(self._receive):
                 yield
         except Exception as error:
             if self.received and _is_lost_process(error):
-                # The launcher ends this process after another one has failed, and reports that one
+                # The signal came from the launcher, which ends all processes and reports the one that failed.
                 raise SystemExit(EXIT_FAILED) from error
             raise
 
@@ -216,7 +227,7 @@ class StopSignals:
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
-    """Send a signal to the processes that this one has started."""
+    """Send a signal to all child processes."""
     for child in multiprocessing.active_children():
         os.kill(child.pid, number)  # type: ignore[arg-type]
 
@@ -226,7 +237,10 @@ _handled: list[int] = []
 
 @contextlib.contextmanager
 def _handlers(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle the stop signals inside a ``with`` block; not outside the main thread, where Python has no handlers."""
+    """Handle the stop signals inside a ``with`` block.
+
+    In other threads than the main thread it does nothing, because Python allows signal handlers only there.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -241,7 +255,7 @@ def _handlers(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 def _reset_in_child() -> None:
-    """Give a forked child the default handlers: multiprocessing.Pool ends its processes by SIGTERM and waits."""
+    """Restore the default handlers in a forked child, because multiprocessing.Pool ends its processes by SIGTERM."""
     for number in _handled:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _handled)
@@ -249,7 +263,7 @@ def _reset_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    # Blocked, because a signal before the child is reset would be lost
+    # Block the signals during a fork: a signal that arrives before the child's handlers are reset would be lost.
     os.register_at_fork(
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _handled),
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _handled),
@@ -261,12 +275,12 @@ if hasattr(os, "register_at_fork"):
 
 
 class Placement(NamedTuple):
-    """The place of a process that something else has started.
+    """The place of this process in a run that torchrun or srun has started.
 
     Attributes:
-        rank, world_size: among all processes.
-        local_rank, local_size: among those of its machine.
-        url: where the processes meet, as torch.distributed's init_method.
+        rank, world_size: number of this process, and of all processes.
+        local_rank, local_size: the same among the processes of its machine.
+        url: init_method of torch.distributed, the address at which the processes connect.
     """
 
     rank: int
@@ -283,14 +297,16 @@ _VARIABLES = {
 
 
 def find_placement(environment: Mapping[str, str], num_gpus: int = 1, num_machines: int = 1) -> Placement | None:
-    """The place that torchrun or srun gave this process; None where it has to start the others by itself.
+    """Read the place that torchrun or srun gave this process; None if this process must start the others.
 
     Args:
-        num_gpus, num_machines: of the command line. With srun, several machines mean that it started one process on
-            each, which starts the others there.
+        environment: environment variables.
+        num_gpus, num_machines: --num-gpus and --num-machines. More than one machine under srun means that srun has
+            started one process per machine, and each of them starts the other processes of its machine.
 
     Raises:
-        ConfigError: the processes are said to be started twice, or their environment can't be used.
+        ConfigError: the command line asks for more processes although torchrun or srun has started them, or the
+            environment variables can't be used.
     """
     if "TORCHELASTIC_RUN_ID" in environment:
         starter = "torchrun"
@@ -304,11 +320,11 @@ def find_placement(environment: Mapping[str, str], num_gpus: int = 1, num_machin
     else:
         place = Placement(rank, world_size, local_rank, max(world_size // max(size, 1), 1), _slurm_url(environment))
     if num_gpus > 1 or num_machines > 1:
-        raise ConfigError(f"{starter} has started {world_size} processes: leave out --num-gpus and --num-machines.")
+        raise ConfigError(f"{starter} has started {world_size} processes: omit --num-gpus and --num-machines.")
     if rank % place.local_size != local_rank:
         raise ConfigError(
-            f"{starter} must number the processes machine by machine, with the same number on each; this one is "
-            f"{rank} of {world_size}, and {local_rank} of {place.local_size} on its machine. "
+            f"{starter}: the process ranks must be consecutive on each machine, with the same number of processes on "
+            f"each; this process has rank {rank} of {world_size}, and local rank {local_rank} of {place.local_size}. "
             "For srun use --ntasks-per-node and --distribution=block."
         )
     return place
@@ -316,31 +332,31 @@ def find_placement(environment: Mapping[str, str], num_gpus: int = 1, num_machin
 
 def _slurm_url(environment: Mapping[str, str]) -> str:
     host = environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", ""))
-    # Steps of one job may share machines
+    # Steps of one job may run on the same machine, so each needs a different port.
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
     port = environment.get("MASTER_PORT") or _PORTS[(job + 1009 * step) % len(_PORTS)]
     return f"tcp://{host}:{port}"
 
 
 def first_host(hosts: str) -> str:
-    """The first name in a list of hosts as SLURM writes it: "gpu[07-09,12],cpu1" -> "gpu07"."""
+    """Return the first name of a list of hosts in SLURM's notation: "gpu[07-09,12],cpu1" -> "gpu07"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", hosts)
     if first is None:
-        raise ConfigError(f"SLURM_STEP_NODELIST is {hosts!r}; name the first machine in MASTER_ADDR.")
+        raise ConfigError(f"SLURM_STEP_NODELIST = {hosts!r}: set MASTER_ADDR to the name of the first machine.")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     value = environment.get(name, "")
     if not value.isdecimal():
-        raise ConfigError(f"The environment variable {name} is {value!r}, but must be a number.")
+        raise ConfigError(f"{name} = {value!r}: set this environment variable to a number.")
     return int(value)
 
 
 def _join(place: Placement, timeout: datetime.timedelta) -> None:
-    """Connect this process with the others of its run."""
+    """Connect this process with the other processes of its run."""
     if torch.cuda.is_available():
-        # srun may show each process its own GPU alone
+        # srun may make only one GPU visible to each process; its number is then 0 in every process.
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     distributed.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",

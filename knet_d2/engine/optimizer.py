@@ -1,4 +1,4 @@
-"""Optimiser, gradient clipping and learning rate schedule, as the SOLVER section of the config says."""
+"""Builds the optimiser, gradient clipping and learning rate schedule from the SOLVER section of the config."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ from torch import nn
 
 from ..errors import ConfigError
 
-# Parameters that are positions and not weights: they decay as norms do.
+# Position embeddings have the weight decay of norms, as in the official Swin configs.
 _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser SOLVER.OPTIMIZER over the groups of :func:`parameter_groups`."""
+    """Build the optimiser SOLVER.OPTIMIZER for the groups of :func:`parameter_groups`."""
     solver = cfg.SOLVER
     groups = parameter_groups(cfg, model)
     if solver.OPTIMIZER == "ADAMW":
@@ -36,10 +36,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
-    """Trainable parameters grouped by learning rate and weight decay.
+    """Group the trainable parameters by learning rate and weight decay.
 
-    Norms and position tables decay by WEIGHT_DECAY_NORM, biases by WEIGHT_DECAY_BIAS (None: as weights). The
-    learning rate of the backbone proper, without a feature pyramid on it, is multiplied by BACKBONE_MULTIPLIER.
+    The weight decay of norms and position embeddings is WEIGHT_DECAY_NORM, that of biases WEIGHT_DECAY_BIAS (None: as
+    for weights). The learning rate of the backbone, without its feature pyramid, is multiplied by
+    BACKBONE_MULTIPLIER.
     """
     solver = cfg.SOLVER
     groups = get_default_optimizer_params(
@@ -54,7 +55,7 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     backbone = getattr(model, "backbone", None)
     backbone = getattr(backbone, "bottom_up", backbone)
     slowed = {id(p) for p in backbone.parameters()} if backbone is not None else set()
-    # one group per parameter, merged again by their new settings
+    # Split the groups into one per parameter, and merge those with equal settings again.
     single = [{**group, "params": [p]} for group in groups for p in group["params"]]
     for group in single:
         if id(group["params"][0]) in slowed:
@@ -63,10 +64,10 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_gradient_clipper(cfg: CfgNode) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
-    """A function that clips gradients in place and returns their total 2-norm before it.
+    """Build a function that clips gradients in place and returns their total 2-norm before clipping.
 
-    CLIP_TYPE "full_model" scales all gradients by one factor such that the norm of all together is at most
-    CLIP_VALUE; "norm" does so for each parameter alone; "value" limits each element.
+    CLIP_TYPE "full_model" scales all gradients by one factor so that their total norm is at most CLIP_VALUE. "norm"
+    does the same for each parameter separately. "value" limits each element.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     kind = clip.CLIP_TYPE if clip.ENABLED else None
@@ -76,7 +77,7 @@ def build_gradient_clipper(cfg: CfgNode) -> Callable[[Sequence[torch.Tensor]], t
     def clip_gradients(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
         if kind == "full_model" and clip.NORM_TYPE == 2.0:
             return nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE)
-        total = nn.utils.clip_grad_norm_(parameters, math.inf)  # a limit that changes nothing
+        total = nn.utils.clip_grad_norm_(parameters, math.inf)  # only measures the norm
         if kind == "full_model":
             nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
         elif kind == "norm":
@@ -90,7 +91,7 @@ def build_gradient_clipper(cfg: CfgNode) -> Callable[[Sequence[torch.Tensor]], t
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """Detectron2's schedules by SOLVER.LR_SCHEDULER_NAME, and "WarmupPolyLR" (power SOLVER.POLY_LR_POWER)."""
+    """Build SOLVER.LR_SCHEDULER_NAME: a schedule of Detectron2, or "WarmupPolyLR" with power SOLVER.POLY_LR_POWER."""
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME == "WarmupPolyLR":
         multiplier = WarmupParamScheduler(

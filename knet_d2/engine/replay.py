@@ -1,8 +1,8 @@
-"""Repeat a training step whose losses were not finite, from the folder that the training has named.
+"""Repeat a training step whose losses were not finite, from the folder that the training run has written.
 
 python -m knet_d2.engine.replay OUTPUT_DIR/non_finite_0001234 [KEY VALUE ...]
 
-One process repeats the steps of all that there were, each with its own batch and dropout.
+One process repeats the step of every process of the run, each with its own batch and dropout.
 """
 
 import argparse
@@ -18,16 +18,20 @@ from .trainer import Trainer
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Repeat a training step whose losses were not finite.")
-    parser.add_argument("folder", help="the one that the training has named")
+    parser.add_argument("folder", help="folder that the training run has written")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that change the config")
     parser.set_defaults(num_gpus=1, num_machines=1)
     return add_launch_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Repeat the step of every process, and print what comes out."""
+    """Repeat the step of every process and print its losses.
+
+    Raises:
+        KNetError: all losses are finite, so the failure was not repeated.
+    """
     if all([_repeat(args.folder, rank, args.opts) for rank in range(_count_batches(args.folder))]):
-        raise KNetError(f"{args.folder}: all losses are finite this time.")
+        raise KNetError(f"{args.folder}: all losses are finite this time. Check the device on which the run failed.")
 
 
 def _count_batches(folder: str) -> int:
@@ -35,12 +39,15 @@ def _count_batches(folder: str) -> int:
     while os.path.isfile(batch_file(folder, number)):
         number += 1
     if number == 0:
-        raise CheckpointError(f"{folder}: holds no training step, the file {batch_file(folder, 0)} is missing.")
+        raise CheckpointError(
+            f"{folder}: does not contain a training step: {batch_file(folder, 0)} is missing. Name a folder "
+            "non_finite_<iteration>."
+        )
     return number
 
 
 def _repeat(folder: str, rank: int, opts: list[str]) -> bool:
-    """Whether the losses of a process are finite."""
+    """Repeat the step of one process; returns whether its losses are finite."""
     trainer = Trainer(load_config(os.path.join(folder, "config.yaml"), opts))
     trainer.checkpointer.load(os.path.join(folder, "model.pth"))
     try:

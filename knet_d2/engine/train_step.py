@@ -1,4 +1,4 @@
-"""One training step: forward, backward, clipping, update; in mixed precision where the config says so."""
+"""One training step: forward, backward, gradient clipping and update, optionally in mixed precision."""
 
 import logging
 import math
@@ -21,23 +21,32 @@ logger = logging.getLogger(__name__)
 
 
 def amp_dtype(enabled: bool, name: str, device: torch.device) -> torch.dtype | None:
-    """The type of mixed precision (None = full precision); SOLVER.AMP.ENABLED and SOLVER.AMP.DTYPE are checked."""
+    """Return the element type for autocast; None for full precision.
+
+    Args:
+        enabled: SOLVER.AMP.ENABLED.
+        name: SOLVER.AMP.DTYPE.
+        device: device of the model.
+
+    Raises:
+        ConfigError: the type is unknown, or the device does not support it.
+    """
     if not enabled:
         return None
     types = {"float16": torch.float16, "bfloat16": torch.bfloat16}
     if name not in types:
         raise ConfigError(f'SOLVER.AMP.DTYPE = "{name}": use "float16" or "bfloat16".')
     if name == "float16" and device.type != "cuda":
-        raise ConfigError(f'SOLVER.AMP.DTYPE = "float16" needs a CUDA GPU: use "bfloat16" on "{device}".')
+        raise ConfigError(f'SOLVER.AMP.DTYPE = "float16": use "bfloat16" on "{device}"; float16 needs a CUDA GPU.')
     return types[name]
 
 
 class TrainStep(TrainerBase):
-    """What Detectron2's SimpleTrainer and AMPTrainer do, in one class that is the same for all its versions.
+    """Replaces Detectron2's SimpleTrainer and AMPTrainer by one class that works with all Detectron2 versions.
 
-    The randomness of a step (dropout) is a function of seed, iteration and rank, so that a resumed run repeats it.
-    When a loss or the gradient isn't finite, the update is not applied. After some such steps in a row
-    :class:`NonFiniteError` is raised on every rank; until then they are skipped.
+    The random numbers of a step (dropout) depend only on seed, iteration and rank, so a resumed run repeats them. If a
+    loss or the gradient is not finite, the step is skipped. After ``non_finite_limit`` such steps in a row,
+    :class:`NonFiniteError` is raised on every rank.
     """
 
     def __init__(
@@ -53,11 +62,15 @@ class TrainStep(TrainerBase):
     ):
         """
         Args:
-            clip_gradients: clips in place and returns the gradients' total norm.
-            non_finite_limit: steps in a row that aren't finite after which the error is raised.
-            dtype: type of mixed precision; None = full precision.
-            num_parts: of a batch, computed one after the other; the loss is the mean over the images' losses, each
-                normalised within its part. At most the number of images that a process has.
+            model: model to train.
+            optimizer: optimiser of its parameters.
+            clip_gradients: function that clips gradients in place and returns their total norm before clipping.
+            seed: seed of the run.
+            dtype: element type for autocast; None = full precision.
+            non_finite_limit: number of consecutive steps that are not finite after which the error is raised.
+            num_parts: number of parts into which a batch is split; their gradients are accumulated. Each loss is
+                normalised within its part, and the parts are averaged by their number of images. At most the number
+                of images per process.
         """
         super().__init__()
         model.train()
@@ -101,13 +114,13 @@ class TrainStep(TrainerBase):
             self._non_finite_steps += 1
             if self._non_finite_steps >= self._non_finite_limit:
                 raise
-            logger.warning(f"{error} This step is skipped ({self._non_finite_steps} in a row).")
+            logger.warning("%s This step is skipped (%d in a row).", error, self._non_finite_steps)
         else:
             self._non_finite_steps = 0
             self._put_metrics(metrics, data_time)
 
     def _update(self, data: list[dict[str, Any]]) -> dict[str, float]:
-        """Returns all losses and the norm of the gradient by name."""
+        """Compute and apply the gradient of a batch; returns all losses and the gradient norm, by name."""
         torch.manual_seed(step_seed(self._seed, self.iter, self._rank))
         self.optimizer.zero_grad()
         losses = self._backward(data)
@@ -116,7 +129,7 @@ class TrainStep(TrainerBase):
         self.grad_scaler.unscale_(self.optimizer)
         norm = self._clip_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
 
-        # one transfer for all numbers, after the backward pass was started
+        # Read all numbers in one transfer, after the backward pass was queued: each transfer waits for the device.
         values = torch.stack([v.detach().float() for v in (*losses.values(), norm.to(self._device))]).tolist()
         metrics = dict(zip([*losses, "grad_norm"], values))
         self._check_finite(metrics, data)
@@ -125,7 +138,7 @@ class TrainStep(TrainerBase):
         return metrics
 
     def _backward(self, data: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Add up the gradients of all parts of a batch; returns the losses of the whole."""
+        """Accumulate the gradients of all parts of a batch; returns the losses of the whole batch."""
         sums: dict[str, torch.Tensor] = {}
         bounds = [i * len(data) // self._num_parts for i in range(self._num_parts + 1)]
         for start, end in zip(bounds, bounds[1:]):
@@ -139,33 +152,33 @@ class TrainStep(TrainerBase):
         return sums
 
     def _local_gradients(self) -> AbstractContextManager:
-        """Processes exchange gradients after the last part only."""
+        """Disable the all-reduce of gradients, which is needed only after the last part of a batch."""
         return self.model.no_sync() if hasattr(self.model, "no_sync") else nullcontext()  # type: ignore[operator]
 
     def _forward(self, data: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         try:
             losses = self.model(data)
-        except NonFiniteError as e:  # in all processes
+        except NonFiniteError as e:  # all processes raise it together, so that all_gather can be called
             raise NonFiniteError(f"{e} {self._where(comm.all_gather(_file_names(data))[e.rank])}") from e
         return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
 
     def _check_gradients(self) -> None:
-        """Raise on all ranks when a parameter that is trained got no gradient, see DistributedDataParallel."""
+        """Raise on all ranks if a trainable parameter has no gradient: DistributedDataParallel would fail later."""
         missing = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
         missing = max(comm.all_gather(missing), key=len)
         if missing:
             names = ", ".join(name.removeprefix("module.") for name in missing[:3])
             raise ConfigError(
-                f"{len(missing)} parameters are trained, but no loss depends on them ({names}, ...). Set one of "
+                f"No loss depends on {len(missing)} trainable parameters ({names}, ...). Set one of "
                 "MODEL.KNET.LOSS.MASK_WEIGHT, DICE_WEIGHT and RANK_WEIGHT above 0, or freeze these parameters."
             )
         self._gradients_are_complete = True
 
     def _check_finite(self, metrics: dict[str, float], data: list[dict[str, Any]]) -> None:
-        """Raise on all ranks when a number of any rank isn't finite."""
+        """Raise on all ranks if a metric of any rank is not finite."""
         checked = dict(metrics)
         if self.grad_scaler.is_enabled():
-            checked.pop("grad_norm")  # the scaler skips such a step by itself and lowers its scale
+            checked.pop("grad_norm")  # GradScaler itself skips the step and lowers its scale
         bad = {name: value for name, value in checked.items() if not math.isfinite(value)}
         found = [item for item in comm.all_gather((bad, _file_names(data) if bad else [])) if item[0]]
         if not found:
@@ -183,7 +196,7 @@ class TrainStep(TrainerBase):
         )
 
     def _put_metrics(self, metrics: dict[str, float], data_time: float) -> None:
-        """Put the mean over ranks (data_time: the largest) into the event storage."""
+        """Put the mean over all ranks (for data_time: the maximum) into the event storage."""
         gathered = comm.gather({**metrics, "data_time": data_time})
         if not comm.is_main_process():
             return
@@ -198,7 +211,7 @@ class TrainStep(TrainerBase):
         storage.put_scalars(**mean)
 
     def repeat(self, batch: list[dict[str, Any]], iteration: int, rank: int) -> dict[str, float]:
-        """Take the step that a process took in an iteration; returns the losses by name."""
+        """Repeat the step that process ``rank`` took in ``iteration``; returns the losses by name."""
         self.data_loader, self._data_iterator = [batch], None
         self.iter, self._rank = iteration, rank
         with EventStorage(iteration) as storage:
@@ -221,7 +234,7 @@ class TrainStep(TrainerBase):
 
 
 def step_seed(seed: int, iteration: int, rank: int) -> int:
-    """A seed that differs for every (seed, iteration, rank) and depends on nothing else."""
+    """Return a seed that depends only on (seed, iteration, rank)."""
     return int(np.random.SeedSequence((seed, iteration, rank)).generate_state(1, np.uint64)[0]) >> 1
 
 

@@ -1,4 +1,4 @@
-"""The training loss on validation images (TEST.VALIDATION_LOSS), to tell when a model begins to overfit."""
+"""The training loss on validation images (TEST.VALIDATION_LOSS), which shows when a model begins to overfit."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,16 +10,17 @@ from torch import nn
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, loader: Iterable[list[dict[str, Any]]], num_samples: int) -> float:
-    """The mean of a model's total loss over all samples of all processes, with dropout off and batch norm fixed.
+    """Return the mean of the total loss over the samples of all processes, without dropout and batch statistics.
 
     Args:
-        model: gives a dict of losses in training mode; its mode and weights stay as they are.
-        loader: batches of one sample with ground truth, as many for every process.
-        num_samples: of all processes; what the loaders have beyond them, to be of one length, doesn't count.
+        model: model that returns a dict of losses in training mode; its mode and weights do not change.
+        loader: batches of one sample with ground truth; it has the same length in all processes.
+        num_samples: number of samples over all processes; the repeated samples that make the lengths equal are not
+            counted.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    model.training = True  # of the whole, which then gives losses; its parts stay in evaluation mode
+    model.training = True  # makes the model return losses; its submodules stay in evaluation mode
     world_size, total = comm.get_world_size(), 0.0
     try:
         for i, batch in enumerate(loader):

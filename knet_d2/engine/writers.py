@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.json, TensorBoard, and one line on the console."""
+"""Writes the metrics of a run to metrics.json, TensorBoard and the console."""
 
 import datetime
 import functools
@@ -15,29 +15,31 @@ from fvcore.common.history_buffer import HistoryBuffer
 from ..checkpoint import write_atomically
 from ..setup.compat import stored_images
 
-WINDOW = 20  # iterations over which noisy numbers are smoothed (median), as Detectron2 does
-TIME_WINDOW = 1000  # iterations from which the time that is left is estimated
-# Measured by the clock, so they differ from run to run: not in metrics.json.
+logger = logging.getLogger(__name__)
+
+WINDOW = 20  # number of iterations for smoothing (median), the same as in Detectron2
+TIME_WINDOW = 1000  # number of iterations for estimating the remaining time
+# These differ from run to run, so they are not written to metrics.json.
 TIMINGS = ("time", "data_time", "rank_data_time", "eta_seconds")
 
 
 def split_stage(name: str) -> tuple[str, str]:
-    """A loss term and its stage, "" if it belongs to none: loss_mask_s2 -> ("loss_mask", "2")."""
+    """Split the name of a loss into term and stage ("" if there is none): loss_mask_s2 -> ("loss_mask", "2")."""
     return re.fullmatch(r"(.*?)(?:_s(\d+))?", name).groups(default="")  # type: ignore[union-attr, return-value]
 
 
 def bounded_storage(start_iter: int) -> EventStorage:
-    """Detectron2's storage with the values that somebody looks back at; its own keeps a million of every number."""
+    """Build a storage that keeps the last TIME_WINDOW values of a metric; Detectron2's keeps a million of each."""
     storage = EventStorage(start_iter)
     storage.histories().default_factory = functools.partial(HistoryBuffer, max_length=TIME_WINDOW)
     return storage
 
 
 def cut_metrics(path: str, last_iteration: int) -> int:
-    """Remove what a metrics file holds from after ``last_iteration``, and a line that was not written whole.
+    """Remove the lines after ``last_iteration`` from a metrics file, and a line that is incomplete.
 
     Returns:
-        The last iteration that is kept; -1 when none is.
+        The last iteration that is kept; -1 if there is none.
     """
     if not os.path.isfile(path):
         return -1
@@ -58,7 +60,7 @@ def cut_metrics(path: str, last_iteration: int) -> int:
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-    """The records of a metrics file."""
+    """Read the records of a metrics file; an empty list if there is no file."""
     if not os.path.isfile(path):
         return []
     with open(path) as f:
@@ -66,15 +68,16 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 
 
 class MetricsWriter(EventWriter):
-    """Appends one JSON line per write: the iteration and all numbers that are new, without timings.
+    """Appends one JSON line per write, with the iteration and all new metrics except timings.
 
-    Two runs that compute the same write the same file.
+    Two runs with the same metrics write the same file.
     """
 
     def __init__(self, path: str, last_written: int = -1):
         """
         Args:
-            last_written: numbers of this iteration and earlier ones are in the file already.
+            path: path of metrics.json.
+            last_written: last iteration whose metrics are already in the file.
         """
         self._file = open(path, "a")
         self._last_written = last_written
@@ -98,12 +101,12 @@ class MetricsWriter(EventWriter):
 
 
 class TensorBoardWriter(EventWriter):
-    """Scalars and pictures for TensorBoard; the loss terms of a stage stand under one heading."""
+    """Writes scalars and pictures for TensorBoard; the loss terms of a stage are one group."""
 
     def __init__(self, log_dir: str, start_iter: int = 0):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        # a resumed run hides what an earlier one wrote after its checkpoint
+        # Hide the values that the interrupted run wrote after its checkpoint.
         self._writer = SummaryWriter(log_dir, purge_step=start_iter or None)
         self._last_written = start_iter - 1
 
@@ -122,7 +125,7 @@ class TensorBoardWriter(EventWriter):
 
 
 def scalar_tag(name: str) -> str:
-    """TensorBoard's tag, heading/title: loss_mask_s2 -> stage 2/loss_mask; results (segm/AP) have a heading already."""
+    """Return TensorBoard's tag "group/title": loss_mask_s2 -> stage 2/loss_mask; segm/AP has a group already."""
     if "/" in name:
         return name
     term, stage = split_stage(name)
@@ -132,11 +135,10 @@ def scalar_tag(name: str) -> str:
 
 
 class ConsoleWriter(EventWriter):
-    """One line on the console: time left, losses (each term summed over the stages), learning rate, memory."""
+    """Writes one line to the log: remaining time, losses (each term summed over the stages), learning rate, memory."""
 
     def __init__(self, max_iter: int):
         self._max_iter = max_iter
-        self._logger = logging.getLogger(__name__)
 
     def write(self) -> None:
         storage = get_event_storage()
@@ -149,7 +151,7 @@ class ConsoleWriter(EventWriter):
             parts.append(f"lr: {storage.history('lr').latest():.4g}")
         if torch.cuda.is_available():
             parts.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
-        self._logger.info("  ".join(parts))
+        logger.info("  ".join(parts))
 
     def _time_left(self, storage: EventStorage) -> str:
         if "time" not in storage.histories():

@@ -1,4 +1,4 @@
-"""Evaluators."""
+"""The evaluators of instance, panoptic and semantic segmentation, and the table that selects them."""
 
 from .build import build_evaluators
 from .instance import InstanceEvaluator

@@ -1,4 +1,4 @@
-"""Which evaluators a data set has: a table of evaluator_type and the model's outputs."""
+"""Selects the evaluators of a data set by its evaluator_type and the outputs of the model."""
 
 import logging
 from collections.abc import Callable
@@ -36,21 +36,21 @@ def _panoptic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
 
 def _semantic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
     knet = cfg.MODEL.KNET
-    # Data sets whose label maps show things as one class, or not at all, give no thing class an id of its own.
+    # Some label maps mark all things with one class "things", which has the label 0.
     separated = knet.NUM_THING_CLASSES and "things" in loaded_metadata(name).stuff_classes[:1]
     things = [0] * knet.NUM_THING_CLASSES if separated else knet.THING_CATEGORY_IDS
     return SemanticEvaluator(name, class_ids=[*things, *knet.STUFF_CATEGORY_IDS], output_dir=folder)
 
 
 class _CityscapesSemanticEvaluator(CityscapesSemSegEvaluator):
-    """Detectron2's, which calls the mean over the classes "IoU"; "mIoU" is the name that other data sets have."""
+    """Detectron2's evaluator, with its mean over the classes, "IoU", also under the usual name "mIoU"."""
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         results = super().evaluate()
         return results and {"sem_seg": {"mIoU": results["sem_seg"]["IoU"], **results["sem_seg"]}}
 
 
-# evaluator_type -> output of the model -> (metadata key that must be there, builder).
+# evaluator_type -> output of the model -> (metadata key that the evaluator needs, builder).
 _PANOPTIC: dict[str, tuple[str, Builder]] = {
     "panoptic_seg": ("panoptic_json", _panoptic),
     "instances": ("json_file", _instance),
@@ -68,46 +68,46 @@ EVALUATORS: dict[str, dict[str, tuple[str, Builder]]] = {
 
 
 def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> list[DatasetEvaluator]:
-    """The evaluators of a data set for what the model of a config gives.
+    """Build the evaluators of a data set for the outputs of a config's model.
 
     Args:
         cfg: the config, with its classes resolved.
-        dataset_name: as registered.
-        output_folder: where predictions are written; None: nowhere.
+        dataset_name: name of the data set.
+        output_folder: folder for the predictions; None: they are not written.
 
     Raises:
-        ConfigError: there is none, because the data set is of another kind than the model.
+        ConfigError: no evaluator fits the data set and the outputs of the model.
     """
     if dataset_name not in DatasetCatalog:
-        load_dataset(dataset_name, "DATASETS.TEST")  # raises with a suggestion
+        load_dataset(dataset_name, "DATASETS.TEST")  # raises an error that suggests similar names
     metadata = loaded_metadata(dataset_name)
     kind = metadata.get("evaluator_type") or _kind_of_records(dataset_name)
     outputs = get_task(cfg).checked_outputs(cfg.MODEL.KNET.TEST.OUTPUTS)
     if kind not in EVALUATORS:
         raise ConfigError(
-            f"Data set {dataset_name} (DATASETS.TEST) has evaluator_type {kind!r} in its metadata; known are "
+            f"DATASETS.TEST: data set {dataset_name} has evaluator_type {kind!r} in its metadata; use one of "
             f"{', '.join(EVALUATORS)}."
         )
     if any(not PathManager.isfile(metadata.get(key)) for key in ("json_file", "panoptic_json") if metadata.get(key)):
-        load_dataset(dataset_name, "DATASETS.TEST")  # makes generated files, or says what is missing
+        load_dataset(dataset_name, "DATASETS.TEST")  # generates the files, or raises an error that names the file
     evaluators = []
     for output in outputs:
         key, builder = EVALUATORS[kind].get(output, (None, None))
         if key is not None and metadata.get(key):
             evaluators.append(builder(cfg, dataset_name, output_folder))
         else:
-            logger.warning("Data set %s has no ground truth to evaluate the model's %r.", dataset_name, output)
+            logger.warning("Data set %s has no ground truth for the model's output %r.", dataset_name, output)
     if not evaluators:
         raise ConfigError(
-            f"Data set {dataset_name} (DATASETS.TEST, evaluator_type {kind!r}) can evaluate "
-            f"{', '.join(EVALUATORS[kind])}, but the model (MODEL.KNET.TASK {cfg.MODEL.KNET.TASK!r}, "
-            f"MODEL.KNET.TEST.OUTPUTS) gives {', '.join(outputs)}."
+            f"DATASETS.TEST: data set {dataset_name} with evaluator_type {kind!r} can evaluate "
+            f"{', '.join(EVALUATORS[kind])}, but the model has the outputs {', '.join(outputs)}. Choose a data set for "
+            f"MODEL.KNET.TASK = {cfg.MODEL.KNET.TASK!r}, or change MODEL.KNET.TEST.OUTPUTS."
         )
     return evaluators
 
 
 def _kind_of_records(name: str) -> str | None:
-    """The evaluator_type of a data set that was registered in Python without one."""
+    """Infer the evaluator_type of a data set from its records; None if they have no known annotations."""
     record = load_dataset(name, "DATASETS.TEST")[0]
     kinds = {"annotations": "coco", "sem_seg_file_name": "sem_seg"}
     return next((kind for key, kind in kinds.items() if key in record), None)

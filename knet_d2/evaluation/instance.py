@@ -1,4 +1,4 @@
-"""Average precision of instances, by COCO's own program."""
+"""Evaluates instances by average precision (AP), computed by COCO's own program."""
 
 import json
 import logging
@@ -26,26 +26,28 @@ logger = logging.getLogger(__name__)
 
 # In the order of COCOeval.stats.
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-# Of each image, COCO's AP counts this many detections.
+# COCO's AP counts at most this many detections per image.
 _MAX_DETECTIONS = 100
 
 
 class InstanceEvaluator(DatasetEvaluator):
-    """AP of boxes and masks, with the same result keys and files as Detectron2's evaluator, but
+    """Computes the AP of boxes and masks.
 
-    - the JSON is checked before, and annotations may have any ids;
-    - panoptic data sets work, too, whose list of "thing_classes" has the stuff as well;
-    - a data set that is a part of a JSON's images is evaluated on these alone;
-    - a data set that was registered in Python needs no JSON;
-    - "AP@<maximum>" stands beside AP where images have more instances than the 100 that AP counts.
+    The result keys and files are the same as those of Detectron2's evaluator. The differences are:
+
+    - the JSON is checked first, and annotations may have any ids;
+    - panoptic data sets are supported, whose "thing_classes" also contain the stuff classes;
+    - if a data set is a part of a JSON's images, only these images are evaluated;
+    - data sets that were registered in Python need no JSON;
+    - if an image has more instances than the 100 that AP counts, the metric "AP@<maximum>" is added.
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None, max_detections: int = _MAX_DETECTIONS) -> None:
         """
         Args:
-            dataset_name: as registered; its ground truth is "json_file" of its metadata, else its records.
-            output_dir: where predictions are written; None: nowhere.
-            max_detections: instances of an image that the model gives, TEST.DETECTIONS_PER_IMAGE.
+            dataset_name: name of the data set; its ground truth is "json_file" of the metadata, else its records.
+            output_dir: folder for the predictions; None: they are not written.
+            max_detections: TEST.DETECTIONS_PER_IMAGE, the largest number of instances that the model finds per image.
         """
         metadata = loaded_metadata(dataset_name)
         json_file = metadata.get("json_file")
@@ -69,8 +71,8 @@ class InstanceEvaluator(DatasetEvaluator):
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """
         Args:
-            inputs: with "image_id".
-            outputs: with "instances".
+            inputs: dicts with "image_id".
+            outputs: dicts with "instances".
         """
         for image, output in zip(inputs, outputs, strict=True):
             instances = instances_to_coco_json(output["instances"].to("cpu"), image["image_id"])
@@ -79,7 +81,10 @@ class InstanceEvaluator(DatasetEvaluator):
             self._predictions.append({"image_id": image["image_id"], "instances": instances})
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """Returns {"segm": {"AP", "AP50", ..., "AP-<class>"}, "bbox": ...} in percent, on the main process."""
+        """Return {"segm": {"AP", "AP50", ..., "AP-<class>"}, "bbox": ...} in percent; None except on the main process.
+
+        If the ground truth has no annotations, the result is None and the predictions are only written.
+        """
         comm.synchronize()
         gathered = comm.gather(self._predictions)
         if not comm.is_main_process():
@@ -92,29 +97,30 @@ class InstanceEvaluator(DatasetEvaluator):
             with open(os.path.join(self._output_dir, "coco_instances_results.json"), "w") as f:
                 json.dump(instances, f)
         if "annotations" not in self._truth:
-            logger.info("No annotations to evaluate on: the predictions are written only.")
+            logger.info("The data set has no annotations: the predictions are written, but not evaluated.")
             return None
         of_class = Counter(x["category_id"] for x in self._truth["annotations"] if not x["iscrowd"])
         absent = [name for i, name in zip(self._category_ids, self._names, strict=True) if not of_class[i]]
         warn_of_absent_classes(self._metadata.name, absent, "instance")
-        if not instances:  # for which COCO's program fails
-            logger.warning("The model predicts no instance at all: AP is not a number.")
+        if not instances:  # COCO's program fails without predictions
+            logger.warning("The model predicts no instance in the whole data set: AP is NaN.")
             return {kind: dict.fromkeys(_METRICS, float("nan")) for kind in ("bbox", "segm")}
         truth = COCO()
-        # Copies, since COCO's program writes into the annotations; numbered, since it takes the id 0 for "no match".
+        # Copy the annotations, because COCO's program writes into them. Number them from 1, because it reads the id 0
+        # as "no match".
         annotations = [{**x, "id": i} for i, x in enumerate(self._truth["annotations"], 1)]
         truth.dataset = {**self._truth, "annotations": annotations}
         truth.createIndex()
         return {kind: self._average_precision(truth, instances, kind) for kind in ("bbox", "segm")}
 
     def _most_instances(self, image_ids: Iterable[Any]) -> int:
-        """The largest number of instances in one of the images."""
+        """Return the largest number of instances in one image."""
         counted = Counter(x["image_id"] for x in self._truth["annotations"] if not x["iscrowd"])
         return max(counted[i] for i in image_ids)
 
     def _average_precision(self, truth: COCO, instances: list[dict[str, Any]], kind: str) -> dict[str, float]:
-        """kind: "bbox" or "segm", where a "bbox" would be taken for the mask's size."""
-        left_out = "bbox" if kind == "segm" else None
+        """Return the AP metrics of ``kind``, "bbox" or "segm", in percent."""
+        left_out = "bbox" if kind == "segm" else None  # COCO would take the area of a mask from its box
         detections = truth.loadRes([{k: v for k, v in x.items() if k != left_out} for x in instances])
         evaluation = COCOeval_opt(truth, detections, kind)
         if self._image_ids is not None:
@@ -128,35 +134,36 @@ class InstanceEvaluator(DatasetEvaluator):
         evaluation.summarize()
         metrics = dict(zip(_METRICS, (_percent(x) for x in evaluation.stats), strict=False))
         logger.info("Evaluation results of %s:\n%s", kind, create_small_table(metrics))
-        precisions = evaluation.eval["precision"][:, :, :, 0]  # [thresholds of IoU, recalls, classes, maximums]
+        precisions = evaluation.eval["precision"][:, :, :, 0]  # [IoU thresholds, recalls, classes, maximums]
         if beyond:
             metrics[f"AP@{self._max_detections}"] = _mean(precisions[..., -1])
             logger.info(
-                "An image has %d instances, but COCO's AP counts %d detections of an image; with TEST."
-                "DETECTIONS_PER_IMAGE = %d detections, AP of %s is %.3f.",
+                "An image has %d instances, but COCO's AP counts only %d detections per image. With %d detections per "
+                "image (TEST.DETECTIONS_PER_IMAGE), the AP of %s is %.3f.",
                 *(most, _MAX_DETECTIONS, self._max_detections, kind, _mean(precisions[..., -1])),
             )
         if len(self._names) > 1:
             precision = precisions[..., 2]
             of_class = {f"AP-{name}": _mean(precision[..., i]) for i, name in enumerate(self._names)}
-            logger.info("%s of each class: %s", kind, ", ".join(f"{k[3:]} {v:.1f}" for k, v in of_class.items()))
+            logger.info("AP of %s per class: %s", kind, ", ".join(f"{k[3:]} {v:.1f}" for k, v in of_class.items()))
             metrics.update(of_class)
         return metrics
 
 
 def _ground_truth_of_records(name: str) -> dict[str, Any]:
-    """The records of a data set in COCO's format."""
+    """Convert the records of a data set to COCO's format."""
     try:
         return convert_to_coco_dict(name)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"The records of data set {name} can't be evaluated ({type(error).__name__}: {error}). They need height, "
-            "width, image_id, and in each annotation bbox, bbox_mode, category_id and segmentation (polygons or RLE)."
+            f"The records of data set {name} can't be evaluated ({type(error).__name__}: {error}). Give each record "
+            "height, width and image_id, and each annotation bbox, bbox_mode, category_id and segmentation (polygons "
+            "or RLE)."
         ) from error
 
 
 def _mean(precision: np.ndarray) -> float:
-    """Mean of what is there, in percent: -1 stands for what can't be computed."""
+    """Return the mean precision in percent, without the entries -1, which COCO could not compute; NaN if all are."""
     return 100 * float(precision[precision > -1].mean()) if (precision > -1).any() else float("nan")
 
 

@@ -1,4 +1,4 @@
-"""Panoptic quality, counted by panopticapi, for any categories."""
+"""Evaluates panoptic segmentation by panoptic quality (PQ), computed by panopticapi, for any categories."""
 
 import contextlib
 import copy
@@ -28,27 +28,29 @@ from ..errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# All, things, stuff: suffix of the result's keys, and value of "isthing".
+# (suffix of the result keys, value of "isthing") for all categories, things and stuff.
 _PARTS = (("", None), ("_th", True), ("_st", False))
 
 
 class PanopticEvaluator(DatasetEvaluator):
-    """panopticapi's counts, with the same result keys as Detectron2's evaluator, but
+    """Computes panoptic quality.
 
-    - it works with any categories: where a data set has no things or no stuff, their quality is NaN;
-    - predictions lie on the disk until they are compared, and each process compares its own, in threads;
-    - images without ground truth (a JSON without "annotations") give files to submit, as Detectron2 does for instances;
-    - images may have the same file name in different folders.
+    The result keys are the same as those of Detectron2's evaluator. The differences are:
+
+    - all categories are supported; if a data set has no things or no stuff, their metrics are NaN;
+    - predictions are kept on disk, and each process compares its own predictions with the ground truth, in threads;
+    - for images without ground truth (a JSON without "annotations"), files for a submission are written;
+    - images in different folders may have the same file name.
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
         """
         Args:
-            dataset_name: as registered.
-            output_dir: where predictions are written; None: nowhere.
+            dataset_name: name of the data set.
+            output_dir: folder for the predictions; None: they are not written.
         """
         self._metadata = MetadataCatalog.get(dataset_name)
-        self._dataset_ids = {  # contiguous -> the JSON's, by isthing
+        self._dataset_ids = {  # isthing -> contiguous id -> category id of the JSON
             isthing: {v: k for k, v in self._metadata.get(f"{kind}_dataset_id_to_contiguous_id").items()}
             for kind, isthing in (("thing", True), ("stuff", False))
         }
@@ -63,9 +65,9 @@ class PanopticEvaluator(DatasetEvaluator):
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """
         Args:
-            inputs: with "image_id".
-            outputs: with "panoptic_seg": segment ids [H, W], 0 where there is none, and a dict of each segment with
-                "id", "isthing" and "category_id".
+            inputs: dicts with "image_id".
+            outputs: dicts with "panoptic_seg": segment ids [H, W] (0 for pixels without a segment), and one dict per
+                segment with "id", "isthing" and "category_id".
         """
         for image, output in zip(inputs, outputs, strict=True):
             ids, segments = output["panoptic_seg"]
@@ -78,7 +80,10 @@ class PanopticEvaluator(DatasetEvaluator):
             self._predictions.append(prediction)
 
     def evaluate(self) -> "OrderedDict[str, dict[str, float]] | None":
-        """Returns {"panoptic_seg": {"PQ", "SQ", "RQ", "PQ_th", ..., "RQ_st"}} in percent, on the main process."""
+        """Return {"panoptic_seg": {"PQ", "SQ", "RQ", "PQ_th", ..., "RQ_st"}} in percent, on the main process.
+
+        The result is None on other processes, and for images without ground truth.
+        """
         ground_truth = self._read_ground_truth()
         if "annotations" not in ground_truth:
             self._write_submission(ground_truth)
@@ -93,13 +98,14 @@ class PanopticEvaluator(DatasetEvaluator):
             return None
         statistics, predictions = PQStat(), []
         for part, part_predictions in gathered:
-            for of_image in part:  # one by one, so that the sums are the same for any number of processes
+            for of_image in part:  # add image by image: sums are then equal for any number of processes
                 statistics += of_image
             predictions += part_predictions
         missing = sorted(set(annotations) - {x["image_id"] for x in predictions}, key=str)
         if missing:
             raise DataError(
-                f"{self._metadata.panoptic_json} has {len(missing)} images without a prediction, as {missing[0]}."
+                f"{self._metadata.panoptic_json}: {len(missing)} images have no prediction; the first has the id "
+                f"{missing[0]}. Evaluate all images of the data set."
             )
         if self._output_dir:
             with PathManager.open(os.path.join(self._output_dir, "predictions.json"), "w") as f:
@@ -110,7 +116,7 @@ class PanopticEvaluator(DatasetEvaluator):
         ground_truth = read_coco_json(self._metadata.panoptic_json)
         if "annotations" not in ground_truth:
             return ground_truth
-        images = self._metadata.get("image_ids")  # of a data set that is a part of the JSON's images
+        images = self._metadata.get("image_ids")  # set if the data set is a part of the JSON's images
         of_part = None if images is None else set(images)
         annotations = [
             {**x, "segments_info": [{"iscrowd": 0, **segment} for segment in x["segments_info"]]}
@@ -120,7 +126,7 @@ class PanopticEvaluator(DatasetEvaluator):
         return {**ground_truth, "annotations": annotations}
 
     def _write_submission(self, image_info: dict[str, Any]) -> None:
-        """Predictions for images without ground truth in COCO's result format: a JSON and a folder of PNGs."""
+        """Write the predictions in COCO's result format: a JSON and a folder of PNGs."""
         if not self._output_dir:
             return
         folder = os.path.join(self._output_dir, "predictions")
@@ -136,22 +142,22 @@ class PanopticEvaluator(DatasetEvaluator):
             path = os.path.join(self._output_dir, "predictions.json")
             with PathManager.open(path, "w") as f:
                 json.dump({"annotations": [x for part in gathered for x in part]}, f)
-            logger.info("No annotations in %s: wrote %s and %s", self._metadata.panoptic_json, path, folder)
+            logger.info("%s has no annotations: wrote %s and %s.", self._metadata.panoptic_json, path, folder)
 
     def _compare(self, annotations: dict[Any, dict], categories: dict[int, dict]) -> list[PQStat]:
-        """Counts per category of each of this process's images."""
+        """Compare this process's predictions with the ground truth; returns the counts of each image."""
         folder = PathManager.get_local_path(self._metadata.panoptic_root)
 
         def compare(prediction: dict[str, Any]) -> PQStat:
             try:
-                # panopticapi writes areas into the segments it is given.
+                # Copy the prediction, because panopticapi writes areas into its segments.
                 pair = (_with_areas(annotations[prediction["image_id"]], folder), copy.deepcopy(prediction))
                 return pq_compute_single_core(0, [pair], folder, self._folder.name, categories)
             except (KeyError, IndexError, TypeError, OSError, ValueError) as error:
                 _check_png(annotations[prediction["image_id"]], folder, prediction, self._folder.name)
                 raise DataError(
-                    f"The panoptic ground truth of image {prediction['image_id']} in {self._metadata.panoptic_json} "
-                    f"and {folder} can't be compared with the prediction: {error}."
+                    f"{self._metadata.panoptic_json}: the ground truth of image {prediction['image_id']} can't be "
+                    f"compared with the prediction ({error}). Check its annotation, and its PNG in {folder}."
                 ) from error
 
         silence = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
@@ -160,13 +166,13 @@ class PanopticEvaluator(DatasetEvaluator):
 
 
 def _check_png(annotation: dict[str, Any], folder: str, prediction: dict[str, Any], prediction_folder: str) -> None:
-    """Raise the DataError of a ground-truth PNG that is missing, damaged or not of the prediction's size."""
+    """Raise a DataError if a ground-truth PNG is missing, damaged, or has another size than the prediction."""
     size = read_panoptic(os.path.join(prediction_folder, prediction["file_name"])).shape[:2]
     read_panoptic(os.path.join(folder, annotation["file_name"]), f"{prediction['image_id']} (image_id)", size)
 
 
 def _with_areas(annotation: dict[str, Any], folder: str) -> dict[str, Any]:
-    """The ground truth of an image with the areas of its segments, which some programs don't write."""
+    """Add the areas of the segments to the ground truth of an image, because some programs do not write them."""
     segments = annotation["segments_info"]
     if all("area" in segment for segment in segments):
         return annotation
@@ -189,7 +195,7 @@ def _summary(statistics: PQStat, categories: dict[int, dict]) -> dict[str, float
 
 
 def _average(statistics: PQStat, categories: dict[int, dict], isthing: bool | None) -> dict[str, float]:
-    """panopticapi's average over the categories; NaN where none occurs, for which panopticapi divides by zero."""
+    """Return panopticapi's average over the categories; NaN if none occurs, because panopticapi then divides by 0."""
     try:
         return statistics.pq_average(categories, isthing)[0]
     except ZeroDivisionError:

@@ -1,4 +1,4 @@
-"""Intersection over union of semantic segmentation."""
+"""Evaluates semantic segmentation by intersection over union (IoU)."""
 
 import json
 import logging
@@ -22,20 +22,22 @@ logger = logging.getLogger(__name__)
 
 
 class SemanticEvaluator(DatasetEvaluator):
-    """IoU and accuracy, with the same result keys and files as Detectron2's evaluator; ground truth is read as in
-    training: with its label map, and checked.
+    """Computes IoU and accuracy.
 
-    mIoU is the mean over all classes that are in the ground truth or predicted, as in Detectron2 0.6 and in
-    MMSegmentation, with which K-Net's published figures were made: a class that is predicted but nowhere in the
-    ground truth counts as 0. Detectron2's main branch leaves such a class out, which can only raise the figure.
+    The result keys and files are the same as those of Detectron2's evaluator. The ground truth is read as in training:
+    with the label map of the data set, and checked.
+
+    mIoU is the mean over all classes that occur in the ground truth or in the predictions, as in Detectron2 0.6 and in
+    MMSegmentation, which computed the published metrics of K-Net. A class that occurs only in predictions counts as
+    0. Detectron2's main branch leaves such a class out, which can only raise mIoU.
     """
 
     def __init__(self, dataset_name: str, *, class_ids: list[int], output_dir: str | None = None) -> None:
         """
         Args:
-            dataset_name: as registered.
-            class_ids: the label that the data set gives each class of the model.
-            output_dir: where predictions and results are written; None: nowhere.
+            dataset_name: name of the data set.
+            class_ids: label in the data set of each class of the model.
+            output_dir: folder for the predictions and metrics; None: they are not written.
         """
         self._dataset_name = dataset_name
         self._records = {record["file_name"]: record for record in load_dataset(dataset_name)}
@@ -44,15 +46,15 @@ class SemanticEvaluator(DatasetEvaluator):
         self._output_dir = output_dir
 
     def reset(self) -> None:
-        size = len(self._metadata.stuff_classes) + 1  # the last row and column: ignored
+        size = len(self._metadata.stuff_classes) + 1  # the last row and column count ignored pixels
         self._confusion = np.zeros((size, size), np.int64)
         self._predictions: list[dict[str, Any]] = []
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """
         Args:
-            inputs: with "file_name".
-            outputs: with "sem_seg": scores [K, H, W] of the K classes of the model.
+            inputs: dicts with "file_name".
+            outputs: dicts with "sem_seg": scores [K, H, W] of the K classes of the model.
         """
         size, ignored = len(self._confusion), self._metadata.get("ignore_label", 255)
         for image, output in zip(inputs, outputs, strict=True):
@@ -65,16 +67,20 @@ class SemanticEvaluator(DatasetEvaluator):
                 self._predictions += self._encode(predicted, image["file_name"])
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """Returns {"sem_seg": {"mIoU", "fwIoU", "mACC", "pACC", "IoU-<class>", "ACC-<class>"}} in percent."""
+        """Return {"sem_seg": {"mIoU", "fwIoU", "mACC", "pACC", "IoU-<class>", "ACC-<class>"}} in percent.
+
+        The result is None except on the main process.
+
+        Raises:
+            DataError: the ground truth has no labelled pixel.
+        """
         comm.synchronize()
         gathered = comm.gather((self._confusion, self._predictions))
         if not comm.is_main_process():
             return None
         confusion = sum(counts for counts, _ in gathered)[:-1, :-1]
         if not confusion.any():
-            raise DataError(
-                f"Data set {self._dataset_name} has no labelled pixel to evaluate on. Check its ignored labels."
-            )
+            raise DataError(f"Data set {self._dataset_name} has no labelled pixel. Check the labels that it ignores.")
         right, of_class = confusion.diagonal(), confusion.sum(axis=0)
         there = of_class > 0
         names = self._metadata.stuff_classes
@@ -101,11 +107,11 @@ class SemanticEvaluator(DatasetEvaluator):
                 json.dump([x for _, part in gathered for x in part], f)
         table = create_small_table({key: metrics[key] for key in overall})
         per_class = ", ".join(f"{name} {metrics['IoU-' + name]:.1f}" for name in names)
-        logger.info("Semantic evaluation results:\n%s\nIoU of each class: %s", table, per_class)
+        logger.info("Semantic evaluation results:\n%s\nIoU per class: %s", table, per_class)
         return {"sem_seg": metrics}
 
     def _encode(self, predicted: np.ndarray, file_name: str) -> list[dict[str, Any]]:
-        """The classes of one image in COCO's result format for stuff."""
+        """Encode the predicted classes of one image in COCO's result format for stuff."""
         contiguous = self._metadata.get("stuff_dataset_id_to_contiguous_id")
         dataset_ids = {v: k for k, v in contiguous.items()} if contiguous else {}
         results = []
@@ -118,6 +124,10 @@ class SemanticEvaluator(DatasetEvaluator):
 
 
 def mean_iou(confusion: np.ndarray) -> float:
-    """Mean over the classes that occur: confusion [K, K] counts pixels by predicted (row) and true class (column)."""
+    """Return the mean IoU over the classes that occur, 0 to 1.
+
+    Args:
+        confusion: number of pixels by predicted class (row) and true class (column), [K, K].
+    """
     union = confusion.sum(axis=0) + confusion.sum(axis=1) - confusion.diagonal()
     return float(np.mean(confusion.diagonal()[union > 0] / union[union > 0]))

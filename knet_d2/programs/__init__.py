@@ -1,4 +1,4 @@
-"""The programs: every module has ``get_parser()`` and ``main(args)``, which returns an exit code or None for success.
+"""The programs. Each module has ``get_parser()`` and ``main(args)``, which returns an exit code, or None for success.
 
 ``train_net.py`` and the scripts in ``demo/`` and ``tools/`` start them; an installed package starts them by
 ``python -m knet_d2 NAME``.
@@ -15,7 +15,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..errors import KNetError
 
-# What writing to an open file raises, without the file's name
+# Errors of writing to an open file; they do not contain the file's name.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 NAMES = (
@@ -34,17 +34,18 @@ NAMES = (
 
 
 def run_program(name: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run one of NAMES.
+    """Run one of the programs NAMES.
 
     Args:
-        arguments: of the command line; None: those of this process.
-        prog: the command that --help shows; None: the name of the script.
+        name: name of the program.
+        arguments: command line arguments; None: those of this process.
+        prog: command that --help shows; None: name of the script.
 
     Returns:
         The exit code.
     """
     program = importlib.import_module(f"{__name__}.{name}")
-    if name not in ("train", "verify_zoo"):  # the processes of these set up their own
+    if name not in ("train", "verify_zoo"):  # these set up logging in each of their processes
         setup_logger(name="fvcore")
         setup_logger(name="knet_d2", abbrev_name="knet")
     parser = program.get_parser()
@@ -61,7 +62,7 @@ def run(
     """Parse the command line and run ``main(args)``.
 
     Returns:
-        The exit code: what ``main`` returns (None counts as 0); 1 after a failure that a person can mend, which is
+        The exit code: the result of ``main`` (None counts as 0); 1 after an error that the user can fix, which is
         printed in one line; 130 after Ctrl+C.
     """
     args = parser.parse_args(arguments)
@@ -71,7 +72,7 @@ def run(
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.filename is None and error.errno not in DISK_ERRORS:  # of a connection, not of a file
+        if error.filename is None and error.errno not in DISK_ERRORS:  # an error of a connection, not of a file
             raise
         place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         print(f"Error: {place}{error.strerror}.", file=sys.stderr)

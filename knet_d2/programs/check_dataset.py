@@ -1,9 +1,9 @@
-"""Check the data sets of a config before training: counts by class and size, and everything that is wrong.
+"""Check the data sets of a config before training: find faults in their files, and count objects by class and size.
 
     python tools/check_dataset.py --config-file my_config.yaml --output check
 
-writes ground truth drawn over sample images (OUTPUT/NAME.jpg for each data set) and all faults (OUTPUT/report.json).
-The exit code is 1 if training or evaluation would fail or be wrong.
+This writes sample images with their ground truth (check/NAME.jpg for each data set) and all faults
+(check/report.json). The exit code is 1 if training or evaluation would fail or be wrong.
 """
 
 import argparse
@@ -27,18 +27,23 @@ from ..results.pictures import picture_sheet
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="path to config file")
-    parser.add_argument("--output", metavar="FOLDER", help="where pictures and report.json are written")
-    parser.add_argument("--number", type=int, default=12, help="images to draw of each data set")
-    parser.add_argument("--columns", type=int, default=4, help="images side by side")
-    parser.add_argument("--most", type=int, default=10, help="faults of one kind that are printed")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for the pictures and report.json")
+    parser.add_argument("--number", type=int, default=12, help="number of images to draw for each data set")
+    parser.add_argument("--columns", type=int, default=4, help="number of images side by side")
+    parser.add_argument("--most", type=int, default=10, help="largest number of faults of one kind to print")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
     return parser
 
 
 def draw_ground_truth(cfg: CfgNode, name: str, number: int, columns: int, faults: list[Fault]) -> np.ndarray | None:
-    """A sheet of images with their ground truth, evenly spread over a data set; None where none can be drawn.
+    """Draw evenly spaced images of a data set with their ground truth on one sheet; None if none can be drawn.
 
-    What keeps an image from being read for training is added to ``faults``.
+    Args:
+        cfg: the config, with its classes resolved.
+        name: name of the data set.
+        number: number of images.
+        columns: number of images side by side.
+        faults: gets a fault for each image that can't be read for training.
     """
     pictures = []
     for record in spread(load_dataset(name), number):

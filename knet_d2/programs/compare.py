@@ -1,4 +1,4 @@
-"""Draw ground truth (left) beside prediction (right) for some images of a config's first test set, on one sheet."""
+"""Draw the ground truth (left) beside the prediction (right) for some images of a config's first test set."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="path to config file")
     parser.add_argument("--output", default="comparison.png", metavar="FILE", help="the picture to write")
     parser.add_argument("--number", type=int, default=8, help="number of images")
-    parser.add_argument("--columns", type=int, default=2, help="images side by side")
+    parser.add_argument("--columns", type=int, default=2, help="number of images side by side")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
     return parser
 
@@ -24,7 +24,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
     if not cfg.DATASETS.TEST:
-        raise ConfigError("DATASETS.TEST is empty; name the data set to draw.")
+        raise ConfigError("DATASETS.TEST is empty: name the data set to draw.")
     pictures = list(draw_validation_pictures(cfg, Predictor(cfg).model, args.number).values())
     title = f"{cfg.DATASETS.TEST[0]}: ground truth (left) and prediction (right)"
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)

@@ -1,7 +1,7 @@
-"""Write an official K-Net checkpoint (OpenMMLab), or one of a training, as a file to share: .pth or .safetensors.
+"""Convert an official K-Net checkpoint (OpenMMLab) or one of a training run to a file to share: .pth or .safetensors.
 
-MODEL.WEIGHTS takes the official files as they are; converted ones are smaller (they hold no optimiser state), have our
-names, and bring their config and class names, so that knet_d2.load needs nothing else.
+MODEL.WEIGHTS also reads the official files. Converted files are smaller, because they have no optimiser state. They
+use our parameter names, and contain their config and class names, so knet_d2.load needs no other file.
 """
 
 import argparse
@@ -25,18 +25,20 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         metavar="NAME_OR_FILE",
-        help="name in the model zoo, or a config file; default: that of the checkpoint, or the model of the zoo that "
-        "it is of",
+        help="name in the model zoo, or a config file; default: the config in the checkpoint, or the config of the "
+        "model zoo that fits it",
     )
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
     return parser
 
 
 def find_config(path: str, state_dict: dict[str, torch.Tensor]) -> str:
-    """The name of the zoo's model that a checkpoint is of; schedules differ by the official names in file names.
+    """Return the name of the model of the zoo that fits a checkpoint.
+
+    Models that differ only in their training schedule are distinguished by the official name in the file name.
 
     Raises:
-        CheckpointError: no model, or several; names them.
+        CheckpointError: no model or several models fit; names them.
     """
     fitting = fitting_entries(recognise(state_dict, state_dict.keys()).translation.state_dict)
     named = [x for x in fitting if x.official_name and os.path.basename(path).startswith(x.official_name + "_")]
@@ -44,15 +46,15 @@ def find_config(path: str, state_dict: dict[str, torch.Tensor]) -> str:
     if len(candidates) == 1:
         return candidates[0].name
     if not candidates:
-        raise CheckpointError(f"{path}: of no model in the zoo. Give its config with --config FILE.")
+        raise CheckpointError(f"{path}: does not fit any model of the zoo. Give its config with --config FILE.")
     found = " or ".join(x.name for x in candidates)
-    raise CheckpointError(f"{path}: may be of {found}. Give one of them with --config NAME.")
+    raise CheckpointError(f"{path}: fits {found}. Give one of them with --config NAME.")
 
 
 def convert(
     path: str, config: str | None, opts: tuple[str, ...]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str], LoadReport]:
-    """Returns the parameters in our names, their description, and what became of each entry of the file."""
+    """Convert a checkpoint; returns the parameters by our names, their description, and a report on each entry."""
     checkpoint = as_checkpoint(load_file(path), path)
     state_dict = checkpoint["model"]
     if config is None and not opts and has_description(checkpoint):

@@ -1,4 +1,4 @@
-"""Run K-Net on images, a video or a webcam; the command line is that of Detectron2's demo. See demo/README.md."""
+"""Run K-Net on images, a video or a webcam, with the command line of Detectron2's demo. See demo/README.md."""
 
 import argparse
 import contextlib
@@ -15,13 +15,15 @@ from ..results.writers import JsonWriter
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Segment images or videos with K-Net.")
-    parser.add_argument("--config-file", metavar="FILE", help="path to config file; default: the one in the weights")
+    parser.add_argument(
+        "--config-file", metavar="FILE", help="path to config file; default: config in the weights file"
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", help="image files, folders of images, or quoted patterns as 'a/*.jpg'")
+    source.add_argument("--input", nargs="+", help="image files, folders, or quoted patterns such as 'a/*.jpg'")
     source.add_argument("--video-input", metavar="FILE", help="video file")
-    source.add_argument("--webcam", action="store_true", help="take pictures from the webcam")
-    parser.add_argument("--output", help="folder or file for the pictures; without it a window shows them")
-    parser.add_argument("--json", metavar="FILE", help="write the results, of each image or frame")
+    source.add_argument("--webcam", action="store_true", help="use the webcam")
+    parser.add_argument("--output", help="folder or file for the pictures; default: show them in a window")
+    parser.add_argument("--json", metavar="FILE", help="write the results of all images or frames to this file")
     parser.add_argument(
         "--confidence-threshold", type=float, default=0.3, help="lowest score of an instance or thing segment"
     )
@@ -30,7 +32,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def build_predictor(args: argparse.Namespace) -> ImagePredictor:
-    """The model, with the confidence threshold where post-processing reads it."""
+    """Build the predictor, with --confidence-threshold as its score threshold."""
     cfg, classes = resolve_model(args.config_file, args.opts)
     cfg.MODEL.KNET.TEST.SCORE_THRESHOLD = args.confidence_threshold
     cfg.MODEL.KNET.TEST.THING_SCORE_THRESHOLD = args.confidence_threshold
@@ -39,7 +41,10 @@ def build_predictor(args: argparse.Namespace) -> ImagePredictor:
 
 
 def build_sinks(args: argparse.Namespace, source: ImageFiles | Video, predictor: ImagePredictor) -> list[Sink]:
-    """Where the command line wants the results: files, or a window where it names none. Files are tried at once."""
+    """Build the sinks for the results: files, or a window if the command line names no file.
+
+    The files are opened at once, so that a wrong path is an error before the first image is read.
+    """
     sinks: list[Sink] = []
     if args.json:
         info = {"task": predictor.cfg.MODEL.KNET.TASK, "weights": predictor.cfg.MODEL.WEIGHTS}
@@ -57,14 +62,14 @@ def build_sinks(args: argparse.Namespace, source: ImageFiles | Video, predictor:
 
 
 def video_path(output: str, name: str) -> str:
-    """--output itself, or a file in the folder that it names."""
+    """Return the path of the video: --output, or a file in it if it is a folder."""
     if not os.path.isdir(output):
         return output
     return os.path.join(output, os.path.splitext(os.path.basename(name))[0] + "_knet.mp4")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns the exit code: 1 where an image or the rest of a video could not be read."""
+    """Run the demo; returns exit code 1 if an image or a part of the video can't be read, else 0."""
     source = ImageFiles(args.input) if args.input else Video(args.video_input)
     predictor = build_predictor(args)
     with contextlib.ExitStack() as stack:

@@ -1,6 +1,6 @@
-"""Export a trained K-Net as one graph, from the image to the final result: to ONNX (.onnx) or torch.export (.pt2).
+"""Export a trained K-Net as one graph from the image to the final result: as ONNX (.onnx) or torch.export (.pt2).
 
-See docs/DEPLOYMENT.md; tools/onnx_runner.py runs the ONNX file, checks/exports.py compares it with the model.
+See docs/DEPLOYMENT.md. tools/onnx_runner.py runs the ONNX file, and checks/exports.py compares it with the model.
 """
 
 import argparse
@@ -20,10 +20,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", help="the trained model, a .pth or .safetensors file")
     parser.add_argument("outputs", nargs="+", metavar="output", help="files to write, ending in .onnx or .pt2")
-    parser.add_argument("--config-file", metavar="FILE", help="for weights that bring no config")
-    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="as of knet_d2.load; stays in the file")
+    parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
+    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="lowest score; fixed in the file")
     parser.add_argument("--fp16", action="store_true", help="compute backbone and static kernels in float16")
-    parser.add_argument("--device", default="cpu", help="where a .pt2 file is going to run: cpu, cuda, ...")
+    parser.add_argument("--device", default="cpu", help="device on which the .pt2 file will run: cpu, cuda, ...")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
     return parser
 

@@ -1,6 +1,6 @@
-"""Evaluate official checkpoints on COCO or ADE20K and print our figures beside the official ones.
+"""Evaluate official checkpoints on COCO or ADE20K, and print our metrics beside the official ones.
 
-Checkpoints are downloaded on first use. The data sets lie below DETECTRON2_DATASETS, as MODEL_ZOO.md shows.
+Checkpoints are downloaded on first use. The data sets must be below DETECTRON2_DATASETS, see MODEL_ZOO.md.
 
     python tools/verify_zoo.py                                          # every published checkpoint
     python tools/verify_zoo.py coco/panoptic/knet_r50_fpn_1x --num-gpus 8
@@ -24,14 +24,14 @@ from ..engine import Trainer, load_config
 from ..errors import CheckpointError, KNetError
 from ..model_zoo import get_checkpoint_url, get_config_file, names
 
-# Name of a metric in the zoo's table -> task and key of Detectron2's results
+# Metric in the zoo's table -> (task, key) in Detectron2's results
 METRICS = {"PQ": ("panoptic_seg", "PQ"), "AP": ("segm", "AP"), "mIoU": ("sem_seg", "mIoU")}
 
-logger = logging.getLogger("knet_d2.verify_zoo")
+logger = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """The comparison of one figure; ``ours`` is NaN where the evaluation failed, for the reason in ``error``."""
+    """The comparison of one metric; if the evaluation failed, ``ours`` is NaN and ``error`` is the reason."""
 
     name: str
     metric: str
@@ -46,25 +46,25 @@ class Row(NamedTuple):
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="models of the zoo; default: all that have a checkpoint")
+    parser.add_argument("names", nargs="*", help="models of the zoo; default: all with a checkpoint")
     parser.add_argument("--num-gpus", type=int, default=1, help="number of GPUs")
-    parser.add_argument("--output", default="output/verify_zoo", metavar="FOLDER", help="where predictions are written")
-    parser.add_argument("--tolerance", type=float, default=0.1, help="largest difference that counts as equal")
+    parser.add_argument("--output", default="output/verify_zoo", metavar="FOLDER", help="folder for the predictions")
+    parser.add_argument("--tolerance", type=float, default=0.1, help="largest allowed difference in percentage points")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
     return parser
 
 
 def selected_names(args: argparse.Namespace) -> list[str]:
-    """The models to evaluate, all of which have a checkpoint."""
+    """Return the models to evaluate; all of them have a checkpoint."""
     chosen = [zoo_entry(name).name for name in args.names]
     for name in chosen:
         if get_checkpoint_url(name) is None:
-            raise CheckpointError(f"{name}: no checkpoint was published.")
+            raise CheckpointError(f"{name}: no checkpoint was published. Leave this model out.")
     return chosen or [name for name in names() if get_checkpoint_url(name) is not None]
 
 
 def evaluate(name: str, output: str, opts: list[str]) -> dict[str, Any]:
-    """Detectron2's results of an official checkpoint on the validation set of its config, as train_net.py gets them."""
+    """Evaluate an official checkpoint on the validation set of its config, as ``train_net.py --eval-only`` does."""
     weights = ["MODEL.WEIGHTS", PREFIX + name, "OUTPUT_DIR", os.path.join(output, name)]
     cfg = load_config(get_config_file(name), [*weights, *opts])
     cfg.freeze()
@@ -74,7 +74,7 @@ def evaluate(name: str, output: str, opts: list[str]) -> dict[str, Any]:
 
 
 def verify(name: str, output: str, opts: list[str]) -> Row:
-    """Evaluate one checkpoint; what bad data, weights or options cause becomes a row, too."""
+    """Evaluate one checkpoint; an error of the data, weights or options is returned as a row, too."""
     metric, official = next(item for item in zoo_entry(name).metrics.items() if item[0] in METRICS)
     task, key = METRICS[metric]
     try:
@@ -87,7 +87,7 @@ def verify(name: str, output: str, opts: list[str]) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """For people; a reason for a failure stands below."""
+    """Format the rows as a table, with the reasons of failures below it."""
     lines = [[row.name, row.metric, row.official, row.ours, row.difference] for row in rows]
     headers = ["model", "metric", "official", "ours", "difference"]
     text = tabulate(lines, headers, tablefmt="pipe", floatfmt=("", "", ".2f", ".2f", "+.2f"))
@@ -98,10 +98,10 @@ def verify_all(args: argparse.Namespace, chosen: list[str]) -> list[Row] | None:
     """Evaluate the models; the main process prints the table after each.
 
     Returns:
-        The rows on the main process, if all figures agree.
+        The rows on the main process, None on other processes.
 
     Raises:
-        KNetError: some don't.
+        KNetError: a metric differs by more than the tolerance.
     """
     setup_logger(distributed_rank=comm.get_rank(), name="knet_d2", abbrev_name="knet")
     rows = []

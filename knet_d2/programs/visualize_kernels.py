@@ -1,7 +1,7 @@
-"""Show what the kernels of a trained K-Net have learned, as in the paper's Figure 4.
+"""Show what the kernels of a trained K-Net have learned, as in Figure 4 of the paper.
 
-Writes two pictures: the average mask of every instance kernel over a folder of images, and for one image the masks and
-scores of its best kernels before the first update and after each stage. See docs/DEPLOYMENT.md.
+This writes two pictures: the average mask of every instance kernel over a folder of images, and, for one image, the
+masks and scores of the best kernels before the first update and after each stage. See docs/DEPLOYMENT.md.
 """
 
 import argparse
@@ -22,10 +22,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", nargs="+", required=True, help="image files, folders, or quoted patterns")
     parser.add_argument("--average", default="kernels.jpg", metavar="FILE", help="picture of the average masks")
     parser.add_argument("--stages", default="stages.jpg", metavar="FILE", help="picture of one image's stages")
-    parser.add_argument("--image", metavar="FILE", help="that image; by default the first one of --images")
+    parser.add_argument("--image", metavar="FILE", help="image for the stages; default: first one of --images")
     parser.add_argument("--kernels", type=int, default=6, help="number of kernels in the picture of the stages")
-    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="score from which an object counts")
-    parser.add_argument("--config-file", metavar="FILE", help="for weights that bring no config")
+    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="lowest score of an object")
+    parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
     return parser
 

@@ -1,4 +1,4 @@
-"""What is found in an image: segments, their files (COCO, JSON, PNG, polygons) and their pictures."""
+"""The results for an image: segments, their files (COCO, JSON, PNG, polygons) and pictures of them."""
 
 from .outputs import draw_prediction, main_prediction, predictions_of
 from .prediction import Prediction, Segment

@@ -1,4 +1,4 @@
-"""Ground truth beside prediction, for pictures of a data set."""
+"""Pictures that show the ground truth beside the prediction, for images of a data set."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .outputs import label_masks, main_prediction
 from .prediction import Prediction, Segment
 
 _GAP = 4
-# Things below this score are left out of validation pictures
+# Validation pictures do not show things below this score.
 _PICTURE_SCORE = 0.3
 
 
 def ground_truth(cfg: CfgNode, record: dict[str, Any]) -> Prediction:
-    """Those annotations of a data set's record that the model of ``cfg`` learns from."""
+    """Return the annotations of a record that the model of ``cfg`` learns from."""
     options = {**KNetDatasetMapper.from_config(cfg, True), "augmentations": [], "pad_size": None}
     example, classes = KNetDatasetMapper(**options)(record), class_table(cfg)
     found: list[Segment | None] = []
     if "sem_seg" in example:
-        # The ignore value lies behind all classes
+        # label_masks takes only labels below the number of classes, so the ignore value gives no segment.
         masks = label_masks(example["sem_seg"].numpy(), len(classes.names))
         found += [Segment.from_mask(*item) for item in masks if item[1] >= classes.num_things]
     if "instances" in example:
@@ -40,16 +40,16 @@ def ground_truth(cfg: CfgNode, record: dict[str, Any]) -> Prediction:
 
 
 def spread(records: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """At most ``number`` records, evenly spread over all."""
+    """Return at most ``number`` records, evenly spaced in the list."""
     places = np.linspace(0, len(records) - 1, min(number, len(records))).astype(int)
     return [records[i] for i in np.unique(places)]
 
 
 def draw_validation_pictures(cfg: CfgNode, model: nn.Module, number: int) -> dict[str, np.ndarray]:
-    """Ground truth beside prediction for ``number`` images, evenly spread over the first test set.
+    """Draw the ground truth beside the prediction for ``number`` evenly spaced images of the first test set.
 
     Returns:
-        Pictures by the names of the image files.
+        Pictures by the names of the image files, uint8 RGB [H, W, 3].
     """
     mapper, classes = build_mapper(cfg, False), class_table(cfg)
     pictures = {}
@@ -66,6 +66,6 @@ def draw_validation_pictures(cfg: CfgNode, model: nn.Module, number: int) -> dic
             pictures[os.path.basename(record["file_name"])] = np.concatenate([truth, gap, drawn], axis=1)
     finally:
         model.train(training)
-    # Matplotlib's figures refer to themselves; Python by itself would keep them for hundreds of pictures
+    # Matplotlib's figures contain reference cycles, so Python would free them only after hundreds of pictures.
     gc.collect()
     return pictures

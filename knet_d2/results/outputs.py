@@ -1,4 +1,4 @@
-"""What a model's outputs ("instances", "panoptic_seg", "sem_seg") mean as predictions."""
+"""Converts the outputs of a model ("instances", "panoptic_seg", "sem_seg") to predictions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .prediction import Prediction, Segment
 
 
 class Output(NamedTuple):
-    """One of the outputs that a model can have.
+    """One kind of output that a model can have.
 
     Attributes:
-        title: its name for people, and in JSON files.
-        masks: (output, classes) -> (bool mask [H, W], label, score) of each segment.
-        size: output -> (height, width).
+        title: name in JSON files and for the user.
+        masks: function (output, classes) -> (bool mask [H, W], label, score) of each segment.
+        size: function output -> (height, width).
     """
 
     title: str
@@ -39,18 +39,18 @@ def _instance_masks(output: Instances, classes: ClassTable):
 
 
 def _semantic_masks(output: torch.Tensor, classes: ClassTable):
-    # A task may append planes that are no classes, such as one for the background
+    # Channels after the classes, such as the background, are not segments; label_masks leaves them out.
     yield from label_masks(output.argmax(dim=0).cpu().numpy(), len(classes.names))
 
 
 def label_masks(labels: np.ndarray, num_classes: int) -> Iterator[tuple[np.ndarray, int, None]]:
-    """Mask and label of each class below ``num_classes`` that is in a label map [H, W]."""
+    """Yield the mask and the label of each class below ``num_classes`` that occurs in a label map [H, W]."""
     for label in np.unique(labels):
         if label < num_classes:
             yield labels == label, int(label), None
 
 
-# In the order in which one is chosen where only one can be shown
+# The first one that a model has is shown if only one can be shown.
 OUTPUTS: dict[str, Output] = {
     "panoptic_seg": Output("panoptic", _panoptic_masks, lambda output: tuple(output[0].shape)),
     "instances": Output("instances", _instance_masks, lambda output: output.image_size),
@@ -59,12 +59,12 @@ OUTPUTS: dict[str, Output] = {
 
 
 def predictions_of(outputs: Mapping[str, Any], classes: ClassTable) -> dict[str, Prediction]:
-    """A model's outputs for one image as predictions, by their keys; the one to be shown comes first."""
+    """Convert the outputs for one image to predictions, by key; the one to show comes first."""
     return {key: _prediction(key, outputs[key], classes) for key in OUTPUTS if key in outputs}
 
 
 def main_prediction(outputs: Mapping[str, Any], classes: ClassTable) -> Prediction:
-    """The prediction to be shown: the panoptic map, else the instances, else the semantic map."""
+    """Return the prediction to show: the panoptic map if there is one, else instances, else the semantic map."""
     key = next(key for key in OUTPUTS if key in outputs)
     return _prediction(key, outputs[key], classes)
 
@@ -75,5 +75,5 @@ def _prediction(key: str, output: Any, classes: ClassTable) -> Prediction:
 
 
 def draw_prediction(image: np.ndarray, outputs: Mapping[str, Any], classes: ClassTable) -> np.ndarray:
-    """Draw a model's outputs for one image, uint8 [H, W, 3] RGB; see :func:`main_prediction`."""
+    """Draw the outputs for one image over it, uint8 RGB [H, W, 3]; see :func:`main_prediction`."""
     return main_prediction(outputs, classes).draw(image)

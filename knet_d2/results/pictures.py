@@ -1,4 +1,4 @@
-"""Pictures of segments, drawn by Detectron2's Visualizer. All images are uint8 RGB [H, W, 3]."""
+"""Draws pictures of segments by Detectron2's Visualizer. All images are uint8 RGB [H, W, 3]."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from ..data.classes import ClassTable
 
-# Shorter side below which a picture is enlarged, as text has a smallest readable size
+# Pictures whose shorter side is smaller are enlarged, because the text would not be readable.
 _READABLE_SIZE = 320
 _MARGIN = 8
 _TITLE_HEIGHT = 20
@@ -19,7 +19,7 @@ _LONGEST_TEXT = 40
 
 
 class Drawable(Protocol):
-    """A mask, bool [H, W], with its class and its score, as :class:`knet_d2.results.prediction.Segment` has them."""
+    """A mask, bool [H, W], with its class and score, such as :class:`knet_d2.results.prediction.Segment`."""
 
     @property
     def mask(self) -> np.ndarray: ...
@@ -32,7 +32,10 @@ class Drawable(Protocol):
 
 
 def draw_segments(image: np.ndarray, segments: Sequence[Drawable], classes: ClassTable) -> np.ndarray:
-    """Paint segments over an image, small ones over large ones, with class names and scores; small images enlarged."""
+    """Paint segments with class names and scores over an image, small segments over large ones.
+
+    The result is a multiple of the image's size if the image is small.
+    """
     factor = max(1, -(-_READABLE_SIZE // min(image.shape[:2])))
     visualizer = Visualizer(_enlarge(image, factor))
     for number, segment in enumerate(sorted(segments, key=lambda x: -x.mask.sum())):
@@ -50,7 +53,7 @@ def draw_segments(image: np.ndarray, segments: Sequence[Drawable], classes: Clas
 
 
 def drawable_text(text: str) -> str:
-    """A name from data such that Matplotlib draws its characters: one line, not too long, no formula."""
+    """Make a class name safe for Matplotlib: one line, not too long, and without formulas ("$")."""
     line = "".join(x if x.isprintable() else " " for x in text)
     if len(line) > _LONGEST_TEXT:
         line = line[: _LONGEST_TEXT - 3] + "..."
@@ -58,7 +61,7 @@ def drawable_text(text: str) -> str:
 
 
 def _vary(color: tuple[int, int, int], number: int) -> tuple[float, ...]:
-    """A colour in 0 .. 1, darker or lighter such that neighbours of one class can be told apart."""
+    """Return a colour in 0 .. 1, darker or lighter by number, so that neighbours of one class look different."""
     lightness = (0.0, -0.3, 0.3, -0.15, 0.15)[number % 5]
     return tuple(c / 255 * (1 + lightness) if lightness < 0 else c / 255 + (1 - c / 255) * lightness for c in color)
 
@@ -68,7 +71,7 @@ def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
 
 
 def picture_sheet(pictures: Sequence[np.ndarray], columns: int, title: str) -> np.ndarray:
-    """All pictures on one white sheet under a line of text, each scaled to the width of the first one."""
+    """Arrange pictures on a white sheet below a line of text, each scaled to the width of the first one."""
     width = pictures[0].shape[1]
     cells = [Image.fromarray(p).resize((width, round(p.shape[0] * width / p.shape[1]))) for p in pictures]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]

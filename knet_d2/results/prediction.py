@@ -1,4 +1,4 @@
-"""What is found in one image: segments with masks as arrays, COCO RLE or polygons."""
+"""The prediction for one image: segments, whose masks are arrays, COCO RLE or polygons."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MASK_FORMATS = ("rle", "polygons")
 
 
 class Segment(NamedTuple):
-    """An object, a stuff region or a semantic class of an image; its mask is kept within its bounding box only.
+    """An object, a stuff region or a semantic class of an image. Only the mask inside the bounding box is stored.
 
     Attributes:
         label: index in the model's :class:`ClassTable`.
-        score: None for semantic segmentation and ground truth.
-        crop: bool [h, w], the mask within its tight bounding box.
-        corner: (top, left) of the crop in the image.
+        score: 0 to 1; None for semantic segmentation and ground truth.
+        crop: mask inside its tight bounding box, bool [h, w].
+        corner: (top, left) of the bounding box in the image.
         size: (height, width) of the image.
     """
 
@@ -42,7 +42,14 @@ class Segment(NamedTuple):
         corner: tuple[int, int] = (0, 0),
         size: tuple[int, int] | None = None,
     ) -> Segment | None:
-        """The segment of a bool mask that lies at ``corner`` of an image of ``size``; None where the mask is empty."""
+        """Make a segment from a mask; None if the mask is empty.
+
+        Args:
+            mask: bool [h, w], a part of the image or the whole image.
+            label, score: see the class.
+            corner: (top, left) of the mask in the image.
+            size: (height, width) of the image; None: size of the mask.
+        """
         rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
         if not len(rows):
             return None
@@ -52,14 +59,14 @@ class Segment(NamedTuple):
 
     @property
     def mask(self) -> np.ndarray:
-        """Bool [H, W]."""
+        """Mask of the whole image, bool [H, W]."""
         mask = np.zeros(self.size, bool)
         mask[self.window] = self.crop
         return mask
 
     @property
     def window(self) -> tuple[slice, slice]:
-        """Where the bounding box is in the image."""
+        """Slices of the bounding box in the image."""
         (top, left), (height, width) = self.corner, self.crop.shape
         return slice(top, top + height), slice(left, left + width)
 
@@ -74,16 +81,17 @@ class Segment(NamedTuple):
         return int(self.crop.sum())
 
     def rle(self) -> dict[str, Any]:
-        """The mask as COCO's compressed run-length encoding, with text instead of bytes."""
+        """Encode the mask as COCO's compressed run-length encoding, with a string instead of bytes."""
         rle = mask_util.encode(np.asfortranarray(self.mask.astype(np.uint8)))
         return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
     def polygons(self) -> list[list[float]]:
-        """The mask's outlines as COCO's polygons [x1, y1, x2, y2, ...], one for each connected part.
+        """Return the outlines of the mask as COCO's polygons [x1, y1, x2, y2, ...], one for each connected part.
 
-        pycocotools makes the mask from them again, but for holes: COCO's polygons have none, so they are filled.
+        pycocotools decodes them to the same mask, except that holes are filled: COCO's polygons have no holes.
         """
-        # Each pixel as 2 x 2, whose centres the outline then goes through: the pixel's own centre lies inside of it
+        # Enlarge each pixel to 2 x 2, because findContours draws through pixel centres: the outline then encloses the
+        # centre of the original pixel.
         enlarged = self.crop.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
         contours, _ = cv2.findContours(enlarged, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         left_top = np.array(self.corner[::-1])
@@ -95,8 +103,8 @@ class Prediction(NamedTuple):
 
     Attributes:
         size: (height, width) of the image.
-        segments: instances by falling score; panoptic segments; or the semantic classes that are in the image.
-        classes: what their labels mean.
+        segments: instances in descending order of score, panoptic segments, or the semantic classes of the image.
+        classes: table of the classes that labels refer to.
     """
 
     size: tuple[int, int]
@@ -104,20 +112,23 @@ class Prediction(NamedTuple):
     classes: ClassTable
 
     def confident(self, threshold: float) -> Prediction:
-        """Without things whose score is below a threshold."""
+        """Return the prediction without things whose score is below a threshold."""
         things = self.classes.num_things
         kept = [x for x in self.segments if x.label >= things or x.score is None or x.score >= threshold]
         return self._replace(segments=kept)
 
     def masks(self) -> np.ndarray:
-        """Bool [n, H, W]."""
+        """Return the masks of all segments, bool [n, H, W]."""
         masks = np.zeros((len(self.segments), *self.size), bool)
         for mask, segment in zip(masks, self.segments):
             mask[segment.window] = segment.crop
         return masks
 
     def segment_map(self) -> np.ndarray:
-        """int32 [H, W]: 1 + the index of the segment at each pixel, the best one where instances overlap; 0: none."""
+        """Return 1 + the index of the segment at each pixel, int32 [H, W]; 0 for pixels without a segment.
+
+        Where instances overlap, the one with the highest score is taken.
+        """
         found = np.zeros(self.size, np.int32)
         for number in range(len(self.segments), 0, -1):
             segment = self.segments[number - 1]
@@ -125,15 +136,18 @@ class Prediction(NamedTuple):
         return found
 
     def to_coco(self, masks: str = "rle") -> list[dict[str, Any]]:
-        """The segments as in COCO's result format, without the image_id, ready for JSON.
+        """Return the segments in COCO's result format without "image_id"; the result can be written as JSON.
 
-        "category_id" is the id in ``classes.category_ids``: Detectron2's contiguous id, not the one of a COCO JSON.
+        "category_id" is an id of ``classes.category_ids``: Detectron2's contiguous id, not the id in a COCO JSON.
 
         Args:
-            masks: what "segmentation" is: "rle" or "polygons" (see :meth:`Segment.polygons` for what they lose).
+            masks: format of "segmentation": "rle", or "polygons", which lose the holes of masks.
+
+        Raises:
+            ConfigError: the format is unknown.
         """
         if masks not in MASK_FORMATS:
-            raise ConfigError(f"masks = {masks!r}: use one of {MASK_FORMATS}; Prediction.masks() gives arrays.")
+            raise ConfigError(f"masks = {masks!r}: use one of {MASK_FORMATS}; for arrays, call Prediction.masks().")
         return [
             {
                 "category_id": self.classes.category_ids[segment.label],
@@ -147,10 +161,10 @@ class Prediction(NamedTuple):
         ]
 
     def to_coco_file(self, file_name: str) -> dict[str, Any]:
-        """A COCO file of this image, as pycocotools reads it, the segments as annotations with scores.
+        """Make the content of a COCO file for this image, which pycocotools can read; annotations have scores.
 
         Args:
-            file_name: of the image.
+            file_name: file name of the image.
         """
         records = enumerate(self.to_coco(), start=1)
         return {
@@ -160,5 +174,5 @@ class Prediction(NamedTuple):
         }
 
     def draw(self, image: np.ndarray) -> np.ndarray:
-        """Paint the segments over their image, uint8 [H, W, 3] RGB; a small one is enlarged."""
+        """Paint the segments over their image, uint8 RGB [H, W, 3]; a small image is enlarged."""
         return draw_segments(image, self.segments, self.classes)

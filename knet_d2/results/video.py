@@ -1,4 +1,4 @@
-"""Predictions drawn into the frames of a video; an object keeps its colour from frame to frame."""
+"""Draws predictions on the frames of a video; an object keeps its colour from frame to frame."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .prediction import Prediction
 
 
 class VideoDrawer:
-    """Detectron2's VideoVisualizer for predictions."""
+    """Draws predictions by Detectron2's VideoVisualizer."""
 
     def __init__(self, classes: ClassTable):
         names, colors = [drawable_text(name) for name in classes.names], classes.colors
@@ -25,10 +25,12 @@ class VideoDrawer:
         self._visualizer = VideoVisualizer(metadata)
 
     def draw(self, frame: np.ndarray, key: str, prediction: Prediction) -> np.ndarray:
-        """Paint the segments over a frame, uint8 [H, W, 3] RGB.
+        """Paint the segments over a frame, uint8 RGB [H, W, 3].
 
         Args:
-            key: of the model's output that the prediction was made from.
+            frame: the frame.
+            key: key of the model's output from which the prediction was made.
+            prediction: the segments.
         """
         return _DRAW[key](self._visualizer, frame, prediction).get_image()
 

@@ -1,4 +1,4 @@
-"""The JSON and PNG files of the demo; demo/README.md describes the schema."""
+"""Writes predictions to the JSON and PNG files of the demo; demo/README.md describes their schema."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from .prediction import Prediction
 
 
 def panoptic_png(segment_map: np.ndarray) -> np.ndarray:
-    """A map of segment ids [H, W] as the RGB picture of COCO's format: id = R + 256 G + 65536 B."""
+    """Convert a map of segment ids [H, W] to COCO's RGB picture, uint8 [H, W, 3]: id = R + 256 G + 65536 B."""
     ids = segment_map.astype(np.uint32)
     return np.stack([ids & 255, (ids >> 8) & 255, (ids >> 16) & 255], axis=-1).astype(np.uint8)
 
 
 class JsonWriter:
-    """Writes the results of images as they come, with panoptic PNGs in a folder beside the JSON file.
+    """Writes the results of each image to a JSON file, and panoptic PNGs to a folder beside it.
 
-    The file is valid after each image, also where the run ends early.
+    The file is valid JSON after each image, so it can be read if the program ends early.
     """
 
     def __init__(self, path: str, info: Mapping[str, Any], classes: ClassTable):
         """
         Args:
-            info: about the model.
+            path: path of the JSON file.
+            info: description of the model.
+            classes: classes of the model.
         """
         self._png_folder = os.path.splitext(path)[0] + "_panoptic"
         self._count = 0
@@ -38,10 +40,10 @@ class JsonWriter:
         head = json.dumps({"info": dict(info), "categories": categories(classes), "images": []})
         self._file.write(head)
         self._file.flush()
-        self._end = len(head) - len("]}")  # JSON is ASCII, so that characters are bytes
+        self._end = len(head) - len("]}")  # json.dumps writes ASCII, so one character is one byte
 
     def write(self, file_name: str, predictions: Mapping[str, Prediction]) -> None:
-        """Add one image: its predictions by the keys of the model's outputs."""
+        """Add the predictions of one image, by the keys of the model's outputs."""
         height, width = next(iter(predictions.values())).size
         record: dict[str, Any] = {"file_name": file_name, "height": height, "width": width}
         for key, prediction in predictions.items():

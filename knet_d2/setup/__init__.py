@@ -1,1 +1,1 @@
-"""The environment of the package: its dependencies, installing Detectron2, the doctor, other packages' versions."""
+"""The environment of the package: dependencies, installing Detectron2, the doctor, and support of other versions."""

@@ -1,4 +1,4 @@
-"""The one error where Detectron2 is missing or broken, kept until something that needs Detectron2 is used."""
+"""Imports Detectron2; if it is missing or broken, importing a module that needs it raises one clear error."""
 
 import importlib
 import sys
@@ -8,36 +8,36 @@ from types import ModuleType
 from .compat import quiet_torchscript
 from .dependencies import DETECTRON2_COMMAND, DETECTRON2_PROBES
 
-# What mends a missing Detectron2, and what that imports
+# Modules that work without Detectron2, because they repair its installation
 _STANDALONE = ("doctor", "errors", "install_detectron2", "setup")
 
 
 def import_detectron2() -> bool:
-    """Import Detectron2; where that fails, every later import of a module of knet_d2 that needs it says why.
+    """Import Detectron2; if this fails, every later import of a module of knet_d2 that needs it raises the reason.
 
     Returns:
-        Whether it can be imported.
+        Whether Detectron2 can be imported.
     """
     try:
         with quiet_torchscript():
             for module in ("detectron2", *DETECTRON2_PROBES):
                 importlib.import_module(module)
         return True
-    except Exception as error:  # a broken or outdated installation raises nearly anything
+    except Exception as error:  # a broken or outdated installation can raise almost any exception
         if isinstance(error, ModuleNotFoundError) and error.name == "detectron2":
             message = f"knet_d2 needs Detectron2, which is not installed. Install it with: {DETECTRON2_COMMAND}"
         else:
             reason = (str(error).splitlines() or [""])[0]
             message = (
                 f"knet_d2 needs Detectron2, which can't be imported ({type(error).__name__}: {reason}). "
-                f"See what is missing: python -m knet_d2.doctor. Install Detectron2 with: {DETECTRON2_COMMAND}"
+                f"To see what is missing: python -m knet_d2.doctor. Install Detectron2 with: {DETECTRON2_COMMAND}"
             )
         sys.meta_path.insert(0, _Refusal(message))
         return False
 
 
 class _Refusal(MetaPathFinder):
-    """Raises the error in place of finding a module."""
+    """An import hook that raises the error when a module that needs Detectron2 is imported."""
 
     def __init__(self, message: str):
         self._message = message

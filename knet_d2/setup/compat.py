@@ -1,6 +1,6 @@
-"""All that differs between the versions of Detectron2 and torch that are supported.
+"""Functions for what differs between the supported versions of Detectron2 and torch, and for private names of both.
 
-Each entry says why it is there and when it can go.
+Each function states why it is needed and when it can be removed.
 """
 
 import contextlib
@@ -12,10 +12,10 @@ __all__ = ["create_local_process_group", "default_store", "quiet_torchscript", "
 
 
 def create_local_process_group(size: int) -> None:
-    """Detectron2's, for ``size`` processes on every machine.
+    """Create Detectron2's process group of each machine, with ``size`` processes per machine.
 
-    Reason: Detectron2 0.6 has it inside its launch() only.
-    Goes with: Detectron2 0.6.
+    Reason: Detectron2 0.6 creates these groups only inside its launch().
+    Remove with: Detectron2 0.6.
     """
     from detectron2.utils import comm
     from torch import distributed
@@ -31,9 +31,9 @@ def create_local_process_group(size: int) -> None:
 
 
 def default_store() -> Any:
-    """The key-value store in which the processes of a run have met.
+    """Return the key-value store through which the processes of a run have connected.
 
-    Reason: torch has no public name for it where Detectron2's launch() has connected the processes.
+    Reason: torch has no public function for it when Detectron2's launch() has connected the processes.
     """
     from torch import distributed
 
@@ -41,19 +41,19 @@ def default_store() -> Any:
 
 
 def stored_images(storage: Any) -> list[tuple[str, Any, int]]:
-    """(name, image, iteration) of each image in Detectron2's EventStorage.
+    """Return (name, image, iteration) of each image in Detectron2's EventStorage.
 
-    Reason: it can put and clear images, but has no public way to read them; its own writer reads the same field.
+    Reason: EventStorage has no public function to read its images; Detectron2's own writer reads the same attribute.
     """
     return storage._vis_data
 
 
 @contextlib.contextmanager
 def quiet_torchscript() -> Iterator[None]:
-    """Keep newer torch from warning, on every start, of torch.jit.script.
+    """Suppress the warning of newer torch versions that torch.jit.script is deprecated.
 
-    Reason: Detectron2 and fvcore call it while they are imported.
-    Goes with: these calls.
+    Reason: Detectron2 and fvcore call torch.jit.script while they are imported, so it would appear at every start.
+    Remove with: these calls.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")

@@ -1,6 +1,6 @@
-"""The packages that knet_d2 needs: the one list behind setup.py and ``python -m knet_d2.doctor``.
+"""The packages that knet_d2 needs; setup.py and ``python -m knet_d2.doctor`` read this list.
 
-Standard library only; setup.py runs this file by itself.
+This file imports only the standard library, because setup.py runs it without the package.
 """
 
 from typing import NamedTuple
@@ -10,43 +10,43 @@ PYTHON = "3.11"
 TORCH_COMMAND = "python -m pip install --upgrade torch torchvision"
 DETECTRON2_COMMAND = "python -m knet_d2.install_detectron2"
 
-# Imported to tell an installation that works from one that doesn't: what knet_d2 needs of these packages.
+# Modules that knet_d2 uses; importing them shows whether an installation of these packages works.
 DETECTRON2_PROBES = ("detectron2.modeling", "detectron2.data", "detectron2.evaluation", "detectron2.engine")
 PANOPTICAPI_PROBES = ("panopticapi.utils", "panopticapi.evaluation")
 
 
 class Dependency(NamedTuple):
-    """A package: the module to import, the distribution that pip installs, the oldest version that works."""
+    """A required package: module to import, distribution that pip installs, oldest version that works."""
 
     module: str
     distribution: str
     minimum: str | None = None
-    # What installs it; None = pip, by the distribution's name.
+    # Command that installs it; None = pip install with the distribution's name.
     command: str | None = None
-    # False: pip can't install it as one of our dependencies (see the comments below).
+    # Whether setup.py declares it; False if pip can't install it as a dependency (see the comments below).
     declared: bool = True
-    # Modules to import as well, where the first alone would not show that it works.
+    # Further modules to import, if importing ``module`` does not show that the package works.
     probes: tuple[str, ...] = ()
 
     @property
     def requirement(self) -> str:
-        """As pip writes it."""
+        """Requirement in pip's notation."""
         return self.distribution + (f">={self.minimum}" if self.minimum else "")
 
 
-# No registry has it by this name.
+# Package registries do not have it under this name.
 DETECTRON2 = Dependency("detectron2", "detectron2", "0.6", DETECTRON2_COMMAND, False, DETECTRON2_PROBES)
-# Its metadata forbids numpy 2, with which its code runs.
+# Its metadata excludes numpy 2, although its code works with it.
 PANOPTICAPI = Dependency("panopticapi", "panopticapi-lite", None, DETECTRON2_COMMAND, False, PANOPTICAPI_PROBES)
 
 DEPENDENCIES = (
-    # In older ones a file read with weights_only can corrupt memory.
+    # In older versions, a file that is read with weights_only can corrupt memory.
     Dependency("torch", "torch", "2.10", TORCH_COMMAND),
     Dependency("torchvision", "torchvision", "0.25", TORCH_COMMAND),
     Dependency("numpy", "numpy", "1.26"),
     DETECTRON2,
     PANOPTICAPI,
-    # opencv-python and opencv-python-headless exclude each other; either will do, and only the user can choose.
+    # opencv-python and opencv-python-headless exclude each other. Both work, so the user chooses one.
     Dependency("cv2", "opencv-python-headless", "4.5", declared=False),
     Dependency("pycocotools", "pycocotools", "2.0.2", probes=("pycocotools.mask",)),
     Dependency("scipy", "scipy", "1.9", probes=("scipy.optimize",)),
@@ -57,7 +57,7 @@ DEPENDENCIES = (
     Dependency("tqdm", "tqdm", "4.29"),
     Dependency("tensorboard", "tensorboard", "2.5", probes=("torch.utils.tensorboard",)),
     Dependency("shapely", "shapely", "1.8"),
-    # What Detectron2 needs besides; where it was installed without its dependencies they would be missing.
+    # Further dependencies of Detectron2; they are missing if it was installed without its dependencies.
     Dependency("matplotlib", "matplotlib"),
     Dependency("yacs", "yacs", "0.1.8"),
     Dependency("omegaconf", "omegaconf", "2.1"),

@@ -1,7 +1,7 @@
-"""Say what is installed, what is missing and which command mends it: ``python -m knet_d2.doctor``.
+"""Report what is installed, what is missing, and which command repairs it: ``python -m knet_d2.doctor``.
 
-Standard library only, so that it runs where torch or Detectron2 is missing or broken: packages are imported in another
-process.
+The doctor imports only the standard library, and imports the packages in another process. It therefore also runs if
+torch or Detectron2 is missing or broken.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from .dependencies import DEPENDENCIES, PYTHON, Dependency
 
 OK, MISSING, TOO_OLD, BROKEN = "ok", "missing", "too old", "broken"
 
-# Where these are is worth a line; the others are where Python is.
+# The table shows the location of these; all other packages are usually in the folder of Python.
 _LOCATED = ("Python", "detectron2", "knet_d2")
 
-# Runs in the other process: imports the groups of modules given as JSON and prints one JSON line for each, so that a
-# crash of the interpreter costs only the group that caused it.
+# Program of the other process: imports the packages given as JSON, and prints one JSON line for each. After a crash of
+# the interpreter, the lines show which package caused it.
 _PROBE = """
 import contextlib, importlib, importlib.metadata, json, os, sys
 real_stdout = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what the packages print must not get between the lines
+os.dup2(2, 1)  # send the packages' own output to stderr, so that stdout has only our lines
 for name, distribution, probes in json.loads(sys.argv[1]):
     row = {"module": name}
     try:
@@ -53,7 +53,7 @@ for name, distribution, probes in json.loads(sys.argv[1]):
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """One line of the doctor's table."""
 
     part: str
     found: str
@@ -65,8 +65,8 @@ def probe(dependencies: Sequence[Dependency]) -> list[dict]:
     """Import each dependency in another process.
 
     Returns:
-        One dict for each: module, and as far as known location, version, error, missing (name of the module that
-        an import did not find), device (torch), extension (detectron2).
+        One dict for each dependency, with module and, as far as they are known, location, version, error, missing
+        (name of the module that an import did not find), device (torch) and extension (detectron2).
     """
     rows: list[dict] = []
     while len(rows) < len(dependencies):
@@ -74,19 +74,19 @@ def probe(dependencies: Sequence[Dependency]) -> list[dict]:
         done = subprocess.run([sys.executable, "-c", _PROBE, json.dumps(rest)], capture_output=True, text=True)
         rows += [json.loads(line) for line in done.stdout.splitlines()]
         if len(rows) < len(dependencies):
-            error = f"importing it ended the process with status {done.returncode}"
+            error = f"importing it ended the Python process with status {done.returncode}"
             rows.append({"module": dependencies[len(rows)].module, "error": error})
     return rows
 
 
 def version_tuple(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "2.14.1+cu130" -> (2, 14, 1)."""
+    """Return the leading numbers of a version: "2.14.1+cu130" -> (2, 14, 1)."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(number) for number in match.group().split(".")) if match else ()
 
 
 def judge(dependency: Dependency, result: dict) -> Row:
-    """Make a line of the table from what :func:`probe` found."""
+    """Make a line of the table from the result of :func:`probe`."""
     module, minimum, version = dependency.module, dependency.minimum, result.get("version")
     command = dependency.command or f"python -m pip install --upgrade {dependency.distribution}"
     if "error" in result:
@@ -107,10 +107,10 @@ def judge(dependency: Dependency, result: dict) -> Row:
 
 
 def examine() -> list[Row]:
-    """Examine this installation; the table's lines from Python to knet_d2."""
+    """Examine this installation; returns the lines of the table from Python to knet_d2."""
     python = Dependency("Python", "Python", PYTHON, "use a newer Python")
     rows = [judge(python, {"version": platform.python_version(), "location": sys.prefix})]
-    ourselves = Dependency("knet_d2", "knet_d2", command="mend the lines above first", probes=("knet_d2.engine",))
+    ourselves = Dependency("knet_d2", "knet_d2", command="repair the lines above first", probes=("knet_d2.engine",))
     dependencies = [*DEPENDENCIES, ourselves]
     for dependency, result in zip(dependencies, probe(dependencies)):
         rows.append(judge(dependency, result))
@@ -120,9 +120,9 @@ def examine() -> list[Row]:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """Lay out rows as a table of text; long cells are wrapped."""
+    """Format rows as a text table; long cells are wrapped."""
     lines = []
-    for part, found, status, command in (Row("part", "found", "status", "what mends it"), *rows):
+    for part, found, status, command in (Row("part", "found", "status", "how to repair it"), *rows):
         first, *more = textwrap.wrap(found, 50) or [""]
         lines.append(f"{part:12} {status:8} {first:50} {command}".rstrip())
         lines += [" " * 22 + line for line in more]
@@ -131,10 +131,10 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; 1 when something that is required is missing, too old or broken."""
-    argparse.ArgumentParser(prog="python -m knet_d2.doctor", description="Say what is installed.").parse_args(argv)
+    """Print the table; returns exit code 1 if a requirement is missing, too old or broken, else 0."""
+    argparse.ArgumentParser(prog="python -m knet_d2.doctor", description="Report what is installed.").parse_args(argv)
     rows = examine()
     print(format_table(rows))
     bad = sum(row.status != OK for row in rows)
-    print(f"\n{bad} of {len(rows)} need attention." if bad else "\nAll is well.")
+    print(f"\n{bad} of {len(rows)} need attention." if bad else "\nEverything is installed.")
     return 1 if bad else 0

@@ -1,9 +1,9 @@
 """Install Detectron2 0.6 from the package registry, without a compiler: ``python -m knet_d2.install_detectron2``.
 
-The registry has Detectron2's Python sources as an sdist that can't be built as it stands. This step fetches that sdist
-(checked by hash), applies the substitutions that today's packages need, writes a pure Python wheel and installs it.
-A Detectron2 that is already importable stays as it is. It can be interrupted and repeated at any time.
-Standard library only: it must run before anything else is there.
+The registry has Detectron2's Python sources as an sdist that pip can't build. This program downloads the sdist, checks
+its hash, applies substitutions for current versions of other packages, writes a pure Python wheel and installs it.
+A Detectron2 that can be imported is not changed. The program can be interrupted and repeated at any time.
+It imports only the standard library, because it runs before any other package is installed.
 """
 
 import argparse
@@ -29,20 +29,20 @@ from .doctor import probe
 SDIST_NAME = "pb1-detectron2"
 SDIST_VERSION = "0.6"
 SDIST_SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
-# Raise the number after "knet" whenever the substitutions change: an older installation of ours is then replaced.
+# Increase the number after "knet" when the substitutions change, so that older installations of ours are replaced.
 WHEEL_VERSION = f"{SDIST_VERSION}+knet1"
 DIST_INFO = f"detectron2-{WHEEL_VERSION}.dist-info"
-# Says which files were changed (the licence asks for that) and marks an installation as ours. It is the first file of
-# the wheel, so that the remains of an interrupted installation have it too.
+# Lists the changed files, which the licence requires, and marks an installation as ours. It is the first file of the
+# wheel, so that an interrupted installation has it, too.
 CHANGES_FILE = "KNET_D2_CHANGES.txt"
 
 PANOPTICAPI_REQUIREMENT = "panopticapi-lite==0.1.0"
 PANOPTICAPI_SHA256 = "3d44beed48cd61d0c408b4cf8b5c4752b666567620f175b55f0445303911f37d"
 
-# What reads the sdist: newer versions of pip refuse it because of a direct URL in one of its extras.
+# Tools that download the sdist: newer versions of pip refuse it because of a direct URL in one of its extras.
 SDIST_TOOLS = ("pip==26.2", "setuptools")
 
-# Where the sdist keeps packages that Detectron2's own setup installs below detectron2/projects.
+# Folder in the sdist -> folder in the wheel, for packages that Detectron2's setup installs below detectron2/projects.
 PROJECT_FOLDERS = {
     "projects/PointRend/point_rend/": "detectron2/projects/point_rend/",
     "projects/DeepLab/deeplab/": "detectron2/projects/deeplab/",
@@ -51,7 +51,7 @@ PROJECT_FOLDERS = {
 
 
 class InstallError(KNetError):
-    """The installation can't go on; the message says what to do."""
+    """The installation can't continue; the message says what to do."""
 
 
 class Substitution(NamedTuple):
@@ -64,7 +64,7 @@ class Substitution(NamedTuple):
 
 
 def _tried(statement: str, otherwise: str) -> str:
-    """An import that may fail."""
+    """Return code for an import that may fail."""
     return f"try:\n    {statement}except ImportError:\n    {otherwise}\n"
 
 
@@ -84,9 +84,9 @@ SUBSTITUTIONS = tuple(
         ("layers/rotated_boxes.py", _IMPORT_C, _tried(_IMPORT_C, "_C = None")),
         ("layers/roi_align_rotated.py", _IMPORT_C, _tried(_IMPORT_C, "_C = None")),
         ("evaluation/coco_evaluation.py", _IMPORT_FAST_EVAL, _tried(_IMPORT_FAST_EVAL, "COCOeval_opt = COCOeval")),
-        # No caffe2 in torch: without this detectron2.utils.analysis can't be imported.
+        # torch has no caffe2 any more; without this, detectron2.utils.analysis can't be imported.
         ("export/__init__.py", _IMPORT_API, _tried(_IMPORT_API, "pass")),
-        # Pillow 10.
+        # Pillow 10 has removed this name.
         ("data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR"),
         # setuptools 82 has no pkg_resources.
         ("model_zoo/model_zoo.py", "import pkg_resources\n", ""),
@@ -95,7 +95,7 @@ SUBSTITUTIONS = tuple(
             _CONFIG_FILE,
             'os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", config_path)',
         ),
-        # numpy 1.24.
+        # numpy 1.24 has removed these names.
         ("data/build.py", "np.int)", "int)"),
         ("data/build.py", "np.int\n", "int\n"),
         ("evaluation/sem_seg_evaluation.py", "np.int)", "int)", 2),
@@ -105,11 +105,11 @@ SUBSTITUTIONS = tuple(
         ("utils/visualizer.py", "np.bool)", "bool)", 3),
         ("utils/video_visualizer.py", "np.bool)", "bool)"),
         ("evaluation/pascal_voc_evaluation.py", "np.bool)", "bool)", 2),
-        # Python 3.11 samples no sets.
+        # random.sample takes no sets since Python 3.11.
         ("data/common.py", "sample(self._fallback_candidates, k=1)", "sample(list(self._fallback_candidates), k=1)"),
-        # torch 2: schedulers have another base class, without this their state is silently not saved.
+        # Schedulers have another base class since torch 2; without this, checkpoints do not contain their state.
         ("engine/hooks.py", f"{_SCHEDULER}_LRScheduler", f"{_SCHEDULER}LRScheduler", 2),
-        # Several processes without a GPU.
+        # Allow several processes without a GPU.
         (
             "engine/launch.py",
             '    assert torch.cuda.is_available(), "cuda is not available. Please check your installation."\n',
@@ -123,7 +123,7 @@ SUBSTITUTIONS = tuple(
             "        assert num_gpus_per_machine <= torch.cuda.device_count()\n"
             "        torch.cuda.set_device(local_rank)\n",
         ),
-        # Warnings of torch 2.
+        # Avoid warnings of torch 2.
         (
             "utils/comm.py",
             "    storage = torch.ByteStorage.from_buffer(buffer)\n"
@@ -144,12 +144,12 @@ SUBSTITUTIONS = tuple(
 
 
 def read_sdist(path: Path, sha256: str) -> dict[str, bytes]:
-    """Read an sdist into {path below its top folder: content}, after checking its hash."""
+    """Check the hash of an sdist, and read it into {path below its top folder: content}."""
     if not path.is_file():
-        raise InstallError(f"{path}: no such file; --sdist wants the file {SDIST_NAME}-{SDIST_VERSION}.tar.gz")
+        raise InstallError(f"{path}: no such file. Set --sdist to the file {SDIST_NAME}-{SDIST_VERSION}.tar.gz.")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
-        raise InstallError(f"{path}: its sha256 is {found}, expected {sha256}; fetch the file again")
+        raise InstallError(f"{path}: its sha256 is {found}, expected {sha256}. Download the file again.")
     files = {}
     with tarfile.open(path) as archive:
         for member in archive:
@@ -159,20 +159,24 @@ def read_sdist(path: Path, sha256: str) -> dict[str, bytes]:
 
 
 def apply_substitutions(files: dict[str, bytes], substitutions: Sequence[Substitution]) -> dict[str, bytes]:
-    """Return ``files`` with all substitutions made; one that doesn't fit its file is an error."""
+    """Return ``files`` with all substitutions applied.
+
+    Raises:
+        InstallError: a text to replace does not occur ``count`` times in its file.
+    """
     files = dict(files)
     for file, old, new, count in substitutions:
         if file not in files:
-            raise InstallError(f"{file}: not among Detectron2's sources, so {old!r} can't be replaced in it")
+            raise InstallError(f"{file}: Detectron2's sources lack this file, so {old!r} can't be replaced in it.")
         text = files[file].decode()
         if text.count(old) != count:
-            raise InstallError(f"{file}: {old!r} occurs {text.count(old)} times, expected {count}")
+            raise InstallError(f"{file}: {old!r} occurs {text.count(old)} times, expected {count}.")
         files[file] = text.replace(old, new).encode()
     return files
 
 
 def wheel_contents(files: dict[str, bytes], substitutions: Sequence[Substitution]) -> dict[str, bytes]:
-    """Choose the files of the wheel from the sdist's, at their place in the wheel; metadata included, RECORD not."""
+    """Return {path in the wheel: content} of all files of the wheel, with its metadata but without RECORD."""
     changed = sorted({substitution.file for substitution in substitutions})
     notice = [f"Detectron2 {SDIST_VERSION} with these files changed by knet_d2.install_detectron2:", *changed, ""]
     contents = {f"detectron2/{CHANGES_FILE}": "\n".join(notice).encode()}
@@ -200,7 +204,7 @@ def wheel_contents(files: dict[str, bytes], substitutions: Sequence[Substitution
 
 
 def write_wheel(contents: dict[str, bytes], folder: Path) -> Path:
-    """Write ``contents`` and their RECORD as a wheel into ``folder``; the same contents give the same bytes."""
+    """Write ``contents`` and their RECORD as a wheel into ``folder``; equal contents give equal bytes."""
     record = []
     for name, content in contents.items():
         digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
@@ -209,7 +213,7 @@ def write_wheel(contents: dict[str, bytes], folder: Path) -> Path:
     path = folder / f"detectron2-{WHEEL_VERSION}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in {**contents, f"{DIST_INFO}/RECORD": "".join(record).encode()}.items():
-            info = zipfile.ZipInfo(name)  # a fixed date
+            info = zipfile.ZipInfo(name)  # has a fixed date, unlike writestr with a name
             info.external_attr = 0o100644 << 16
             info.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(info, content)
@@ -217,13 +221,13 @@ def write_wheel(contents: dict[str, bytes], folder: Path) -> Path:
 
 
 def build_wheel(sdist: Path, folder: Path) -> Path:
-    """Write Detectron2's wheel, made from its sdist, into ``folder``."""
+    """Make Detectron2's wheel from its sdist, and write it into ``folder``."""
     files = apply_substitutions(read_sdist(sdist, SDIST_SHA256), SUBSTITUTIONS)
     return write_wheel(wheel_contents(files, SUBSTITUTIONS), folder)
 
 
 def run_pip(arguments: Sequence[str], **environment: str) -> None:
-    """Run pip, with these environment variables besides; when it fails, raise with its last lines."""
+    """Run pip with additional environment variables; if it fails, raise an InstallError with its last lines."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode:
@@ -232,7 +236,7 @@ def run_pip(arguments: Sequence[str], **environment: str) -> None:
 
 
 def fetch_sdist(folder: Path) -> Path:
-    """Download Detectron2's sdist from the package registry into ``folder``, with a pip of its own."""
+    """Download Detectron2's sdist from the package registry into ``folder``, with the pip version of SDIST_TOOLS."""
     for module, command in (("pip", "python -m ensurepip --upgrade"), ("torch", TORCH_COMMAND)):
         if importlib.util.find_spec(module) is None:
             raise InstallError(f"{module} is missing; install it first: {command}")
@@ -246,25 +250,25 @@ def fetch_sdist(folder: Path) -> Path:
         run_pip([*arguments, "--dest", str(folder), "--requirement", str(requirement)], PYTHONPATH=path)
     except InstallError as error:
         raise InstallError(
-            f"Detectron2's sources could not be fetched. On a machine without a package registry, put the file "
-            f"{SDIST_NAME}-{SDIST_VERSION}.tar.gz there and repeat with --sdist FILE.\n{error}"
+            f"Detectron2's sources can't be downloaded. On a machine without a package registry, copy the file "
+            f"{SDIST_NAME}-{SDIST_VERSION}.tar.gz to it and repeat with --sdist FILE.\n{error}"
         ) from None
     return folder / f"{SDIST_NAME}-{SDIST_VERSION}.tar.gz"
 
 
 def package_folder(name: str) -> Path | None:
-    """Folder of an installed package, without importing it; None when there is none."""
+    """Find the folder of an installed package without importing it; None if it is not installed."""
     importlib.invalidate_caches()
     spec = importlib.util.find_spec(name)
     locations = list(spec.submodule_search_locations or []) if spec else []
-    # A folder without __init__.py is at most the rest of a package that was removed.
+    # A folder without __init__.py is what remains of a removed package.
     if not locations or (spec.origin is None and not (Path(locations[0]) / CHANGES_FILE).exists()):
         return None
     return Path(locations[0])
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether our installation is of this version and has all its files (pip writes RECORD last)."""
+    """Return whether our installation has this version and all its files (pip writes RECORD last)."""
     record = folder.parent / DIST_INFO / "RECORD"
     if not record.is_file():
         return False
@@ -273,7 +277,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def remove_ours(folder: Path) -> None:
-    """Remove our installation. The mark that it is ours goes last, so that this can be repeated as well."""
+    """Remove our installation. CHANGES_FILE is removed last, so that an interrupted removal can be repeated."""
     for path in folder.parent.glob("detectron2-*+knet*.dist-info"):
         shutil.rmtree(path)
     for path in folder.iterdir():
@@ -286,24 +290,27 @@ def remove_ours(folder: Path) -> None:
 
 
 def import_error(dependency: Dependency) -> str | None:
-    """Import a package in a new process; the error in one line, None when all is well."""
+    """Import a package in a new process; returns the error in one line, None if there is none."""
     return probe([dependency])[0].get("error")
 
 
 def install_detectron2(sdist: Path | None = None) -> str:
-    """Install Detectron2 unless one is importable; return what was done.
+    """Install Detectron2 unless it can already be imported; returns a sentence on what was done.
 
     Args:
-        sdist: Detectron2's sources as a local file; None = from the package registry.
+        sdist: local file with Detectron2's sources; None = download them from the package registry.
+
+    Raises:
+        InstallError: Detectron2 can't be installed or imported.
     """
     folder = package_folder("detectron2")
     if folder is not None and not (folder / CHANGES_FILE).exists():  # not ours
         error = import_error(DETECTRON2)
         if error is None:
-            return f"detectron2: {folder} is importable and stays as it is"
+            return f"detectron2: {folder} can be imported and is not changed"
         raise InstallError(
-            f"{folder} is a Detectron2 that this step did not install and that can't be imported ({error}). "
-            "Mend it, or remove it (python -m pip uninstall detectron2) and repeat."
+            f"{folder} is a Detectron2 that this program did not install and that can't be imported ({error}). "
+            "Repair it, or remove it (python -m pip uninstall detectron2) and repeat."
         )
     if folder is not None and is_complete(folder):
         done = f"detectron2: {WHEEL_VERSION} is already installed in {folder}"
@@ -321,14 +328,14 @@ def install_detectron2(sdist: Path | None = None) -> str:
 
 
 def install_panopticapi() -> str:
-    """Install panopticapi unless one is importable; return what was done."""
+    """Install panopticapi unless it can already be imported; returns a sentence on what was done."""
     folder = package_folder("panopticapi")
     if folder is not None and import_error(PANOPTICAPI) is None:
-        return f"panopticapi: {folder} is importable and stays as it is"
+        return f"panopticapi: {folder} can be imported and is not changed"
     with tempfile.TemporaryDirectory(prefix="knet_d2_") as temporary:
         requirement = Path(temporary) / "panopticapi.txt"
         requirement.write_text(f"{PANOPTICAPI_REQUIREMENT} --hash=sha256:{PANOPTICAPI_SHA256}\n")
-        # Without its dependencies: its metadata forbids numpy 2, with which its code runs.
+        # Installed without dependencies, because its metadata excludes numpy 2, although its code works with it.
         arguments = ["install", "--no-deps", "--force-reinstall", "--only-binary", ":all:", "--require-hashes"]
         run_pip([*arguments, "--requirement", str(requirement)])
     return f"panopticapi: installed {PANOPTICAPI_REQUIREMENT}"
@@ -337,16 +344,16 @@ def install_panopticapi() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m knet_d2.install_detectron2", description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--sdist", type=Path, metavar="FILE", help=f"use this {SDIST_NAME}-{SDIST_VERSION}.tar.gz, fetch nothing for it"
+        "--sdist", type=Path, metavar="FILE", help=f"use this {SDIST_NAME}-{SDIST_VERSION}.tar.gz instead of a download"
     )
     arguments = parser.parse_args(argv)
     try:
         print(install_detectron2(arguments.sdist), flush=True)
         print(install_panopticapi())
     except InstallError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"Error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("Interrupted. Run the same command again to continue.", file=sys.stderr)
         return 130
     return 0

@@ -1,4 +1,4 @@
-"""Checks of data sets before training: counts by class and size, and everything that is wrong."""
+"""Checks data sets before training: finds faults in their files, and counts objects by class and size."""
 
 from .dataset import check_datasets
 from .faults import KINDS, Fault

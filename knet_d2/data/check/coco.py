@@ -1,4 +1,4 @@
-"""What COCO's instances and panoptic JSON have in common: images and categories with ids."""
+"""Checks that COCO's instances JSON and panoptic JSON share: their lists of images and categories, and ids."""
 
 import os
 from collections import Counter
@@ -16,10 +16,15 @@ from .report import Use
 
 
 def read_json(path: str, use: Use, faults: list[Fault]) -> dict[str, Any] | None:
-    """The content of a COCO JSON with the lists images, annotations and categories; None where it can't be had.
+    """Read a COCO JSON with the lists images, annotations and categories; None if it can't be read.
 
-    A JSON without "annotations" lists images to predict only, which is no fault unless it is trained on. Of a data set
-    that is a part of the JSON's images, the others are left out with their annotations.
+    A JSON without "annotations" lists images for prediction only, which is a fault only in a training set. If the data
+    set is a part of the JSON's images (Use.part), only these images and their annotations are returned.
+
+    Args:
+        path: path of the JSON.
+        use: what the data set is for.
+        faults: gets the faults that are found.
     """
     if not PathManager.isfile(path):
         faults.append(Fault("missing file", path, "", "does not exist"))
@@ -27,10 +32,11 @@ def read_json(path: str, use: Use, faults: list[Fault]) -> dict[str, Any] | None
     try:
         content = parse_json(path)
     except DataError as error:
-        faults.append(Fault("broken JSON", path, "", f"is no valid JSON ({error.__cause__})"))
+        faults.append(Fault("broken JSON", path, "", f"is not valid JSON ({error.__cause__})"))
         return None
     if not isinstance(content, dict):
-        faults.append(Fault("missing key", path, "", f"is a {type(content).__name__}, not COCO's mapping of lists"))
+        what = f"holds a {type(content).__name__}, but COCO's format is a mapping of lists"
+        faults.append(Fault("missing key", path, "", what))
         return None
     wrong = find_wrong_type({key: value for key, value in content.items() if isinstance(value, list)})
     if wrong:
@@ -56,7 +62,7 @@ def _of_part(content: dict[str, Any], part: Part) -> dict[str, Any]:
 
 
 def lacking(items: list[dict], keys: Iterable[str], path: str, what: str, faults: list[Fault]) -> list[dict]:
-    """The items that have all keys; the others are faults, at the place "<what> <id>"."""
+    """Return the items that have all keys, and add a fault at the place "<what> <id>" for each other item."""
     complete = []
     for i, item in enumerate(items):
         missing = [key for key in keys if key not in item]
@@ -68,12 +74,14 @@ def lacking(items: list[dict], keys: Iterable[str], path: str, what: str, faults
 
 
 def check_twice(items: list[dict], what: str, key: str, path: str, faults: list[Fault]) -> None:
-    """Faults for ids, and values of another key, that two of the items have.
+    """Add a fault for each id, and for each value of ``key``, that occurs in more than one item.
 
     Args:
-        items: the images or categories of a JSON, with "id" and ``key``.
+        items: images or categories of a JSON, with "id" and ``key``.
         what: "image" or "category".
         key: "file_name" or "name".
+        path: path of the JSON.
+        faults: gets the faults that are found.
     """
     for i, count in Counter(item["id"] for item in items).items():
         if count > 1:
@@ -83,7 +91,8 @@ def check_twice(items: list[dict], what: str, key: str, path: str, faults: list[
         other = first.setdefault(item[key], item["id"])
         if other != item["id"]:
             kind = "image file twice" if what == "image" else "category name twice"
-            faults.append(Fault(kind, path, f"{what} {item['id']}", f"has the {key} {item[key]!r} of {what} {other}"))
+            same = f"has the same {key} {item[key]!r} as {what} {other}"
+            faults.append(Fault(kind, path, f"{what} {item['id']}", same))
 
 
 def image_entries(images: list[dict], root: str) -> list[ImageEntry]:
@@ -95,7 +104,7 @@ def image_entries(images: list[dict], root: str) -> list[ImageEntry]:
 
 
 def check_image_ids(annotations: list[dict], images: dict[Any, dict], path: str, faults: list[Fault]) -> list[dict]:
-    """The annotations of known images; the others are faults."""
+    """Return the annotations whose image is listed, and add a fault for each other annotation."""
     known = []
     as_text = {str(i) for i in images}
     for annotation in annotations:
@@ -105,7 +114,7 @@ def check_image_ids(annotations: list[dict], images: dict[Any, dict], path: str,
             continue
         what = f"is for image_id {image_id!r}, which is not in images"
         if str(image_id) in as_text:
-            what += f"; an image has this id as {'text' if isinstance(image_id, int) else 'a number'}"
+            what += f"; an image has this id as {'a string' if isinstance(image_id, int) else 'a number'}"
         where = f"annotation {annotation['id']}" if "id" in annotation else f"image {image_id}"
         faults.append(Fault("unknown image", path, where, what))
     return known

@@ -1,28 +1,28 @@
-"""Counts of objects by class, image and size."""
+"""Counts the objects of a data set by class, image and size."""
 
 from collections import Counter
 from typing import Any
 
 from .faults import Fault
 
-# COCO's: areas in pixels of the original image.
+# COCO's limits between small, medium and large objects: areas in pixels of the original image.
 _SMALL, _MEDIUM = 32**2, 96**2
 
 
 class ObjectCounts:
-    """Counts the instances or segments of a JSON, and says what is odd about their numbers.
+    """Counts the instances or segments of a JSON, and finds faults in their numbers.
 
     Attributes:
-        categories: those of the JSON, by id.
-        per_image: instances of each image, without crowds and stuff.
+        categories: categories of the JSON by id.
+        per_image: number of instances in each image, without crowds and stuff.
     """
 
     def __init__(self, categories: dict[Any, dict], path: str, unit: str) -> None:
         """
         Args:
-            categories: by id; where they lack "isthing", all are things.
-            path: of the JSON.
-            unit: "instance" or "segment".
+            categories: categories by id; a category without "isthing" is a thing class.
+            path: path of the JSON.
+            unit: what is counted, "instance" or "segment".
         """
         self.categories = categories
         self.per_image: Counter = Counter()
@@ -34,7 +34,7 @@ class ObjectCounts:
         return bool(self.categories[category].get("isthing", True))
 
     def add(self, image: Any, category: Any, is_crowd: bool, area: int) -> None:
-        """Count one object; area: its pixels, 0 where they can't be counted."""
+        """Count one object of ``area`` pixels; 0 if the area is not known."""
         counts = self._counts[category]
         counts["pixels"] += area
         if is_crowd:
@@ -48,13 +48,13 @@ class ObjectCounts:
                 counts["small" if area < _SMALL else "medium" if area < _MEDIUM else "large"] += 1
 
     def find_crowded_images(self, num_kernels: int, names: dict[Any, str]) -> list[Fault]:
-        """names: file of each image."""
+        """Find images with more instances than the model has kernels; ``names`` maps an image id to a file name."""
         return [
             Fault(
                 "more instances than kernels",
                 self._path,
                 f"image {i}",
-                f"{names.get(i, i)} has {count} instances, the model {num_kernels} kernels for them",
+                f"{names.get(i, i)} has {count} instances, but the model has {num_kernels} kernels for them",
             )
             for i, count in self.per_image.items()
             if count > num_kernels
@@ -68,7 +68,7 @@ class ObjectCounts:
 
     def find_unused_classes(self) -> list[Fault]:
         if not any(self._counts.values()):
-            return []  # nothing was read at all
+            return []  # no object could be read; other faults say why
         return [
             Fault("unused class", self._path, f"category {i}", f"{category.get('name')!r} has no {self._unit}")
             for i, category in self.categories.items()
@@ -76,7 +76,7 @@ class ObjectCounts:
         ]
 
     def table(self) -> list[dict[str, Any]]:
-        """A row per class, things first, by their ids."""
+        """Return one row per class: things first, then stuff, each sorted by id."""
         total = sum(counts["pixels"] for counts in self._counts.values()) or 1
         rows = []
         for i in sorted(self.categories, key=lambda i: (not self.is_thing(i), str(i))):

@@ -1,4 +1,4 @@
-"""The data sets of a config: which check each has, and what is wrong between them."""
+"""Checks all data sets of a config: each one by the check of its format, then the data sets against each other."""
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -19,10 +19,10 @@ from .report import DatasetReport, Report, Use
 
 
 def check_datasets(cfg: CfgNode) -> Report:
-    """Check all of DATASETS.TRAIN and DATASETS.TEST for MODEL.KNET.TASK.
+    """Check the data sets of DATASETS.TRAIN and DATASETS.TEST for use with MODEL.KNET.TASK.
 
     Args:
-        cfg: a config whose DATASETS.CUSTOM are registered; its classes are resolved where that is possible.
+        cfg: a config whose DATASETS.CUSTOM are registered; its classes are resolved in place if there are no faults.
     """
     training, validation = list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)
     reports = {name: _check_dataset(cfg, name) for name in dict.fromkeys([*training, *validation])}
@@ -44,7 +44,8 @@ def _check_dataset(cfg: CfgNode, name: str) -> list[DatasetReport]:
     problems: list[Fault] = []
     records: list[dict] = []
     try:
-        records = load_dataset(name)  # makes generated files; classes of some data sets are known only afterwards
+        # Loading creates the files of generated data sets, and sets the metadata that the checks read.
+        records = load_dataset(name)
     except KNetError as error:
         problems.append(Fault("unusable", name, "", str(error)))
     reports = _check_files(cfg, name, MetadataCatalog.get(name)) or [_check_by_mapper(cfg, name, records)]
@@ -54,11 +55,12 @@ def _check_dataset(cfg: CfgNode, name: str) -> list[DatasetReport]:
 
 
 def _check_files(cfg: CfgNode, name: str, metadata: Metadata) -> list[DatasetReport]:
-    """The checks of known formats; none where a data set has another."""
+    """Run the checks for the format of a data set; returns no report if there is no check for its format."""
     kind = metadata.get("evaluator_type")
     use = Use(name in cfg.DATASETS.TRAIN, get_task(cfg), cfg.MODEL.KNET.NUM_KERNELS, metadata.get("part"))
     reports = []
-    if metadata.get("panoptic_json") and kind == "coco_panoptic_seg":  # Cityscapes' images have other names
+    # Cityscapes also has a panoptic JSON, but its file names follow other rules.
+    if metadata.get("panoptic_json") and kind == "coco_panoptic_seg":
         paths = (metadata.panoptic_json, metadata.image_root, metadata.panoptic_root)
         reports.append(check_panoptic(name, *paths, use))
     if metadata.get("json_file") and kind in ("coco", "coco_panoptic_seg"):
@@ -71,7 +73,7 @@ def _check_files(cfg: CfgNode, name: str, metadata: Metadata) -> list[DatasetRep
 
 
 def _check_by_mapper(cfg: CfgNode, name: str, records: list[dict]) -> DatasetReport:
-    """What reading each image with its ground truth for training says, of data sets in any other format."""
+    """Check a data set of any other format: read each image with its ground truth as training does."""
     faults: list[Fault] = []
     try:
         cfg = cfg.clone()
@@ -89,10 +91,12 @@ def _check_by_mapper(cfg: CfgNode, name: str, records: list[dict]) -> DatasetRep
 
 
 def _find_shared_images(training: list[DatasetReport], validation: list[DatasetReport]) -> list[Fault]:
-    """Images of the training sets, by content, that are in the validation sets, too."""
+    """Find images of the training sets whose content is in the validation sets, too."""
     trained = {facts.digest: path for report in training for path, facts in report.images.items()}
     return [
-        Fault("training image in validation", path, "", f"is {trained[facts.digest]} of the training set")
+        Fault(
+            "training image in validation", path, "", f"has the content of the training image {trained[facts.digest]}"
+        )
         for report in validation
         for path, facts in report.images.items()
         if facts.digest in trained

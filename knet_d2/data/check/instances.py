@@ -1,4 +1,4 @@
-"""COCO instances JSON with its images."""
+"""Checks a COCO instances JSON and its images."""
 
 from collections import Counter
 from typing import Any
@@ -12,9 +12,9 @@ from .faults import Fault
 from .images import check_images
 from .report import DatasetReport, Use
 
-# Differences of a box's corners from its mask's, in pixels and as a part of its size, that rounding explains.
+# Tolerance for the corners of a box, in pixels and as a fraction of the box's size, because tools round them.
 _BOX_PIXELS, _BOX_PART = 3.0, 0.1
-# The same for areas: factor and pixels. Areas of polygons differ from those of their pixels in small objects.
+# Tolerance for areas, as a factor and in pixels: the area of a small polygon differs from its number of pixels.
 _AREA_FACTOR, _AREA_PIXELS = 2.0, 32
 
 
@@ -22,8 +22,9 @@ def check_instances(name: str, json_file: str, image_root: str, use: Use) -> Dat
     """Check a COCO instances JSON, every annotation in it, and its images.
 
     Args:
-        name: of the data set.
-        json_file, image_root: its paths.
+        name: name of the data set.
+        json_file: path of the JSON.
+        image_root: folder of the images.
         use: what the data set is for.
     """
     faults: list[Fault] = []
@@ -47,7 +48,7 @@ def check_instances(name: str, json_file: str, image_root: str, use: Use) -> Dat
             faults.append(Fault("unknown category", json_file, where, what))
             continue
         if not {"file_name", "height", "width"} <= set(image):
-            continue  # said already
+            continue  # "missing key" is already reported for this image
         area, problems = _check_mask(annotation, image, seen)
         faults += [Fault(kind, json_file, where, f"{what} (image {image['file_name']})") for kind, what in problems]
         if area:
@@ -61,7 +62,7 @@ def check_instances(name: str, json_file: str, image_root: str, use: Use) -> Dat
 
 
 def _check_annotations(annotations: list[dict], path: str, faults: list[Fault]) -> list[dict]:
-    """Keys and ids; returns the annotations that can be looked at further."""
+    """Check keys and ids; returns the annotations whose masks can be checked."""
     lacking(annotations, ("iscrowd", "area", "bbox"), path, "annotation", faults)
     annotations = lacking(annotations, ("id", "image_id", "category_id"), path, "annotation", faults)
     for i, count in Counter(annotation["id"] for annotation in annotations).items():
@@ -77,10 +78,15 @@ def _check_annotations(annotations: list[dict], path: str, faults: list[Fault]) 
 
 
 def _check_mask(annotation: dict, image: dict, seen: dict[tuple, Any]) -> tuple[int, list[tuple[str, str]]]:
-    """The pixels of a mask, and the kinds of faults that it has and what they are.
+    """Check the mask, box and area of an annotation.
 
     Args:
-        seen: annotation ids by image, class and mask, to which this one is added.
+        annotation: annotation of the JSON.
+        image: its image, with "height" and "width".
+        seen: annotation ids by (image, class, mask); this annotation is added.
+
+    Returns:
+        The number of pixels of the mask, and a list of (kind of fault, what is wrong).
     """
     size = (image["height"], image["width"])
     try:
@@ -96,19 +102,19 @@ def _check_mask(annotation: dict, image: dict, seen: dict[tuple, Any]) -> tuple[
         return 0, problems
     stated, box = annotation.get("bbox"), mask_util.toBbox(rle).tolist()
     if stated is not None and not _is_near(stated, box):
-        problems.append(("wrong bbox", f"bbox is {stated}, but its mask's is {box}"))
+        problems.append(("wrong bbox", f"bbox is {stated}, but the box of its mask is {box}"))
     stated = annotation.get("area", area)
     ratio = max(stated / area, area / stated) if stated > 0 else float("inf")
     if stated <= 0 or (ratio > _AREA_FACTOR and abs(stated - area) > _AREA_PIXELS):
         problems.append(("wrong area", f"area is {stated}, but its mask has {area} pixels"))
     first = seen.setdefault((annotation["image_id"], annotation["category_id"], rle["counts"]), annotation["id"])
     if first != annotation["id"]:
-        problems.append(("annotation twice", f"is the same as annotation {first}"))
+        problems.append(("annotation twice", f"has the same mask and class as annotation {first}"))
     return area, problems
 
 
 def _is_near(stated: Any, box: list[float]) -> bool:
-    """Whether two boxes [x, y, width, height] are the same but for rounding."""
+    """Return whether two boxes [x, y, width, height] are equal within the tolerance for rounding."""
     if not isinstance(stated, (list, tuple)) or len(stated) != 4:
         return False
     tolerance = max(_BOX_PIXELS, _BOX_PART * max(box[2:]))

@@ -1,4 +1,4 @@
-"""Folders of images and label maps."""
+"""Checks a folder of label maps and the folder of their images."""
 
 import os
 from collections import Counter
@@ -21,11 +21,12 @@ def check_labels(
     """Check all label maps of a folder, and the images that they belong to.
 
     Args:
-        name: of the data set.
-        image_root, label_root: its folders; files in them belong together by their names.
-        classes: their names.
-        label_map: value in a label map -> class, 255 where ignored, -1 where it must not occur; None: 0, 1, ... are
-            the classes and 255 is ignored.
+        name: name of the data set.
+        image_root, label_root: folders of images and label maps; an image and its label map have the same file name
+            without suffix.
+        classes: names of the classes.
+        label_map: maps a value of a label map to its class, to 255 if it is ignored, or to -1 if it is not allowed.
+            None: the values 0, 1, ... are the classes and 255 is ignored.
         use: what the data set is for.
     """
     faults: list[Fault] = []
@@ -57,7 +58,7 @@ def check_labels(
 
 
 def _read_values(path: str) -> tuple[tuple[int, int], dict[int, int]] | Fault:
-    """(height, width), and pixels by value; or why not."""
+    """Read a label map; returns its (height, width) and the number of pixels of each value, or a fault."""
     try:
         labels = read_labels(path)
     except DataError as error:
@@ -69,7 +70,7 @@ def _read_values(path: str) -> tuple[tuple[int, int], dict[int, int]] | Fault:
 
 
 class _Counts:
-    """Looks at the values of one label map after the other, and counts."""
+    """Counts the images and pixels of each class, and finds faults in the values of label maps."""
 
     def __init__(self, classes: list[str], label_map: np.ndarray) -> None:
         self._classes = classes
@@ -80,10 +81,17 @@ class _Counts:
     def add(
         self, path: str, size: tuple[int, int] | None, shape: tuple[int, int], values: dict[int, int]
     ) -> list[Fault]:
-        """size: of the image, where that could be read; shape, values: as _read_values gives them."""
+        """Check and count one label map.
+
+        Args:
+            path: path of the label map.
+            size: (height, width) of the image; None if the image can't be read.
+            shape: (height, width) of the label map.
+            values: number of pixels of each value.
+        """
         faults = []
         if size is not None and shape != size:
-            what = f"is {shape[1]} x {shape[0]} pixels (width x height), its image {size[1]} x {size[0]}"
+            what = f"has {shape[1]} x {shape[0]} pixels (width x height), but its image has {size[1]} x {size[0]}"
             faults.append(Fault("label map size", path, "", what))
         found: Counter = Counter()
         for value, count in values.items():
@@ -94,14 +102,14 @@ class _Counts:
             else:
                 found[label] += count
         if set(found) == {_IGNORED}:
-            faults.append(Fault("nothing labelled", path, "", "all pixels are ignored"))
+            faults.append(Fault("nothing labelled", path, "", "has only ignored pixels"))
         self._images.update(found.keys())
         self._pixels.update(found)
         return faults
 
     def find_unused_classes(self, label_root: str) -> list[Fault]:
         if not self._pixels:
-            return []  # nothing was read at all
+            return []  # no label map could be read; other faults say why
         used = [i for i in range(len(self._classes)) if self._pixels[i]]
         if len(used) == 1:
             what = f"all labelled pixels are {self._classes[used[0]]!r}"

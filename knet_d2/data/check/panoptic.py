@@ -1,4 +1,4 @@
-"""COCO panoptic JSON with its PNGs and images."""
+"""Checks a COCO panoptic JSON, its PNGs and its images."""
 
 import functools
 import os
@@ -18,14 +18,14 @@ from .faults import Fault
 from .images import check_images, map_files
 from .report import DatasetReport, Use
 
-# Unknown ids of a PNG that are named one by one; more are the work of a lossy file.
+# A PNG with more unknown ids than this was probably saved with loss; the fault then states only their number.
 _MOST_IDS = 5
-# Differences of an area from the number of pixels, as a part of it and in pixels, that are no matter.
+# Tolerance for areas, as a fraction of the number of pixels and in pixels.
 _AREA_PART, _AREA_PIXELS = 0.01, 4
 
 
 class _Png(NamedTuple):
-    """A PNG to look at: its annotation, and (height, width) of its image where that could be read."""
+    """A PNG to check: its annotation and path, and (height, width) of its image, None if the image can't be read."""
 
     annotation: dict
     path: str
@@ -36,9 +36,10 @@ def check_panoptic(name: str, json_file: str, image_root: str, panoptic_root: st
     """Check a COCO panoptic JSON, every segment in it, its PNGs and images.
 
     Args:
-        name: of the data set.
-        json_file, image_root, panoptic_root: its paths.
-        use: what the data set is for; its task tells whether things and stuff are needed.
+        name: name of the data set.
+        json_file: path of the JSON.
+        image_root, panoptic_root: folders of the images and the PNGs.
+        use: what the data set is for; its task determines whether things and stuff are needed.
     """
     faults: list[Fault] = []
     content = read_json(json_file, use, faults)
@@ -78,14 +79,14 @@ def check_panoptic(name: str, json_file: str, image_root: str, panoptic_root: st
 def _check_kinds(categories: list[dict], path: str, task: Task) -> list[Fault]:
     faults = []
     if task.things and not any(category["isthing"] for category in categories):
-        faults.append(Fault("no things", path, "", "none of its categories is a thing"))
+        faults.append(Fault("no things", path, "", "has no category that is a thing"))
     if task.stuff == "stuff" and all(category["isthing"] for category in categories):
-        faults.append(Fault("no stuff", path, "", "all its categories are things"))
+        faults.append(Fault("no stuff", path, "", "has only categories that are things"))
     return faults
 
 
 def _check_png(png: _Png, json_file: str) -> tuple[list[Fault], dict[int, int]]:
-    """Faults, and pixels by segment id."""
+    """Check a PNG; returns its faults, and the number of pixels of each segment id."""
     annotation, path, size = png
     faults = []
     segments = [segment for segment in annotation["segments_info"] if "id" in segment]
@@ -103,7 +104,7 @@ def _check_png(png: _Png, json_file: str) -> tuple[list[Fault], dict[int, int]]:
         return [*faults, Fault("unreadable PNG", path, where, str(error.__cause__))], {}
     if size is not None and pixels.shape[:2] != size:
         shape = pixels.shape
-        what = f"is {shape[1]} x {shape[0]} pixels (width x height), its image {size[1]} x {size[0]}"
+        what = f"has {shape[1]} x {shape[0]} pixels (width x height), but its image has {size[1]} x {size[0]}"
         faults.append(Fault("PNG size", path, where, what))
     areas = _areas(pixels)
     expected = {segment["id"] for segment in segments} - {0}
@@ -111,7 +112,7 @@ def _check_png(png: _Png, json_file: str) -> tuple[list[Fault], dict[int, int]]:
 
 
 def _areas(pixels: np.ndarray) -> dict[int, int]:
-    """Pixels by segment id, without void."""
+    """Return the number of pixels of each segment id, without void."""
     ids, counts = np.unique(rgb2id(pixels), return_counts=True)
     return {i: count for i, count in zip(ids.tolist(), counts.tolist(), strict=True) if i}
 
@@ -119,9 +120,10 @@ def _areas(pixels: np.ndarray) -> dict[int, int]:
 def _compare_ids(pixels: np.ndarray, areas: dict[int, int], expected: set[int], path: str, where: str) -> list[Fault]:
     unknown, unpainted = sorted(set(areas) - expected), sorted(expected - set(areas))
     if unknown and (pixels == pixels[..., :1]).all():
-        return [Fault("PNG without colours", path, where, "has the same red, green and blue everywhere")]
+        return [Fault("PNG without colours", path, where, "has equal red, green and blue values in every pixel")]
     if unknown and not set(_areas(pixels[..., ::-1])) - expected:
-        return [Fault("PNG with red and blue swapped", path, where, "has its segments' ids with red and blue swapped")]
+        what = "has the ids of segments_info only if red and blue are swapped"
+        return [Fault("PNG with red and blue swapped", path, where, what)]
     if len(unknown) > _MOST_IDS:
         faults = [Fault("unknown segment", path, where, f"has {len(unknown)} ids that segments_info lacks")]
     else:
@@ -136,10 +138,13 @@ def _compare_ids(pixels: np.ndarray, areas: dict[int, int], expected: set[int], 
 
 
 def _check_segments(annotation: dict, areas: dict[int, int], counts: ObjectCounts, path: str) -> list[Fault]:
-    """What is wrong with the segments of one image, which are counted.
+    """Check and count the segments of one image.
 
     Args:
-        areas: pixels by segment id; empty where the PNG can't be read.
+        annotation: annotation of the image.
+        areas: number of pixels of each segment id; empty if the PNG can't be read.
+        counts: gets the segments.
+        path: path of the JSON.
     """
     faults, image = [], f"image {annotation['image_id']}"
     of_stuff: Counter = Counter()
@@ -158,7 +163,7 @@ def _check_segments(annotation: dict, areas: dict[int, int], counts: ObjectCount
         of_stuff[category] += not (is_crowd or counts.is_thing(category))
         stated = segment.get("area", area)
         if area and abs(stated - area) > max(_AREA_PIXELS, _AREA_PART * area):
-            faults.append(Fault("wrong area", path, where, f"area is {stated}, but it has {area} pixels"))
+            faults.append(Fault("wrong area", path, where, f"area is {stated}, but the segment has {area} pixels"))
     for category, count in of_stuff.items():
         if count > 1:
             what = f"has {count} segments of the stuff class {counts.categories[category].get('name')!r}"

@@ -1,4 +1,4 @@
-"""What a check found, as text and as JSON."""
+"""The results of a check of data sets, as text and as JSON."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -13,13 +13,13 @@ from .images import ImageFacts
 
 
 class Use(NamedTuple):
-    """What a data set is for.
+    """What a data set is used for.
 
     Attributes:
-        is_training: whether it is trained on.
-        task: of the model.
-        num_kernels: instance kernels of the model.
-        part: which of its images are used, if not all.
+        is_training: whether the model is trained on it.
+        task: task of the model.
+        num_kernels: number of the model's instance kernels.
+        part: part of the images that is used; None for all.
     """
 
     is_training: bool
@@ -30,15 +30,15 @@ class Use(NamedTuple):
 
 @dataclass
 class DatasetReport:
-    """Of one data set.
+    """The results of one data set.
 
     Attributes:
-        name: as registered.
-        faults: all that were found.
-        num_images: images that it lists.
-        table: a row per class.
-        summary: what else there is to count.
-        images: facts about its images by path.
+        name: name of the data set, as registered.
+        faults: all faults.
+        num_images: number of images that the data set lists.
+        table: counts of objects or pixels, one row per class.
+        summary: other counts, in words.
+        images: facts about each image, by path.
     """
 
     name: str
@@ -55,21 +55,26 @@ class DatasetReport:
 
 @dataclass
 class Report:
-    """Of all data sets of a config; faults has each of the data sets' faults once, and those between data sets."""
+    """The results of all data sets of a config.
+
+    Attributes:
+        datasets: the results of each data set.
+        faults: all faults, each one once: faults of a single data set, then faults between data sets.
+    """
 
     datasets: list[DatasetReport]
     faults: list[Fault]
 
     @property
     def failed(self) -> bool:
-        """Whether training or evaluation would fail or be wrong."""
+        """Whether there is an error: training or evaluation would fail or be wrong."""
         return any(fault.level == ERROR for fault in self.faults)
 
     def text(self, most: int = 10) -> str:
-        """Counts, then faults by kind, errors first.
+        """Return the counts, then the faults by kind, errors first.
 
         Args:
-            most: faults of one kind that are listed; the number of the others is told.
+            most: largest number of faults of one kind to list; of the others only the number is stated.
         """
         parts = [dataset.text() for dataset in self.datasets]
         by_kind: dict[str, list[Fault]] = defaultdict(list)
@@ -86,7 +91,7 @@ class Report:
         return "\n\n".join(parts)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, for other programs."""
+        """Return all results as dicts and lists, for other programs."""
         return {
             "datasets": [
                 {"name": x.name, "images": x.num_images, "summary": x.summary, "classes": x.table}

@@ -1,8 +1,8 @@
-"""Draws one image of the shapes data set: textured things that overlap, over textured stuff.
+"""Draws one image of the shapes data set: textured things that overlap, on a background of textured stuff.
 
-Everything is a function of one random generator, so that an image is determined by (seed, index). Lengths are
-given for an image of 128 x 128 pixels and scale with the size. A thing's class is told by its outline, a stuff
-class by its texture, and both by their colour mostly: a few have any hue, not that of their class.
+All random numbers come from one generator, so (seed, index) determines an image. Lengths are given for an image of
+128 x 128 pixels and scale with the image size. The outline of a thing shows its class, and the texture of a stuff
+region shows its class. The hue shows the class, too, except in a few objects that have a random hue.
 """
 
 import colorsys
@@ -17,18 +17,22 @@ STUFF_CLASSES = ("stripes", "checker", "noise")
 MAX_THINGS = 8
 MIN_DIAMETER, MAX_DIAMETER = 18.0, 90.0
 _REFERENCE_SIZE = 128
-# A thing stays only where this part of its area and this many pixels (at 128 x 128) remain visible.
+# A thing is kept only if this part of its area and this many pixels (at 128 x 128) stay visible.
 _MIN_VISIBLE_PART, _MIN_VISIBLE_AREA = 0.35, 50
 _UNLABELLED = -1
-# The part of things and stuff regions whose hue is not that of their class
+# The part of things and stuff regions that have a random hue instead of the hue of their class.
 _ODD_HUES = 0.05
 
 
 class Thing(NamedTuple):
-    """One thing or one crowd of things; mask is a bool array [H, W] of its visible pixels.
+    """One thing or one crowd of things.
 
-    polygon: flat list x0, y0, x1, y1, ... where the mask is exactly that polygon's, else None.
-    occlusion: the part of its area inside the image that other things hide.
+    Attributes:
+        category: index of the class in THING_CLASSES.
+        mask: visible pixels, bool [H, W].
+        polygon: flat list x0, y0, x1, y1, ... if the polygon covers exactly the mask, else None.
+        occlusion: part of the area inside the image that other things hide, 0 to 1.
+        iscrowd: whether this is a crowd.
     """
 
     category: int
@@ -39,7 +43,13 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """image: uint8 RGB [H, W, 3]; things: from the lowest to the topmost; stuff: int [H, W], -1 where unlabelled."""
+    """A drawn image and its ground truth.
+
+    Attributes:
+        image: uint8 RGB [H, W, 3].
+        things: list of Thing from the lowest to the topmost.
+        stuff: index of the stuff class, int [H, W]; -1 for unlabelled pixels and pixels of things.
+    """
 
     image: np.ndarray
     things: list
@@ -69,7 +79,7 @@ def draw_scene(rng: np.random.Generator, size: int) -> Scene:
 
 
 def _draw_stuff(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Regions with wavy borders, each with a texture: float image [H, W, 3] and class map [H, W]."""
+    """Draw regions with wavy borders, each with a texture; returns a float image [H, W, 3] and a class map [H, W]."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
     num_regions = rng.integers(1, 5)
     centers = rng.uniform(0, size, (num_regions, 2))
@@ -89,7 +99,7 @@ def _draw_stuff(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.nda
 
 
 def _stuff_texture(rng: np.random.Generator, size: int, category: int) -> np.ndarray:
-    """Two colours of low saturation, mixed by the class's pattern; a plain slope where unlabelled."""
+    """Mix two colours of low saturation by the pattern of the class, or by a plain slope for unlabelled regions."""
     hue = rng.random() if category == _UNLABELLED else _class_hue(rng, (category + 0.5) / len(STUFF_CLASSES))
     saturation = rng.uniform(0.15, 0.45)
     bright = rng.uniform(0.65, 0.95)
@@ -129,7 +139,7 @@ _PATTERNS = {"stripes": _stripes, "checker": _checker, "noise": _noise}
 
 
 def _place_shapes(rng: np.random.Generator, size: int) -> tuple[list, list | None]:
-    """Shapes from the lowest to the topmost, and the members of a crowd that lies below them (or None)."""
+    """Place shapes, from the lowest to the topmost, and the members of a crowd below all of them (None: no crowd)."""
     crowd = _place_crowd(rng, size) if rng.random() < 0.12 else None
     num_things = 0 if rng.random() < 0.04 else int(rng.integers(1, MAX_THINGS + 1))
     shapes = []
@@ -151,7 +161,7 @@ def _place_crowd(rng: np.random.Generator, size: int) -> list:
 
 
 def _random_shape(rng: np.random.Generator, size: int, others: list) -> _Shape:
-    """A shape anywhere, or, half of the time, close to another one, so that they overlap."""
+    """Place a shape at a random position; with probability 1/2 close to another shape, so that the two overlap."""
     diameter = np.exp(rng.uniform(np.log(MIN_DIAMETER), np.log(MAX_DIAMETER))) * size / _REFERENCE_SIZE
     margin = 0.25 * diameter
     center = rng.uniform(margin, size - margin, 2)
@@ -176,7 +186,7 @@ def _shape(rng: np.random.Generator, size: int, category: int, center: np.ndarra
 
 
 def _outline(name: str) -> np.ndarray:
-    """Corners [P, 2] on and in the unit circle."""
+    """Return the corners [P, 2] of a shape in the unit circle."""
     if name == "star":
         radius, count = np.tile([1.0, 0.42], 5), 10
     else:
@@ -198,7 +208,7 @@ def _all_visible(shapes: list, size: int) -> bool:
 
 
 def _visible_things(shapes: list, crowd: list | None) -> list[Thing]:
-    """What remains visible of each shape, and of the crowd as one, in drawing order."""
+    """Return the visible part of each shape, and of the crowd as one thing, in drawing order."""
     things = []
     covered = np.zeros_like(shapes[0].mask if shapes else crowd[0].mask) if shapes or crowd else None
     for shape in reversed(shapes):
@@ -217,7 +227,7 @@ def _visible_things(shapes: list, crowd: list | None) -> list[Thing]:
 
 
 def _paint_thing(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, category: int) -> None:
-    """Fill mask [H, W] with a saturated colour, a weak texture that says nothing of the class, and a dark rim."""
+    """Fill mask [H, W] with a saturated colour and a weak texture of no class, and darken its rim."""
     size = len(mask)
     hue = _class_hue(rng, category / len(THING_CLASSES))
     color = _color(hue, rng.uniform(0.55, 0.95), rng.uniform(0.6, 1.0))
@@ -234,13 +244,13 @@ def _class_hue(rng: np.random.Generator, typical: float) -> float:
 
 
 def _rotated_axes(size: int, angle: float) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates [H, W] along and across a direction, 0 at the centre."""
+    """Return coordinates [H, W] along and across a direction, with 0 at the centre of the image."""
     y, x = np.mgrid[:size, :size].astype(np.float32) - size / 2
     return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
 
 
 def _smooth_noise(rng: np.random.Generator, size: int, grain: float) -> np.ndarray:
-    """Random values in [0, 1] that change over about grain pixels (at 128 x 128): float32 [H, W]."""
+    """Return smooth random values in [0, 1], float32 [H, W], with about ``grain`` pixels (at 128 x 128) per feature."""
     cells = max(2, round(_REFERENCE_SIZE / grain))
     coarse = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))

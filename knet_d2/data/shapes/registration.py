@@ -1,4 +1,4 @@
-"""Registers shapes as DATASETS.CUSTOM is; the files are made when a split is first asked for."""
+"""Registers the data set shapes; the files of a split are generated when the split is first loaded."""
 
 import functools
 import os
@@ -14,16 +14,20 @@ from ...errors import DataError
 from ..custom import FORMATS
 from .writer import shapes_categories, write_shapes
 
-# Part of the folder's name, so that a changed generator never meets the files of an older one.
+# Part of the folder's name, so that a changed generator never uses the files of an older one.
 VERSION = "v1"
 # Split -> (number of images, seed).
 SPLITS = {"train": (2000, 1), "val": (200, 2)}
 
 
 def make_split(split: str, root: str) -> str:
-    """Make root/shapes/<version>/<split> unless it exists; returns the folder.
+    """Generate the folder root/shapes/<version>/<split> unless it exists; returns the folder.
 
-    The folder appears at once and whole, whatever happens; a second process waits for the first.
+    The folder is renamed into place when it is complete, so an interrupted process leaves no partial folder. A second
+    process waits for the first.
+
+    Raises:
+        DataError: the files can't be written.
     """
     num_images, seed = SPLITS[split]
     folder = _folder(split, root)
@@ -36,8 +40,8 @@ def make_split(split: str, root: str) -> str:
                 _write(folder, num_images, seed)
     except OSError as error:
         raise DataError(
-            f"The data set shapes can't be written to {folder} ({error}). Make room or set the environment variable "
-            "DETECTRON2_DATASETS to a folder that can be written to."
+            f"{folder}: the data set shapes can't be written here ({error}). Free disk space, or set the environment "
+            "variable DETECTRON2_DATASETS to a writable folder."
         ) from error
     return folder
 
@@ -56,13 +60,13 @@ def _rename(source: str, target: str) -> None:
     try:
         os.rename(source, target)
     except OSError:
-        # Locks don't reach other machines: one that shares the disk may have been faster, with the same files.
+        # The lock works on one machine only: a machine that shares the disk may have made the same folder meanwhile.
         if not os.path.isdir(target):
             raise
 
 
 def register_shapes(root: str) -> None:
-    """Register shapes_{instance,panoptic,semantic}_{train,val}, with files below root/shapes."""
+    """Register shapes_{instance,panoptic,semantic}_{train,val}, whose files are below root/shapes."""
     categories = shapes_categories()
     names, colors = ([category[key] for category in categories] for key in ("name", "color"))
     ids = {

@@ -1,6 +1,6 @@
-"""Writes shapes to disk: COCO instances JSON, COCO panoptic JSON + PNG, semantic PNG.
+"""Writes the data set shapes: COCO instances JSON, COCO panoptic JSON and PNGs, semantic PNGs.
 
-Below the given folder::
+The files are::
 
     images/000000.jpg ...    panoptic/000000.png ...    semantic/000000.png ...
     instances.json           panoptic.json
@@ -26,7 +26,7 @@ _FIRST_STUFF_ID = 11
 
 
 def shapes_categories() -> list[dict]:
-    """Categories of the panoptic JSON; things first. The ids have a gap, as COCO's have."""
+    """Return the categories of the panoptic JSON, things first. Their ids have a gap, like the ids of COCO."""
     things = [{"id": i + 1, "name": name, "isthing": 1} for i, name in enumerate(THING_CLASSES)]
     stuff = [{"id": i + _FIRST_STUFF_ID, "name": name, "isthing": 0} for i, name in enumerate(STUFF_CLASSES)]
     return [
@@ -36,11 +36,11 @@ def shapes_categories() -> list[dict]:
 
 
 def write_shapes(root: str, num_images: int, seed: int, size: int = 128) -> None:
-    """Write a shapes data set into the folder root (made if missing).
+    """Write a shapes data set into the folder root, which is created if it is missing.
 
     Args:
         root: folder for images and annotations.
-        num_images: number of images; image i depends on (seed, i, size) alone.
+        num_images: number of images; image i depends only on (seed, i, size).
         seed: a number >= 0.
         size: height and width of the images in pixels.
     """
@@ -74,7 +74,7 @@ def _dump(path: str, info: dict, images: list, annotations: list, categories: li
 
 
 def _annotation(thing: Thing) -> dict:
-    """A COCO annotation: a polygon where it is exact, compressed RLE where hidden, uncompressed RLE for crowds."""
+    """Make a COCO annotation: a polygon if it is exact, uncompressed RLE for crowds, else compressed RLE."""
     rle = mask_util.encode(np.asfortranarray(thing.mask.astype(np.uint8)))
     box, area = mask_util.toBbox(rle).tolist(), int(mask_util.area(rle))
     segmentation: dict | list
@@ -102,11 +102,11 @@ def _uncompressed_rle(mask: np.ndarray) -> dict:
 
 
 def _panoptic_map(rng: np.random.Generator, scene: Scene) -> tuple[np.ndarray, list[dict]]:
-    """The map of segment ids [H, W] (0 = void) and its segments; stuff is one segment per class, as in COCO."""
+    """Return the map of segment ids [H, W] (0 = void) and its segments; each stuff class is one segment, as in COCO."""
     segments = [(thing.category + 1, thing.mask, thing.iscrowd) for thing in scene.things]
     for category in np.unique(scene.stuff[scene.stuff >= 0]):
         segments.append((int(category) + _FIRST_STUFF_ID, scene.stuff == category, False))
-    # Ids all over 24 bits, as in COCO, where they are colours.
+    # COCO stores segment ids as RGB colours, so the ids use all 24 bits.
     segment_ids = 1 + rng.choice(256**3 - 1, len(segments), replace=False)
     ids = np.zeros(scene.stuff.shape, np.int64)
     segments_info = []
@@ -126,7 +126,7 @@ def _panoptic_map(rng: np.random.Generator, scene: Scene) -> tuple[np.ndarray, l
 
 
 def _semantic_map(scene: Scene) -> np.ndarray:
-    """Labels [H, W] over things, then stuff; 255 where unlabelled."""
+    """Return a label map [H, W]: thing classes come first, then stuff classes; 255 for unlabelled pixels."""
     labels = np.where(scene.stuff >= 0, scene.stuff + len(THING_CLASSES), IGNORE_LABEL).astype(np.uint8)
     for thing in scene.things:
         labels[thing.mask] = thing.category

@@ -1,4 +1,4 @@
-"""Backbones; importing this registers their builders in Detectron2's BACKBONE_REGISTRY."""
+"""Backbones. Importing this package registers their builders in Detectron2's BACKBONE_REGISTRY."""
 
 from .deform_conv import DeformConv2d
 from .fpn import add_fpn, build_knet_resnet_fpn_backbone, build_knet_swin_fpn_backbone

@@ -11,16 +11,17 @@ from ..layers import full_precision, no_autocast
 class DeformConv2d(Conv2d):
     """A deformable convolution (v1, or v2 if modulated) that predicts its own offsets.
 
-    It takes the place of a :class:`detectron2.layers.Conv2d`: one tensor in, one out, ``norm`` and ``activation``
-    are applied. The offsets start at 0, so it starts as an ordinary convolution (half of it if modulated).
+    It can replace a :class:`detectron2.layers.Conv2d`: it maps one tensor to one tensor, and applies ``norm`` and
+    ``activation``. The offsets are initialised with 0, so it is initially an ordinary convolution (times 1/2 if
+    modulated).
     """
 
     def __init__(self, *args, modulated: bool = False, offset_groups: int = 1, **kwargs):
         """
         Args:
             modulated: also predict a factor in (0, 1) for every sampled value.
-            offset_groups: groups of input channels with offsets of their own.
-            args, kwargs: as of :class:`detectron2.layers.Conv2d`.
+            offset_groups: number of groups of input channels; each group has its own offsets.
+            args, kwargs: arguments of :class:`detectron2.layers.Conv2d`.
         """
         super().__init__(*args, **kwargs)
         self.modulated = modulated
@@ -51,7 +52,7 @@ class DeformConv2d(Conv2d):
         return x
 
     def _sample(self, x: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """The deformable convolution proper, in float32 at least: not every device has it in half precision."""
+        """Compute the deformable convolution in float32 or float64, because some devices lack half precision for it."""
         x, offset, weight, bias, mask = map(full_precision, (x, offset, self.weight, self.bias, mask))
         with no_autocast(x):
             return deform_conv2d(x, offset, weight, bias, self.stride, self.padding, self.dilation, mask=mask)

@@ -1,4 +1,4 @@
-"""Feature pyramids p2 .. p5 on top of the backbones, without an extra level."""
+"""Backbones with a feature pyramid (FPN) of the levels p2 .. p5, without an extra level."""
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -12,7 +12,7 @@ from .swin import build_knet_swin_backbone
 
 
 def add_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    """Detectron2's FPN as MODEL.FPN describes it; gives p2 .. p5 (one level for each of MODEL.FPN.IN_FEATURES)."""
+    """Build Detectron2's FPN from MODEL.FPN; it returns p2 .. p5, one level for each of MODEL.FPN.IN_FEATURES."""
     fpn = FPN(
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
@@ -27,11 +27,11 @@ def add_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
 
 @BACKBONE_REGISTRY.register()
 def build_knet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """A ResNet (MODEL.RESNETS) with an FPN (MODEL.FPN)."""
+    """Build a ResNet (MODEL.RESNETS) with an FPN (MODEL.FPN)."""
     return add_fpn(cfg, build_knet_resnet_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_knet_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """A Swin transformer (MODEL.SWIN) with an FPN (MODEL.FPN)."""
+    """Build a Swin transformer (MODEL.SWIN) with an FPN (MODEL.FPN)."""
     return add_fpn(cfg, build_knet_swin_backbone(cfg, input_shape))

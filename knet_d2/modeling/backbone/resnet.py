@@ -1,7 +1,7 @@
 """ResNets in torchvision style: plain, dilated with the V1c stem, deformable.
 
-The modules and parameter names are Detectron2's; what its own builder has no room for is added here: batch norm
-in eval mode, the V1c stem, contracted dilation and deformable convolution without an extension.
+The modules and parameter names are those of Detectron2. This builder adds batch norm in eval mode, the V1c stem,
+contracted dilation, and deformable convolution without a compiled extension.
 """
 
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ class DeformBottleneck(BottleneckBlock):
 
 
 def contracted_dilations(num_blocks: int, dilation: int) -> list[int]:
-    """The dilation of each block of a stage: its first block, which would stride, has half of it."""
+    """Return the dilation of each block of a stage: half of ``dilation`` in the first block, as in MMSegmentation."""
     return [max(dilation // 2, 1)] + [dilation] * (num_blocks - 1)
 
 
@@ -93,16 +93,18 @@ def build_resnet(
     freeze_at: int = 0,
     **bottleneck,
 ) -> ResNet:
-    """A Detectron2 ResNet.
+    """Build a Detectron2 ResNet.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
+        in_channels: channels of the image.
         stem: "basic" (7x7 convolution) or "deeplab" (three 3x3 convolutions, V1c).
-        norm: what :func:`detectron2.layers.get_norm` takes.
-        dilations: of res2 .. res5; a dilated stage has stride 1, and contracted dilation.
+        stem_channels, res2_channels: output channels of the stem and of res2; each later stage doubles them.
+        norm: argument of :func:`detectron2.layers.get_norm`.
+        dilations: dilations of res2 .. res5; a dilated stage has stride 1 and contracted dilation.
         deformable: whether the 3x3 convolutions of res2 .. res5 are deformable.
-        out_features, freeze_at: as of :class:`detectron2.modeling.backbone.resnet.ResNet`.
-        bottleneck: see :func:`_bottleneck_arguments`; for a depth of 50 or more.
+        out_features, freeze_at: arguments of :class:`detectron2.modeling.backbone.resnet.ResNet`.
+        bottleneck: arguments of :func:`_bottleneck_arguments`, for a depth of 50 or more.
     """
     stages, channels = [], stem_channels
     for i, num_blocks in enumerate(BLOCKS_PER_STAGE[depth]):
@@ -129,7 +131,7 @@ def build_resnet(
     stem_module = STEMS[stem](in_channels, stem_channels, norm)
     resnet = ResNet(stem_module, stages, out_features=out_features)
     if norm is EvalBatchNorm2d:
-        # Nothing else can change in it, so that its weights may stay parameters
+        # ResNet.freeze would replace the norms, but norms in eval mode change only through their parameters.
         for module in [resnet.stem, *resnet.stages][:freeze_at]:
             module.requires_grad_(False)
     else:
@@ -148,7 +150,12 @@ def _bottleneck_arguments(
     deform_modulated: bool = False,
     deform_num_groups: int = 1,
 ) -> dict[str, Any]:
-    """What ``ResNet.make_stage`` needs for bottleneck blocks; width_per_group is that of res2 (stage 0)."""
+    """Return the arguments of ``ResNet.make_stage`` for bottleneck blocks.
+
+    Args:
+        stage: 0 for res2 .. 3 for res5.
+        width_per_group: channels per group in res2; each later stage doubles them.
+    """
     arguments = {
         "bottleneck_channels": num_groups * width_per_group * 2**stage,
         "num_groups": num_groups,
@@ -161,9 +168,11 @@ def _bottleneck_arguments(
 
 
 def _init_last_norm(block: nn.Module) -> None:
-    """Start a block as its shortcut where its norms are in eval mode: a fresh ResNet explodes without that.
+    """Set the weight of a block's last norm to 0 if its norms are in eval mode.
 
-    Norms that normalise start at 1 as usual: branches that start at 0 need thousands of iterations to count.
+    The block is then initially its shortcut. Without this, the activations of a random ResNet grow with each block,
+    because norms in eval mode do not normalise. Norms in training mode keep the usual weight 1: with 0 the branches
+    would need thousands of iterations to have an effect.
     """
     norm = (block.conv2 if isinstance(block, BasicBlock) else block.conv3).norm
     if isinstance(norm, (EvalBatchNorm2d, FrozenBatchNorm2d)):
@@ -171,7 +180,7 @@ def _init_last_norm(block: nn.Module) -> None:
 
 
 def _check_config(cfg: CfgNode) -> None:
-    """Raise ConfigError for what the builder below can't build."""
+    """Raise a ConfigError if MODEL.RESNETS has a value that build_resnet does not support."""
     resnets = cfg.MODEL.RESNETS
     if resnets.DEPTH not in BLOCKS_PER_STAGE:
         raise ConfigError(f"MODEL.RESNETS.DEPTH = {resnets.DEPTH}: use one of {sorted(BLOCKS_PER_STAGE)}.")
@@ -179,7 +188,7 @@ def _check_config(cfg: CfgNode) -> None:
         raise ConfigError(f"MODEL.RESNETS.STEM_TYPE = {resnets.STEM_TYPE!r}: use one of {sorted(STEMS)}.")
     for key in ("RES4_DILATION", "RES5_DILATION"):
         if resnets[key] < 1:
-            raise ConfigError(f"MODEL.RESNETS.{key} = {resnets[key]}: a dilation is at least 1.")
+            raise ConfigError(f"MODEL.RESNETS.{key} = {resnets[key]}: use at least 1.")
     if len(resnets.DEFORM_ON_PER_STAGE) != 4:
         raise ConfigError(
             f"MODEL.RESNETS.DEFORM_ON_PER_STAGE = {resnets.DEFORM_ON_PER_STAGE}: give four values, for res2 to res5."
@@ -192,23 +201,23 @@ def _check_config(cfg: CfgNode) -> None:
 
 
 def _check_basic_blocks(resnets: CfgNode) -> None:
-    """The blocks of ResNet-18 and 34 know neither dilation nor groups nor deformation."""
+    """Raise a ConfigError for options that the basic blocks of ResNet-18 and 34 do not support."""
     if resnets.RES2_OUT_CHANNELS > 64:
         raise ConfigError(
-            f"MODEL.RESNETS.RES2_OUT_CHANNELS = {resnets.RES2_OUT_CHANNELS} does not go with DEPTH = {resnets.DEPTH}: "
-            "set 64, or less for a narrower network."
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS = {resnets.RES2_OUT_CHANNELS} with DEPTH = {resnets.DEPTH}: set 64, or "
+            "less for a narrower network."
         )
     required: dict[str, Any] = {"NUM_GROUPS": 1, "RES4_DILATION": 1, "RES5_DILATION": 1}
     required["DEFORM_ON_PER_STAGE"] = [False] * 4
     for key, value in required.items():
         given = list(resnets[key]) if isinstance(value, list) else resnets[key]
         if given != value:
-            raise ConfigError(f"MODEL.RESNETS.{key} = {given} does not go with DEPTH = {resnets.DEPTH}: set {value}.")
+            raise ConfigError(f"MODEL.RESNETS.{key} = {given} with DEPTH = {resnets.DEPTH}: set {value}.")
 
 
 @BACKBONE_REGISTRY.register()
 def build_knet_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """A ResNet as MODEL.RESNETS describes it; gives MODEL.RESNETS.OUT_FEATURES."""
+    """Build a ResNet from MODEL.RESNETS; it returns the features MODEL.RESNETS.OUT_FEATURES."""
     _check_config(cfg)
     resnets = cfg.MODEL.RESNETS
     return build_resnet(

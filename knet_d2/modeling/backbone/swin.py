@@ -1,6 +1,7 @@
 """Swin transformer (Liu et al., arXiv 2103.14030) as a backbone for images of any size.
 
-Shapes: B images, C channels, H x W positions, w window size, L = w * w, N windows of an image, h heads.
+Shapes: B images, C channels, H x W positions, w window size, L = w * w positions in a window, N windows per image,
+h heads.
 """
 
 from collections.abc import Sequence
@@ -20,24 +21,24 @@ from ...errors import ConfigError
 
 STAGES = ("res2", "res3", "res4", "res5")
 PATCH_SIZE = 4
-# Added to the attention logits of positions that are neighbours only because the map was rolled.
+# Added to the attention logits of two positions that are in one window only because the map was rolled.
 MASKED_LOGIT = -100.0
 
 
 def next_multiple(length: int, multiple: int) -> int:
-    """The smallest multiple that is not below ``length``."""
-    # Not by a remainder: a tracer of symbolic sizes sees that this can be divided
+    """Return the smallest multiple of ``multiple`` that is at least ``length``."""
+    # Written without a remainder, so that torch.export can prove that symbolic sizes are divisible by ``multiple``.
     return (length + multiple - 1) // multiple * multiple
 
 
 def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
-    """[B, H, W, C] with zeros added at the bottom and right until H and W are multiples."""
+    """Pad [B, H, W, C] with zeros at the bottom and right until H and W are multiples."""
     bottom, right = (next_multiple(length, multiple) - length for length in x.shape[1:3])
     return F.pad(x, (0, 0, 0, right, 0, bottom))
 
 
 def window_partition(x: torch.Tensor, window_size: int) -> torch.Tensor:
-    """[B, H, W, C] -> [B * N, L, C], windows in row-major order; H and W are multiples of the window size."""
+    """Cut [B, H, W, C] into windows [B * N, L, C] in row-major order; H and W are multiples of the window size."""
     batch, height, width, channels = x.shape
     rows, columns = height // window_size, width // window_size
     x = x.view(batch, rows, window_size, columns, window_size, channels).transpose(2, 3)
@@ -52,7 +53,7 @@ def window_merge(windows: torch.Tensor, window_size: int, height: int, width: in
 
 
 def relative_position_index(window_size: int) -> torch.Tensor:
-    """[L, L]: the row of the bias table for query i and key j, which depends on their displacement only."""
+    """Return the row of the bias table for query i and key j, [L, L]; it depends only on their displacement."""
     y, x = (p.flatten() for p in torch.meshgrid(*[torch.arange(window_size)] * 2, indexing="ij"))
     dy = y[:, None] - y[None, :] + window_size - 1
     dx = x[:, None] - x[None, :] + window_size - 1
@@ -62,13 +63,13 @@ def relative_position_index(window_size: int) -> torch.Tensor:
 def shifted_window_mask(
     height: int, width: int, window_size: int, shift: int, device: torch.device | None = None
 ) -> torch.Tensor:
-    """What to add to the attention logits in windows of a rolled map.
+    """Return the mask that is added to the attention logits of a rolled map.
 
-    Rolling by -shift brings the first rows and columns to the end, so that the last windows hold up to four
-    regions that are far apart in the image.
+    Rolling by -shift moves the first rows and columns to the end, so the last windows contain up to four regions that
+    are far apart in the image. The mask prevents attention between different regions.
 
     Returns:
-        [N, L, L]: 0 within a region, MASKED_LOGIT between two.
+        [N, L, L]: 0 for two positions of one region, MASKED_LOGIT for positions of different regions.
     """
 
     def regions(length: int) -> torch.Tensor:
@@ -96,7 +97,7 @@ class WindowAttention(nn.Module):
         """
         Args:
             windows: [B * N, L, C].
-            mask: [N, L, L], added to the logits of every image's windows and every head.
+            mask: [N, L, L], added to the logits of each image and each head.
 
         Returns:
             [B * N, L, C].
@@ -117,8 +118,12 @@ class SwinBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, window_size: int, shift: int, mlp_ratio: float, drop_path: float):
         """
         Args:
-            shift: by how many positions the map is rolled before it is cut into windows; 0 = not at all.
-            drop_path: probability with which a residual branch is left out for an image in training.
+            dim: channels C.
+            num_heads: number of attention heads.
+            window_size: side of a window in positions.
+            shift: number of positions by which the map is rolled before it is cut into windows; 0 = not rolled.
+            mlp_ratio: hidden channels of the MLP, divided by C.
+            drop_path: probability of skipping a residual branch for an image in training.
         """
         super().__init__()
         self.window_size = window_size
@@ -133,7 +138,7 @@ class SwinBlock(nn.Module):
         """
         Args:
             x: [B, H, W, C].
-            shift_mask: [N, L, L], of the padded map; used if this block shifts.
+            shift_mask: mask for the padded map, [N, L, L]; used only if this block rolls the map.
 
         Returns:
             [B, H, W, C].
@@ -167,13 +172,14 @@ class PatchMerging(nn.Module):
         """[B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), 2 C]."""
         x = pad_to_multiple(x, 2)
         batch, height, width, channels = x.shape
-        # channel-major, the neighbours in row-major order: as OpenMMLab's checkpoints have it (not the Swin release's)
+        # Group the four neighbours of each channel, in row-major order, like OpenMMLab's checkpoints. (The Swin
+        # release has another order.)
         x = x.view(batch, height // 2, 2, width // 2, 2, channels).permute(0, 1, 3, 5, 2, 4).flatten(3)
         return self.reduction(self.norm(x))
 
 
 class SwinStage(nn.Module):
-    """Blocks at one resolution, every second one with shifted windows; merging, if any, comes first."""
+    """Patch merging (except in the first stage), then blocks at one resolution; every second one shifts its windows."""
 
     def __init__(
         self,
@@ -186,8 +192,9 @@ class SwinStage(nn.Module):
     ):
         """
         Args:
-            drop_paths: the drop path probability of each block.
-            merge_from: channels of the stage before, whose output is merged; None for the first stage.
+            dim, num_heads, window_size, mlp_ratio: see SwinBlock.
+            drop_paths: drop path probability of each block; its length is the number of blocks.
+            merge_from: channels of the previous stage, whose output is merged; None for the first stage.
         """
         super().__init__()
         self.window_size = window_size
@@ -210,7 +217,7 @@ class SwinStage(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """4x4 patches to vectors: a convolution and a layer norm."""
+    """Maps each patch of 4x4 pixels to a vector by a convolution and a layer norm."""
 
     def __init__(self, in_channels: int, dim: int):
         super().__init__()
@@ -225,7 +232,7 @@ class PatchEmbedding(nn.Module):
 
 
 class SwinTransformer(Backbone):
-    """A Swin transformer that gives "res2" .. "res5" at strides 4, 8, 16, 32, each after a layer norm of its own."""
+    """A Swin transformer that returns "res2" .. "res5" at strides 4, 8, 16 and 32, each after its own layer norm."""
 
     @configurable
     def __init__(
@@ -243,11 +250,13 @@ class SwinTransformer(Backbone):
     ):
         """
         Args:
-            embed_dim: channels of the first stage; each later one has twice as many.
-            depths, num_heads: of each stage.
-            drop_path_rate: drop path probability of the last block; it grows linearly from 0 in the first.
-            out_features: names of the stages that are returned; later stages are not built.
-            freeze_at: 1 freezes the patch embedding, 2 also the first stage, and so on.
+            in_channels: channels of the image.
+            embed_dim: channels of the first stage; each later stage doubles them.
+            depths, num_heads: number of blocks, and of attention heads, of each stage.
+            window_size, mlp_ratio: see SwinBlock.
+            drop_path_rate: drop path probability of the last block; it increases linearly from 0 in the first block.
+            out_features: names of the stages to return; stages after the last of them are not built.
+            freeze_at: 0 freezes nothing, 1 the patch embedding, 2 also the first stage, and so on.
         """
         super().__init__()
         num_stages = max(STAGES.index(name) for name in out_features) + 1
@@ -305,7 +314,7 @@ class SwinTransformer(Backbone):
 
 
 def _check_config(swin: CfgNode) -> None:
-    """Raise ConfigError for numbers that don't make a Swin transformer."""
+    """Raise a ConfigError if MODEL.SWIN has values that do not describe a Swin transformer."""
     unknown = [name for name in swin.OUT_FEATURES if name not in STAGES]
     if unknown or not swin.OUT_FEATURES:
         raise ConfigError(f"MODEL.SWIN.OUT_FEATURES = {swin.OUT_FEATURES}: use names of {list(STAGES)}.")
@@ -315,14 +324,14 @@ def _check_config(swin: CfgNode) -> None:
     for i, heads in enumerate(swin.NUM_HEADS):
         if heads < 1 or swin.EMBED_DIM * 2**i % heads:
             raise ConfigError(
-                f"MODEL.SWIN.NUM_HEADS = {swin.NUM_HEADS}: {heads} heads do not divide "
-                f"the {swin.EMBED_DIM * 2**i} channels of {STAGES[i]} (MODEL.SWIN.EMBED_DIM = {swin.EMBED_DIM})."
+                f"MODEL.SWIN.NUM_HEADS = {swin.NUM_HEADS}: use a divisor of the {swin.EMBED_DIM * 2**i} channels of "
+                f"{STAGES[i]} instead of {heads} (MODEL.SWIN.EMBED_DIM = {swin.EMBED_DIM})."
             )
     if not 0 <= swin.DROP_PATH_RATE < 1:
-        raise ConfigError(f"MODEL.SWIN.DROP_PATH_RATE = {swin.DROP_PATH_RATE}: give a probability below 1.")
+        raise ConfigError(f"MODEL.SWIN.DROP_PATH_RATE = {swin.DROP_PATH_RATE}: use a probability from 0 to below 1.")
 
 
 @BACKBONE_REGISTRY.register()
 def build_knet_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SwinTransformer:
-    """A Swin transformer as MODEL.SWIN describes it."""
+    """Build a Swin transformer from MODEL.SWIN."""
     return SwinTransformer(cfg, input_shape)

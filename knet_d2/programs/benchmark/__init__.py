@@ -1,4 +1,4 @@
-"""Benchmark of K-Net and Detectron2's models: models that do their real work, their inputs, clocks, and the tables."""
+"""The benchmark of K-Net and Detectron2's models: models, weights, inputs, measurements and tables."""
 
 from .program import get_parser, main
 

@@ -1,4 +1,4 @@
-"""Random weights that give a model as much to do as trained ones would, and what it then finds."""
+"""Random weights with which a model does as much work as with trained weights, and counts of what it finds."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,17 +12,19 @@ from torch import nn
 from ...modeling.structures import StageOutput
 from .models import Subject
 
-# At 1 the norms in eval mode of an untrained ResNet make it explode, and it finds nothing
+# Weight of the last norm in each ResNet block: with 1, the activations of an untrained ResNet grow with each block,
+# because norms in eval mode do not normalise, and the model finds nothing.
 LAST_NORM_WEIGHT = 0.3
-# How many (box, class) pairs of an image a peer gives to its NMS: the first number that leaves enough detections
+# Numbers of (box, class) pairs per image for the NMS of Detectron2's models; the first that gives enough detections is
+# used.
 NUM_CANDIDATES = (300, 400, 600, 800, 1200, 1600, 2400, 4000)
-# (mean, standard deviation) of the logits that kernels give to pixels and to classes
+# (mean, standard deviation) of the mask logits and class logits of the kernels
 MASK_LOGITS = (-6.0, 3.0)
 CLASS_LOGITS = (-4.0, 1.5)
 
 
 def fill(subject: Subject, inputs: list[dict[str, Any]]) -> None:
-    """Make a model in evaluation mode do full work on these inputs."""
+    """Set the weights and thresholds of a model so that it finds as many objects in these inputs as it may find."""
     model = subject.model
     for block in model.modules():
         if isinstance(block, (BasicBlock, BottleneckBlock)):
@@ -37,7 +39,7 @@ def fill(subject: Subject, inputs: list[dict[str, Any]]) -> None:
 
 
 def _fill_stage(model: nn.Module, stage: Any, inputs: list[dict[str, Any]]) -> None:
-    """Make a stage's kernels differ: each claims a few pixels, and has classes of its own."""
+    """Set the weights of a stage so that its kernels differ in their pixels and in their classes."""
     seen: dict[str, torch.Tensor] = {}
 
     def remember(module: nn.Module, name: str):
@@ -61,13 +63,13 @@ def _fill_stage(model: nn.Module, stage: Any, inputs: list[dict[str, Any]]) -> N
     pixels = stage.feature_transform(seen["feature"].flatten(1).T)
     mean = pixels.mean(0)
     dynamic_kernels = normal(len(seen["mask"]), len(mean))
-    dynamic_kernels -= torch.outer(dynamic_kernels @ mean / mean.square().sum(), mean)  # 0 for the average pixel
+    dynamic_kernels -= torch.outer(dynamic_kernels @ mean / mean.square().sum(), mean)  # logit 0 for the mean pixel
     dynamic_kernels *= MASK_LOGITS[1] / (dynamic_kernels @ pixels.T).std()
     _fit(stage.mask_branch[-1], seen["mask"], dynamic_kernels, MASK_LOGITS[0] * mean / mean.square().sum())
 
 
 def _fit(linear: nn.Linear, inputs: torch.Tensor, outputs: torch.Tensor, offset: "torch.Tensor | float") -> None:
-    """Give a linear layer the weights that map inputs [N, C] to about outputs [N, D] + offset."""
+    """Set the weights of a linear layer so that it maps inputs [N, C] to about outputs [N, D] + offset."""
     center = inputs.mean(0)
     weight = (torch.linalg.pinv(inputs - center, rtol=1e-5) @ outputs).T
     linear.weight.copy_(weight)
@@ -75,9 +77,9 @@ def _fit(linear: nn.Linear, inputs: torch.Tensor, outputs: torch.Tensor, offset:
 
 
 def _set_thresholds(subject: Subject, inputs: list[dict[str, Any]]) -> None:
-    """Let so many candidates through that every image has as many detections as it may have."""
+    """Lower the score threshold of the boxes until every image has the largest allowed number of detections."""
     model, wanted = subject.model, subject.cfg.TEST.DETECTIONS_PER_IMAGE
-    model.combine_instances_score_thresh = 0.0  # Panoptic FPN: all of them enter the map
+    model.combine_instances_score_thresh = 0.0  # Panoptic FPN: all detections enter the map
     _set_score_threshold(model, float("inf"))
     with candidate_scores() as scores:
         model(inputs)
@@ -96,7 +98,7 @@ def _set_score_threshold(model: Any, threshold: float) -> None:
 
 @contextlib.contextmanager
 def candidate_scores() -> Iterator[list[torch.Tensor]]:
-    """Collects, per image, the [R, K] scores of all boxes and classes that the peers choose detections from."""
+    """Collect, per image, the scores [R, K] of all boxes and classes from which Detectron2 chooses detections."""
     collected: list[torch.Tensor] = []
     original = fast_rcnn.fast_rcnn_inference
 
@@ -112,7 +114,11 @@ def candidate_scores() -> Iterator[list[torch.Tensor]]:
 
 
 def count_findings(subject: Subject, inputs: list[dict[str, Any]]) -> dict[str, int]:
-    """What the model finds in the first image: the more of "candidates", "kernels", "masks", "segments" it has."""
+    """Count what the model finds in the first image.
+
+    Returns:
+        Those of "candidates", "kernels", "masks", "segments" and "classes" that the model has.
+    """
     model, counts = subject.model, {}
     seen: list[StageOutput] = []
     hooks = [model.cascade.register_forward_hook(lambda *args: seen.extend(args[2]))] if subject.is_knet else []

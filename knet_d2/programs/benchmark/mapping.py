@@ -1,4 +1,4 @@
-"""The time that K-Net's mapper takes for an image of COCO's size with a panoptic PNG."""
+"""Measures the time of K-Net's mapper for an image of COCO's size with a panoptic PNG."""
 
 import tempfile
 from pathlib import Path
@@ -18,7 +18,7 @@ _SIZE = (480, 640)
 
 
 def mapper_seconds(subject: Subject, rounds: int) -> float:
-    """Median seconds of reading and augmenting one training image, in this process."""
+    """Return the median seconds for reading and augmenting one training image in this process."""
     mapper = build_mapper(subject.cfg, is_train=True)
     with tempfile.TemporaryDirectory() as folder:
         record = _write_example(subject.cfg, Path(folder))
@@ -26,7 +26,7 @@ def mapper_seconds(subject: Subject, rounds: int) -> float:
 
 
 def _write_example(cfg: Any, folder: Path) -> dict[str, Any]:
-    """Write an image and its panoptic PNG; returns their record, as a registered data set has it."""
+    """Write an image and its panoptic PNG; returns their record in the format of a registered data set."""
     x = draw_image(_SIZE, seed=0)
     knet, ids, segments = cfg.MODEL.KNET, x.stuff.numpy() + 1, []
     for number in np.unique(ids[ids > 0]).tolist():

@@ -1,4 +1,4 @@
-"""Latency of several models in turns, memory, operations, and how large a batch can be."""
+"""Measures latency (of several models in turns), memory, operations and the largest possible batch."""
 
 import contextlib
 import ctypes
@@ -20,12 +20,12 @@ from .models import Subject
 
 PRECISIONS = {"fp32": None, "tf32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 _MEBI = 1 << 20
-# Side of the square matrices whose product tells what a device can do
+# Side of the square matrices whose product measures the speed of a device
 _MATRIX_SIZE, _GPU_MATRIX_SIZE = 2048, 8192
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -34,7 +34,7 @@ def synchronize(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
-    """Run in one of PRECISIONS: TF32 is off in all but "tf32", the half types work by autocast."""
+    """Run a ``with`` block in one of PRECISIONS: TF32 is on only for "tf32"; "fp16" and "bf16" use autocast."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
     dtype = PRECISIONS[name]
@@ -49,22 +49,29 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
 
 
 class Run:
-    """One model on one batch: a prediction, or a training step. ``measure`` calls the parts behind the forward."""
+    """One model on one batch: a prediction or a training step."""
 
     def __init__(self, subject: Subject, inputs: list[dict[str, Any]], *, train: bool):
         self.subject, self.inputs, self.train = subject, inputs, train
         if train:
             self.optimizer, self.clip_gradients = subject.optimizer()
             for group in self.optimizer.param_groups:
-                group["lr"] = 0.0  # the same operations, but the weights stay, and with them the work
+                group["lr"] = 0.0  # same operations, but the weights do not change, and so the work stays the same
 
     def __call__(self, measure: Callable[[str, Callable], Any] = lambda name, function: function()) -> Any:
-        """Returns what the model predicts; None after a training step."""
+        """Run once.
+
+        Args:
+            measure: calls a function under a name; it gets the backward pass and the optimiser step.
+
+        Returns:
+            The predictions of the model; None after a training step.
+        """
         model = self.subject.model.train(self.train)
         if not self.train:
             with torch.no_grad():
                 return model(self.inputs)
-        with EventStorage():  # Detectron2's heads log while they train
+        with EventStorage():  # Detectron2's heads write metrics during training
             total = sum(model(self.inputs).values())
         with torch.autocast(total.device.type, enabled=False):
             measure("backward", total.backward)
@@ -78,7 +85,10 @@ class Run:
 
 
 def interleave(runs: Sequence[Callable[[], Any]], rounds: int, warmup: int, device: torch.device) -> list[list[float]]:
-    """Seconds of every run in every round; in a round each is called once, so that all see the same disturbances."""
+    """Measure the seconds of every run in every round.
+
+    Each round calls every run once, so that other load on the machine affects all of them equally.
+    """
     seconds: list[list[float]] = [[] for _ in runs]
     for i in range(warmup + rounds):
         for run, samples in zip(runs, seconds):
@@ -92,16 +102,21 @@ def interleave(runs: Sequence[Callable[[], Any]], rounds: int, warmup: int, devi
 
 
 class Memory(NamedTuple):
-    """MiB that a run needs at most above what is held before it, and how much of that it returns."""
+    """Memory of a run in MiB.
+
+    Attributes:
+        peak: largest increase during the run.
+        returned: part of it that the result takes.
+    """
 
     peak: float
     returned: float
 
 
 def measure_memory(run: Callable[[], Any], device: torch.device) -> Memory | None:
-    """The memory of a run, its result included; None where that can't be found out.
+    """Measure the memory of a run including its result; None if the device does not support it.
 
-    On CUDA this is PyTorch's memory; on Linux' CPUs the resident memory of the process.
+    On CUDA it is PyTorch's memory, on CPUs under Linux the resident memory of the process.
     """
     gc.collect()
     if device.type == "cuda":
@@ -113,15 +128,15 @@ def measure_memory(run: Callable[[], Any], device: torch.device) -> Memory | Non
         return Memory((torch.cuda.max_memory_allocated(device) - before) / _MEBI, _size(result))
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the C library keeps would hide what is allocated anew
-    Path("/proc/self/clear_refs").write_text("5")  # restarts the high-water mark
+    ctypes.CDLL(None).malloc_trim(0)  # the C library would reuse freed memory that it keeps, which hides allocations
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident memory (VmHWM)
     before = _process_status("VmRSS")
     result = run()
     return Memory((_process_status("VmHWM") - before) / 1024, _size(result))
 
 
 def _size(result: Any) -> float:
-    """MiB of all tensors in a result."""
+    """Return the MiB of all tensors in a result."""
     if isinstance(result, torch.Tensor):
         return result.numel() * result.element_size() / _MEBI
     if isinstance(result, Boxes):
@@ -134,20 +149,20 @@ def _size(result: Any) -> float:
 
 
 def _process_status(key: str) -> int:
-    """A number in KiB that Linux knows of this process."""
+    """Return a value of /proc/self/status in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def count_operations(run: Callable[[], Any]) -> float:
-    """Multiply-adds of a run's convolutions and matrix products, in 10^9."""
+    """Count the multiply-adds of a run's convolutions and matrix products, in 10^9."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() / 2e9
 
 
 def matrix_rate(device: torch.device, name: str) -> float:
-    """10^9 multiply-adds per second of a large matrix product in a precision: what can be reached in practice."""
+    """Measure the speed of a large matrix product, an upper bound in practice, in 10^9 multiply-adds per second."""
     size = _MATRIX_SIZE if device.type == "cpu" else _GPU_MATRIX_SIZE
     with precision(name, device):
         x = torch.randn(size, size, device=device)
@@ -157,7 +172,7 @@ def matrix_rate(device: torch.device, name: str) -> float:
 
 
 def largest_batch(fits: Callable[[int], bool], limit: int = 1024) -> int:
-    """The largest batch for which ``fits`` is true: doubles, then halves the interval; 0 if one is too much."""
+    """Find the largest batch for which ``fits`` is true, to 1/8, by doubling and bisection; 0 if 1 does not fit."""
     low, high = 0, 1
     while high <= limit and fits(high):
         low, high = high, min(2 * high, limit + 1)
@@ -168,7 +183,7 @@ def largest_batch(fits: Callable[[int], bool], limit: int = 1024) -> int:
 
 
 def fits_in_memory(make_run: Callable[[int], Callable[[], Any]]) -> Callable[[int], bool]:
-    """Whether a run of some batch size ends without running out of GPU memory."""
+    """Return a function that tells whether a run with some batch size fits in the GPU memory."""
 
     def fits(batch: int) -> bool:
         try:
@@ -184,7 +199,7 @@ def fits_in_memory(make_run: Callable[[int], Callable[[], Any]]) -> Callable[[in
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle value, the mean of the two middle ones for an even number, NaN for none."""
+    """Return the median; the mean of the two middle values for an even number, NaN for no value."""
     ordered = sorted(values)
     if not ordered:
         return math.nan

@@ -1,4 +1,4 @@
-"""The models that are compared: K-Net's of any config beside Detectron2's own."""
+"""The models that are compared: K-Nets of any config, and Detectron2's own models (peers)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,18 +17,18 @@ from ...engine.optimizer import build_gradient_clipper, build_optimizer
 from ...errors import ConfigError
 from .workload import make_batch
 
-# The peers, by their names on the command line
+# Name on the command line -> config of Detectron2's model
 PEERS = {
     "mask_rcnn": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
     "cascade_mask_rcnn": "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
     "panoptic_fpn": "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
 }
-# Mask R-CNN's backbone alone, as Detectron2 builds it
+# Name of the backbone of Mask R-CNN without its heads
 BACKBONE = "backbone_fpn"
 
 
 class BackboneOnly(nn.Module):
-    """A backbone behind the preprocessing of Detectron2's models; returns the feature maps."""
+    """The preprocessing of Detectron2's models and a backbone; returns the feature maps."""
 
     def __init__(self, cfg: CfgNode):
         super().__init__()
@@ -42,7 +42,13 @@ class BackboneOnly(nn.Module):
 
 
 class Subject(NamedTuple):
-    """A model that is measured, under the name that the command line gave it."""
+    """A model that is measured.
+
+    Attributes:
+        name: name on the command line.
+        cfg: its config.
+        model: a Detectron2 model or BackboneOnly.
+    """
 
     name: str
     cfg: CfgNode
@@ -54,7 +60,7 @@ class Subject(NamedTuple):
 
     @property
     def reads_panoptic_files(self) -> bool:
-        """Whether its mapper takes COCO's panoptic format."""
+        """Whether the mapper of this model reads COCO's panoptic format."""
         return self.is_knet and self.model.bank.num_matched > 0
 
     @property
@@ -62,20 +68,20 @@ class Subject(NamedTuple):
         return not isinstance(self.model, BackboneOnly)
 
     def inputs(self, size: tuple[int, int], batch: int, output_size: tuple[int, int]) -> list[dict[str, Any]]:
-        """A batch as this model reads it; see :func:`make_batch`."""
+        """Make a batch in the format of this model; see :func:`make_batch`."""
         if self.is_knet:
             num_things = self.model.bank.num_things
             return make_batch(size, batch, output_size, first_stuff_label=num_things, merge_things=False)
         return make_batch(size, batch, output_size, first_stuff_label=1, merge_things=True)
 
     def optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[Sequence[torch.Tensor]], Any]]:
-        """The config's optimiser, and what clips the gradients before its steps."""
+        """Build the optimiser of the config, and a function that clips the gradients before its steps."""
         if self.is_knet:
             return build_optimizer(self.cfg, self.model), build_gradient_clipper(self.cfg)
         return build_peer_optimizer(self.cfg, self.model), lambda parameters: None
 
     def compile(self) -> None:
-        """Give torch.compile the parts whose operations do not depend on values."""
+        """Compile the modules whose operations do not depend on values of tensors."""
         for name in ("backbone", "sem_seg_head", "cascade"):
             if hasattr(self.model, name):
                 getattr(self.model, name).compile(dynamic=False)
@@ -85,20 +91,21 @@ def build_subject(spec: str, device: str, *, channels_last: bool = False) -> Sub
     """Build a model with random weights.
 
     Args:
-        spec: one of PEERS, BACKBONE, or a config below configs/; ",KEY=VALUE" may follow, once or more.
-        channels_last: lay out the peers' weights and maps that way.
+        spec: one of PEERS, BACKBONE, or a config below configs/, then any number of ",KEY=VALUE".
+        device: device of the model.
+        channels_last: use the memory format channels_last for Detectron2's models.
 
     Raises:
-        ConfigError: there is no such model, or an option does not fit it.
+        ConfigError: there is no such model, or an option is wrong.
     """
     name, *options = spec.split(",")
     wrong = [option for option in options if "=" not in option]
     if wrong:
-        raise ConfigError(f"--models {spec}: {wrong[0]!r} is not KEY=VALUE.")
+        raise ConfigError(f"--models {spec}: write {wrong[0]!r} as KEY=VALUE.")
     options = [item for option in options for item in option.split("=", 1)]
     torch.manual_seed(0)
     if name in PEERS or name == BACKBONE:
-        # Here, because that of Detectron2's main branch needs pkg_resources, which setuptools has no more
+        # Imported here, because Detectron2's main branch imports pkg_resources, which new setuptools lack.
         from detectron2 import model_zoo
 
         cfg = model_zoo.get_config(PEERS.get(name, PEERS["mask_rcnn"]))

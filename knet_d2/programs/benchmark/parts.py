@@ -1,4 +1,4 @@
-"""Time of the parts of a model, by wrapping what it calls."""
+"""Measures the time of the parts of a model by wrapping their methods."""
 
 import time
 from collections import defaultdict
@@ -14,7 +14,7 @@ REST = "rest"
 
 
 class PartTimer:
-    """Sums up, per name, the seconds that calls take, without those of timed calls inside of them."""
+    """Sums the seconds of calls by name. The time of a timed call inside another one counts only for the inner one."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -23,7 +23,7 @@ class PartTimer:
         self._undo: list[Callable[[], None]] = []
 
     def measure(self, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Call a function; its time counts under ``name``."""
+        """Call a function, and add its time to ``name``."""
         synchronize(self.device)
         self._inner.append(0.0)
         start = time.perf_counter()
@@ -35,7 +35,7 @@ class PartTimer:
         return result
 
     def wrap(self, owner: Any, attribute: str, name: str) -> None:
-        """Time a method of an object until :meth:`unwrap`."""
+        """Measure a method of an object until :meth:`unwrap`."""
         original = getattr(owner, attribute)
         setattr(owner, attribute, lambda *args, **kwargs: self.measure(name, original, *args, **kwargs))
         self._undo.append(lambda: delattr(owner, attribute))
@@ -47,7 +47,7 @@ class PartTimer:
 
 
 def timed_methods(subject: Subject) -> list[tuple[Any, str, str]]:
-    """The parts of a model: (owner, method, name)."""
+    """Return the parts of a model as (owner, method, name)."""
     model = subject.model
     methods = [(model.backbone, "forward", "backbone")]
     if subject.is_knet:
@@ -63,7 +63,7 @@ def timed_methods(subject: Subject) -> list[tuple[Any, str, str]]:
 
 
 def time_parts(run: Run, device: torch.device, repeats: int) -> dict[str, float]:
-    """Seconds of every part of a run, medians over repeats; "rest" is what belongs to none."""
+    """Measure the median seconds of every part of a run; "rest" is the time outside all parts."""
     samples: dict[str, list[float]] = defaultdict(list)
     for _ in range(repeats):
         timer = PartTimer(device)

@@ -1,4 +1,4 @@
-"""Compare K-Net with Detectron2's own models: all in one process, in turns, on the same generated images.
+"""Compare the speed of K-Net and Detectron2's own models, in turns in one process, on the same generated images.
 
     python tools/benchmark.py --threads 2 --json docs/benchmarks/cpu_inference.json
     python tools/benchmark.py --models coco/instance/knet_r50_fpn_1x.yaml,MODEL.KNET.NUM_KERNELS=50 \\
@@ -6,9 +6,9 @@
     python tools/benchmark.py --device cuda --mode inference training --precision fp32 tf32 fp16 bf16 \\
         --compile no yes --batch 1 2 8 16 max --json benchmark_gpu.json
 
-Every combination of mode, precision, compilation, size and batch is one comparison. Weights are random, but such that
-all models do their work: see filling.py in knet_d2/programs/benchmark, and the column "finds". "speed" is relative to
-the first model.
+Every combination of mode, precision, compilation, size and batch is one comparison. The weights are random, but all
+models find as many objects as trained ones: see knet_d2/programs/benchmark/filling.py and the column "finds". The
+column "speed" is relative to the first model.
 """
 
 import argparse
@@ -57,16 +57,22 @@ def get_parser() -> argparse.ArgumentParser:
     names = ", ".join([*PEERS, BACKBONE])
     parser.add_argument("--models", nargs="+", default=default, help=f"{names}, or configs[,KEY=VALUE...]")
     parser.add_argument("--mode", nargs="+", default=["inference"], choices=["inference", "training"])
-    parser.add_argument("--size", nargs="+", type=_size, default=[(800, 1216)], help="of the network's input, HxW")
-    parser.add_argument("--output-size", type=_size, help="of the results, HxW; default: the input's")
-    parser.add_argument("--batch", nargs="+", type=_batch, default=[1], help=f'images, or "{MAX_BATCH}" (CUDA)')
+    parser.add_argument(
+        "--size", nargs="+", type=_size, default=[(800, 1216)], help="sizes of the network's input, HxW"
+    )
+    parser.add_argument("--output-size", type=_size, help="size of the results, HxW; default: size of the input")
+    parser.add_argument(
+        "--batch", nargs="+", type=_batch, default=[1], help=f'numbers of images, or "{MAX_BATCH}" (CUDA)'
+    )
     parser.add_argument("--precision", nargs="+", default=["fp32"], choices=list(PRECISIONS))
     parser.add_argument("--compile", nargs="+", default=["no"], choices=["no", "yes"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=10, help="of which the median is taken")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before them")
-    parser.add_argument("--channels-last-peers", action="store_true", help="lay out the peers' weights so, too")
+    parser.add_argument("--rounds", type=int, default=10, help="number of measurements; the table has the median")
+    parser.add_argument("--warmup", type=int, default=2, help="number of runs before the measurements")
+    parser.add_argument(
+        "--channels-last-peers", action="store_true", help="use channels_last for Detectron2's models, too"
+    )
     parser.add_argument("--json", help="file for the raw results")
     return parser
 
@@ -95,7 +101,7 @@ def compare(args: argparse.Namespace, setting: dict[str, Any]) -> list[dict[str,
         rate = matrix_rate(device, setting["precision"])
         for row, run, samples in zip(rows, runs, seconds):
             row["seconds"], row["all_seconds"] = median(samples), samples
-            # In this order it is exactly 1 for the first model
+            # In this order of operations, the speed of the first model is exactly 1.
             row["speed"] = (row["batch"] * rows[0]["seconds"]) / (rows[0]["batch"] * row["seconds"])
             row["share_of_matrix_rate"] = row["giga_multiply_adds"] / row["seconds"] / rate
             memory = measure_memory(run, device)
@@ -106,7 +112,7 @@ def compare(args: argparse.Namespace, setting: dict[str, Any]) -> list[dict[str,
 def _prepare(
     subject: Subject, setting: dict[str, Any], output_size: tuple[int, int], train: bool
 ) -> tuple[Run, dict[str, int]]:
-    """Fill a model; returns its run, and what it finds."""
+    """Set the weights of a model; returns its run, and the counts of what it finds."""
 
     def make_run(batch: int) -> Run:
         return Run(subject, subject.inputs(setting["size"], batch, output_size), train=train)
@@ -120,7 +126,7 @@ def _prepare(
 
 
 def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every combination of the options."""
+    """Yield every combination of the options."""
     names = ("mode", "precision", "compiled", "size", "batch")
     compiled = [choice == "yes" for choice in args.compile]
     for values in itertools.product(args.mode, args.precision, compiled, args.size, args.batch):
@@ -129,9 +135,9 @@ def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main(args: argparse.Namespace) -> None:
     if MAX_BATCH in args.batch and not args.device.startswith("cuda"):
-        raise ConfigError(f"--batch {MAX_BATCH} needs --device cuda: only there running out of memory is an error.")
+        raise ConfigError(f"--batch {MAX_BATCH}: use --device cuda, because only CUDA reports when memory runs out.")
     if "fp16" in args.precision and args.device == "cpu":
-        raise ConfigError("--precision fp16 needs --device cuda; on the CPU use bf16.")
+        raise ConfigError("--precision fp16: use bf16 on the CPU, or --device cuda.")
     torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []
     for setting in settings(args):

@@ -1,4 +1,4 @@
-"""Tables and JSON of what was measured."""
+"""Writes the measurements as tables and JSON."""
 
 import json
 import os
@@ -18,7 +18,7 @@ _PACKAGES = ("torch", "torchvision", "detectron2", "knet_d2", "numpy")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The machine, without its name, and the versions of what was run on it."""
+    """Return the hardware, without the name of the machine, and the versions of the packages."""
     found = {
         "machine": f"{os.cpu_count()} CPU cores, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
@@ -40,7 +40,7 @@ def _version(name: str) -> str | None:
 
 
 def main_table(rows: list[dict[str, Any]]) -> str:
-    """One line per model and setting; a ratio above 1 means faster than the first model of the same setting."""
+    """Format one line per model and setting; a speed above 1 means faster than the first model of this setting."""
     lines = []
     for row in rows:
         line = {name: row[name] for name in ("model", "mode", "precision", "batch")}
@@ -64,7 +64,7 @@ def _by(size: Sequence[int]) -> str:
 
 
 def parts_table(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds of every part, and its share of the model's sum; parts in columns would differ between models."""
+    """Format the milliseconds and the share of every part, in one column, because models have different parts."""
     lines = []
     for row in rows:
         parts = {name: seconds for name, seconds in row["parts"].items() if not name.startswith("mapper")}
@@ -78,7 +78,7 @@ def parts_table(rows: list[dict[str, Any]]) -> str:
 
 
 def write_json(path: str, rows: list[dict[str, Any]], device: torch.device) -> None:
-    """All that was measured, with the command, the machine and the versions."""
+    """Write all measurements with the command, the hardware and the versions."""
     command = " ".join(["python", *sys.argv])
     content = {"command": command, "environment": environment(device), "rows": rows}
     target = Path(path)

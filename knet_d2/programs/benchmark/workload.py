@@ -1,4 +1,4 @@
-"""Inputs for every model: generated scenes at any size, with the ground truth that each family of models reads."""
+"""Makes inputs for all models: generated scenes of any size, with ground truth in the format of each model."""
 
 import functools
 from typing import Any, NamedTuple
@@ -10,16 +10,23 @@ from detectron2.structures import BitMasks, Instances
 
 from ...data.shapes.drawing import draw_scene
 
-# Scenes are drawn at this size and stretched: drawing at photo size takes seconds
+# Scenes are drawn at this size and resized, because drawing at the size of photos takes seconds.
 _DRAWN_SIZE = 256
 _MIN_THINGS = 5
-# Larger batches repeat images
+# Larger batches repeat these scenes.
 _NUM_SCENES = 8
 IGNORE = 255
 
 
 class LabelledImage(NamedTuple):
-    """image: uint8 [3, H, W]; masks: bool [G, H, W]; classes: int64 [G]; stuff: int64 [H, W], -1 where none is."""
+    """An image with G things.
+
+    Attributes:
+        image: uint8 [3, H, W].
+        masks: masks of the things, bool [G, H, W].
+        classes: classes of the things, int64 [G].
+        stuff: stuff class of each pixel, int64 [H, W]; -1 for pixels without stuff.
+    """
 
     image: torch.Tensor
     masks: torch.Tensor
@@ -29,7 +36,7 @@ class LabelledImage(NamedTuple):
 
 @functools.lru_cache(maxsize=_NUM_SCENES)
 def draw_image(size: tuple[int, int], seed: int) -> LabelledImage:
-    """A scene with at least five things, stretched to (height, width)."""
+    """Draw a scene with at least five things, and resize it to (height, width)."""
     rng = np.random.default_rng(seed)
     scene = draw_scene(rng, _DRAWN_SIZE)
     while len(scene.things) < _MIN_THINGS:
@@ -46,13 +53,14 @@ def draw_image(size: tuple[int, int], seed: int) -> LabelledImage:
 def make_batch(
     size: tuple[int, int], batch: int, output_size: tuple[int, int], *, first_stuff_label: int, merge_things: bool
 ) -> list[dict[str, Any]]:
-    """Inputs of a Detectron2 model, with ground truth.
+    """Make a batch of inputs of a Detectron2 model, with ground truth.
 
     Args:
-        size: height and width of the network's input.
-        output_size: height and width of the results.
-        first_stuff_label: label of the first stuff class in "sem_seg"; the others follow.
-        merge_things: all things have label 0 there, as in Panoptic FPN; else each has its class's.
+        size: (height, width) of the network's input.
+        batch: number of images.
+        output_size: (height, width) of the results.
+        first_stuff_label: label of the first stuff class in "sem_seg"; the other stuff classes follow.
+        merge_things: in "sem_seg", give all things the label 0, as for Panoptic FPN, instead of their class.
     """
     inputs = []
     for i in range(batch):
