@@ -125,16 +125,17 @@ class Prediction(NamedTuple):
         return found
 
     def to_coco(self, masks: str = "rle") -> list[dict[str, Any]]:
-        """The segments as in COCO's result format, ready for JSON.
+        """The segments as in COCO's result format, ready for JSON; "category_id" is the one in the data set's files.
 
         Args:
             masks: what "segmentation" is: "rle" or "polygons" (see :meth:`Segment.polygons` for what they lose).
         """
         if masks not in MASK_FORMATS:
             raise ConfigError(f"masks = {masks!r}: use one of {MASK_FORMATS}; Prediction.masks() gives arrays.")
+        ids = self.classes.dataset_ids or self.classes.category_ids
         return [
             {
-                "category_id": self.classes.category_ids[segment.label],
+                "category_id": ids[segment.label],
                 "category_name": self.classes.names[segment.label],
                 "score": segment.score,
                 "bbox": list(segment.box),

@@ -20,7 +20,7 @@ def coco_file(prediction: Prediction, file_name: str) -> dict[str, Any]:
     records = enumerate(prediction.to_coco(), start=1)
     return {
         "images": [{"id": 1, "file_name": file_name, "height": prediction.size[0], "width": prediction.size[1]}],
-        "categories": categories(prediction.classes),
+        "categories": [{**x, "id": x["dataset_id"]} for x in categories(prediction.classes)],
         "annotations": [{"id": i, "image_id": 1, "iscrowd": 0, **record} for i, record in records],
     }
 
