@@ -18,6 +18,7 @@ from ..checkpoint import Checkpointer, describe_model, periodic_checkpoints, rem
 from ..config.merging import config_to_blame, resolve_seed
 from ..config.output_dir import lock_output_dir, release_output_dir
 from ..data import build_loss_loader, build_test_loader, build_train_loader, with_classes
+from ..data.classes import class_table
 from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import build_evaluators
 from ..modeling.tta import KNetWithTTA
@@ -78,6 +79,7 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             partial=True,
             metadata=describe_model(cfg),
+            classes=class_table(cfg),
             trainer=weakref.proxy(self),
         )
         self.max_iter = cfg.SOLVER.MAX_ITER

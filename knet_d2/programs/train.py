@@ -14,13 +14,21 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ..checkpoint import Checkpointer
+from ..data.classes import class_table
 from ..engine import Trainer, launch, setup
+from ..errors import ConfigError
 
 
 def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     """Evaluate MODEL.WEIGHTS (with ``resume``: the last checkpoint in OUTPUT_DIR) on DATASETS.TEST."""
     model = Trainer.build_model(cfg)
-    Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, classes=class_table(cfg))
+    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+        where = f", and OUTPUT_DIR = {cfg.OUTPUT_DIR} has no checkpoint" if resume else ""
+        raise ConfigError(
+            f"MODEL.WEIGHTS is empty{where}: name the weights to evaluate, as MODEL.WEIGHTS path/to/model_final.pth."
+        )
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))
