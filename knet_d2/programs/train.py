@@ -14,6 +14,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ..checkpoint import Checkpointer
+from ..config.merging import save_config
 from ..data.classes import class_table
 from ..engine import Trainer, launch, setup
 from ..errors import ConfigError
@@ -44,6 +45,7 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
         return evaluate(cfg, args.resume)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    save_config(cfg)
     return trainer.train()
 
 
