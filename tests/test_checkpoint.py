@@ -103,7 +103,7 @@ def test_matching_heuristics_on_request(tmp_path):
     assert_identical(dict(source.backbone.bottom_up.state_dict()), dict(target.backbone.bottom_up.state_dict()))
 
 
-def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
+def test_damaged_state_of_an_optimizer_is_refused(tmp_path):
     run(tmp_path, SOLVER__MAX_ITER=1)
     path = tmp_path / "model_final.pth"
     content = torch.load(path, weights_only=True)

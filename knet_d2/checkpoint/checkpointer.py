@@ -12,7 +12,7 @@ from torch import nn
 from ..data.classes import ClassTable
 from ..errors import CheckpointError, KNetError
 from .class_rows import class_parameters, first_difference, match_rows, take_rows
-from .description import described_classes
+from .description import changed_options, described_classes, has_description
 from .download import download_errors
 from .load_report import Layout, LoadReport, build_report, find_misfits, recognise
 from .loading import as_checkpoint, load_file, split_options
@@ -201,12 +201,22 @@ class Checkpointer(DetectionCheckpointer):
             return
         hint = fitting_hint(layout.translation.state_dict) if layout.scope == "model" else ""
         if self.report.loaded:
-            raise CheckpointError(f"{path} ({layout.name}) does not fit this config: {'; '.join(reasons)}.{hint}")
+            raise CheckpointError(
+                f"{path} ({layout.name}) does not fit this config: {'; '.join(reasons)}.{hint}{self._changed_model()}"
+            )
         number = len(layout.translation.state_dict) + len(self.report.ignored) + len(layout.translation.unknown)
         raise CheckpointError(
             f"{path}: none of the {number} parameters in the weights file fits this model; "
             f"check MODEL.WEIGHTS against the config (it is a checkpoint of another model).{hint}"
         )
+
+    def _changed_model(self) -> str:
+        """For messages: options of the model that a resumed run has otherwise than before, as a sentence."""
+        if not self._restores_training or not has_description({"metadata": self.file_metadata}):
+            return ""
+        changed = changed_options(self.metadata, self.file_metadata)
+        texts = [f"{key} {before} -> {now}" for key, (before, now) in changed.items() if key.startswith("MODEL.")]
+        return f" Options that differ from those of the run so far: {', '.join(texts)}. Set them back." if texts else ""
 
 
 def _listed(names: Sequence[str]) -> str:

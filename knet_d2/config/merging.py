@@ -22,6 +22,8 @@ from ..errors import ConfigError, KNetError
 from .files import config_folder
 from .options import get_knet_cfg
 from .output_dir import lock_output_dir
+from .unread import warn_of_unread_options
+from .yaml_keys import refuse_repeated_keys
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if earlier:
         save_config(cfg, earlier)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="knet_d2", abbrev_name="knet")
+    warn_of_unread_options(cfg)
     return cfg
 
 
@@ -85,12 +88,25 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> No
         if not os.path.isfile(config_file):
             raise ConfigError(f"{config_file}: there is no such config file.")
         with _clear_errors(config_file, known):
-            cfg.merge_from_file(config_file, allow_unsafe=False)
+            refuse_repeated_keys(config_file)
+            loaded = cfg.load_yaml_with_base(config_file)
+            if loaded.setdefault("VERSION", cfg.VERSION) != cfg.VERSION:
+                raise ValueError(f"VERSION is {loaded['VERSION']}: only configs of version {cfg.VERSION} can be read.")
+            cfg.merge_from_other_cfg(CfgNode(_with_floats(loaded, cfg)))
             _refuse_null(cfg, defaults)
     for key, value in zip(opts[0::2], opts[1::2]):
         with _clear_errors("command line", known):
-            cfg.merge_from_list([key, value])
+            cfg.merge_from_list([key, _with_floats(value, defaults.get(key))])
             _refuse_null(cfg, defaults)
+
+
+def _with_floats(value: Any, default: Any) -> Any:
+    """A value, or a tree of values, with floats in place of whole numbers where the default is a float."""
+    if isinstance(value, dict) and isinstance(default, CfgNode):
+        return {key: _with_floats(x, default.get(key)) for key, x in value.items()}
+    if isinstance(default, float) and re.fullmatch(r"[+-]?\d+", str(value)):
+        return float(value)
+    return value
 
 
 def _refuse_null(cfg: CfgNode, defaults: dict[str, Any]) -> None:
