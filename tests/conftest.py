@@ -6,10 +6,14 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _log_reaches_caplog():
-    """Let the package's messages reach the root logger, where `caplog` listens.
+def _log_reaches_caplog(caplog):
+    """Let `caplog` listen to the package's logger instead of the root logger.
 
-    Detectron2's `setup_logger`, which a program calls that ran in this process before, turns
-    propagation off for good.
+    Detectron2's `setup_logger`, which a program calls in this test or an earlier one, turns
+    the propagation to the root logger off.
     """
-    logging.getLogger("knet_d2").propagate = True
+    logger = logging.getLogger("knet_d2")
+    logger.propagate = False
+    logger.addHandler(caplog.handler)
+    yield
+    logger.removeHandler(caplog.handler)

@@ -103,9 +103,13 @@ def test_matching_heuristics_on_request(tmp_path):
     assert_identical(dict(source.backbone.bottom_up.state_dict()), dict(target.backbone.bottom_up.state_dict()))
 
 
-def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
+def test_damaged_state_of_an_optimizer_is_refused(tmp_path):
     run(tmp_path, SOLVER__MAX_ITER=1)
-    trainer = ToyTrainer(toy_cfg(tmp_path, SOLVER__WEIGHT_DECAY_NORM=1e-4))  # one group instead of two
+    path = tmp_path / "model_final.pth"
+    content = torch.load(path, weights_only=True)
+    del content["trainer"]["_trainer"]["optimizer"]["param_groups"][0]["params"]
+    torch.save(content, path)
+    trainer = ToyTrainer(toy_cfg(tmp_path))
     with pytest.raises(CheckpointError, match="model_final.pth.*optimiser"):
         trainer.resume_or_load(resume=True)
 

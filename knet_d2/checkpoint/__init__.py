@@ -2,7 +2,7 @@
 
 from . import download
 from .checkpointer import Checkpointer
-from .description import ModelDescription, describe_model, has_description, read_description
+from .description import ModelDescription, changed_options, describe_model, has_description, read_description
 from .load_report import LoadReport
 from .loading import as_checkpoint, load_file
 from .resume import periodic_checkpoints, remove_unfinished
@@ -13,6 +13,7 @@ __all__ = [
     "LoadReport",
     "ModelDescription",
     "as_checkpoint",
+    "changed_options",
     "describe_model",
     "download",
     "has_description",

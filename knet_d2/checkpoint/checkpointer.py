@@ -1,6 +1,7 @@
 """Detectron2's checkpointer with atomic writing, safe reading and errors instead of warnings where nothing fits."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import nn
 
+from ..data.classes import ClassTable
 from ..errors import CheckpointError, KNetError
+from .class_rows import class_parameters, first_difference, match_rows, take_rows
+from .description import changed_options, described_classes, has_description
 from .download import download_errors
 from .load_report import Layout, LoadReport, build_report, find_misfits, recognise
 from .loading import as_checkpoint, load_file, split_options
@@ -16,12 +20,15 @@ from .resume import newest_whole_checkpoint, resumable_checkpoints
 from .saving import write_checkpoint
 from .zoo import fitting_hint
 
+_MOST_LISTED = 20
+
 
 class Checkpointer(DetectionCheckpointer):
     """Saves and loads the model and, in training, the trainer's state; the main process writes.
 
-    It reads our own files, official K-Nets and pretrained backbones, whatever the file is called. ``report`` says what
-    became of every parameter of the last file.
+    It reads our own files, official K-Nets and pretrained backbones, whatever the file is called. Classes of our own
+    files are compared with the model's by name. ``report`` says what became of every parameter of the last file, and
+    ``file_metadata`` is what the file says about its model.
     """
 
     def __init__(
@@ -31,6 +38,7 @@ class Checkpointer(DetectionCheckpointer):
         *,
         partial: bool = False,
         metadata: dict[str, str] | None = None,
+        classes: ClassTable | None = None,
         save_to_disk: bool | None = None,
         **checkpointables: Any,
     ):
@@ -40,13 +48,19 @@ class Checkpointer(DetectionCheckpointer):
                 everything around a pretrained backbone, keep their initialisation where they do not fit. False: each
                 parameter must be in the file.
             metadata: written into every file, see :func:`describe_model`.
+            classes: the model's. The same classes in another order in a file are re-ordered by name. Where there are
+                others, a partial load keeps those of the same name and lets the rest start anew, and any other load
+                raises a CheckpointError. None, or a table without names: the file's classes are taken as they are.
             save_dir, save_to_disk, checkpointables: see Detectron2's.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.partial = partial
         self.metadata = metadata or {}
+        self.classes = classes
         self.report: LoadReport | None = None
+        self.file_metadata: Any = None
         self._options: dict[str, str] = {}
+        self._restores_training = False
 
     def save(self, name: str, tag: bool = True, **extra: Any) -> None:
         """Write ``{name}.pth`` such that a reader finds the previous file or the whole new one.
@@ -102,7 +116,7 @@ class Checkpointer(DetectionCheckpointer):
         last = newest_whole_checkpoint(self.save_dir) if resume else None
         if last is None:
             return self.load(path, checkpointables=[])
-        self.partial = False
+        self.partial, self._restores_training = False, bool(self.checkpointables)
         rest = self.load(last)
         unread = [key for key in self.checkpointables if key in rest]
         if unread:
@@ -125,7 +139,11 @@ class Checkpointer(DetectionCheckpointer):
         if guess and layout.scope == "unknown":
             state_dict = align_and_update_state_dicts(model_state, state_dict, c2_conversion=author == "Caffe2")
             layout = recognise(state_dict, model_state)
+        self.file_metadata = checkpoint.get("metadata")
         self.report = build_report(layout, state_dict, model_state)
+        if not find_misfits(self.report._replace(other_shape=[]), layout, self.partial):  # else it is another model
+            layout = self._match_classes(path, checkpoint, layout, model_state)
+            self.report = build_report(layout, state_dict, model_state)
         self._check_fit(path, layout)
         checkpoint["model"] = layout.translation.state_dict
         for name in self.report.loaded:
@@ -134,18 +152,78 @@ class Checkpointer(DetectionCheckpointer):
         log = self.logger.warning if self.report.other_shape or self.report.missing else self.logger.info
         log(f"{path}\n{self.report.as_text()}")
 
+    def _match_classes(
+        self, path: str, checkpoint: dict[str, Any], layout: Layout, model_state: dict[str, torch.Tensor]
+    ) -> Layout:
+        """The layout with its classes in the model's order, see ``classes`` of the constructor."""
+        file_classes = described_classes(checkpoint, path)
+        if self.classes is None or not self.classes.has_names or file_classes is None:
+            return layout
+        rows = match_rows(self.classes, file_classes)
+        if rows == list(range(len(file_classes.names))):
+            return layout
+        state_dict, translation = layout.translation.state_dict, layout.translation
+        wrong = [name for name in class_parameters(state_dict) if len(state_dict[name]) != len(file_classes.names)]
+        if wrong:
+            raise CheckpointError(
+                f"{path}: it names {len(file_classes.names)} classes, but {wrong[0]} has {len(state_dict[wrong[0]])} "
+                "rows. Get the file again."
+            )
+        others = None in rows or len(rows) < len(file_classes.names)
+        if others and not self.partial:
+            raise CheckpointError(
+                f"{path} has other classes than the data set: {first_difference(self.classes, file_classes)}. Name a "
+                "data set in the config with the classes that the model was trained on, or fine-tune it on this one "
+                "(train_net.py without --eval-only, with the file as MODEL.WEIGHTS)."
+            )
+        if self._restores_training:
+            raise CheckpointError(
+                f"{path}: the run was trained with the classes in another order than the data set has now. Bring the "
+                "data set's classes into their former order, or start from the file by MODEL.WEIGHTS without --resume."
+            )
+        if others:
+            new = [name for name, row in zip(self.classes.names, rows, strict=True) if row is None]
+            kept = [name for name, row in zip(self.classes.names, rows, strict=True) if row is not None]
+            self.logger.warning(
+                f"{path} has other classes than the data set. Rows of the classifiers that are kept, by name: "
+                f"{_listed(kept)}. Rows that start anew: {_listed(new)}."
+            )
+        else:
+            self.logger.warning(
+                f"{path} has the data set's classes in another order. The rows of the classifiers are re-ordered by "
+                f"name; the order is now: {_listed(self.classes.names)}."
+            )
+        return layout._replace(translation=translation._replace(state_dict=take_rows(state_dict, rows, model_state)))
+
     def _check_fit(self, path: str, layout: Layout) -> None:
         reasons = find_misfits(self.report, layout, self.partial)
         if self.report.loaded and not reasons:
             return
         hint = fitting_hint(layout.translation.state_dict) if layout.scope == "model" else ""
         if self.report.loaded:
-            raise CheckpointError(f"{path} ({layout.name}) does not fit this config: {'; '.join(reasons)}.{hint}")
+            raise CheckpointError(
+                f"{path} ({layout.name}) does not fit this config: {'; '.join(reasons)}.{hint}{self._changed_model()}"
+            )
         number = len(layout.translation.state_dict) + len(self.report.ignored) + len(layout.translation.unknown)
         raise CheckpointError(
             f"{path}: none of the {number} parameters in the weights file fits this model; "
             f"check MODEL.WEIGHTS against the config (it is a checkpoint of another model).{hint}"
         )
+
+    def _changed_model(self) -> str:
+        """For messages: options of the model that a resumed run has otherwise than before, as a sentence."""
+        if not self._restores_training or not has_description({"metadata": self.file_metadata}):
+            return ""
+        changed = changed_options(self.metadata, self.file_metadata)
+        texts = [f"{key} {before} -> {now}" for key, (before, now) in changed.items() if key.startswith("MODEL.")]
+        return f" Options that differ from those of the run so far: {', '.join(texts)}. Set them back." if texts else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names for a message, the first ones of many."""
+    shown = [" ".join(name.split())[:60] for name in names[:_MOST_LISTED]]
+    rest = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return ", ".join(shown) + rest or "none"
 
 
 def _check_values(path: str, name: str, value: torch.Tensor, dtype: torch.dtype) -> None:

@@ -95,6 +95,53 @@ def read_description(content: Any, path: str) -> ModelDescription:
     return ModelDescription(cfg, classes)
 
 
+def described_classes(content: Mapping[str, Any], path: str) -> ClassTable | None:
+    """The classes that a weights file names; None where it names none, as official checkpoints.
+
+    Args:
+        content: what :func:`load_file` gave.
+        path: the file's name, for messages.
+
+    Raises:
+        CheckpointError: its list of classes can't be read.
+    """
+    if not has_description(content):
+        return None
+    try:
+        classes = from_categories(_parse_classes(content["metadata"]["classes"]))
+    except Exception as e:  # a list from a stranger raises nearly anything
+        reason = " ".join(str(e).split())[:500] or type(e).__name__
+        raise CheckpointError(f"{path}: its list of classes can't be read ({reason}). Get the file again.") from e
+    return classes if classes.has_names else None
+
+
+def changed_options(metadata: Any, earlier: Any) -> dict[str, tuple[Any, Any]]:
+    """Options that differ between two descriptions: key -> (value in the earlier one, value now).
+
+    Raises:
+        ValueError, yaml.YAMLError: one of the configs can't be read.
+    """
+    now, before = (_flat(_parse_config(description["config"])) for description in (metadata, earlier))
+    defaults = _flat(get_knet_cfg())
+    changed = {}
+    for key in sorted(now.keys() | before.keys()):
+        values = tuple(config.get(key, defaults.get(key)) for config in (before, now))
+        if _as_list(values[0]) != _as_list(values[1]):
+            changed[key] = values
+    return changed
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    items: dict[str, Any] = {}
+    for key, value in config.items():
+        items |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return items
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _parse_config(text: str) -> dict[str, Any]:
     """A YAML text without what takes time or memory out of proportion to its length.
 
@@ -120,6 +167,7 @@ def _parse_classes(text: str) -> list[dict[str, Any]]:
         color = record["color"]
         if (
             type(record["id"]) is not int
+            or type(record.get("dataset_id", 0)) is not int
             or type(record["name"]) is not str
             or record["isthing"] not in (0, 1)
             or len(color) != 3

@@ -22,6 +22,8 @@ from ..errors import ConfigError, KNetError
 from .files import config_folder
 from .options import get_knet_cfg
 from .output_dir import lock_output_dir
+from .unread import warn_of_unread_options
+from .yaml_keys import refuse_repeated_keys
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,8 @@ logger = logging.getLogger(__name__)
 def setup(args: argparse.Namespace) -> CfgNode:
     """The config of a training or evaluation run, as the arguments of Detectron2's command line give it.
 
-    Also starts the log files in OUTPUT_DIR and saves the resolved config there.
+    Also starts the log files in OUTPUT_DIR and saves the resolved config there; that of a run to be resumed stays until
+    :func:`save_config` replaces it, since the trainer may refuse what differs.
     """
     cfg = load_config(args.config_file, args.opts)
     cfg.SEED = resolve_seed(cfg, resume=args.resume)
@@ -37,9 +40,28 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not args.eval_only:
         os.makedirs(cfg.OUTPUT_DIR or ".", exist_ok=True)
         lock_output_dir(cfg.OUTPUT_DIR)
+    earlier = _saved_config(cfg) if args.resume and not args.eval_only else ""
     default_setup(cfg, args)
+    if earlier:
+        save_config(cfg, earlier)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="knet_d2", abbrev_name="knet")
+    warn_of_unread_options(cfg)
     return cfg
+
+
+def save_config(cfg: CfgNode, text: str = "") -> None:
+    """Write a config, or ``text`` in its place, into OUTPUT_DIR/config.yaml; on the main process."""
+    if comm.is_main_process():
+        with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as f:
+            f.write(text or cfg.dump())
+
+
+def _saved_config(cfg: CfgNode) -> str:
+    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if not os.path.isfile(path):
+        return ""
+    with open(path) as f:
+        return f.read()
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -66,12 +88,25 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> No
         if not os.path.isfile(config_file):
             raise ConfigError(f"{config_file}: there is no such config file.")
         with _clear_errors(config_file, known):
-            cfg.merge_from_file(config_file, allow_unsafe=False)
+            refuse_repeated_keys(config_file)
+            loaded = cfg.load_yaml_with_base(config_file)
+            if loaded.setdefault("VERSION", cfg.VERSION) != cfg.VERSION:
+                raise ValueError(f"VERSION is {loaded['VERSION']}: only configs of version {cfg.VERSION} can be read.")
+            cfg.merge_from_other_cfg(CfgNode(_with_floats(loaded, cfg)))
             _refuse_null(cfg, defaults)
     for key, value in zip(opts[0::2], opts[1::2]):
         with _clear_errors("command line", known):
-            cfg.merge_from_list([key, value])
+            cfg.merge_from_list([key, _with_floats(value, defaults.get(key))])
             _refuse_null(cfg, defaults)
+
+
+def _with_floats(value: Any, default: Any) -> Any:
+    """A value, or a tree of values, with floats in place of whole numbers where the default is a float."""
+    if isinstance(value, dict) and isinstance(default, CfgNode):
+        return {key: _with_floats(x, default.get(key)) for key, x in value.items()}
+    if isinstance(default, float) and re.fullmatch(r"[+-]?\d+", str(value)):
+        return float(value)
+    return value
 
 
 def _refuse_null(cfg: CfgNode, defaults: dict[str, Any]) -> None:
@@ -160,10 +195,7 @@ def resolve_seed(cfg: CfgNode, resume: bool = False) -> int:
     """SEED, or one that is drawn when it is negative; a resumed run keeps the one in OUTPUT_DIR/config.yaml."""
     if cfg.SEED >= 0:
         return cfg.SEED
-    saved = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    if resume and os.path.isfile(saved):
-        with open(saved) as f:
-            match = re.search(r"^SEED: (\d+)$", f.read(), flags=re.MULTILINE)
-        if match:
-            return int(match.group(1))
+    match = re.search(r"^SEED: (\d+)$", _saved_config(cfg), flags=re.MULTILINE) if resume else None
+    if match:
+        return int(match.group(1))
     return comm.shared_random_seed()

@@ -8,7 +8,7 @@ class may have the same id. So a class is identified by (isthing, category id), 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
@@ -23,12 +23,21 @@ logger = logging.getLogger(__name__)
 
 
 class ClassTable(NamedTuple):
-    """The K classes of a model, things first: names, contiguous ids in the data set's metadata, and colours."""
+    """The K classes of a model, things first.
+
+    Attributes:
+        names: of the classes; the ids as text where no data set tells them.
+        category_ids: contiguous ids in the data set's metadata.
+        colors: RGB, 0 .. 255.
+        num_things: number of thing classes.
+        dataset_ids: ids in the data set's own files, as COCO's "category_id"; () = the contiguous ids.
+    """
 
     names: list[str]
     category_ids: list[int]
     colors: list[tuple[int, int, int]]
     num_things: int
+    dataset_ids: Sequence[int] = ()
 
     @classmethod
     def from_metadata(cls, metadata: Metadata, task: Task) -> ClassTable:
@@ -39,12 +48,18 @@ class ClassTable(NamedTuple):
         """
         things, stuff = (_classes_of(metadata, kind, task.name) for kind in (task.things, task.stuff))
         ids = [*things, *stuff]
+        dataset_ids = [*_dataset_ids(metadata, "thing", things), *_dataset_ids(metadata, "stuff", stuff)]
         colors = _palette(len(ids))
         for i, category in enumerate(ids):
             known = metadata.get("thing_colors" if i < len(things) else "stuff_colors", ())
             if category < len(known):
                 colors[i] = tuple(known[category])
-        return cls([*things.values(), *stuff.values()], ids, colors, len(things))
+        return cls([*things.values(), *stuff.values()], ids, colors, len(things), dataset_ids)
+
+    @property
+    def has_names(self) -> bool:
+        """Whether a data set told the names."""
+        return self.names != [str(i) for i in self.category_ids]
 
     @property
     def thing_names(self) -> list[str]:
@@ -90,11 +105,12 @@ def class_table(cfg: CfgNode) -> ClassTable:
 
 
 def categories(classes: ClassTable) -> list[dict[str, Any]]:
-    """The classes as COCO's "categories": id, name, isthing, color."""
-    columns = enumerate(zip(classes.category_ids, classes.names, classes.colors, strict=True))
+    """The classes as COCO's "categories": id (the contiguous one), name, isthing, color, and dataset_id."""
+    dataset_ids = classes.dataset_ids or classes.category_ids
+    columns = enumerate(zip(classes.category_ids, classes.names, classes.colors, dataset_ids, strict=True))
     return [
-        {"id": i, "name": name, "isthing": n < classes.num_things, "color": list(color)}
-        for n, (i, name, color) in columns
+        {"id": i, "name": name, "isthing": n < classes.num_things, "color": list(color), "dataset_id": dataset_id}
+        for n, (i, name, color, dataset_id) in columns
     ]
 
 
@@ -102,7 +118,8 @@ def from_categories(records: Sequence[dict[str, Any]]) -> ClassTable:
     """The table that :func:`categories` was made from."""
     colors = [tuple(x["color"]) for x in records]
     num_things = sum(x["isthing"] for x in records)
-    return ClassTable([x["name"] for x in records], [x["id"] for x in records], colors, num_things)
+    dataset_ids = [x.get("dataset_id", x["id"]) for x in records]  # files of earlier versions have none
+    return ClassTable([x["name"] for x in records], [x["id"] for x in records], colors, num_things, dataset_ids)
 
 
 def has_classes(cfg: CfgNode) -> bool:
@@ -184,7 +201,7 @@ def _tables(cfg: CfgNode, task: Task, required: bool) -> dict[str, ClassTable]:
 def _check_agreement(task: Task, tables: dict[str, ClassTable]) -> None:
     (first, expected), *others = tables.items()
     for name, table in others:
-        if table._replace(colors=expected.colors) == expected:
+        if table._replace(colors=expected.colors, dataset_ids=expected.dataset_ids) == expected:
             continue
         names = zip(expected.names, table.names)  # noqa: B905
         differences = ((i, a, b) for i, (a, b) in enumerate(names) if a != b)
@@ -239,6 +256,15 @@ def _classes_of(metadata: Metadata, kind: str | None, task: str) -> dict[int, st
     # Detectron2's "separated" registration has one more entry, 0 -> 0, "things", for all pixels of things.
     contiguous = sorted(c for d, c in ids.items() if d not in things and not (d == 0 and names[c] == "things"))
     return {i: names[i] for i in contiguous}
+
+
+def _dataset_ids(metadata: Metadata, kind: str, contiguous_ids: Iterable[int]) -> list[int]:
+    """Ids in the files of a data set; of a semantic model, whose classes are all stuff, also those of things."""
+    ids: dict[int, int] = {}
+    for key in dict.fromkeys(("thing", kind)):
+        mapping = metadata.get(f"{key}_dataset_id_to_contiguous_id") or {}
+        ids |= {contiguous: dataset_id for dataset_id, contiguous in mapping.items()}
+    return [ids.get(i, i) for i in contiguous_ids]
 
 
 def _palette(number: int) -> list[tuple[int, int, int]]:

@@ -12,7 +12,7 @@ from detectron2.solver.build import reduce_param_groups
 from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 
 # Position embeddings have the weight decay of norms, as in the official Swin configs.
 _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
@@ -21,7 +21,9 @@ _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimiser SOLVER.OPTIMIZER for the groups of :func:`parameter_groups`."""
     solver = cfg.SOLVER
-    groups = parameter_groups(cfg, model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    # Names, by which a resumed run finds the state of each parameter
+    groups = [{**x, "params": [(names[id(p)], p) for p in x["params"]]} for x in parameter_groups(cfg, model)]
     if solver.OPTIMIZER == "ADAMW":
         return torch.optim.AdamW(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
     if solver.OPTIMIZER == "SGD":
@@ -61,6 +63,58 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
         if id(group["params"][0]) in slowed:
             group["lr"] *= solver.BACKBONE_MULTIPLIER
     return reduce_param_groups(single)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Continue with the state of each parameter, but the learning rates and weight decays that ``optimizer`` has.
+
+    Args:
+        state: of an optimiser whose parameters may be grouped otherwise.
+
+    Raises:
+        CheckpointError: it is of an optimiser of another kind, or of other parameters.
+    """
+    own, groups = optimizer.state_dict(), state["param_groups"]
+    if any(("betas" in group) != ("betas" in own["param_groups"][0]) for group in groups):
+        kinds = ("ADAMW", "SGD") if "betas" in groups[0] else ("SGD", "ADAMW")
+        raise CheckpointError(
+            f"SOLVER.OPTIMIZER = {kinds[1]!r}: the run was trained with {kinds[0]!r} so far. Set it back, or start "
+            "from its checkpoint by MODEL.WEIGHTS and without --resume."
+        )
+    if all("param_names" in group for group in [*groups, *own["param_groups"]]):
+        index, saved = _by_name(own["param_groups"]), _by_name(groups)
+    elif [len(group["params"]) for group in groups] == [len(group["params"]) for group in own["param_groups"]]:
+        index, saved = _by_position(own["param_groups"]), _by_position(groups)
+    else:  # of an earlier version, which kept no names
+        raise CheckpointError(
+            "The optimiser's parameters are grouped otherwise than in the run so far. Set the options of SOLVER and "
+            "MODEL.BACKBONE.FREEZE_AT back, or start from its checkpoint by MODEL.WEIGHTS and without --resume."
+        )
+    if index.keys() != saved.keys():
+        name = sorted(index.keys() ^ saved.keys())[0]
+        now, before = ("is", "was not") if name in index else ("is not", "was")
+        raise CheckpointError(
+            f"{name} {now} trained now, but {before} in the run so far. Set MODEL.BACKBONE.FREEZE_AT back, or start "
+            "from its checkpoint by MODEL.WEIGHTS and without --resume."
+        )
+    values = {index[key]: state["state"][i] for key, i in saved.items() if i in state["state"]}
+    optimizer.load_state_dict({"state": values, "param_groups": own["param_groups"]})
+
+
+def _by_name(groups: Sequence[dict[str, Any]]) -> dict[Any, int]:
+    """Index in an optimiser's state of each parameter of its groups."""
+    return {name: i for group in groups for name, i in zip(group["param_names"], group["params"], strict=True)}
+
+
+def _by_position(groups: Sequence[dict[str, Any]]) -> dict[Any, int]:
+    return dict(enumerate(i for group in groups for i in group["params"]))
+
+
+def restart_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler, optimizer: torch.optim.Optimizer) -> None:
+    """Let a restored schedule use the optimiser's base learning rates instead of the restored ones."""
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, scheduler.get_lr(), strict=True):
+        group["lr"] = rate
 
 
 def build_gradient_clipper(cfg: CfgNode) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:

@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from ..errors import ConfigError, NonFiniteError
+from .optimizer import load_optimizer_state
 from .writers import split_stage
 
 logger = logging.getLogger(__name__)
@@ -228,7 +229,7 @@ class TrainStep(TrainerBase):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._non_finite_steps = state_dict.get("non_finite_steps", 0)
-        self.optimizer.load_state_dict(state_dict["optimizer"])
+        load_optimizer_state(self.optimizer, state_dict["optimizer"])
         if state_dict.get("grad_scaler") and self.grad_scaler.is_enabled():
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 

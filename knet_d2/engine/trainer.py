@@ -14,10 +14,19 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 
-from ..checkpoint import Checkpointer, describe_model, periodic_checkpoints, remove_unfinished, write_atomically
+from ..checkpoint import (
+    Checkpointer,
+    changed_options,
+    describe_model,
+    has_description,
+    periodic_checkpoints,
+    remove_unfinished,
+    write_atomically,
+)
 from ..config.merging import config_to_blame, resolve_seed
 from ..config.output_dir import lock_output_dir, release_output_dir
 from ..data import build_loss_loader, build_test_loader, build_train_loader, with_classes
+from ..data.classes import class_table
 from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import build_evaluators
 from ..modeling.tta import KNetWithTTA
@@ -78,6 +87,7 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             partial=True,
             metadata=describe_model(cfg),
+            classes=class_table(cfg),
             trainer=weakref.proxy(self),
         )
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -271,10 +281,23 @@ class Trainer(DefaultTrainer):
             )
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
+        if self.iter + 1 < self.max_iter:
+            optim.restart_schedule(self.scheduler, self.optimizer)
+        self._tell_changed_options()
         if state_dict.get("seed", self.cfg.SEED) != self.cfg.SEED:
             logger.warning(
                 f"SEED was {state_dict['seed']} and is now {self.cfg.SEED}: the run is not continued exactly."
             )
+
+    def _tell_changed_options(self) -> None:
+        """Log what the command line or the config file changes in a run that is resumed."""
+        if not has_description({"metadata": self.checkpointer.file_metadata}):
+            return
+        changed = changed_options(self.checkpointer.metadata, self.checkpointer.file_metadata)
+        changed.pop("SEED", None)  # has a sentence of its own
+        if changed:
+            values = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
+            logger.warning(f"Options that differ from those of the run so far, and hold from now on: {values}.")
 
 
 def _check_hook_options(cfg: CfgNode) -> None:

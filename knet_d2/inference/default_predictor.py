@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 
 from ..checkpoint import Checkpointer
 from ..data.augmentation import Resize
-from ..data.classes import with_classes
+from ..data.classes import class_table, with_classes
 from ..modeling.tta import KNetWithTTA
 
 
@@ -28,7 +28,7 @@ class Predictor(DefaultPredictor):
     def __init__(self, cfg: CfgNode):
         self.cfg = with_classes(cfg).clone()
         self.network = self.model = build_model(self.cfg).eval()
-        Checkpointer(self.network).load(cfg.MODEL.WEIGHTS)
+        Checkpointer(self.network, classes=class_table(self.cfg)).load(cfg.MODEL.WEIGHTS)
         shorter = cfg.INPUT.MIN_SIZE_TEST
         if cfg.TEST.AUG.ENABLED:
             self.model, shorter = KNetWithTTA(cfg, self.network).eval(), 0  # it resizes images itself

@@ -10,6 +10,7 @@ from ..checkpoint.download import PREFIX
 from ..checkpoint.zoo import zoo_entry
 from ..config.files import get_config_file
 from ..config.merging import choose_device, load_config, merge_config
+from ..config.unread import warn_of_unread_options
 from ..data.classes import ClassTable, class_table
 from ..errors import ConfigError
 from .predictor import ImagePredictor
@@ -66,6 +67,8 @@ def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode
         cfg, classes = read_description(load_file(weights), weights)
         merge_config(cfg, "", opts)
         cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, explicit="MODEL.DEVICE" in opts[0::2])
-    if not weights:
+    if weights:
+        warn_of_unread_options(cfg)
+    else:
         raise ConfigError("MODEL.WEIGHTS is empty; name the weights, as MODEL.WEIGHTS path/to/model_final.pth.")
     return cfg, classes

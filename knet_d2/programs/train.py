@@ -14,13 +14,22 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ..checkpoint import Checkpointer
+from ..config.merging import save_config
+from ..data.classes import class_table
 from ..engine import Trainer, launch, setup
+from ..errors import ConfigError
 
 
 def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     """Evaluate MODEL.WEIGHTS (with ``resume``: the last checkpoint in OUTPUT_DIR) on DATASETS.TEST."""
     model = Trainer.build_model(cfg)
-    Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, classes=class_table(cfg))
+    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+        where = f", and OUTPUT_DIR = {cfg.OUTPUT_DIR} has no checkpoint" if resume else ""
+        raise ConfigError(
+            f"MODEL.WEIGHTS is empty{where}: name the weights to evaluate, as MODEL.WEIGHTS path/to/model_final.pth."
+        )
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))
@@ -36,6 +45,7 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
         return evaluate(cfg, args.resume)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    save_config(cfg)
     return trainer.train()
 
 

@@ -138,7 +138,7 @@ class Prediction(NamedTuple):
     def to_coco(self, masks: str = "rle") -> list[dict[str, Any]]:
         """Return the segments in COCO's result format without "image_id"; the result can be written as JSON.
 
-        "category_id" is an id of ``classes.category_ids``: Detectron2's contiguous id, not the id in a COCO JSON.
+        "category_id" is the id in the data set's files, or Detectron2's contiguous id if the weights do not give it.
 
         Args:
             masks: format of "segmentation": "rle", or "polygons", which lose the holes of masks.
@@ -148,9 +148,10 @@ class Prediction(NamedTuple):
         """
         if masks not in MASK_FORMATS:
             raise ConfigError(f"masks = {masks!r}: use one of {MASK_FORMATS}; for arrays, call Prediction.masks().")
+        ids = self.classes.dataset_ids or self.classes.category_ids
         return [
             {
-                "category_id": self.classes.category_ids[segment.label],
+                "category_id": ids[segment.label],
                 "category_name": self.classes.names[segment.label],
                 "score": segment.score,
                 "bbox": list(segment.box),
@@ -169,7 +170,7 @@ class Prediction(NamedTuple):
         records = enumerate(self.to_coco(), start=1)
         return {
             "images": [{"id": 1, "file_name": file_name, "height": self.size[0], "width": self.size[1]}],
-            "categories": categories(self.classes),
+            "categories": [{**x, "id": x["dataset_id"]} for x in categories(self.classes)],
             "annotations": [{"id": i, "image_id": 1, "iscrowd": 0, **record} for i, record in records],
         }
 
