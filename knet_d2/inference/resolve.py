@@ -37,13 +37,15 @@ def load(
     Raises:
         CheckpointError: the file is missing or damaged, or holds weights alone and config_file is not given.
     """
+    device_options = ("MODEL.DEVICE", device) if device else ()
+    opts = [*threshold_options(confidence_threshold), *device_options, *opts, "MODEL.WEIGHTS", os.fspath(path)]
+    return ImagePredictor(*resolve_model(config_file, opts))
+
+
+def threshold_options(confidence_threshold: float) -> list[str]:
+    """The options, KEY VALUE ..., that leave out instances and thing segments with a lower score."""
     threshold = str(confidence_threshold)
-    opts = [
-        *("MODEL.KNET.TEST.SCORE_THRESHOLD", threshold, "MODEL.KNET.TEST.THING_SCORE_THRESHOLD", threshold),
-        *(("MODEL.DEVICE", device) if device else ()),
-        *opts,
-    ]
-    return ImagePredictor(*resolve_model(config_file, [*opts, "MODEL.WEIGHTS", os.fspath(path)]))
+    return ["MODEL.KNET.TEST.SCORE_THRESHOLD", threshold, "MODEL.KNET.TEST.THING_SCORE_THRESHOLD", threshold]
 
 
 def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode, ClassTable]:
@@ -62,13 +64,12 @@ def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode
         config_file = get_config_file(zoo_entry(weights.removeprefix(PREFIX)).name + ".yaml")
     if config_file:
         cfg = load_config(config_file, opts)
-        classes, weights = class_table(cfg), cfg.MODEL.WEIGHTS
+        classes = class_table(cfg)
     elif weights:
         cfg, classes = read_description(load_file(weights), weights)
         merge_config(cfg, "", opts)
         cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, explicit="MODEL.DEVICE" in opts[0::2])
-    if weights:
-        warn_of_unread_options(cfg)
-    else:
+    if not (weights or (config_file and cfg.MODEL.WEIGHTS)):
         raise ConfigError("MODEL.WEIGHTS is empty; name the weights, as MODEL.WEIGHTS path/to/model_final.pth.")
+    warn_of_unread_options(cfg)
     return cfg, classes

@@ -7,7 +7,7 @@ import os
 import tqdm
 
 from ..inference.predictor import ImagePredictor
-from ..inference.resolve import resolve_model
+from ..inference.resolve import resolve_model, threshold_options
 from ..inference.sinks import JsonFile, PictureFiles, Sink, Stop, VideoFile, VideoWindow, Window
 from ..inference.sources import ImageFiles, Video
 from ..results.writers import JsonWriter
@@ -32,11 +32,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def build_predictor(args: argparse.Namespace) -> ImagePredictor:
-    """Build the predictor, with --confidence-threshold as its score threshold."""
-    cfg, classes = resolve_model(args.config_file, args.opts)
-    cfg.MODEL.KNET.TEST.SCORE_THRESHOLD = args.confidence_threshold
-    cfg.MODEL.KNET.TEST.THING_SCORE_THRESHOLD = args.confidence_threshold
-    cfg.freeze()
+    """Build the predictor, with --confidence-threshold as its score threshold; --opts can overwrite it."""
+    cfg, classes = resolve_model(args.config_file, [*threshold_options(args.confidence_threshold), *args.opts])
     return ImagePredictor(cfg, classes)
 
 
