@@ -1,4 +1,4 @@
-"""Tiny trainings that P processes share, for tests/test_agreement.py, whose processes import this."""
+"""Tiny training runs of P processes; the processes of tests/test_agreement.py import this module."""
 
 import math
 import os
@@ -92,7 +92,7 @@ def train(folder, case, resume=False):
 
 
 def run_case(folder, case):
-    """Returns what this process has at every evaluation."""
+    """Train one case; returns the contents of this process's model at every evaluation."""
     os.makedirs(folder, exist_ok=True)
     if case == "skipped step" and comm.get_rank() == comm.get_world_size() - 1:
         ToyNet.fail_at = ("image1.png", math.nan)
@@ -112,7 +112,7 @@ def run_case(folder, case):
 
 
 def find_disturbance(folder):
-    """The message of the check, where the weights of the last process were changed."""
+    """Change the weights of the last process; returns the message of the check."""
     os.makedirs(folder, exist_ok=True)
     trainer = train(folder, "BN")
     trainer.register_hooks([Disturbance()])
@@ -124,7 +124,7 @@ def find_disturbance(folder):
 
 
 def run_all(folder):
-    """The main process saves what all of them have, by case."""
+    """Run all cases; the main process saves the contents of all processes, by case."""
     found = {case: comm.all_gather(run_case(os.path.join(folder, case), case)) for case in CASES}
     found["disturbance"] = comm.all_gather(find_disturbance(os.path.join(folder, "disturbance")))
     if comm.is_main_process():

@@ -45,7 +45,7 @@ def read_config(path):
 
 
 class StaticKernels(nn.Module):
-    """The part of a model that depends on its architecture: from images to kernels and their masks' logits."""
+    """The part of a model that depends on its architecture: images -> kernels and their mask logits."""
 
     def __init__(self, model):
         super().__init__()
@@ -61,7 +61,7 @@ def random_images(*shape):
 
 
 def predict(model):
-    """What the last stage predicts for a random image."""
+    """Return the predictions of the last stage for a random image."""
     with torch.no_grad():
         return [x for x in model.eval().network(random_images(1, 3, 64, 96)).stages[-1] if x is not None]
 
@@ -152,7 +152,7 @@ class ArchitectureTests:
             assert all(torch.equal(a, b) for a, b in zip(predict(other), expected, strict=True))
 
     def test_exports_or_refuses(self, model):
-        """What follows the static kernels is the same for all of a task: test_export.py exports it."""
+        """Only the static kernels depend on the architecture; test_export.py exports the rest for each task."""
         if self.refused_for is not None:
             with pytest.raises(ConfigError, match=f"{self.refused_for}: .* can't be exported.* knet_d2.load"):
                 ExportableKNet(model.eval())

@@ -38,7 +38,7 @@ class Model(nn.Module):
 
 
 def randomise_norms(backbone):
-    """Give batch norms statistics and weights that matter, with a tame residual stream."""
+    """Give batch norms random statistics and weights that keep the activations of residual blocks small."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in backbone.state_dict().items():
         if "norm" in name and tensor.is_floating_point():

@@ -1,4 +1,4 @@
-"""What several tests of weights files share."""
+"""Functions that several tests of weights files share."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def randomised(model, seed=5):
-    """Every entry of the state dict gets values of its own."""
+    """Give every entry of the state dict different random values."""
     generator = torch.Generator().manual_seed(seed)
     for value in model.state_dict().values():
         if value.is_floating_point():

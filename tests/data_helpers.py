@@ -15,7 +15,7 @@ _number = itertools.count()
 
 
 def unique_name(prefix: str) -> str:
-    """A name that no other data set has; the catalogue is one for the whole process."""
+    """Return a name that is not in the catalogue, which all tests of a process share."""
     return f"{prefix}_test{next(_number)}"
 
 

@@ -70,7 +70,7 @@ def write_a_web_page(path: str) -> None:
 
 
 def turn_by_exif(path: str) -> None:
-    """As a camera held upside down stores its photos: the pixels stay, a tag says how to turn them."""
+    """Set the EXIF tag of an image that a camera has taken upside down; the pixels do not change."""
     image = Image.open(path)
     exif = image.getexif()
     exif[0x0112] = 3
@@ -84,7 +84,7 @@ def store_16_bits(path: str) -> None:
 
 
 def copy_image(path: str) -> None:
-    """Another file with the same picture, as copying and renaming leaves it."""
+    """Copy the picture to a file with another name."""
     folder = os.path.dirname(path)
     shutil.copyfile(path, os.path.join(folder, "000001.jpg"))
 
@@ -163,7 +163,7 @@ def _corners(annotation: dict) -> None:
 
 
 def _far_corner_polygon(content: dict) -> str:
-    """A box as corners is told from width and height only where it doesn't begin at 0, 0: choose the farthest."""
+    """Write two corners as bbox of the annotation farthest from (0, 0), where this differs most from width, height."""
     annotation = max(content["annotations"], key=lambda x: x["bbox"][0] + x["bbox"][1])
     _corners(annotation)
     return f"annotation {annotation['id']}"

@@ -94,7 +94,7 @@ def tiny_model(task, options=None, seed=0):
 
 
 def spread_scores(model, seed=0):
-    """Replace the initial scores of about 0.01 by ones all over (0, 1), such that results have something in them."""
+    """Replace the initial scores of about 0.01 by scores in all of (0, 1), so that results are not empty."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for stage in model.cascade.stages:
@@ -177,7 +177,7 @@ def move_to_fake_cuda(model):
 
 
 class Transfers(TorchDispatchMode):
-    """Collects copies between devices, as (from, to, non_blocking), and calls for which the CPU waits for a device."""
+    """Collects copies between devices as (from, to, non_blocking), and calls that make the CPU wait for a device."""
 
     # What returns a number, or a tensor whose shape depends on values
     WAITING = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique_dim", "_unique2"}

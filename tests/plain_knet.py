@@ -73,7 +73,7 @@ class PlainKNet:
     # Static kernels
 
     def position(self, height, width, channels):
-        """In single precision, as the official release has it also in a double model."""
+        """Return the position encoding in float32, which the official release also uses in a float64 model."""
         periods = 10000 ** (2 * (torch.arange(channels // 2) // 2) / (channels // 2))
         result = torch.zeros(2, channels // 2, height, width)
         for i, period in enumerate(periods):

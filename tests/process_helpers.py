@@ -1,4 +1,4 @@
-"""Training steps and evaluations that P processes share, for tests/test_processes.py, whose processes import this."""
+"""Training steps and evaluations of P processes; the processes of tests/test_processes.py import this module."""
 
 import io
 import logging
@@ -38,12 +38,12 @@ def make_model(task, is_global):
 
 
 def num_parts_of(world_size):
-    """In how many parts a process computes its share of a batch."""
+    """Return the number of parts into which a process splits its share of a batch."""
     return min(2, len(COUNTS[PARTS_STEP]) // world_size)
 
 
 def share_of_batch(step, rank, world_size):
-    """What one of the processes gets of a step's batch."""
+    """Return the share of a process in the batch of a step."""
     batch = [make_example(SIZE, count, seed=10 * step + i) for i, count in enumerate(COUNTS[step])]
     share = len(batch) // world_size
     return batch[rank * share : (rank + 1) * share]
@@ -147,7 +147,7 @@ def shifted_truth(cfg):
 
 
 def evaluate(config):
-    """What :func:`shifted_truth` gets on all images: results by kind and name, on the main process."""
+    """Evaluate :func:`shifted_truth` on all images; returns metrics by kind and name, on the main process."""
     opts = ["INPUT.RANDOM_FLIP", "none", "INPUT.CROP.ENABLED", "False", "OUTPUT_DIR", os.path.dirname(config)]
     cfg = load_config(config, opts)
     return Trainer.test(cfg, shifted_truth(cfg))

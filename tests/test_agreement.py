@@ -42,7 +42,7 @@ def test_resumed_processes_end_as_uninterrupted_ones(found, case):
 
 
 def test_different_weights_are_found(found):
-    """Before the next checkpoint is written, in all processes."""
+    """The error is raised in all processes, before the next checkpoint is written."""
     world_size, folder, by_case = found
     for message in by_case["disturbance"]:
         if world_size == 1:

@@ -27,7 +27,7 @@ def test_program(module):
 
 
 def test_the_page_has_what_was_documented_from_the_start():
-    """Import paths that stood in the documents of the first version."""
+    """The import paths that the first version documented still work."""
     earlier = {
         ("knet_d2", "load"),
         ("knet_d2.classes", "class_table"),

@@ -122,7 +122,7 @@ def build_regnet_fpn_backbone(cfg, input_shape):
 
 
 class TestDetectron2ResNet(Detection):
-    """Its pyramid has a level more, which no head reads."""
+    """A pyramid with an additional level, which no head reads."""
 
     config = "coco/panoptic/knet_r50_fpn_1x.yaml"
     options = {"MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone", "MODEL.RESNETS.NORM": "FrozenBN"}
@@ -145,7 +145,7 @@ CLASSES = [x for x in list(globals().values()) if isinstance(x, type) and x.__na
 
 
 def architecture(cfg):
-    """What makes two configs' models different, but for widths and numbers of kernels."""
+    """Return the options that distinguish architectures; widths and numbers of kernels do not."""
     model = cfg.MODEL
     resnet = [model.RESNETS[key] for key in ("DEPTH", "STEM_TYPE", "RES4_DILATION", "RES5_DILATION")]
     swin = [tuple(model.SWIN[key]) for key in ("DEPTHS", "NUM_HEADS")]

@@ -108,7 +108,7 @@ def test_pretrained_v1c_layout():
 
 @pytest.mark.parametrize("name", ["r50_fpn", "r50_d8", "swin_t"])
 def test_outputs_equal_official_ones(name):
-    """The image has no friendly size: 100 x 150 (padded to 128 x 160) or 90 x 123."""
+    """The sides of the image are not multiples of the stride: 100 x 150 (padded to 128 x 160) or 90 x 123."""
     backbone = build(OPTIONS[name]).eval()
     translation = translate(filled_state_dict(manifest(name)["state_dict"]), backbone)
     Model(backbone).load_state_dict(translation.state_dict)
@@ -230,7 +230,7 @@ def test_sync_norm_on_one_process_and_on_two(tmp_path):
 
 @pytest.mark.parametrize("options", [RESNET_FPN, [*RESNET_FPN, *DEFORM], TINY_SWIN])
 def test_fresh_backbone_is_tame(options):
-    """Detectron2's own initialisation with norms in eval mode gives values of thousands."""
+    """A random backbone has small activations; Detectron2's initialisation gives thousands with norms in eval mode."""
     out = build(options).train()(torch.randn(1, 3, 64, 64))
     assert all(v.std() < 10 and v.abs().sum() > 0 for v in out.values())
 

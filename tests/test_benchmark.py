@@ -1,4 +1,4 @@
-"""The benchmark: models that do their work, times of parts that add up, counts that are known."""
+"""The benchmark: models find objects, times of parts add up, and counts equal known values."""
 
 import json
 import sys
@@ -123,7 +123,7 @@ def test_memory_is_what_is_held_at_once():
 
 @needs_fake_cuda
 def test_the_gpu_s_comparison_on_fake_tensors(monkeypatch, capsys):
-    """Without post-processing and training: what they do depends on values, and on a driver."""
+    """Post-processing and training are left out, because they depend on tensor values and on the CUDA driver."""
 
     def to(module, device, *args, **kwargs):
         move_to_fake_cuda(module)

@@ -66,7 +66,7 @@ def test_whole_data_has_no_faults(pristine, kind):
 
 
 def test_counts(pristine):
-    """Against what the JSON states about each annotation, and the pixels of the label maps."""
+    """Counts equal those computed from the annotations of the JSON and from the pixels of the label maps."""
     with open(os.path.join(pristine, "instances.json")) as f:
         content = json.load(f)
     instances, panoptic, labels = (check(custom_entry(kind, pristine)).datasets[0] for kind in TASKS)
@@ -152,7 +152,7 @@ def test_more_instances_than_kernels(pristine, kind, most):
 
 
 def test_photos_turned_by_exif(root):
-    """Sizes as after turning are right, sizes as stored are wrong; where both are the same, nobody can tell."""
+    """The JSON must state the size after the EXIF rotation; if both sides are equal, only a warning is possible."""
     path = os.path.join(root, IMAGE)
     image = Image.open(path).crop((0, 0, SIZE, SIZE - 8))
     exif = image.getexif()

@@ -116,7 +116,7 @@ def test_damaged_state_of_an_optimizer_is_refused(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, error):
-    """What Python reports, and what PyTorch's writer makes of it."""
+    """Writing fails by Python's error for a full disk, and by the error that PyTorch's writer raises for it."""
     checkpointer = Checkpointer(ToyNet(None), str(tmp_path))
     checkpointer.save("model")
     before = (tmp_path / "model.pth").read_bytes()

@@ -140,7 +140,7 @@ def test_a_thing_and_a_stuff_class_with_one_id_are_told_apart():
 
 
 def test_resolved_classes_stay_and_no_data_set_is_read(entries, monkeypatch):
-    """The model, the trainer and the predictor resolve what is not resolved, and only that."""
+    """The model, the trainer and the predictor resolve classes only if they are not resolved yet."""
     cfg = data_cfg("panoptic", custom=(entries["coco_panoptic"],), resolve=False)
     cfg.freeze()
     resolved = with_classes(cfg)
@@ -340,7 +340,7 @@ def test_semantic_and_instance_models_read_panoptic_data_sets(root, entries):
 
 
 def test_segments_that_do_not_say_what_they_are(entries):
-    """Cityscapes' have no "isthing"."""
+    """The segments of Cityscapes have no "isthing"."""
     cfg = data_cfg("panoptic", custom=(entries["coco_panoptic"],))
     record = load_dataset(cfg.DATASETS.TRAIN[0])[0]
     silent = [{k: v for k, v in x.items() if k != "isthing"} for x in record["segments_info"]]
@@ -360,7 +360,7 @@ def test_instance_models_may_have_more_classes_than_a_label_map_holds(entries):
 
 @pytest.mark.parametrize("labels", [{0: 0, 1: 255}, {0: 255, 1: 0}])
 def test_label_maps_of_one_class_are_told_when_training_starts(root, tmp_path, caplog, labels):
-    """Masks of 0 and 255, where 255 is ignored; and one class of which the rest is ignored."""
+    """One case is masks with 0 and 255, where 255 is ignored; the other is one class with all other pixels ignored."""
     for name in os.listdir(os.path.join(root, "semantic")):
         is_thing = np.array(Image.open(os.path.join(root, "semantic", name))) < T_NUM
         Image.fromarray(np.where(is_thing, labels[1], labels[0]).astype(np.uint8)).save(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Data sets from the config, and what is said about bad data: one error that names file and key."""
+"""Data sets from the config, and errors for bad data, which name the file and the key."""
 
 import json
 import os
@@ -125,7 +125,7 @@ def test_label_values_ignored_values_and_a_file_of_classes(root, tmp_path):
 
 
 def test_records_are_those_of_detectron2(root):
-    """Of annotations of all kinds in any order, one of them with polygons of which none has an area."""
+    """The JSON has annotations of all kinds in random order; the polygons of one annotation have no area."""
 
     def edit(content):
         first = content["annotations"][0]

@@ -104,7 +104,7 @@ def test_16_bits_are_cut_at_255(tmp_path):
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_photos_are_turned_as_their_exif_tag_says(tmp_path, orientation):
-    """The image is annotated as it is seen, and stored such that the tag turns it there."""
+    """The annotations refer to the rotated image; the EXIF tag of the stored image describes the rotation."""
     seen = np.zeros((*SIZE, 3), np.uint8)
     seen[BOX] = 200
     turns = {1: 0, 3: 2, 6: 1, 8: 3}[orientation]  # quarter turns that bring what is seen to what is stored

@@ -1,4 +1,4 @@
-"""The generated data set: determinism, what it promises, its files, and how it comes to be on the disk."""
+"""The generated data set: determinism, documented properties, files, and generation on first use."""
 
 import hashlib
 import json

@@ -113,7 +113,7 @@ def perfect_output(record, metadata):
 
 @pytest.mark.parametrize("kind, metric", [("coco_panoptic", "PQ"), ("sem_seg", "mIoU")])
 def test_evaluation_is_of_the_part_alone(root, kind, metric):
-    """Perfect predictions for the part are perfect, though the files have ground truth of all images."""
+    """Perfect predictions for one part give perfect metrics, although the files contain all images."""
     changes = {"instances_json": os.path.join(root, "instances.json")} if kind == "coco_panoptic" else {}
     cfg, _, val = split_cfg(kind, root, **changes)
     resolve_classes(cfg)

@@ -54,11 +54,11 @@ def commands():
 
 
 class Parsed(Exception):
-    """Carries the arguments out of a program that goes no further."""
+    """Raised to get the parsed arguments from a program without running it."""
 
 
 def parse(program, arguments, monkeypatch):
-    """What the program's own parser makes of the arguments.
+    """Parse arguments with the parser of a program.
 
     Args:
         program: path of a script, or name of a module.

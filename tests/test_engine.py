@@ -157,7 +157,7 @@ def test_step_equals_a_plain_one():
 
 
 class ImageMeanNet(nn.Module):
-    """Losses that are means over images; counts what goes through it, as what wraps it would."""
+    """A model whose losses are means over images; it records batch sizes and uses of no_sync()."""
 
     def __init__(self):
         super().__init__()
@@ -284,7 +284,7 @@ def test_non_finite_loss(factor):
 
 
 def with_batch_norm(limit, scale=None, num_parts=1):
-    """A step that skips, of a model whose forward pass changes running statistics."""
+    """Make a TrainStep that skips non-finite steps, with a model that has running statistics."""
     torch.manual_seed(0)
     model = ToyNet(None)
     model.norm = nn.BatchNorm2d(4)
@@ -318,7 +318,7 @@ def test_non_finite_steps_are_skipped(failure, scale, caplog):
 
 @pytest.mark.parametrize("failure", [math.nan, NonFiniteError("Cost class of stage 1 is not finite.")])
 def test_part_that_is_not_finite_skips_its_batch(failure):
-    """What the parts before it have left, gradients and running statistics, is gone; the next step starts clean."""
+    """The gradients and running statistics of the earlier parts are discarded before the next step."""
     images = [sample for batch in zip(range(6), ToyData(0, 0)) for sample in batch[1]]
     batches = [images[0:2], images[2:4], images[4:6]]
     step, expected = (with_batch_norm(limit=2, num_parts=2) for _ in range(2))
@@ -413,7 +413,7 @@ def test_every_parameter_of_the_zoo_gets_a_gradient(path):
 
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
 def test_parameters_without_gradient_are_named(task):
-    """A mask branch that no loss needs; DistributedDataParallel would stop at the next step."""
+    """No loss depends on the mask branch; DistributedDataParallel would fail in the next step."""
     options = {f"MODEL.KNET.LOSS.{name}_WEIGHT": 0.0 for name in ("MASK", "DICE", "RANK")}
     step = step_of(tiny_model(task, options))
     with pytest.raises(ConfigError, match=r"mask_branch.*MODEL.KNET.LOSS.MASK_WEIGHT, DICE_WEIGHT and RANK_WEIGHT"):

@@ -1,4 +1,4 @@
-"""Evaluators: which are chosen, and their figures against closed forms and panopticapi."""
+"""Evaluators: their selection, and their metrics compared with closed forms and panopticapi."""
 
 import contextlib
 import io
@@ -54,7 +54,7 @@ def _panoptic_output(ids, segments):
 
 
 def _damaged(record, rng):
-    """Shifted, with segments lost, merged and of another class."""
+    """Shift a segment map, and lose segments, merge segments and change classes."""
     ids, segments = np.roll(_ids(record), 3, axis=1), [dict(segment) for segment in record["segments_info"]]
     for segment in segments:
         chance = rng.random()
@@ -297,7 +297,7 @@ def test_semantic_ground_truth_of_another_size_or_without_labels(tmp_path):
 
 
 def test_panoptic_models_are_evaluated_on_separated_label_maps(root):
-    """Their label maps have all things as class 0, and stuff from 1."""
+    """In these label maps all things are class 0, and stuff classes start at 1."""
     name = unique_name("separated")
     labels = np.array([[0, 0, 1], [2, 3, 255]], np.uint8)
     folder = os.path.join(root, name)
@@ -458,7 +458,7 @@ def _squares(tmp_path, number, first_id=1):
 
 @pytest.mark.parametrize("maximum", [100, 200])
 def test_more_instances_than_coco_counts_have_a_second_figure(tmp_path, caplog, maximum):
-    """150 of 150 found: of 100 detections, recall is 2/3."""
+    """All 150 instances are found, but with at most 100 detections the recall is 2/3."""
     caplog.set_level("INFO", logger="knet_d2")
     entry = _squares(tmp_path, 150)
     cfg = data_cfg("instance", custom=(entry,))

@@ -276,7 +276,7 @@ def test_what_can_not_be_exported(tmp_path):
 
 
 def test_results_of_the_static_kernels():
-    """Which stage is taken is no matter of the tracing, which takes long."""
+    """Run the exportable model without tracing it, because tracing takes long and does not depend on the stage."""
     model = tiny_model("instance", {**OPTIONS, "MODEL.KNET.TEST.STAGE": 0}).eval()
     images, size, output_size = random_images(1, (75, 140)), np.array([75, 140]), np.array([80, 90])
     (expected,) = exports.run_model(model, images, output_size)

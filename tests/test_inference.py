@@ -131,7 +131,7 @@ def test_checkpoints_of_a_training_are_self_contained(tmp_path):
 
 
 def test_a_panoptic_model_without_stuff(tmp_path):
-    """Its number of stuff classes, 0, is no question to a data set."""
+    """The number of stuff classes, 0, is not looked up in a data set."""
     cfg = tiny_config("panoptic", {"MODEL.KNET.NUM_STUFF_CLASSES": 0, "MODEL.KNET.THING_CATEGORY_IDS": [0, 1, 2]})
     resolve_classes(cfg)
     torch.manual_seed(0)
@@ -213,7 +213,7 @@ def test_folders(described, tmp_path, caplog):
 
 @pytest.mark.parametrize("threshold, different", [(0.0, 9), (0.6, 8)])  # static kernels have no score of 0.6
 def test_one_pass_gives_every_stage_and_output(described, threshold, different):
-    """The same as models that are configured to give one stage's one output."""
+    """The results equal those of models that are configured for a single stage and output."""
     _, save = described
     path, image = save("m.pth"), random_image((60, 84))
     predictor = knet_d2.load(path, device="cpu")
@@ -300,7 +300,7 @@ def test_tiles_cover_the_image(length, tile_size, overlap):
 
 
 class Oracle:
-    """Sees the truth within each tile: ``labels`` by object id, 0 = nothing; ids from 100 on are stuff."""
+    """A predictor that returns the ground truth of each tile; ``labels``: by object id, 0 = nothing, from 100 stuff."""
 
     def __init__(self, ids):
         self.ids, self.sizes = ids, []

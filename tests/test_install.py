@@ -314,7 +314,7 @@ def test_a_program_without_detectron2_ends_with_the_command(tmp_path):
 
 
 def test_load_without_opencv_is_one_error_with_the_command(tmp_path):
-    """Training does without it."""
+    """Only knet_d2.load needs OpenCV; training does not."""
     done = run_python(tmp_path, "-c", "import knet_d2; knet_d2.load", blocked="cv2")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (

@@ -23,7 +23,7 @@ B, N, K = 2, 5, 3
 
 
 def randomized(module, seed=0):
-    """The module in float64, with weights and norms such that no two of its parts are alike."""
+    """Return the module in float64, with different random weights and norms in all its parts."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.double().parameters():
@@ -135,7 +135,7 @@ def make_inputs(dim=8, size=(4, 6), mask_size=None, seed=3):
 
 
 def recorded_group_features(head, *inputs):
-    """What the stage hands to its kernel update."""
+    """Record the group features that the stage passes to its kernel update."""
     seen = []
     handle = head.kernel_update.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     head(*inputs)

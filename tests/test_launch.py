@@ -142,7 +142,7 @@ class Killed(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_killed_loader_is_one_line(outcome, monkeypatch, num_workers):
-    """The main process meets it as a broken connection, or by PyTorch's handler of SIGCHLD, wherever it is."""
+    """The main process gets a broken connection, or an error of PyTorch's handler of SIGCHLD at any place."""
     monkeypatch.setattr("knet_d2.engine.launch._GRACE_PERIOD", 0)
     code, text = outcome(lambda: list(DataLoader(Killed(), num_workers=num_workers)))
     assert code == 1 and text.startswith("Error: A process of this run") and text.count("\n") == 1
@@ -150,7 +150,7 @@ def test_killed_loader_is_one_line(outcome, monkeypatch, num_workers):
 
 
 def test_full_disk_is_told_once(outcome):
-    """Log files and threads that meet it, too, add nothing."""
+    """Log files and threads also fail, but print no other message."""
     full = OSError(errno.ENOSPC, "No space left on device", "events")
 
     class Log(io.StringIO):
@@ -192,7 +192,7 @@ def abandoned_loader():
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no processes are forked")
 @pytest.mark.parametrize("use", [pool_of_multiprocessing, pool_of_futures, abandoned_loader])
 def test_children_end_while_signals_are_handled(use):
-    """A child with the handlers of the training loop would go on at Pool's SIGTERM, and Pool would wait for it."""
+    """A child with the handlers of the training loop would ignore Pool's SIGTERM, and Pool would wait forever."""
     handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     signals = StopSignals()
     with signals.listening():
@@ -205,7 +205,7 @@ def test_children_end_while_signals_are_handled(use):
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_forked_child_ends_at_the_signal(number):
-    """At once or later: no moment of its start may lose the signal."""
+    """The signal is not lost at any time while the child starts."""
     with StopSignals().listening():
         for delay in [0.0] * 10 + [0.001 * i for i in range(10)]:
             child = os.fork()

@@ -184,7 +184,7 @@ def make_predictions(batch_size, size=(3, 4), seed=0, stages=STAGES):
 
 
 def make_targets(classes, stuff_classes, size=(6, 8), seed=0):
-    """Soft masks that overlap each other and leave some pixels to nobody."""
+    """Make soft masks that overlap each other and do not cover all pixels."""
 
     def masks(count, seed):
         return (random(count, *size, seed=seed, scale=0.5) - 0.2).clamp(0, 1)
@@ -235,7 +235,7 @@ def test_dense_focal_loss_is_that_of_one_hot_targets():
 
 @pytest.mark.parametrize("size", [4, 30])
 def test_dense_focal_loss_of_confident_predictions_is_exact(size):
-    """Nearly nothing is wrong: large terms that cancel would leave little but rounding."""
+    """The loss of confident predictions is small, and large terms that cancel would leave only rounding errors."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 9, (1, 40, 40), generator=generator)
     one_hot = F.one_hot(labels, 9)[..., :8].permute(0, 3, 1, 2).double()

@@ -1,4 +1,4 @@
-"""The model's config: every node changes something, and a value that can't work is an error."""
+"""The config of the model: every option has an effect, and impossible values are errors."""
 
 import inspect
 

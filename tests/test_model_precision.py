@@ -101,7 +101,7 @@ def test_semantic_output_of_a_panoptic_model_is_not_rounded_under_autocast():
 
 
 def test_sums_over_large_maps_do_not_overflow_half_precision():
-    """40,000 pixels of 4 are 160,000, where float16 ends at 65,504."""
+    """The sum over 40,000 pixels of value 4 is 160,000, but float16 ends at 65,504."""
     torch.manual_seed(0)
     options = {"num_heads": 4, "ffn_dim": 16, "update_dim": 32}
     cascade = KernelUpdateCascade(num_stages=2, dim=32, num_classes=5, soft_gather=False, **options)
@@ -191,7 +191,7 @@ class Launches(TorchDispatchMode):
 
 @needs_fake_cuda
 def test_results_take_few_launches_on_accelerators_and_wait_at_the_end_only(monkeypatch):
-    """Fake tensors have no values, so that what Detectron2's forms read of them is made up."""
+    """Fake tensors have no values, so values that Detectron2 reads are replaced by invented ones."""
     monkeypatch.setattr(FakeTensor, "tolist", lambda self: read.append(tuple(self.shape)) or [0] * len(self))
     read = []
     geometry = ImageGeometry((800, 1216), (800, 1200), (427, 640))

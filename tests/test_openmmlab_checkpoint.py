@@ -168,7 +168,7 @@ def as_openmmlab(model):
 
 
 def as_swin_release(state):
-    """The permutation of the merging layers has a test of its own; here they are constant along it."""
+    """The merging layers are constant along their permutation, which another test checks."""
     names = [("attention.", "attn."), ("mlp.0", "mlp.fc1"), ("mlp.2", "mlp.fc2"), ("embed.projection", "embed.proj")]
     content = {"head.weight": torch.zeros(3, 4), "head.bias": torch.zeros(3), "norm.weight": torch.zeros(4)}
     for name, value in state.items():
@@ -284,7 +284,7 @@ def test_code_in_a_file_never_runs(tmp_path, form):
 
 
 def test_a_tar_archive_is_not_given_to_pytorch(tmp_path, monkeypatch):
-    """Not even one whose first member's name begins as PyTorch's old files do."""
+    """This holds even if the name of the first member begins like an old PyTorch file."""
     legacy, stream = io.BytesIO(), io.BytesIO()
     torch.save({}, legacy, _use_new_zipfile_serialization=False)
     with tarfile.open(fileobj=stream, mode="w") as archive:

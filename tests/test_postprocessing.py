@@ -294,7 +294,7 @@ def test_stuff_is_never_dropped_for_its_score():
 
 @pytest.mark.parametrize("rows, kept", [(3, True), (4, True), (5, False)])
 def test_a_segment_of_which_too_little_is_left_is_dropped(rows, kept):
-    """A thing of 10 x 5 cells, of which another takes some rows."""
+    """Another thing covers some rows of a thing of 10 x 5 cells."""
     kernels = drawn(
         (0, 0.5, ALL, slice(0, 5)),
         (1, 0.9, slice(0, rows), slice(0, 5)),
@@ -398,7 +398,7 @@ def blobs(count, *, offset, seed=0):
 
 
 def check_both_ways(scores, mask_logits, geometry):
-    """Cells against dense: all is equal but at pixels whose probability is within EDGE of a threshold or a tie."""
+    """Compare cells with dense: only pixels whose probability is within EDGE of a threshold or a tie may differ."""
     probs = mask_probabilities(mask_logits, geometry)
     unsure = (probs - 0.5).abs() < EDGE
     kernels = torch.arange(len(scores)).repeat(2).flip(0)
@@ -497,7 +497,7 @@ def test_size_of_cells_does_not_change_results(monkeypatch, step, most, elements
 
 @pytest.mark.parametrize("padded", [(30, 40), (31, 45)])
 def test_masks_that_are_finer_than_the_input(padded):
-    """As of a head with a stride of one half."""
+    """The masks are larger than the input, as from a head with stride 1/2."""
     geometry = ImageGeometry(padded=padded, image=(29, 37), output=(50, 99))
     check_both_ways(torch.linspace(0.5, 0.9, 5, dtype=torch.float64), blobs(5, offset=-1), geometry)
 

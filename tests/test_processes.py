@@ -50,7 +50,7 @@ def shared(request, tmp_path_factory, configs):
 
 @pytest.mark.parametrize("task", OPTIONS)
 def test_global_normalizers(single, shared, task):
-    """Losses and gradients of every step, of which each depends on those before."""
+    """Losses and gradients are equal in every step, and each step depends on the steps before."""
     loss_error = gradient_error = 0.0
     assert len(shared[task]) == len(single[task]) == len(COUNTS)
     for expected, found in zip(single[task], shared[task]):
@@ -70,7 +70,7 @@ def test_global_normalizers(single, shared, task):
 
 @pytest.mark.parametrize("task, group", [("instance", "segm"), ("panoptic", "panoptic_seg"), ("semantic", "sem_seg")])
 def test_evaluation(shared, configs, task, group):
-    """Every result, to the last bit."""
+    """All metrics are equal bit for bit."""
     expected, found = evaluate(configs[task])[group], shared["evaluation"][task][group]
     assert list(found) == list(expected) and any(value > 0 for value in expected.values())
     print(f"{task}: {expected}")
@@ -79,7 +79,7 @@ def test_evaluation(shared, configs, task, group):
 
 
 def test_local_normalizers(shared):
-    """As in the official release: each process's own, but class losses by the mean number of positive kernels."""
+    """As in the official release, each process normalises its losses; class losses use the mean number of positives."""
     world_size = len(shared["local"])
     share = len(COUNTS[0]) // world_size
     positives = [sum(COUNTS[0][rank * share : (rank + 1) * share]) for rank in range(world_size)]
@@ -115,7 +115,7 @@ def test_parts_of_a_batch(request, shared):
 
 
 def test_costs_that_are_not_finite_in_one_process(shared):
-    """All processes skip the step, and go on together."""
+    """All processes skip the step and continue together."""
     logs, changed, weights = zip(*shared["skipped"])
     for log in logs:
         assert "cost of stage 0 is not finite" in log and "bad.jpg" in log and "skipped (1 in a row)" in log

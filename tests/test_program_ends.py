@@ -1,4 +1,4 @@
-"""The one way in which all programs end: an exit code, and one line where a person can mend something."""
+"""All programs end in the same way: with an exit code, and one line for an error that the user can fix."""
 
 import argparse
 import errno

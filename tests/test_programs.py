@@ -116,7 +116,7 @@ def test_training_of_the_other_tasks(tmp_path, shapes, task, metric):
 
 
 def test_nothing_stays_of_the_figures_of_validation_pictures(tmp_path, shapes, monkeypatch):
-    """They refer to themselves, and Python looks for such things the more seldom the more there is in memory."""
+    """Figures contain reference cycles, and Python collects cycles less often when much memory is in use."""
     cfg = load_config(write_config(tmp_path, shapes, "panoptic"))
     drawn, original = [], Visualizer.get_output
     monkeypatch.setattr(Visualizer, "get_output", lambda self: drawn.append(1) or original(self))
@@ -304,7 +304,7 @@ def test_bad_input_of_the_demo(tmp_path, models, shapes):
 
 @pytest.mark.parametrize("image_format", ["RGB", "BGR"])
 def test_predictor_takes_bgr(models, shapes, image_format):
-    """Whatever the order that the model wants, the picture that it gets is the same."""
+    """The model gets the same picture for every channel order of its config."""
     config, weights = models["semantic"]
     cfg = load_config(config, ["MODEL.WEIGHTS", weights, "INPUT.FORMAT", image_format])
     predictor = Predictor(cfg)

@@ -1,4 +1,4 @@
-"""Equality with tensors of the official K-Net: keys, initialisation, inference, training; and what has to fail."""
+"""Equality with tensors of the official K-Net: keys, initialisation, inference, training; and detection of errors."""
 
 import functools
 import gzip

@@ -1,4 +1,4 @@
-"""Predictions, their files and pictures; sources of images and sinks of results, with hostile names and bad places."""
+"""Predictions, their files and pictures; sources and sinks, also with unusual names and wrong paths."""
 
 import json
 import os

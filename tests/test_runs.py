@@ -130,7 +130,7 @@ def hold_lock(folder, ready):
 
 
 def test_second_training_in_a_folder_is_refused(tmp_path):
-    """Until the first one is gone, even if it was killed and a child of it lives."""
+    """The folder is free again when the first run has ended, even if it was killed and its child process still runs."""
     context = multiprocessing.get_context("fork")
     ready = context.Event()
     first = context.Process(target=hold_lock, args=(tmp_path, ready))
@@ -200,7 +200,7 @@ def test_resumed_run_with_an_average_is_the_uninterrupted_one(tmp_path, moment):
 
 
 def test_average_begins_at_the_weights_that_are_loaded(tmp_path):
-    """Those of another run, or of a run that is resumed and had no average."""
+    """The loaded weights are those of another run, or of a resumed run that had no average."""
     run(tmp_path / "first", SOLVER__MAX_ITER=7, SOLVER__STEPS=())
     weights = torch.load(tmp_path / "first" / "model_final.pth", weights_only=True)["model"]
     shutil.copytree(tmp_path / "first", tmp_path / "second")
@@ -214,7 +214,7 @@ def test_average_begins_at_the_weights_that_are_loaded(tmp_path):
 
 
 def test_step_that_is_not_finite_is_kept_with_the_weights_that_took_it(tmp_path):
-    """Not with their average: repeated, it has to fail in the same way."""
+    """The saved weights are not the average, so that repeating the step fails in the same way."""
     options = {"SOLVER__EMA_DECAY": 0.9, "SOLVER__BASE_LR": 0.1}
     ToyNet.fail_at = ("image9.png", math.nan)
     failed = ToyTrainer(toy_cfg(tmp_path, **options))
@@ -318,7 +318,7 @@ def test_what_a_killed_run_had_begun_to_write_is_removed(tmp_path, whole_run):
 
 
 def test_full_disk_leaves_the_last_checkpoint(tmp_path, whole_run):
-    """A limit on the size of files stands for it: writing fails half-way."""
+    """The full disk is simulated by a limit on the size of files, which makes writing fail half-way."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     size = (whole_run / "model_0000006.pth").stat().st_size
 
@@ -432,7 +432,7 @@ def test_best_checkpoint(tmp_path):
     ],
 )
 def test_period_of_0_is_none(tmp_path, key, expected):
-    """Checkpoints, lines of the metrics file and evaluations: only those at the end, or that another period brings."""
+    """With period 0, checkpoints, metrics and evaluations are written only at the end or by another period."""
     run(tmp_path, **{key: 0})
     periodic, written, evaluated = expected
     assert sorted(p.name for p in tmp_path.glob("model_0*")) == [f"model_{i:07d}.pth" for i in periodic]

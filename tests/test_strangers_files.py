@@ -25,7 +25,7 @@ SHAPES_CONFIG = str(ROOT / "configs" / "shapes" / "instance.yaml")
 
 
 class Exploit:
-    """Makes a folder when it is unpickled without care."""
+    """An object that creates a folder when an unsafe reader unpickles it."""
 
     def __init__(self, path):
         self.path = str(path)

@@ -74,7 +74,7 @@ def test_merging_permutation_by_hand():
 
 
 def slow_window_attention(block, x):
-    """Attention over all positions of the map; a position sees those of its own cell of the (shifted) grid."""
+    """Attention over all positions of the map, masked to the window of each position in the (shifted) grid."""
     window, attention = block.window_size, block.attention
     batch, height, width, dim = x.shape
     x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))

@@ -27,7 +27,7 @@ BANK = TASKS["panoptic"].bank(num_matched=3, num_things=2, num_stuff=1)
 
 
 def augmented(task, sizes=(40,), flip=False, max_size=4000):
-    """A model with results all over, and the same with test-time augmentation."""
+    """Return a model with many results, and the same model with test-time augmentation."""
     options = {**SIZES, "TEST.AUG.MIN_SIZES": sizes, "TEST.AUG.FLIP": flip, "TEST.AUG.MAX_SIZE": max_size}
     if task == "panoptic":
         options["MODEL.KNET.TEST.OUTPUTS"] = ("panoptic_seg", "instances", "sem_seg")
@@ -45,7 +45,7 @@ def picture(height, width, seed=0):
 
 
 def test_views():
-    """The plain one first, the others from large to small, none twice, within the limits of the longer side."""
+    """The plain view is first; the others are sorted from large to small, without duplicates, within the limits."""
     _, model = augmented("panoptic", sizes=(20, 40, 80), flip=True, max_size=140)
     plain = (40, 60)
     others = [(80, 120), (80, 120), plain, (20, 30), (20, 30)]
@@ -167,7 +167,7 @@ def prediction(order=(0, 1, 2), shift=0.0):
 
 
 def test_kernels_of_a_mirrored_image_find_their_objects():
-    """There each object has another kernel; without a match, one would be averaged with another object."""
+    """In the flipped view other kernels find the objects; without matching, different objects would be averaged."""
     plain, mirrored = prediction(), prediction(order=(2, 0, 1), shift=1.0)
     mirrored = mirrored._replace(mask_logits=mirrored.mask_logits.flip(-1))
     merged = merge_views(iter([plain, mirrored]), [False, True], BANK)
@@ -186,7 +186,7 @@ def test_mean_of_masks_is_that_of_their_probabilities():
 
 
 def test_what_has_no_match_stays():
-    """A thing of the plain view that another view does not see, and one that it alone sees."""
+    """One thing is only in the plain view, and another only in the other view."""
     plain, other = prediction(), prediction(shift=2.0)
     other.mask_logits[1] = blocks([(0, 2, 14, 16)], (8, 16))[0]
     merged = merge_views(iter([plain, other]), [False] * 2, BANK)
@@ -205,7 +205,7 @@ def test_confident_logits_survive():
 
 
 def test_the_finest_view_gives_the_grid():
-    """Where the object's border is in the larger view is where it is in the result."""
+    """The border of an object in the result is that of the largest view."""
     plain = prediction()
     large = plain.mask_logits.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
     large[:, 9] = large[:, 8]
@@ -234,7 +234,7 @@ def test_only_two_views_are_in_memory():
 
 
 def test_matching_by_masks_and_classes():
-    """Two kernels share an object: by the masks alone, the best would be matched to the worst."""
+    """Two kernels share an object; matching by masks alone would match the best kernel to the worst."""
     masks = torch.zeros(4, 20, dtype=torch.bool)
     masks[:2, :10] = True
     masks[1, 0] = False

@@ -15,7 +15,7 @@ from knet_d2.engine.validation import mean_loss
 
 
 class Multiplier(nn.Module):
-    """Its loss is the image times a weight, and what dropout and batch norm would add in training mode."""
+    """A model whose loss is the image times a weight, plus terms that dropout and batch norm add in training mode."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +102,7 @@ def test_loader_is_equally_long_for_all_processes(root, monkeypatch, rank, expec
 
 
 def test_in_a_run(root, tmp_path):
-    """The option puts the figure into the results; it is that of the model that is saved."""
+    """The option adds the loss to the metrics; it is computed with the saved model."""
     entry = custom_entry("coco_panoptic", root)
     found = {}
     for enabled in (False, True):

@@ -170,7 +170,7 @@ def test_models_of_the_same_name(tmp_path, monkeypatch):
 
 
 def test_uploads_go_when_the_page_is_stopped(tmp_path, monkeypatch, capsys):
-    """As service managers stop it."""
+    """Service managers stop the page by SIGTERM."""
     folders = []
 
     def build_page(viewer, folder):

@@ -1,4 +1,4 @@
-"""A toy model, data, evaluator and trainer, to test what runs a training without what is trained."""
+"""A toy model, data, evaluator and trainer, to test the training loop without K-Net."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from knet_d2.engine import Trainer
 
 
 class Interrupted(Exception):
-    """Stands for whatever stops a run."""
+    """An error that simulates any interruption of a run."""
 
 
 @META_ARCH_REGISTRY.register()
@@ -89,7 +89,7 @@ class ToyTrainer(Trainer):
 
 
 class Parts(nn.Module):
-    """Every kind of parameter that is treated in its own way."""
+    """A model with every kind of parameter that the optimiser treats differently."""
 
     def __init__(self):
         super().__init__()
