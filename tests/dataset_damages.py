@@ -339,7 +339,7 @@ DAMAGES = {
     "unreadable image: cut off": Damage(_LABELS, IMAGE, cut_off, ERROR),
     "unreadable image: a web page": Damage(_PANOPTIC, IMAGE, write_a_web_page, ERROR),
     "image size": Damage(_INSTANCES, _JSON, _set_image(width=50), ERROR, IMAGE, also=("bad RLE",)),
-    "image turned by EXIF": Damage(_INSTANCES, IMAGE, turn_by_exif, WARNING),
+    "image rotated by EXIF": Damage(_INSTANCES, IMAGE, turn_by_exif, WARNING),
     "16-bit image": Damage(_LABELS, IMAGE, store_16_bits, ERROR),
     "same picture": Damage(_PANOPTIC, IMAGE, copy_image, WARNING, "images/000001.jpg"),
     # COCO instances

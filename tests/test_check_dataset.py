@@ -167,7 +167,7 @@ def test_photos_turned_by_exif(root):
         content["annotations"] = [x for x in content["annotations"] if x["image_id"] != 1]
         with open(entry["json"], "w") as f:
             json.dump(content, f)
-        return [(fault.kind, "before its EXIF tag turns it" in fault.what) for fault in check(entry).faults]
+        return [(fault.kind, "before its EXIF tag rotates it" in fault.what) for fault in check(entry).faults]
 
     assert kinds(SIZE, SIZE - 8) == []
     assert kinds(SIZE - 8, SIZE) == [("image size", True)]

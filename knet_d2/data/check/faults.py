@@ -33,7 +33,7 @@ KINDS: dict[str, Kind] = {
         "height and width must be the size of the image after the rotation that its EXIF tag names. Correct them; if "
         "the image file was resized or rotated after it was annotated, restore the original file.",
     ),
-    "image turned by EXIF": Kind(
+    "image rotated by EXIF": Kind(
         WARNING,
         "The image is rotated by its EXIF tag, and its size does not tell whether the annotations are rotated, too. "
         "Look at the drawn ground truth; if the annotations are not rotated, remove the tag.",

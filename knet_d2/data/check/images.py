@@ -83,10 +83,10 @@ def _check_image(entry: ImageEntry) -> tuple[ImageFacts | None, list[Fault]]:
     if stated is not None and tuple(stated) != size:
         what = f"is {size[1]} x {size[0]} pixels (width x height), but {stated[1]} x {stated[0]} are stated"
         if turned and tuple(stated) == stored:
-            what += ", as it is stored, before its EXIF tag turns it"
+            what += ", as it is stored, before its EXIF tag rotates it"
         faults.append(Fault("image size", path, where, what))
     elif turned and (stated is None or stored == size):
-        faults.append(Fault("image turned by EXIF", path, where, "has an EXIF tag that turns or mirrors it"))
+        faults.append(Fault("image rotated by EXIF", path, where, "has an EXIF tag that rotates or mirrors it"))
     return ImageFacts(size, digest), faults
 
 
