@@ -74,7 +74,7 @@ def probe(dependencies: Sequence[Dependency]) -> list[dict]:
         done = subprocess.run([sys.executable, "-c", _PROBE, json.dumps(rest)], capture_output=True, text=True)
         rows += [json.loads(line) for line in done.stdout.splitlines()]
         if len(rows) < len(dependencies):
-            error = f"importing it ended the Python process with status {done.returncode}"
+            error = f"importing it ended the process with status {done.returncode}"
             rows.append({"module": dependencies[len(rows)].module, "error": error})
     return rows
 
