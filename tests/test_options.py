@@ -152,6 +152,8 @@ def test_evaluation_needs_weights(tmp_path, config):
     for words in ([], ["--resume"]):
         with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS is empty.*name the weights to evaluate"):
             train.train(arguments(config, "--eval-only", *words, "OUTPUT_DIR", tmp_path / "empty"))
+    with pytest.raises(ConfigError, match=r"DATASETS\.TEST is empty: name the data sets"):
+        train.train(arguments(config, "--eval-only", "OUTPUT_DIR", tmp_path / "empty", "DATASETS.TEST", "()"))
 
 
 def test_a_resumed_run_with_another_model_names_its_options(tmp_path, config):
