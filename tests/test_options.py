@@ -300,7 +300,8 @@ def test_the_list_of_options_that_are_not_read_is_right(tmp_path, monkeypatch):
         assert not instead or instead.split(",")[0] in ours or instead == "MODEL.KNET.TASK"
 
 
-def test_options_that_are_not_read_are_told_once(tmp_path, config, caplog):
+def test_options_that_are_not_read_are_told_once(tmp_path, config, caplog, monkeypatch):
+    monkeypatch.setattr("knet_d2.config.merging.setup_logger", lambda *_, **__: None)  # it ends the propagation
     options = ["MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.5, "MODEL.RPN.NMS_THRESH", 0.5]
     with caplog.at_level(logging.WARNING, "knet_d2.config.unread"):
         train.setup(arguments(config, "OUTPUT_DIR", tmp_path, *options))
