@@ -152,6 +152,8 @@ def test_evaluation_needs_weights(tmp_path, config):
     for words in ([], ["--resume"]):
         with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS is empty.*name the weights to evaluate"):
             train.train(arguments(config, "--eval-only", *words, "OUTPUT_DIR", tmp_path / "empty"))
+    with pytest.raises(ConfigError, match=r"DATASETS\.TEST is empty: name the data sets"):
+        train.train(arguments(config, "--eval-only", "OUTPUT_DIR", tmp_path / "empty", "DATASETS.TEST", "()"))
 
 
 def test_a_resumed_run_with_another_model_names_its_options(tmp_path, config):
@@ -298,7 +300,8 @@ def test_the_list_of_options_that_are_not_read_is_right(tmp_path, monkeypatch):
         assert not instead or instead.split(",")[0] in ours or instead == "MODEL.KNET.TASK"
 
 
-def test_options_that_are_not_read_are_told_once(tmp_path, config, caplog):
+def test_options_that_are_not_read_are_told_once(tmp_path, config, caplog, monkeypatch):
+    monkeypatch.setattr("knet_d2.config.merging.setup_logger", lambda *_, **__: None)  # it ends the propagation
     options = ["MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.5, "MODEL.RPN.NMS_THRESH", 0.5]
     with caplog.at_level(logging.WARNING, "knet_d2.config.unread"):
         train.setup(arguments(config, "OUTPUT_DIR", tmp_path, *options))

@@ -22,6 +22,8 @@ from ..errors import ConfigError
 
 def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     """Evaluate MODEL.WEIGHTS (with ``resume``: the last checkpoint in OUTPUT_DIR) on DATASETS.TEST."""
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty: name the data sets to evaluate on.")
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, classes=class_table(cfg))
     if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
