@@ -77,10 +77,10 @@ def turn_by_exif(path: str) -> None:
     image.save(path, exif=exif)
 
 
-def store_16_bits(path: str) -> None:
-    """One channel of 16 bits, as microscopes and depth cameras store it."""
+def store_12_bits(path: str) -> None:
+    """12 bits in a file of 16, as microscopes and depth cameras store them."""
     gray = np.asarray(Image.open(path).convert("L")).astype(np.uint16)
-    Image.fromarray(gray * 257).save(path, format="PNG")
+    Image.fromarray(gray * 16 + 7).save(path, format="PNG")
 
 
 def copy_image(path: str) -> None:
@@ -103,7 +103,7 @@ def rename_to_jpeg(path: str) -> None:
 
 
 _ON_PATHS = (
-    os.remove, shutil.rmtree, cut_off, write_a_web_page, turn_by_exif, store_16_bits, copy_image, rename_in_capitals,
+    os.remove, shutil.rmtree, cut_off, write_a_web_page, turn_by_exif, store_12_bits, copy_image, rename_in_capitals,
     save_as_jpeg, rename_to_jpeg,
 )  # fmt: skip
 
@@ -340,7 +340,7 @@ DAMAGES = {
     "unreadable image: a web page": Damage(_PANOPTIC, IMAGE, write_a_web_page, ERROR),
     "image size": Damage(_INSTANCES, _JSON, _set_image(width=50), ERROR, IMAGE, also=("bad RLE",)),
     "image rotated by EXIF": Damage(_INSTANCES, IMAGE, turn_by_exif, WARNING),
-    "16-bit image": Damage(_LABELS, IMAGE, store_16_bits, ERROR),
+    "dark image": Damage(_LABELS, IMAGE, store_12_bits, WARNING),
     "same picture": Damage(_PANOPTIC, IMAGE, copy_image, WARNING, "images/000001.jpg"),
     # COCO instances
     "missing file": Damage(_INSTANCES, _JSON, os.remove, ERROR),

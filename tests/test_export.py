@@ -243,8 +243,16 @@ def test_runner_resizes_as_pillow_does(size, new_size):
 
 def test_runner_refuses_what_it_can_not_prepare(exported, tmp_path):
     path, _ = exported.runners
-    with pytest.raises(ValueError, match="expected uint8"):
-        onnx_runner.OnnxRunner(path)(np.zeros((20, 20), np.uint8))
+    runner = onnx_runner.OnnxRunner(path)
+    for image, message in (
+        (np.zeros(20, np.uint8), "expected uint8"),
+        (np.zeros((20, 20, 3), np.int64), "expected uint8"),
+        (np.full((20, 20, 3), np.nan), "finite"),
+        (np.full((20, 20, 3), 200.0), "expected 0 to 1"),
+        (np.zeros((20, 20, 2), np.uint8), "2 channels, but the model takes 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            runner(image)
 
 
 # ---- kinds of models -------------------------------------------------------------------------------------------

@@ -183,8 +183,16 @@ def test_the_order_of_channels_is_stated_and_checked(described, tmp_path):
     for order in (None, "rgb", "RGBA"):
         with pytest.raises(DataError, match="order='RGB'.*order='BGR'"):
             predictor(rgb, order=order)
-    for wrong in (rgb.astype(np.float32), rgb[:, :, 0], rgb.transpose(2, 0, 1), np.zeros((4, 4, 4), np.uint8), rgb[:0]):
-        with pytest.raises(DataError, match="expected uint8"):
+    predictor(rgb[:, :, 0])
+    assert torch.equal(seen[4], seen[0][2 if cfg_format(predictor) == "BGR" else 0].expand(3, -1, -1))
+    for wrong, message in (
+        (rgb.astype(np.float32), "INPUT.VALUE_RANGE"),
+        (rgb.transpose(2, 0, 1), "channels is 70"),
+        (np.zeros((4, 4, 4), np.uint8), "channels is 4"),
+        (rgb[:0], r"expected integers or floats \[height, width, 3\]"),
+        (rgb.astype(str), "is no image"),
+    ):
+        with pytest.raises(DataError, match=message):
             predictor(wrong, order="RGB")
     with pytest.raises(DataError, match=r"image\.png.*order"):
         predictor(tmp_path / "image.png", order="RGB")

@@ -21,6 +21,7 @@ import knet_d2
 from knet_d2.checkpoint import describe_model
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.data import resolve_classes
+from knet_d2.data.pixels import PixelFormat
 from knet_d2.errors import ConfigError
 from knet_d2.programs import web
 
@@ -131,7 +132,7 @@ def test_bad_uploads_are_messages(viewer, photo, tmp_path):
     assert "no image that can be read" in message_of("empty.jpg", b"")
     assert "no image that can be read" in message_of("page.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     assert "no image that can be read" in message_of("drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>")
-    assert "damaged" in message_of("half.png", png[: len(png) // 2])
+    assert "truncated" in message_of("half.png", png[: len(png) // 2])
     # Small files with many pixels are refused before these are unpacked
     for side in (10001, 20000):
         Image.new("1", (side, side)).save(tmp_path / "large.png")
@@ -157,9 +158,9 @@ def test_exif_rotation(tmp_path):
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[:20] = 255
     Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    image = web.read_upload(str(tmp_path / "turned.jpg"), 1)
+    image = web.read_upload(str(tmp_path / "turned.jpg"), 1, PixelFormat("RGB"))
     assert image.shape == (60, 40, 3) and image[:, 25:].min() > 250 and image[:, :15].max() < 5
-    assert web.read_upload(str(tmp_path / "turned.jpg"), 0.0006).shape == (30, 20, 3)
+    assert web.read_upload(str(tmp_path / "turned.jpg"), 0.0006, PixelFormat("RGB")).shape == (30, 20, 3)
 
 
 def test_models_of_the_same_name(tmp_path, monkeypatch):

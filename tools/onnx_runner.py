@@ -3,7 +3,7 @@
 
     python onnx_runner.py model.onnx photo.jpg --output drawn.png
 
-As a module: OnnxRunner(path)(image) gives the segments of a BGR image.
+As a module: OnnxRunner(path)(image) gives the segments of an image, colours in BGR order.
 """
 
 import argparse
@@ -16,6 +16,10 @@ import numpy as np
 
 # Bits behind the point in Pillow's weights
 _PRECISION = 22
+# Lowest and highest value of an image's type, where the model's file names none
+_TYPE_RANGES = {"uint8": (0, 255), "uint16": (0, 65535), "float16": (0, 1), "float32": (0, 1), "float64": (0, 1)}
+# Weights of blue, green and red in a grey value, parts of 65536
+_LUMINANCE = (7471, 38470, 19595)
 
 
 class Segment(NamedTuple):
@@ -53,26 +57,44 @@ class OnnxRunner:
         self.score_threshold = float(metadata["score_threshold"])
 
     def __call__(self, image: np.ndarray) -> list[Segment]:
-        """The segments of an image, uint8 [H, W, 3] in BGR order (as from cv2.imread)."""
+        """The segments of an image [H, W, channels] or [H, W] as files have it; colours in BGR order (cv2.imread)."""
         padded, size = self.prepare(image)
         inputs = {"image": padded[None], "image_size": np.array(size), "output_size": np.array(image.shape[:2])}
         outputs = dict(zip((x.name for x in self.session.get_outputs()), self.session.run(None, inputs)))
         return self.segments({name: value[0] for name, value in outputs.items()})
 
     def prepare(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-        """A BGR image as the model wants it, uint8 [3, H, W], and its height and width in there."""
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            found = f"{image.dtype} {list(image.shape)}"
-            raise ValueError(f"image: {found}, expected uint8 [height, width, 3] in BGR order.")
+        """An image as the model wants it, [C, H, W] from 0 to 255, and its height and width in there."""
         options = self.preprocessing
+        pixels = self._channels(_scaled(image, options.get("value_range")))
         size = _resized(image.shape[:2], options["min_size"], options["max_size"])
-        pixels = resize(image, size)
-        if options["format"] == "RGB":
-            pixels = pixels[:, :, ::-1]
+        pixels = resize(pixels, size)
+        if options.get("image_type", "uint8") == "uint8" and pixels.dtype != np.uint8:
+            pixels = np.rint(pixels).astype(np.uint8)
         step, smallest = options["size_divisibility"], options["smallest_side"]
         padding = [max(-(-length // step) * step, smallest) - length for length in size]
         pixels = np.pad(pixels, ((0, padding[0]), (0, padding[1]), (0, 0)))
+        pixels = pixels.astype(options.get("image_type", "uint8"))
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)), size
+
+    def _channels(self, pixels: np.ndarray) -> np.ndarray:
+        """[H, W, channels] -> [H, W, C] in the model's order."""
+        name, count = self.preprocessing["format"], pixels.shape[2]
+        wanted = 1 if name == "L" else 3 if name in ("RGB", "BGR") else int(name.partition("-")[0])
+        if name == "L" and count == 3:
+            grey = sum(pixels[:, :, i].astype(np.float64) * weight for i, weight in enumerate(_LUMINANCE)) / 65536
+            return (np.floor(grey + 0.5) if pixels.dtype == np.uint8 else grey).astype(pixels.dtype)[:, :, None]
+        if name in ("RGB", "BGR") and count == 1:
+            return np.repeat(pixels, 3, axis=2)
+        if count != wanted:
+            raise ValueError(f"image: {count} channels, but the model takes {wanted} ({name}).")
+        return pixels[:, :, ::-1] if name == "RGB" else pixels
+
+    def picture(self, image: np.ndarray) -> np.ndarray:
+        """An image to draw on, uint8 [H, W, 3] in BGR order: its first three channels, or the first one thrice."""
+        pixels = np.rint(_scaled(image, self.preprocessing.get("value_range"))).astype(np.uint8)
+        pixels = pixels[:, :, :3] if pixels.shape[2] >= 3 else pixels[:, :, :1].repeat(3, axis=2)
+        return np.ascontiguousarray(pixels[:, :, ::-1] if "channel" in self.preprocessing["format"] else pixels)
 
     def segments(self, outputs: "dict[str, np.ndarray]") -> list[Segment]:
         """What the model's outputs for one image say."""
@@ -105,8 +127,24 @@ def _resized(size: tuple[int, int], shortest: int, longest: int) -> tuple[int, i
     return int(height + 0.5), int(width + 0.5)
 
 
+def _scaled(image: np.ndarray, value_range: "Sequence[float] | None") -> np.ndarray:
+    """[H, W, channels] of uint8 or float32 from 0 to 255; whole numbers become uint8."""
+    low, high = value_range or _TYPE_RANGES.get(image.dtype.name, (0, -1))
+    if image.ndim not in (2, 3) or not image.size or not np.isfinite(image).all() or high < low:
+        found = f"{image.dtype} {list(image.shape)}"
+        raise ValueError(f"image: {found}, expected uint8, uint16 or finite floats [height, width, channels].")
+    if not value_range and (image.min() < low or image.max() > high):
+        raise ValueError(f"image: {image.dtype} with values from {image.min()} to {image.max()}, expected 0 to 1.")
+    image = image[:, :, None] if image.ndim == 2 else image
+    if image.dtype == np.uint8 and not value_range:
+        return image
+    values = (image.clip(low, high).astype(np.float64) - low) * 255 / (high - low)
+    rounded = np.rint(values)
+    return rounded.astype(np.uint8) if np.abs(values - rounded).max() < 1e-3 else values.astype(np.float32)
+
+
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize uint8 [H, W, C] to (height, width) with Pillow's bilinear filter, as in training and evaluation.
+    """Resize uint8 or float32 [H, W, C] to (height, width) with Pillow's bilinear filter, as in training.
 
     OpenCV's does not average over the source's pixels when it makes an image smaller.
     """
@@ -118,7 +156,7 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _resize_rows(image: np.ndarray, length: int) -> np.ndarray:
-    """uint8 [H, W, C] -> [length, W, C], in Pillow's fixed-point numbers."""
+    """[H, W, C] -> [length, W, C], in Pillow's fixed-point numbers if it is uint8."""
     old_length = image.shape[0]
     scale = old_length / length
     reach = max(scale, 1.0)
@@ -128,6 +166,9 @@ def _resize_rows(image: np.ndarray, length: int) -> np.ndarray:
     taps = first[:, None] + np.arange((last - first).max())
     weights = np.maximum(1 - np.abs((taps + 0.5 - centers[:, None]) / reach), 0) * (taps < last[:, None])
     weights /= weights.sum(axis=1, keepdims=True)
+    if image.dtype != np.uint8:
+        parts = zip(np.minimum(taps, old_length - 1).T, weights.T)
+        return sum(image[tap] * weight[:, None, None] for tap, weight in parts).astype(np.float32)
     fixed_point = np.floor(weights * (1 << _PRECISION) + 0.5).astype(np.int32)
     total = np.full((length, *image.shape[1:]), 1 << (_PRECISION - 1), np.int32)
     for tap, weight in zip(np.minimum(taps, old_length - 1).T, fixed_point.T):
@@ -151,21 +192,38 @@ def draw(image: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
     return drawn
 
 
+def read(path: str, image_format: str) -> np.ndarray:
+    """An image file as OnnxRunner takes it."""
+    if path.lower().endswith(".npy"):
+        image = np.load(path, allow_pickle=False)
+        return image[:, :, ::-1] if image_format in ("RGB", "BGR", "L") and image.shape[2:] == (3,) else image
+    if image_format in ("RGB", "BGR", "L"):
+        image = cv2.imread(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    else:
+        pages = cv2.imreadmulti(path, flags=cv2.IMREAD_UNCHANGED)[1]
+        image = np.dstack(pages) if pages else None
+        if len(pages) == 1 and pages[0].shape[2:] in ((3,), (4,)):
+            image = image[:, :, [2, 1, 0, 3][: image.shape[2]]]  # from OpenCV's BGR, as in training
+    if image is None:
+        raise SystemExit(f"Error: {path} can't be read as an image.")
+    return image
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the .onnx file")
     parser.add_argument("image")
     parser.add_argument("--output", help="picture to write")
     args = parser.parse_args()
-    image = cv2.imread(args.image, cv2.IMREAD_COLOR)
-    if image is None:
-        raise SystemExit(f"Error: {args.image} can't be read as an image.")
-    segments = OnnxRunner(args.model)(image)
+    runner = OnnxRunner(args.model)
+    image = read(args.image, runner.preprocessing["format"])
+    segments = runner(image)
     for segment in segments:
         score = "" if segment.score is None else f"  {segment.score:.3f}"
         print(f"{segment.name}{score}  {int(segment.mask.sum())} pixels")
     if args.output:
-        cv2.imwrite(args.output, draw(image, segments))
+        picture = runner.picture(image)
+        cv2.imwrite(args.output, draw(picture, segments))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, KNetError
 from .class_rows import class_parameters, first_difference, match_rows, take_rows
 from .description import changed_options, described_classes, has_description
 from .download import download_errors
-from .load_report import Layout, LoadReport, build_report, find_misfits, recognise
+from .load_report import Layout, LoadReport, adapt_input_layer, build_report, find_misfits, recognise
 from .loading import as_checkpoint, load_file, split_options
 from .resume import newest_whole_checkpoint, resumable_checkpoints
 from .saving import write_checkpoint
@@ -140,6 +140,8 @@ class Checkpointer(DetectionCheckpointer):
             state_dict = align_and_update_state_dicts(model_state, state_dict, c2_conversion=author == "Caffe2")
             layout = recognise(state_dict, model_state)
         self.file_metadata = checkpoint.get("metadata")
+        if self.partial:
+            adapt_input_layer(layout, model_state)
         self.report = build_report(layout, state_dict, model_state)
         if not find_misfits(self.report._replace(other_shape=[]), layout, self.partial):  # else it is another model
             layout = self._match_classes(path, checkpoint, layout, model_state)

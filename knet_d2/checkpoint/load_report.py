@@ -140,6 +140,27 @@ def build_report(
     return report
 
 
+def adapt_input_layer(layout: Layout, model_state: Mapping[str, torch.Tensor]) -> None:
+    """Fit the backbone's first convolution to the model's number of input channels (in place), as timm does.
+
+    From c to n channels: n = 1 takes the sum over the channels, so that a grey image gives what it gave in c equal
+    channels; others repeat the c channels up to n and scale by c / n.
+    """
+    layers = (key for key, x in model_state.items() if key.startswith(layout.backbone_prefix) and x.dim() == 4)
+    name = next(layers, "")
+    state_dict = layout.translation.state_dict
+    if name not in state_dict or state_dict[name].dim() != 4:
+        return
+    weight, channels = state_dict[name], model_state[name].shape[1]
+    count = weight.shape[1]
+    if count == channels or not count:
+        return
+    if channels == 1:
+        state_dict[name] = weight.float().sum(dim=1, keepdim=True).to(weight.dtype)
+    else:
+        state_dict[name] = weight.repeat(1, -(-channels // count), 1, 1)[:, :channels] * (count / channels)
+
+
 def find_misfits(report: LoadReport, layout: Layout, partial: bool) -> list[str]:
     """The reasons why a file can't be loaded into a model; none if it fits.
 

@@ -141,6 +141,10 @@ def _add_backbone_config(cfg: CN) -> None:
 
 
 def _add_input_config(cfg: CN) -> None:
+    # INPUT.FORMAT is Detectron2's: "RGB", "BGR", "L" (grey), or as "5-channel" any number of channels.
+    # Lowest and highest value in the image files, which the model sees as 0 and 255; [] = the range of their type: 0 to
+    # 255 (8 bits), 0 to 65535 (16 bits), 0 to 1 (floats).
+    cfg.INPUT.VALUE_RANGE = []
     # Whether training images are augmented with SSD's photometric distortion.
     cfg.INPUT.COLOR_AUG_SSD = False
     # Semantic training: no class covers more than this share of a crop (1.0 = no constraint).

@@ -4,9 +4,24 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
+from PIL import Image
 
 from ..errors import ConfigError, DataError
 from ..tasks import get_task
+
+
+class ResizeTransform(T.ResizeTransform):
+    """Detectron2's, which averages over the pixels of an image of bytes, also for floats and any number of channels.
+
+    Detectron2 resizes floats without averaging, and two or four channels as if the last one were alpha.
+    """
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        if img.ndim == 2 or (img.dtype == np.uint8 and img.shape[2] in (1, 3)):
+            return super().apply_image(img, interp)
+        size, method = (self.new_w, self.new_h), self.interp if interp is None else interp
+        planes = (np.ascontiguousarray(img[:, :, channel]) for channel in range(img.shape[2]))
+        return np.stack([np.asarray(Image.fromarray(plane).resize(size, method)) for plane in planes], axis=2)
 
 
 class Resize(T.ResizeShortestEdge):
@@ -19,6 +34,8 @@ class Resize(T.ResizeShortestEdge):
                 f"An image of {image.shape[1]} x {image.shape[0]} pixels (width x height) can't be resized to "
                 f"{transform.new_w} x {transform.new_h}, as INPUT.MIN_SIZE_* and MAX_SIZE_* ask. Cut it into parts."
             )
+        if isinstance(transform, T.ResizeTransform):
+            return ResizeTransform(transform.h, transform.w, transform.new_h, transform.new_w, transform.interp)
         return transform
 
 
@@ -37,11 +54,21 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list:
         augmentations.append(_crop(cfg))
     augmentations += flip
     if cfg.INPUT.COLOR_AUG_SSD:
-        # Here, because the import registers a whole project's models.
-        from detectron2.projects.point_rend import ColorAugSSDTransform
-
-        augmentations.append(ColorAugSSDTransform(img_format=cfg.INPUT.FORMAT))
+        augmentations.append(_color_augmentation(cfg))
     return augmentations
+
+
+def _color_augmentation(cfg: CfgNode) -> T.Transform:
+    """SSD's photometric distortion, for images of bytes and of floats from 0 to 255."""
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+        raise ConfigError(
+            f"INPUT.COLOR_AUG_SSD = True: set it to False. It changes colours, and INPUT.FORMAT {cfg.INPUT.FORMAT!r} "
+            "has none."
+        )
+    # Here, because the import registers a whole project's models.
+    from .color import ColorAugmentation
+
+    return ColorAugmentation(img_format=cfg.INPUT.FORMAT)
 
 
 def _sizes(cfg: CfgNode, key: str) -> list[int]:

@@ -21,7 +21,9 @@ from detectron2.utils.file_io import PathManager
 from ..errors import ConfigError, DataError, KNetError
 from ..tasks import get_task
 from .coco_json import check_categories, forget_large_files, read_coco_json
+from .files import read_image
 from .mapper import build_loss_mapper, build_mapper
+from .pixels import PixelFormat
 from .sampler import SampleKey, TrainingBatchSampler
 from .workers import ignore_stop_signals
 
@@ -74,6 +76,8 @@ def build_train_loader(
         )
         if get_task(cfg).annotations == ("sem_seg",):
             _warn_of_one_class(dataset, cfg)
+        # Before training begins, as images of other channels or an unknown range stop it
+        read_image(dataset[0]["file_name"], PixelFormat.from_config(cfg))
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     sampler = TrainingBatchSampler(
         size=len(dataset),

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 Loader = Callable[[], list[dict]]
 
 IGNORE_LABEL = 255
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy")
 _registered: dict[str, tuple] = {}
 
 

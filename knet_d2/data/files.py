@@ -3,17 +3,48 @@
 import glob
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import cv2
 import numpy as np
-from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from panopticapi.utils import rgb2id
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from ..errors import DataError
+from .pixels import PixelFormat, picture_of
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
+ARRAY_TYPE = ".npy"
+# What Pillow may open. It reads these by itself; for others, as PostScript, it starts programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# Most pixels of an image, and most values of all its channels: checked before anything is unpacked
+MAX_PIXELS = 100_000_000
+MAX_VALUES = 4 * MAX_PIXELS
+_TOO_LARGE = (
+    f"it is too large: images of up to {MAX_PIXELS // 10**6} megapixels (with more than 4 channels: up to "
+    f"{MAX_VALUES // 10**6} million values) are read; cut it into parts"
+)
+
+# Places in the first chunk of a PNG, and OpenCV's channels by the type of its colours
+_PNG_BITS, _PNG_COLOR_TYPE = 24, 25
+_PNG_CHANNELS = {0: [0], 2: [2, 1, 0], 4: [0, 3], 6: [2, 1, 0, 3]}
+_EXIF_ORIENTATION = 0x0112  # the number of TIFF's tag, too
+# Other tags of TIFF
+_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC = 256, 257, 258, 262
+_SAMPLES, _PLANAR, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 277, 284, 338, 339
+_TIFF_SHAPE = (_WIDTH, _HEIGHT, _BITS, _SAMPLES, _SAMPLE_FORMAT)
+# From what is stored to what is seen, by EXIF's orientation
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, 3),
+    7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
 
 
 def find_images(inputs: Sequence[str]) -> list[str]:
@@ -25,7 +56,7 @@ def find_images(inputs: Sequence[str]) -> list[str]:
     files: list[str] = []
     for path in map(os.path.expanduser, inputs):
         if os.path.isdir(path):
-            names = sorted(name for name in os.listdir(path) if name.lower().endswith(IMAGE_TYPES))
+            names = sorted(name for name in os.listdir(path) if name.lower().endswith((*IMAGE_TYPES, ARRAY_TYPE)))
             found = [os.path.join(path, name) for name in names]
         else:
             found = [path] if os.path.isfile(path) else sorted(glob.glob(path))
@@ -56,15 +87,182 @@ def files_below(root: str, suffixes: Sequence[str], _parents: tuple[str, ...] = 
             yield stem, path
 
 
-def read_image(path: str, image_format: str) -> np.ndarray:
-    """Read an image as Detectron2 does (EXIF rotation is applied): uint8 [H, W, C]."""
+def read_image(path: str, pixel_format: PixelFormat | str) -> np.ndarray:
+    """Read an image as a model takes it: uint8 or float32 [H, W, C] from 0 to 255; EXIF's rotation is applied.
+
+    Args:
+        path: one of FORMATS, or an array [H, W], [H, W, C] or [C, H, W] in a file that ends in ARRAY_TYPE. In a TIFF
+            of several pages with one channel each, the pages are the channels.
+        pixel_format: or its name, for the range of the file's type.
+
+    Raises:
+        DataError: it can't be read, or is of another number of channels.
+    """
+    wanted = PixelFormat(pixel_format) if isinstance(pixel_format, str) else pixel_format
     _check_exists(path, "Image")
     try:
-        return detection_utils.read_image(path, format=image_format)
+        pixels = _read_array(path, wanted) if path.lower().endswith(ARRAY_TYPE) else _read_pixels(path, wanted)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(
             f"Image {path} can't be read ({error}). Replace the file or take it out of the data set."
         ) from error
+    return wanted.prepare(pixels, f"Image {path}")
+
+
+def read_picture(path: str, pixel_format: PixelFormat | str) -> np.ndarray:
+    """Read an image to look at, uint8 RGB [H, W, 3]; see read_image and picture_of."""
+    wanted = PixelFormat(pixel_format) if isinstance(pixel_format, str) else pixel_format
+    return picture_of(read_image(path, wanted.for_people))
+
+
+def _read_array(path: str, wanted: PixelFormat) -> np.ndarray:
+    """The array in a .npy file; its size is known before it is read, and nothing in it is run."""
+    pixels = np.lib.format.open_memmap(PathManager.get_local_path(path), mode="r")
+    counts = (1, 3) if wanted.is_named else (wanted.channels,)
+    if pixels.ndim == 3 and pixels.shape[2] not in counts and pixels.shape[0] in counts:
+        pixels = np.moveaxis(pixels, 0, 2)
+    if pixels.ndim in (2, 3):
+        _check_extent(*pixels.shape)
+    return np.array(pixels)
+
+
+def _read_pixels(path: str, wanted: PixelFormat) -> np.ndarray:
+    """[H, W] or [H, W, channels] of the file's own type, colours in RGB order, without alpha where it is none."""
+    with PathManager.open(path, "rb") as f:
+        content = f.read()
+    if content[:4] in (b"II*\0", b"MM\0*", b"II+\0"):
+        pixels = _read_tiff(content, wanted, path)
+        if pixels is not None:
+            return pixels
+    image = _open_image(io.BytesIO(content))
+    image.load()
+    if image.format == "PNG" and content[_PNG_BITS] == 16:
+        pixels = _read_deep_png(content, wanted)
+    elif image.mode.startswith(("I", "F")):
+        pixels = _one_channel(image)
+    elif wanted.is_named:
+        pixels = np.asarray(image.convert(wanted.for_people.name))
+    else:
+        if image.mode in ("1", "P", "PA"):
+            image = image.convert("L" if image.mode == "1" else "RGBA" if image.has_transparency_data else "RGB")
+        pixels = np.asarray(image)
+    return _TURNS.get(_orientation(image), np.asarray)(pixels)
+
+
+def exif_orientation(content: bytes) -> int:
+    """1 to 8, as EXIF counts, of an image file's content; 1 (as it is stored) where it has none."""
+    try:
+        return _orientation(Image.open(io.BytesIO(content), formats=FORMATS))
+    except OSError:
+        return 1  # an array, or a TIFF that Pillow can't read
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # broken EXIF of a picture that can be seen
+        orientation = 1
+    return orientation if orientation in _TURNS else 1
+
+
+def _open_image(file: io.BytesIO) -> Image.Image:
+    """An image, not decoded yet; a ValueError where it is none of FORMATS or too large."""
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"it is no image that can be read; use one of {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise ValueError(_TOO_LARGE) from None
+    _check_extent(image.height, image.width)
+    return image
+
+
+def _check_extent(height: int, width: int, channels: int = 1) -> None:
+    if height * width > MAX_PIXELS or height * width * channels > MAX_VALUES:
+        raise ValueError(_TOO_LARGE)
+
+
+def _read_deep_png(content: bytes, wanted: PixelFormat) -> np.ndarray:
+    """A PNG of 16 bits, of whose colours Pillow keeps 8."""
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise ValueError("OpenCV can't decode it")
+    # OpenCV orders colours as BGR, repeats grey that has alpha, and may make alpha of a transparent colour
+    channels = _PNG_CHANNELS[content[_PNG_COLOR_TYPE]]
+    has_alpha = len(channels) in (2, 4)
+    return pixels if pixels.ndim == 2 else pixels[:, :, channels[:-1] if has_alpha and wanted.is_named else channels]
+
+
+def _read_tiff(content: bytes, wanted: PixelFormat, path: str) -> np.ndarray | None:
+    """A TIFF of several pages, or of channels that Pillow would cut to 8 bits or drop; None: Pillow reads it well."""
+    pages = _tiff_pages(content)
+    tags = pages[0]
+    samples, bits, kind = tags.get(_SAMPLES, 1), max(tags.get(_BITS, (1,))), max(tags.get(_SAMPLE_FORMAT, (1,)))
+    photometric, orientation = tags.get(_PHOTOMETRIC, 1), tags.get(_EXIF_ORIENTATION, 1)
+    if samples == 1 and len(pages) > 1 and bits in (8, 16, 32) and photometric in (0, 1):
+        return _read_pages(content, len(pages))
+    if samples > 4 if wanted.is_named else samples != wanted.channels:
+        raise wanted.wrong_channels(samples, f"Image {path}")
+    # Of bytes, Pillow reads colours or grey, with or without alpha, and drops what else there is
+    is_picture = bits <= 8 and (photometric > 1 or samples == 2) and (wanted.is_named or samples == 3)
+    if is_picture or (samples == 1 and bits < 64):
+        return None
+    if photometric == 2 and samples in (3, 4) and orientation == 1 and (bits, kind) in ((16, 1), (32, 3)):
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+        if pixels is None or pixels.shape[2:] != (samples,):
+            raise ValueError("OpenCV can't decode it")
+        pixels = pixels[:, :, [2, 1, 0, *range(3, samples)]]
+    else:
+        try:
+            import tifffile
+        except ImportError:
+            raise ValueError(
+                f"a TIFF of {samples} channels of {bits} bits in one page needs a package: pip install tifffile; or "
+                f"save each channel as a page of its own, or all as {ARRAY_TYPE}"
+            ) from None
+        pixels = tifffile.imread(io.BytesIO(content), key=0)
+        if samples > 1 and tags.get(_PLANAR, 1) == 2:
+            pixels = np.moveaxis(pixels, 0, 2)
+        pixels = _TURNS.get(orientation, np.asarray)(pixels)
+    has_alpha = samples == 4 and tuple(tags.get(_EXTRA_SAMPLES, ()))[:1] in ((1,), (2,))
+    return pixels[:, :, :3] if has_alpha and wanted.is_named else pixels
+
+
+def _read_pages(content: bytes, count: int) -> np.ndarray:
+    """The first pages of a TIFF as channels."""
+    image, channels = _open_image(io.BytesIO(content)), []
+    for page in range(count):
+        image.seek(page)
+        channels.append(_one_channel(image))
+    return np.stack(channels, axis=2)
+
+
+def _one_channel(image: Image.Image) -> np.ndarray:
+    """[H, W] of an image of more than 8 bits, or of a page of grey."""
+    pixels = np.asarray(image)
+    # Pillow scales the values of a PPM to this type's range, but holds them in 32 bits
+    is_short = image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I")
+    return pixels.astype(np.uint16) if is_short else pixels
+
+
+def _tiff_pages(content: bytes) -> list[ImageFileDirectory_v2]:
+    """The tags of the first page and of those that follow it and are alike, which are not overviews of it."""
+    header = content[: 16 if content[2] == 43 else 8]  # 43: BigTIFF
+    start, seen = ImageFileDirectory_v2(header).next, set()
+    pages: list[ImageFileDirectory_v2] = []
+    while start and start not in seen:  # a damaged chain of pages may be a circle
+        seen.add(start)
+        stream, tags = io.BytesIO(content), ImageFileDirectory_v2(header)
+        stream.seek(start)
+        tags.load(stream)
+        if pages and any(tags.get(key) != pages[0].get(key) for key in _TIFF_SHAPE):
+            break
+        pages.append(tags)
+        _check_extent(tags[_HEIGHT], tags[_WIDTH], tags.get(_SAMPLES, 1) * len(pages))
+        start = tags.next
+    return pages
 
 
 def read_labels(path: str, image_path: str = "", size: tuple[int, int] | None = None) -> np.ndarray:
@@ -124,7 +322,7 @@ def _open_png(path: str, what: str, image_path: str, size: tuple[int, int] | Non
     try:
         with PathManager.open(path, "rb") as f:
             content = io.BytesIO(f.read())  # Pillow would reserve whatever length a damaged part claims to have
-        image = Image.open(content)
+        image = _open_image(content)
         if size is not None:
             _check_same_size(path, image.size[::-1], image_path, size)
         image.load()

@@ -18,6 +18,7 @@ from ..errors import ConfigError, DataError
 from ..tasks import Task, get_task
 from .augmentation import build_augmentations
 from .files import read_image, read_labels, read_panoptic, segment_index
+from .pixels import PixelFormat
 from .segmentation import check_coordinates, read_rle
 
 _ANNOTATION_KEYS = ("annotations", "segments_info", "sem_seg_file_name", "sem_seg_label_map", "pan_seg_file_name")
@@ -44,7 +45,7 @@ class KNetDatasetMapper:
         is_train: bool,
         task: Task,
         augmentations: list,
-        image_format: str,
+        pixel_format: PixelFormat,
         thing_category_ids: list[int],
         stuff_category_ids: list[int],
         ignore_value: int,
@@ -56,17 +57,17 @@ class KNetDatasetMapper:
             is_train: whether ground truth is read.
             task: tells which annotations are read.
             augmentations: Detectron2's augmentations or transforms.
-            image_format: as in INPUT.FORMAT.
+            pixel_format: of INPUT.
             thing_category_ids: the metadata's contiguous id of each thing class of the model.
             stuff_category_ids: the same for the stuff classes, which the model counts on from the things.
             ignore_value: label of pixels without a class.
             pad_size: smallest (height, width) of training examples with "sem_seg"; smaller ones are padded.
-            pad_pixel: the colour to pad with, in image_format.
+            pad_pixel: the colour to pad with, in pixel_format.
         """
         self.is_train = is_train
         self.task = task
         self.augmentations = T.AugmentationList(augmentations)
-        self.image_format = image_format
+        self.pixel_format = pixel_format
         self.thing_classes = {category: i for i, category in enumerate(thing_category_ids)}
         self.stuff_classes = {category: len(thing_category_ids) + i for i, category in enumerate(stuff_category_ids)}
         self.ignore_value = ignore_value
@@ -81,7 +82,7 @@ class KNetDatasetMapper:
             "is_train": is_train,
             "task": task,
             "augmentations": build_augmentations(cfg, is_train),
-            "image_format": cfg.INPUT.FORMAT,
+            "pixel_format": PixelFormat.from_config(cfg),
             "thing_category_ids": knet.THING_CATEGORY_IDS,
             "stuff_category_ids": knet.STUFF_CATEGORY_IDS,
             "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
@@ -95,10 +96,11 @@ class KNetDatasetMapper:
             record: "file_name" and annotations; it stays as it is.
 
         Returns:
-            dict: the record without annotations, and "image": uint8 [C, h, w]. In training also "instances"
-                (gt_classes, gt_masks as BitMasks) and "sem_seg": int64 [h, w], as far as the task learns from them.
+            dict: the record without annotations, and "image": uint8 or float32 [C, h, w], 0 to 255. In training also
+                "instances" (gt_classes, gt_masks as BitMasks) and "sem_seg": int64 [h, w], as far as the task learns
+                from them.
         """
-        image = read_image(record["file_name"], self.image_format)
+        image = read_image(record["file_name"], self.pixel_format)
         result = {key: copy.deepcopy(value) for key, value in record.items() if key not in _ANNOTATION_KEYS}
         try:
             detection_utils.check_image_size(result, image)

@@ -70,8 +70,8 @@ class ExportableKNet(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """
         Args:
-            image: uint8 [B, 3, H, W] in the order of INPUT.FORMAT, H and W multiples of ``model.size_divisibility``;
-                the images at the top left, anything in the rest.
+            image: uint8 or float32 [B, C, H, W] from 0 to 255, in the order of INPUT.FORMAT, H and W multiples of
+                ``model.size_divisibility``; the images at the top left, anything in the rest.
             image_size: int64 [2], height and width of the images in it.
             output_size: int64 [2], height and width of the result: those of the original images.
 
@@ -109,11 +109,11 @@ class ExportableKNet(nn.Module):
         return pixels.to(next(self.model.backbone.parameters()).dtype)
 
 
-def example_inputs(model: KNet) -> dict[str, torch.Tensor]:
+def example_inputs(model: KNet, image_type: torch.dtype) -> dict[str, torch.Tensor]:
     """Inputs to trace :class:`ExportableKNet` with; two images, so that their number is not taken for a constant."""
     step = max(model.size_divisibility, 1)
     size = [-(-length // step) * step for length in (96, 128)]
-    image = torch.randint(0, 256, (2, len(model.pixel_mean), *size), dtype=torch.uint8, device=model.device)
+    image = torch.randint(0, 256, (2, len(model.pixel_mean), *size), device=model.device).to(image_type)
     return {"image": image, "image_size": torch.tensor([90, 120]), "output_size": torch.tensor([150, 200])}
 
 

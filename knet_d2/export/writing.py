@@ -24,11 +24,19 @@ def halve(model: KNet) -> KNet:
     return model
 
 
-def trace(model: KNet) -> ExportedProgram:
+def default_image_type(cfg: CfgNode) -> str:
+    """ "uint8" for colours of 8 bits; else "float32", which also keeps what files of more bits hold."""
+    return "uint8" if cfg.INPUT.FORMAT in ("RGB", "BGR") and not cfg.INPUT.VALUE_RANGE else "float32"
+
+
+def trace(model: KNet, image_type: str = "uint8") -> ExportedProgram:
     """The graph of a model in evaluation mode: see :class:`ExportableKNet` for its inputs and outputs.
 
     Batch, height, width and the sizes in the inputs are dynamic; sides are multiples of ``model.size_divisibility``,
     at least two of them.
+
+    Args:
+        image_type: of the input "image", "uint8" or "float32".
 
     Raises:
         ConfigError: the model can't be exported.
@@ -38,16 +46,23 @@ def trace(model: KNet) -> ExportedProgram:
     if step == 1:
         sides = {2: Dim("height", min=64), 3: Dim("width", min=64)}
     shapes = {"image": {0: Dim("batch", min=1), **sides}, "image_size": None, "output_size": None}
-    inputs = example_inputs(model)
+    inputs = example_inputs(model, getattr(torch, image_type))
     with torch.no_grad():
         return torch.export.export(ExportableKNet(model).eval(), (), inputs, dynamic_shapes=shapes, strict=False)
 
 
-def export_metadata(cfg: CfgNode, classes: ClassTable, model: KNet) -> dict[str, str]:
-    """What travels in an exported file: the model's description, its task and output, and how to prepare an image."""
+def export_metadata(cfg: CfgNode, classes: ClassTable, model: KNet, image_type: str = "uint8") -> dict[str, str]:
+    """What travels in an exported file: the model's description, its task and output, and how to prepare an image.
+
+    Args:
+        image_type: see :func:`trace`.
+    """
     step = max(model.size_divisibility, 1)
     preprocessing = {
         "format": cfg.INPUT.FORMAT,
+        # In files; [] is that of their type, as of knet_d2.data.pixels
+        "value_range": list(cfg.INPUT.VALUE_RANGE),
+        "image_type": image_type,
         # As Detectron2's ResizeShortestEdge, with Pillow's bilinear filter; 0: not resized
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,

@@ -13,37 +13,43 @@ from detectron2.modeling import build_model
 from ..checkpoint import Checkpointer
 from ..data.augmentation import Resize
 from ..data.classes import class_table, with_classes
+from ..data.pixels import PixelFormat
 from ..modeling.tta import KNetWithTTA
 
 
 class Predictor(DefaultPredictor):
     """Detectron2's DefaultPredictor, with weights read by K-Net's checkpointer.
 
-    Call it with an image in BGR order, uint8 [H, W, 3], whatever INPUT.FORMAT is; it returns the model's outputs.
+    Call it with an image as files have it, uint8, uint16 or floats [H, W, C] (see PixelFormat); three channels that are
+    colours in BGR order, whatever INPUT.FORMAT is. It returns the model's outputs.
 
     Attributes:
+        pixel_format: what the model takes.
         network: the model without test-time augmentation, which is in ``model`` where TEST.AUG.ENABLED asks for it.
     """
 
     def __init__(self, cfg: CfgNode):
         self.cfg = with_classes(cfg).clone()
+        self.pixel_format = PixelFormat.from_config(cfg)
         self.network = self.model = build_model(self.cfg).eval()
         Checkpointer(self.network, classes=class_table(self.cfg)).load(cfg.MODEL.WEIGHTS)
         shorter = cfg.INPUT.MIN_SIZE_TEST
         if cfg.TEST.AUG.ENABLED:
             self.model, shorter = KNetWithTTA(cfg, self.network).eval(), 0  # it resizes images itself
         self.aug = Resize([shorter, shorter], cfg.INPUT.MAX_SIZE_TEST)
-        self.input_format = cfg.INPUT.FORMAT
 
-    @torch.no_grad()
     def __call__(self, original_image: np.ndarray) -> dict[str, Any]:
         """The model's outputs for one image, BGR."""
-        return self.model([self.sample(original_image)])[0]
+        return self.predict(self.pixel_format.prepare(original_image, "The image", "BGR"))
 
-    def sample(self, original_image: np.ndarray) -> dict[str, Any]:
-        """The model's input for one image, BGR; results have the size of that image."""
-        height, width = original_image.shape[:2]
-        image = original_image[:, :, ::-1] if self.input_format == "RGB" else original_image
+    @torch.no_grad()
+    def predict(self, image: np.ndarray) -> dict[str, Any]:
+        """The model's outputs for one image of pixel_format."""
+        return self.model([self.sample(image)])[0]
+
+    def sample(self, image: np.ndarray) -> dict[str, Any]:
+        """The model's input for one image of pixel_format; results have the size of that image."""
+        height, width = image.shape[:2]
         image = self.aug.get_transform(image).apply_image(image)
         tensor = torch.as_tensor(image.astype("float32").transpose(2, 0, 1))
         return {"image": tensor, "height": height, "width": width}

@@ -30,6 +30,7 @@ class ImagePredictor:
         classes: the names and ids of what it finds.
         model: the network, in evaluation mode.
         cfg: its config.
+        pixel_format: the images that the model takes.
         outputs: the results that it can give, its own first: "instances", "panoptic_seg", "sem_seg".
     """
 
@@ -41,6 +42,7 @@ class ImagePredictor:
         self._predictor = Predictor(cfg)
         self.cfg = cfg
         self.model = self._predictor.network
+        self.pixel_format = self._predictor.pixel_format
         self.classes = classes
         self.outputs = get_task(cfg).outputs
 
@@ -54,9 +56,11 @@ class ImagePredictor:
     ) -> Prediction:
         """
         Args:
-            image: an image file, of which EXIF's rotation is applied; or an array, uint8 [H, W, 3].
-            order: of an array's channels: "RGB" (as from Pillow, imageio, matplotlib) or "BGR" (as from OpenCV). It
-                can't be told from an array, and the wrong one gives worse results without a sign, so it has no default.
+            image: an image file, of which EXIF's rotation is applied; or an array [H, W, C] (or [H, W]) as files have
+                it: uint8, uint16, floats from 0 to 1, or what INPUT.VALUE_RANGE says.
+            order: of an array's three channels that are colours: "RGB" (as from Pillow, imageio, matplotlib) or "BGR"
+                (as from OpenCV). It can't be told from an array, and the wrong one gives worse results without a sign,
+                so it has no default.
             tile_size: cut images that are larger into tiles of this many pixels a side, and join what is found in
                 them; so big images take no more memory than small ones, and small objects keep their size.
             tile_overlap: pixels that neighbouring tiles share, by default a quarter of them; objects are joined by it.
@@ -64,22 +68,18 @@ class ImagePredictor:
         Raises:
             DataError: the file can't be read, or the array is no image.
         """
-        pixels = _rgb_pixels(image, order)
-        if tile_size is None:
-            return self._main_prediction(pixels)
-        overlap = tile_size // 4 if tile_overlap is None else tile_overlap
-        return predict_tiles(self._main_prediction, pixels, tile_size, overlap)
+        return self._tiled(self._pixels(image, order), tile_size, tile_overlap)
 
     def predict(self, image: np.ndarray) -> dict[str, Prediction]:
         """All results that MODEL.KNET.TEST.OUTPUTS asks for, by the keys of the model's outputs.
 
         Args:
-            image: uint8 RGB [H, W, 3].
+            image: [H, W, C] from 0 to 255, uint8 or float32, colours in RGB order.
 
         Returns:
             The one to be shown comes first.
         """
-        return predictions_of(self._predictor(image[:, :, ::-1]), self.classes)
+        return predictions_of(self._predictor.predict(self._arranged(image)), self.classes)
 
     def trace(self, image: str | os.PathLike[str] | np.ndarray, order: str | None = None) -> Trace:
         """Send an image through the network once, to look at the results of every stage.
@@ -88,12 +88,14 @@ class ImagePredictor:
             image, order: see :meth:`__call__`.
 
         Raises:
+            DataError: as there.
             ConfigError: the config asks for test-time augmentation, which is more than one pass.
         """
-        if self.cfg.TEST.AUG.ENABLED:
-            raise ConfigError("TEST.AUG.ENABLED = True: there is no trace of several views; set it to False.")
-        sample = self._predictor.sample(_rgb_pixels(image, order)[:, :, ::-1])
-        return Trace(self.model, sample, self.classes, self.outputs)
+        return self._trace(self._pixels(image, order))
+
+    def trace_image(self, image: np.ndarray) -> Trace:
+        """:meth:`trace` for an image as :meth:`predict` takes it."""
+        return self._trace(self._arranged(image))
 
     def images(self, paths: str | Sequence[str], **options: Any) -> Iterator[tuple[str, Prediction]]:
         """The predictions of many files, one by one; those that can't be read are logged and left out.
@@ -105,35 +107,40 @@ class ImagePredictor:
         Yields:
             path of the file, and what is in it.
         """
-        for name, image in ImageFiles([paths] if isinstance(paths, str) else paths):
+        for name, image in ImageFiles([paths] if isinstance(paths, str) else paths, self.pixel_format):
             if image is not None:
-                yield name, self(image, "RGB", **options)
+                yield name, self._tiled(self._arranged(image), **options)
 
-    def _main_prediction(self, image: np.ndarray) -> Prediction:
-        return main_prediction(self._predictor(image[:, :, ::-1]), self.classes)
+    def _tiled(self, pixels: np.ndarray, tile_size: int | None = None, tile_overlap: int | None = None) -> Prediction:
+        if tile_size is None:
+            return self._main_prediction(pixels)
+        overlap = tile_size // 4 if tile_overlap is None else tile_overlap
+        return predict_tiles(self._main_prediction, pixels, tile_size, overlap)
 
+    def _main_prediction(self, pixels: np.ndarray) -> Prediction:
+        return main_prediction(self._predictor.predict(pixels), self.classes)
 
-def _rgb_pixels(image: str | os.PathLike[str] | np.ndarray, order: str | None) -> np.ndarray:
-    if isinstance(image, np.ndarray):
-        return _checked_array(image, order)
-    if order is not None:
-        raise DataError(f"{image}: order = {order!r} is for arrays; that of a file is known. Leave it out.")
-    path = os.fspath(image)
-    if os.path.isdir(path):
-        raise DataError(f"{path}: is a folder; use predictor.images(folder), which gives its images one by one.")
-    return read_image(path, "RGB")
+    def _trace(self, pixels: np.ndarray) -> Trace:
+        if self.cfg.TEST.AUG.ENABLED:
+            raise ConfigError("TEST.AUG.ENABLED = True: there is no trace of several views; set it to False.")
+        return Trace(self.model, self._predictor.sample(pixels), self.classes, self.outputs)
 
+    def _arranged(self, image: np.ndarray) -> np.ndarray:
+        return self.pixel_format.arrange(image, "The image")
 
-def _checked_array(image: np.ndarray, order: str | None) -> np.ndarray:
-    """The array in RGB order."""
-    if order not in ORDERS:
-        raise DataError(
-            f"order = {order!r}: say how an array's channels are ordered, order='RGB' (as from Pillow, imageio) or "
-            "order='BGR' (as from OpenCV)."
-        )
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise DataError(
-            f"The image is an array {image.dtype} {list(image.shape)}, expected uint8 [height, width, 3] with values "
-            "0 to 255. Scale floats by 255, repeat the one channel of grey images, leave out alpha."
-        )
-    return image[:, :, ::-1] if order == "BGR" else image
+    def _pixels(self, image: str | os.PathLike[str] | np.ndarray, order: str | None) -> np.ndarray:
+        """A file or an array as the model takes it."""
+        if isinstance(image, np.ndarray):
+            has_colors = self.pixel_format.is_named and image.ndim == 3 and image.shape[2] == 3
+            if has_colors and order not in ORDERS:
+                raise DataError(
+                    f"order = {order!r}: say how an array's channels are ordered, order='RGB' (as from Pillow, "
+                    "imageio) or order='BGR' (as from OpenCV)."
+                )
+            return self.pixel_format.prepare(image, "The image", order or "RGB")
+        if order is not None:
+            raise DataError(f"{image}: order = {order!r} is for arrays; that of a file is known. Leave it out.")
+        path = os.fspath(image)
+        if os.path.isdir(path):
+            raise DataError(f"{path}: is a folder; use predictor.images(folder), which gives its images one by one.")
+        return read_image(path, self.pixel_format)

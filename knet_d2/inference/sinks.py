@@ -62,7 +62,7 @@ class PictureFiles:
         tempfile.TemporaryFile(dir=folder).close()  # raises where nothing can be written
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
-        picture = next(iter(predictions.values())).draw(frame.image)
+        picture = next(iter(predictions.values())).draw(frame.picture)
         Image.fromarray(picture).save(self._paths[frame.name])
 
     def close(self) -> None:
@@ -107,7 +107,7 @@ class Window:
         self._milliseconds = milliseconds
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
-        self.show(next(iter(predictions.values())).draw(frame.image))
+        self.show(next(iter(predictions.values())).draw(frame.picture))
 
     def show(self, picture: np.ndarray) -> None:
         """Show an RGB picture."""
@@ -132,7 +132,7 @@ class VideoWindow(Window):
         self._drawer = VideoDrawer(classes)
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
-        self.show(self._drawer.draw(frame.image, *next(iter(predictions.items()))))
+        self.show(self._drawer.draw(frame.picture, *next(iter(predictions.items()))))
 
 
 class VideoFile:
@@ -158,7 +158,7 @@ class VideoFile:
             )
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
-        picture = self._drawer.draw(frame.image, *next(iter(predictions.items())))
+        picture = self._drawer.draw(frame.picture, *next(iter(predictions.items())))
         self._writer.write(picture[:, :, ::-1])
         self._count += 1
 

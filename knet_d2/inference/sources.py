@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from ..data.files import find_images, read_image
+from ..data.pixels import PixelFormat, picture_of
 from ..errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -24,11 +25,17 @@ class Frame(NamedTuple):
 
     Attributes:
         name: its file, or its video with the number of the frame behind "#".
-        image: uint8 RGB [H, W, 3]; None where it can't be read, which has been logged.
+        image: [H, W, C] from 0 to 255, uint8 or float32, colours in RGB order; None where it can't be read, which has
+            been logged.
     """
 
     name: str
     image: np.ndarray | None
+
+    @property
+    def picture(self) -> np.ndarray:
+        """The image to look at, uint8 RGB [H, W, 3]; see picture_of."""
+        return picture_of(self.image)
 
 
 class Source(Protocol):
@@ -52,11 +59,13 @@ class ImageFiles:
 
     unit = "image"
 
-    def __init__(self, paths: Sequence[str]):
+    def __init__(self, paths: Sequence[str], pixel_format: PixelFormat):
         """
         Args:
             paths: files, folders (whose images are taken, not those of folders in them), or patterns as "a/*.jpg".
+            pixel_format: what the model takes.
         """
+        self._pixel_format = pixel_format.for_people
         self.paths = find_images(paths)
         self.count = len(self.paths)
         self.failed = 0
@@ -64,7 +73,7 @@ class ImageFiles:
     def __iter__(self) -> Iterator[Frame]:
         for path in self.paths:
             try:
-                image = read_image(path, "RGB")
+                image = read_image(path, self._pixel_format)
             except DataError as error:
                 self.failed += 1
                 logger.error(f"Skipped: {error}")

@@ -12,6 +12,7 @@ from detectron2.structures import ImageList
 from torch import nn
 
 from ..data.classes import with_classes
+from ..data.pixels import PixelFormat
 from ..errors import ConfigError, DataError
 from ..tasks import get_task
 from .cascade import KernelUpdateCascade, select_stage
@@ -90,7 +91,7 @@ class KNet(nn.Module):
             "postprocessor": postprocessor,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "input_format": cfg.INPUT.FORMAT,
+            "input_format": PixelFormat.from_config(cfg).name,
             "pads_images": task.pads_images,
         }
 
@@ -157,7 +158,7 @@ class KNet(nn.Module):
                     f"{x.get('file_name', 'image')}: shape {tuple(image.shape)}, expected ({len(self.pixel_mean)}, "
                     f"height, width) in the order of INPUT.FORMAT = {self.input_format}."
                 )
-        # In float32 also for a float64 model: pixels are bytes, and every precision then sees the same image
+        # In float32 also for a float64 model: so pixels are read, and every precision then sees the same image
         mean, std = self.pixel_mean.float(), self.pixel_std.float()
         images = [((image.float() - mean) / std).to(self.pixel_mean.dtype) for image in images]
         return ImageList.from_tensors(images, self.size_divisibility)

@@ -21,6 +21,8 @@ from detectron2.data import transforms as T
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
+from ..data.augmentation import ResizeTransform
+from ..data.pixels import whole_as_bytes
 from ..errors import ConfigError
 from ..tasks import KernelBank, get_task
 from .layers import no_autocast
@@ -86,7 +88,7 @@ class KNetWithTTA(nn.Module):
 
     def _predict(self, x: dict[str, Any]) -> dict[str, Any]:
         # As it was read: what Detectron2's predictor gives is float
-        pixels = x["image"].permute(1, 2, 0).cpu().numpy().round().astype(np.uint8)
+        pixels = whole_as_bytes(x["image"].permute(1, 2, 0).cpu().numpy())
         height, width = pixels.shape[:2]
         output_size = {"height": x.get("height", height), "width": x.get("width", width)}
         views = self.views(height, width)
@@ -112,8 +114,8 @@ def _resized(height: int, width: int, shorter: int, longest: int) -> tuple[int, 
 
 
 def _show(pixels: np.ndarray, view: View) -> torch.Tensor:
-    """uint8 [H, W, C] -> [C, h, w]."""
-    resized = T.ResizeTransform(*pixels.shape[:2], *view.size).apply_image(pixels)
+    """[H, W, C] -> [C, h, w]."""
+    resized = ResizeTransform(*pixels.shape[:2], *view.size).apply_image(pixels)
     if view.flipped:
         resized = resized[:, ::-1]
     return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))

@@ -18,7 +18,8 @@ from ..config import get_knet_cfg
 from ..config.merging import merge_config
 from ..data import load_dataset, register_custom_datasets, resolve_classes
 from ..data.check import Fault, check_datasets
-from ..data.files import read_image
+from ..data.files import read_picture
+from ..data.pixels import PixelFormat
 from ..errors import KNetError
 from ..results.comparison import ground_truth, spread
 from ..results.pictures import picture_sheet
@@ -49,7 +50,7 @@ def draw_ground_truth(cfg: CfgNode, name: str, number: int, columns: int, faults
     for record in spread(load_dataset(name), number):
         path = record["file_name"]
         try:
-            pictures.append(ground_truth(cfg, record).draw(read_image(path, "RGB")))
+            pictures.append(ground_truth(cfg, record).draw(read_picture(path, PixelFormat.from_config(cfg))))
         except KNetError as error:
             faults.append(Fault("unusable", path, "", str(error)))
     return picture_sheet(pictures, columns, f"{name}: ground truth") if pictures else None

@@ -67,8 +67,8 @@ def video_path(output: str, name: str) -> str:
 
 def main(args: argparse.Namespace) -> int:
     """Run the demo; returns exit code 1 if an image or a part of the video can't be read, else 0."""
-    source = ImageFiles(args.input) if args.input else Video(args.video_input)
     predictor = build_predictor(args)
+    source = ImageFiles(args.input, predictor.pixel_format) if args.input else Video(args.video_input)
     with contextlib.ExitStack() as stack:
         sinks = build_sinks(args, source, predictor)
         for sink in sinks:

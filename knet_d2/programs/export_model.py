@@ -8,7 +8,7 @@ import logging
 import os
 
 from ..errors import ConfigError
-from ..export import export_metadata, halve, save_onnx, save_pt2, trace
+from ..export import default_image_type, export_metadata, halve, save_onnx, save_pt2, trace
 from ..inference.resolve import load
 
 logger = logging.getLogger("knet_d2")
@@ -23,6 +23,12 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
     parser.add_argument("--confidence-threshold", type=float, default=0.3, help="lowest score; fixed in the file")
     parser.add_argument("--fp16", action="store_true", help="compute backbone and static kernels in float16")
+    parser.add_argument(
+        "--image-type",
+        choices=("uint8", "float32"),
+        help="of the graph's input; float32 keeps what images of more than 8 bits hold, and is the default where "
+        "INPUT.FORMAT is not RGB or BGR or INPUT.VALUE_RANGE is set",
+    )
     parser.add_argument("--device", default="cpu", help="device on which the .pt2 file will run: cpu, cuda, ...")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
     return parser
@@ -41,8 +47,9 @@ def main(args: argparse.Namespace) -> None:
         opts=args.opts,
     )
     model = halve(predictor.model) if args.fp16 else predictor.model
-    metadata = export_metadata(predictor.cfg, predictor.classes, model)
-    program = trace(model)
+    image_type = args.image_type or default_image_type(predictor.cfg)
+    metadata = export_metadata(predictor.cfg, predictor.classes, model, image_type)
+    program = trace(model, image_type)
     for path in args.outputs:
         WRITERS[os.path.splitext(path)[1]](program, path, metadata)
         megabytes = os.path.getsize(path) / 2**20

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..data import build_mapper
-from ..data.files import find_images, read_image
+from ..data.files import find_images, read_picture
 from ..inference.insight import average_masks, draw_average_masks, draw_stages, stage_masks
 from ..inference.resolve import load
 
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     average = average_masks(predictor.model, (mapper({"file_name": x}) for x in files), args.confidence_threshold)
     write(draw_average_masks(average), args.average)
     shown = args.image or files[0]
-    image = read_image(shown, "RGB")
+    image = read_picture(shown, predictor.pixel_format)
     stages = stage_masks(predictor.model, mapper({"file_name": shown}), image.shape[:2])
     write(draw_stages(image, stages, predictor.classes, args.kernels), args.stages)
 

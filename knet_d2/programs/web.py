@@ -8,24 +8,20 @@ import os
 import signal
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from ..data.files import read_image
+from ..data.augmentation import ResizeTransform
+from ..data.files import ARRAY_TYPE, read_image
+from ..data.pixels import PixelFormat, picture_of
 from ..errors import ConfigError, DataError
 from ..inference import ImagePredictor, Prediction, Trace, load
 from ..results.outputs import OUTPUTS
 
-# What an upload may be: formats that Pillow reads itself, without the help of other programs
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 COLUMNS = ("class", "score", "pixels", "x", "y", "width", "height")
-# Pixels of an upload, which are unpacked before it is made smaller
-MAX_PIXELS = 100_000_000
 # Images whose passes through the network are kept, for those who move the sliders
 NUM_KEPT = 4
 # Size of an upload, and how many requests may wait for the model
@@ -120,41 +116,32 @@ class Viewer:
         return View(message, prediction.draw(image), table(prediction), coco, num_stages)
 
     def _new_trace(self, path: str, name: str) -> tuple[np.ndarray, Trace]:
-        image = read_upload(path, self._max_megapixels)
-        return image, self._models[name].trace(image, "RGB")
+        model = self._models[name]
+        image = read_upload(path, self._max_megapixels, model.pixel_format)
+        return picture_of(image), model.trace_image(image)
 
 
-def read_upload(path: str, max_megapixels: float) -> np.ndarray:
-    """The image that somebody uploaded, uint8 RGB [H, W, 3]; its size is looked at before its pixels are.
+def read_upload(path: str, max_megapixels: float, pixel_format: PixelFormat) -> np.ndarray:
+    """The image that somebody uploaded, [H, W, C] from 0 to 255, colours in RGB order.
 
     Args:
         max_megapixels: a larger one is made smaller, as masks of many pixels take long.
+        pixel_format: what the model takes.
 
     Raises:
-        DataError: it is none of FORMATS, damaged or larger than MAX_PIXELS. The message tells no folder.
+        DataError: see read_image. The message tells no folder.
     """
-    name = PurePath(path).name
-    Image.init()  # Pillow knows some of FORMATS only after that
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
-            with Image.open(path, formats=FORMATS) as file:
-                width, height = file.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{name} is no image that can be read; use one of {', '.join(FORMATS)}.") from error
-    except Image.DecompressionBombError:
-        width = height = MAX_PIXELS
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{name} is too large; this page takes up to {MAX_PIXELS // 1_000_000} megapixels.")
-    try:
-        image = read_image(path, "RGB")
+        image = read_image(path, pixel_format.for_people)
     except DataError as error:
-        raise DataError(f"{name} is damaged; its pixels can't be read.") from error
+        name = PurePath(path).name
+        raise DataError(f"{name}: {error.__cause__ or error}".replace(path, name)) from error
+    height, width = image.shape[:2]
     scale = (max_megapixels * 1e6 / (width * height)) ** 0.5
     if scale >= 1:
         return image
-    size = [max(1, int(side * scale)) for side in (image.shape[1], image.shape[0])]
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    size = [max(1, int(side * scale)) for side in (height, width)]
+    return ResizeTransform(height, width, *size).apply_image(image)
 
 
 def table(prediction: Prediction) -> list[list[Any]]:
@@ -206,7 +193,7 @@ def build_page(viewer: Viewer, folder: str) -> Any:
         gradio.Markdown("# K-Net\nUpload an image to see its segments; the stages show how the kernels find them.")
         with gradio.Row():
             with gradio.Column(scale=1):
-                upload = gradio.File(label="Image", file_types=["image"])
+                upload = gradio.File(label="Image", file_types=["image", ARRAY_TYPE])
                 choice = gradio.Radio(choices, value=choices[0], label="Task")
                 threshold = gradio.Slider(
                     0, 1, 0.3, step=0.01, label="Score threshold", info="of instances and things; stuff is always shown"

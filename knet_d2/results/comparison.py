@@ -14,7 +14,7 @@ from torch import nn
 
 from ..data import KNetDatasetMapper, build_mapper, load_dataset
 from ..data.classes import class_table
-from ..data.files import read_image
+from ..data.files import read_picture
 from .outputs import label_masks, main_prediction
 from .prediction import Prediction, Segment
 
@@ -59,7 +59,7 @@ def draw_validation_pictures(cfg: CfgNode, model: nn.Module, number: int) -> dic
         for record in spread(load_dataset(cfg.DATASETS.TEST[0], "DATASETS.TEST"), number):
             with torch.no_grad():
                 outputs = model([mapper(record)])[0]
-            image = read_image(record["file_name"], "RGB")
+            image = read_picture(record["file_name"], mapper.pixel_format)
             truth = ground_truth(cfg, record).draw(image)
             drawn = main_prediction(outputs, classes).confident(_PICTURE_SCORE).draw(image)
             gap = np.full((truth.shape[0], _GAP, 3), 255, np.uint8)

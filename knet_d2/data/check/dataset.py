@@ -11,6 +11,7 @@ from ...tasks import get_task
 from ..build import load_dataset
 from ..classes import resolve_classes
 from ..mapper import build_mapper
+from ..pixels import PixelFormat
 from .faults import ERROR, Fault
 from .instances import check_instances
 from .labels import check_labels
@@ -57,7 +58,13 @@ def _check_dataset(cfg: CfgNode, name: str) -> list[DatasetReport]:
 def _check_files(cfg: CfgNode, name: str, metadata: Metadata) -> list[DatasetReport]:
     """Run the checks for the format of a data set; returns no report if there is no check for its format."""
     kind = metadata.get("evaluator_type")
-    use = Use(name in cfg.DATASETS.TRAIN, get_task(cfg), cfg.MODEL.KNET.NUM_KERNELS, metadata.get("part"))
+    use = Use(
+        name in cfg.DATASETS.TRAIN,
+        get_task(cfg),
+        cfg.MODEL.KNET.NUM_KERNELS,
+        PixelFormat.from_config(cfg),
+        metadata.get("part"),
+    )
     reports = []
     # Cityscapes also has a panoptic JSON, but its file names follow other rules.
     if metadata.get("panoptic_json") and kind == "coco_panoptic_seg":

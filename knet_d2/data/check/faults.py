@@ -38,8 +38,10 @@ KINDS: dict[str, Kind] = {
         "The image is rotated by its EXIF tag, and its size does not tell whether the annotations are rotated, too. "
         "Look at the drawn ground truth; if the annotations are not rotated, remove the tag.",
     ),
-    "16-bit image": Kind(
-        ERROR, "Detectron2 reads values above 255 as white. Scale the values of the image to 0 .. 255, and save 8 bits."
+    "dark image": Kind(
+        WARNING,
+        "Where all images are so, state their lowest and highest value in INPUT.VALUE_RANGE, as [0, 4095] for 12 bits "
+        "in files of 16.",
     ),
     "same picture": Kind(WARNING, "Remove one of the two files, or replace it if it should be another picture."),
     "training image in validation": Kind(

@@ -1,6 +1,7 @@
 """The image files of a data set."""
 
 import difflib
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -9,15 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
-from PIL import Image
 from tqdm import tqdm
 
 from ...errors import DataError
-from ..files import read_image
+from ..files import exif_orientation, read_image
+from ..pixels import PixelFormat
 from .faults import Fault
 
-_EXIF_ORIENTATION = 0x0112
 _MAX_THREADS = 8
+# Of 255: what is left of 12 bits in a file of 16
+_DARK = 255 / 16
 
 
 class ImageEntry(NamedTuple):
@@ -29,7 +31,7 @@ class ImageEntry(NamedTuple):
 
 
 class ImageFacts(NamedTuple):
-    """size: (height, width) as Detectron2 reads it; digest: equal for files with the same content."""
+    """size: (height, width) as it is seen; digest: equal for files with the same content."""
 
     size: tuple[int, int]
     digest: str
@@ -41,8 +43,8 @@ def map_files(read: Callable[[Any], Any], items: Sequence[Any], title: str) -> I
         yield from tqdm(pool.map(read, items), title, len(items), unit="image", mininterval=1)
 
 
-def check_images(entries: list[ImageEntry]) -> tuple[dict[str, ImageFacts], list[Fault]]:
-    """Read all images.
+def check_images(entries: list[ImageEntry], pixel_format: PixelFormat) -> tuple[dict[str, ImageFacts], list[Fault]]:
+    """Read all images as the model takes them.
 
     Returns:
         Facts by path of those that can be read, and what is wrong.
@@ -50,7 +52,8 @@ def check_images(entries: list[ImageEntry]) -> tuple[dict[str, ImageFacts], list
     facts: dict[str, ImageFacts] = {}
     faults: list[Fault] = []
     first: dict[str, str] = {}
-    results = map_files(_check_image, entries, "Reading images")
+    check = functools.partial(_check_image, pixel_format=pixel_format)
+    results = map_files(check, entries, "Reading images")
     for entry, (found, problems) in zip(entries, results, strict=True):
         faults += problems
         if found is None or entry.path in facts:
@@ -62,24 +65,22 @@ def check_images(entries: list[ImageEntry]) -> tuple[dict[str, ImageFacts], list
     return facts, faults
 
 
-def _check_image(entry: ImageEntry) -> tuple[ImageFacts | None, list[Fault]]:
+def _check_image(entry: ImageEntry, pixel_format: PixelFormat) -> tuple[ImageFacts | None, list[Fault]]:
     path, where, stated = entry
     if not PathManager.isfile(path):
         return None, [Fault("missing image", path, where, "does not exist" + _similar_file(path))]
     try:
-        size = read_image(path, "RGB").shape[:2]
+        image = read_image(path, pixel_format)
         with PathManager.open(path, "rb") as f:
-            digest = hashlib.sha256(f.read()).hexdigest()
-            f.seek(0)
-            image = Image.open(f)
-            stored = (image.height, image.width)
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1)
-            deep = image.mode.startswith(("I", "F")) and np.asarray(image).max() > 255
+            content = f.read()
     except (DataError, OSError) as error:
         return None, [Fault("unreadable image", path, where, str(error.__cause__ or error))]
     faults = []
-    if deep:
-        faults.append(Fault("16-bit image", path, where, "has values above 255"))
+    size, orientation = image.shape[:2], exif_orientation(content)
+    stored, turned = size[::-1] if orientation >= 5 else size, orientation != 1
+    if image.dtype != np.uint8 and 0 < image.max() < _DARK:
+        what = f"has no value above {100 * image.max() / 255:.1f} % of its range"
+        faults.append(Fault("dark image", path, where, what))
     if stated is not None and tuple(stated) != size:
         what = f"is {size[1]} x {size[0]} pixels (width x height), but {stated[1]} x {stated[0]} are stated"
         if turned and tuple(stated) == stored:
@@ -87,7 +88,7 @@ def _check_image(entry: ImageEntry) -> tuple[ImageFacts | None, list[Fault]]:
         faults.append(Fault("image size", path, where, what))
     elif turned and (stated is None or stored == size):
         faults.append(Fault("image rotated by EXIF", path, where, "has an EXIF tag that rotates or mirrors it"))
-    return ImageFacts(size, digest), faults
+    return ImageFacts(size, hashlib.sha256(content).hexdigest()), faults
 
 
 def _similar_file(path: str) -> str:

@@ -35,7 +35,7 @@ def check_instances(name: str, json_file: str, image_root: str, use: Use) -> Dat
     categories = lacking(content["categories"], ("id", "name"), json_file, "category", faults)
     check_twice(categories, "category", "name", json_file, faults)
     check_twice(images, "image", "file_name", json_file, faults)
-    facts, image_faults = check_images(image_entries(images, image_root))
+    facts, image_faults = check_images(image_entries(images, image_root), use.pixel_format)
     annotations = _check_annotations(content["annotations"], json_file, faults)
     by_id = {image["id"]: image for image in content["images"] if "id" in image}
     known = {category["id"]: {"name": category["name"]} for category in categories}

@@ -42,7 +42,7 @@ def check_labels(
         faults.append(Fault("missing label map", images[stem], "", what))
     for stem in sorted(set(labels) - set(images)):
         faults.append(Fault("label map without image", labels[stem], "", f"has no image in {image_root}"))
-    facts, image_faults = check_images([ImageEntry(images[stem], "") for stem in sorted(images)])
+    facts, image_faults = check_images([ImageEntry(images[stem], "") for stem in sorted(images)], use.pixel_format)
     if label_map is None:
         label_map = np.full(256, -1, np.int16)
         label_map[: len(classes)], label_map[_IGNORED] = np.arange(len(classes)), _IGNORED

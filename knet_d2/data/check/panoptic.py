@@ -51,7 +51,7 @@ def check_panoptic(name: str, json_file: str, image_root: str, panoptic_root: st
     if len(categories) == len(content["categories"]):
         faults += _check_kinds(categories, json_file, use.task)
     check_twice(images, "image", "file_name", json_file, faults)
-    facts, image_faults = check_images(image_entries(images, image_root))
+    facts, image_faults = check_images(image_entries(images, image_root), use.pixel_format)
     by_id = {image["id"]: image for image in images}
     keys = ("image_id", "file_name", "segments_info")
     annotations = lacking(content["annotations"], keys, json_file, "annotation", faults)

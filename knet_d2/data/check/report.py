@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from ...tasks import Task
+from ..pixels import PixelFormat
 from ..split import Part
 from .faults import ERROR, KINDS, Fault
 from .images import ImageFacts
@@ -19,12 +20,14 @@ class Use(NamedTuple):
         is_training: whether the model is trained on it.
         task: task of the model.
         num_kernels: number of the model's instance kernels.
+        pixel_format: format of the images that the model takes.
         part: part of the images that is used; None for all.
     """
 
     is_training: bool
     task: Task
     num_kernels: int
+    pixel_format: PixelFormat
     part: Part | None = None
 
 
