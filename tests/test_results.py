@@ -12,6 +12,7 @@ from detectron2.structures import Instances
 from PIL import Image
 
 from knet_d2.data.classes import ClassTable
+from knet_d2.data.pixels import PixelFormat
 from knet_d2.errors import ConfigError, DataError
 from knet_d2.inference.sinks import PictureFiles, VideoFile
 from knet_d2.inference.sources import Frame, ImageFiles, Video
@@ -135,7 +136,7 @@ def save_images(folder, *names):
 def test_pictures_never_replace_their_inputs(tmp_path):
     photos = save_images(tmp_path / "photos", "a.jpg", "b.png")
     (tmp_path / "link").symlink_to(photos)
-    inputs = ImageFiles([str(photos)]).paths
+    inputs = ImageFiles([str(photos)], PixelFormat("RGB")).paths
     for output in (photos, tmp_path / "link"):
         with pytest.raises(ConfigError, match="would replace it"):
             PictureFiles(str(output), inputs)
