@@ -59,7 +59,7 @@ class KNetDatasetMapper:
             augmentations: Detectron2's augmentations or transforms.
             pixel_format: of INPUT.
             thing_category_ids: the metadata's contiguous id of each thing class of the model.
-            stuff_category_ids: the same for the stuff classes, which the model counts on from the things.
+            stuff_category_ids: the same for the stuff classes, whose labels in the model follow those of the things.
             ignore_value: label of pixels without a class.
             pad_size: smallest (height, width) of training examples with "sem_seg"; smaller ones are padded.
             pad_pixel: the colour to pad with, in pixel_format.
@@ -159,6 +159,7 @@ class KNetDatasetMapper:
             found = [annotation_mask(x, transforms, image_size, size, record) for x in annotations]
             return make_instances(np.stack(found) if found else np.zeros((0, *size), bool), classes, size)
         segments = record["segments_info"]
+        # Not the index of the PNG as read: an image can have more segments than the 8 bits hold that PIL resizes.
         index = segment_index(transforms.apply_segmentation(png), [x["id"] for x in segments])
         classes = self._segment_classes(record)
         things = [i for i, x in enumerate(segments) if classes[i] < len(self.thing_classes) and not x.get("iscrowd", 0)]

@@ -72,6 +72,7 @@ class Trainer(DefaultTrainer):
         ddp_model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         # After DistributedDataParallel has given all processes the weights of the main one
         self._average = build_weight_average(cfg, model)
+        # The name that DefaultTrainer.run_step relies on
         self._trainer = TrainStep(
             ddp_model,
             optimizer,
