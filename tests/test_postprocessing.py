@@ -170,11 +170,11 @@ def test_boxes_are_tight():
     masks[5, 4, 6] = True  # the last pixel
     masks[3] = False
     masks[3, 2, 0] = True  # one pixel
-    boxes = masks_to_boxes(masks.byte())
+    boxes = masks_to_boxes(masks)
     assert boxes.tolist() == [slow_box(m) for m in masks.numpy()]
     assert boxes[3].tolist() == [0, 2, 1, 3]
     assert boxes[4].tolist() == [0, 0, 0, 0]
-    assert masks_to_boxes(masks[:0].byte()).shape == (0, 4)
+    assert masks_to_boxes(masks[:0]).shape == (0, 4)
 
 
 # Instances

@@ -12,8 +12,6 @@ from ..modeling.backbone.swin import SwinTransformer
 from ..modeling.cascade import select_stage
 from ..modeling.meta_arch import KNet
 from ..modeling.postprocessing import ImageGeometry, dense
-from ..modeling.postprocessing.rules import best_pairs, masks_to_boxes, panoptic
-from ..modeling.resize import resize
 
 INPUT_NAMES = ("image", "image_size", "output_size")
 # A model's main output -> names of the tensors that stand for it
@@ -78,27 +76,12 @@ class ExportableKNet(nn.Module):
         Returns:
             The tensors in OUTPUT_NAMES.
         """
-        model, options = self.model, self.model.postprocessor.options
+        model, results = self.model, self.model.postprocessor
+        options = results.options._replace(score_threshold=None)
         geometry = _checked_geometry(image, image_size, output_size)
         _, mask_logits, class_logits = select_stage(model.network(self._normalise(image, geometry)), options.stage)
-        if self.main_output == "instances":
-            matched, things = slice(model.bank.num_matched), slice(model.bank.num_things)
-            scores, kernels, labels = best_pairs(class_logits[:, matched, things], options.max_instances)
-            masks = dense.binary_masks(mask_logits[:, matched], kernels, geometry)
-            return scores, labels, masks_to_boxes(masks.byte()), masks
-        if self.main_output == "panoptic_seg":
-            return panoptic(
-                class_logits,
-                mask_logits,
-                model.postprocessor.class_mask,
-                geometry,
-                dense,
-                num_things=model.bank.num_things,
-                thing_score_threshold=options.thing_score_threshold,
-                overlap_threshold=options.overlap_threshold,
-            )
-        logits = resize(mask_logits.flatten(0, 1), geometry).unflatten(0, mask_logits.shape[:2])
-        return (logits.argmax(dim=1).int(),)
+        found = results.tensors(self.main_output, class_logits, mask_logits, geometry, options, dense)
+        return (found[0].argmax(dim=1).int(),) if self.main_output == "sem_seg" else found
 
     def _normalise(self, image: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
         """Normalised pixels, and 0 around the image."""

@@ -1,6 +1,6 @@
 """The object that makes the results of an image, in Detectron2's forms."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,14 +37,14 @@ class ResultOptions(NamedTuple):
         outputs: keys of the results: "instances", "panoptic_seg", "sem_seg".
         stage: whose predictions these are, see :func:`knet_d2.modeling.cascade.select_stage`.
         max_instances: number of (kernel, class) pairs that become instances.
-        score_threshold: pairs with a lower score are left out.
+        score_threshold: pairs with a lower score are left out; None keeps all of them, for graphs and batches.
         thing_score_threshold, overlap_threshold: see :func:`.rules.panoptic`.
     """
 
     outputs: tuple[str, ...]
     stage: int = -1
     max_instances: int = 100
-    score_threshold: float = 0.0
+    score_threshold: float | None = 0.0
     thing_score_threshold: float = 0.3
     overlap_threshold: float = 0.6
 
@@ -97,45 +97,79 @@ class PostProcessor(nn.Module):
             options: other ones than the model's own; their ``stage`` is not read here.
         """
         options = options or self.options
-        makers = {"instances": self._instances, "panoptic_seg": self._panoptic_seg, "sem_seg": self._sem_seg}
+        forms: dict[str, Callable[..., Any]]
+        forms = {"instances": self._instances, "panoptic_seg": self._panoptic_seg, "sem_seg": self._sem_seg}
+        pixels = pixel_functions(prediction.mask_logits)
         with no_autocast(prediction.mask_logits):
-            return {key: makers[key](*prediction, options) for key in options.outputs}
+            return {
+                key: forms[key](prediction.geometry, *self.tensors(key, *prediction, options, pixels))
+                for key in options.outputs
+            }
 
-    def _instances(self, class_logits, mask_logits, geometry: ImageGeometry, options: ResultOptions) -> Instances:
+    def tensors(
+        self,
+        output: str,
+        class_logits: torch.Tensor | None,
+        mask_logits: torch.Tensor,
+        geometry: ImageGeometry,
+        options: ResultOptions,
+        pixels: PixelFunctions,
+    ) -> tuple[torch.Tensor, ...]:
+        """One result as tensors. Exported graphs call this too: what changes a result belongs here.
+
+        "..." stands for nothing (one image), or B images of one size with functions of pixels that take them.
+
+        Args:
+            output: key of the result.
+            class_logits: [..., N, K], or None without a class branch.
+            mask_logits: [..., N, h, w].
+
+        Returns:
+            "instances": scores [..., n], falling; labels int64 [..., n]; boxes [..., n, 4]; masks bool [..., n, H, W].
+            "panoptic_seg": segment map, scores, classes and areas, see :func:`.rules.panoptic`.
+            "sem_seg": scores [..., K, H, W]; with class logits, of one image only.
+        """
+        if class_logits is None:
+            return (resize(mask_logits.flatten(0, -3), geometry).unflatten(0, mask_logits.shape[:-2]),)
+        if output == "sem_seg":
+            return (semantic_scores(class_logits, mask_logits, self.class_mask, geometry),)
+        if output == "panoptic_seg":
+            return panoptic(
+                class_logits,
+                mask_logits,
+                self.class_mask,
+                geometry,
+                pixels,
+                num_things=self.bank.num_things,
+                thing_score_threshold=options.thing_score_threshold,
+                overlap_threshold=options.overlap_threshold,
+            )
+        matched, things = slice(self.bank.num_matched), slice(self.bank.num_things)
+        scores, kernels, labels = best_pairs(class_logits[..., matched, things], options.max_instances)
+        if options.score_threshold is not None:
+            kept = (scores >= options.score_threshold).nonzero()[:, 0]
+            scores, kernels, labels = scores[kept], kernels[kept], labels[kept]
+        masks = pixels.binary_masks(mask_logits[..., matched, :, :], kernels, geometry)
+        return scores, labels, masks_to_boxes(masks), masks
+
+    def _instances(self, geometry: ImageGeometry, scores, labels, boxes, masks) -> Instances:
         """Instances of the output size: pred_boxes, scores (falling), pred_classes, bool pred_masks, maybe empty."""
-        matched = slice(self.bank.num_matched)
-        pairs = best_pairs(class_logits[matched, : self.bank.num_things], options.max_instances)
-        kept = (pairs[0] >= options.score_threshold).nonzero()[:, 0]
-        scores, kernels, classes = (x[kept] for x in pairs)
-        masks = pixel_functions(mask_logits).binary_masks(mask_logits[matched], kernels, geometry)
-        boxes = Boxes(masks_to_boxes(masks.view(torch.uint8)))
-        return Instances(geometry.output, pred_boxes=boxes, scores=scores, pred_classes=classes, pred_masks=masks)
+        fields = {"pred_boxes": Boxes(boxes), "scores": scores, "pred_classes": labels, "pred_masks": masks}
+        return Instances(geometry.output, **fields)
 
-    def _panoptic_seg(self, class_logits, mask_logits, geometry: ImageGeometry, options: ResultOptions):
+    def _panoptic_seg(self, geometry: ImageGeometry, segment_map, *columns) -> tuple[torch.Tensor, list[dict]]:
         """int32 [H, W] map of segment ids (0: void), and per segment id, isthing, category_id, score and area."""
-        num_things = self.bank.num_things
-        segment_map, *columns = panoptic(
-            class_logits,
-            mask_logits,
-            self.class_mask,
-            geometry,
-            pixel_functions(mask_logits),
-            num_things=num_things,
-            thing_score_threshold=options.thing_score_threshold,
-            overlap_threshold=options.overlap_threshold,
-        )
+        num_things, ids = self.bank.num_things, self.category_ids
         segments = [
-            {"id": i, "isthing": c < num_things, "category_id": self.category_ids[c], "score": score, "area": area}
+            {"id": i, "isthing": c < num_things, "category_id": ids[c], "score": score, "area": area}
             for i, (score, c, area) in enumerate(zip(*(x.tolist() for x in columns)), start=1)
             if area
         ]
         return segment_map, segments
 
-    def _sem_seg(self, class_logits, mask_logits, geometry: ImageGeometry, options: ResultOptions) -> torch.Tensor:
+    def _sem_seg(self, geometry: ImageGeometry, scores: torch.Tensor) -> torch.Tensor:
         """[K, H, W] scores."""
-        if class_logits is None:
-            return resize(mask_logits, geometry)
-        return semantic_scores(class_logits, mask_logits, self.class_mask, geometry)
+        return scores
 
 
 def pixel_functions(mask_logits: torch.Tensor) -> PixelFunctions:

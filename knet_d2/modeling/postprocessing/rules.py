@@ -63,11 +63,9 @@ def best_pairs(class_logits: torch.Tensor, max_instances: int) -> tuple[torch.Te
 
 
 def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Tight boxes: [..., n, H, W] -> float32 [..., n, 4] (x1, y1, x2, y2), 0 for an empty mask.
-
-    Args:
-        masks: uint8, of which a CPU takes the maximum several times as fast as of bool.
-    """
+    """Tight boxes of bool masks: [..., n, H, W] -> float32 [..., n, 4] (x1, y1, x2, y2), 0 for an empty mask."""
+    # A CPU takes the maximum of uint8 several times as fast as that of bool. ONNX can't express the view, which is free
+    masks = masks.byte() if torch.compiler.is_exporting() else masks.view(torch.uint8)
 
     def extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         length = occupied.shape[-1]
