@@ -100,7 +100,7 @@ def test_pretrained_v1c_layout():
         model = Model(build(OPTIONS["r50_d8"]))
         official = {k[len("backbone.") :]: torch.empty(s) for k, s in manifest("r50_d8")["state_dict"].items()}
     official.update({"fc.weight": torch.empty(1000, 2048), "fc.bias": torch.empty(1000)})
-    translation = translate_state_dict(official, pretrained_backbone_rules(official, "backbone."))
+    translation = translate_state_dict(official, pretrained_backbone_rules(official, "backbone.")[1])
     assert translation.state_dict.keys() == model.state_dict().keys()
     assert translation.ignored == ["fc.weight", "fc.bias"] and translation.unknown == []
     assert pretrained_backbone_rules({"conv1.weight": 0}, "backbone.") is None
@@ -144,7 +144,7 @@ def test_resnet_equals_torchvision(dilated):
         if "bn" in key or "downsample.1" in key:
             torch.manual_seed(len(key))
             value.copy_(torch.rand_like(value.float()) * 0.3 + 0.3)
-    rules = pretrained_backbone_rules(theirs.state_dict(), "")
+    _, rules = pretrained_backbone_rules(theirs.state_dict(), "")
     translation = translate_state_dict(theirs.state_dict(), rules, backbone.state_dict().keys())
     assert translation.unknown == []
     assert sorted(k for k in translation.ignored if "num_batches" not in k) == ["fc.bias", "fc.weight"]

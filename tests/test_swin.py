@@ -48,7 +48,7 @@ def test_swin_equals_torchvision_through_the_release_layout():
         nn.init.normal_(parameter, 0.1, 0.2)
     ours = SwinTransformer(**settings).eval()
     release = swin_release_layout(theirs.state_dict())
-    translation = translate_state_dict(release, pretrained_backbone_rules(release, ""), ours.state_dict().keys())
+    translation = translate_state_dict(release, pretrained_backbone_rules(release, "")[1], ours.state_dict().keys())
     assert translation.unknown == []
     assert {"head.weight", "norm.bias", "layers.0.blocks.1.attn_mask"} < set(translation.ignored)
     incompatible = ours.load_state_dict(translation.state_dict, strict=False)

@@ -53,10 +53,10 @@ def recognise(state_dict: Mapping[str, torch.Tensor], model_keys: Collection[str
         return layout("official K-Net (OpenMMLab)", "model", openmmlab_rules(state_dict))
     if "res2.0.conv1.weight" in state_dict:
         return layout("backbone of Detectron2", "backbone", _detectron2_backbone_rules(prefix))
-    backbone_rules = pretrained_backbone_rules(state_dict, prefix)
-    if backbone_rules is not None:
-        is_swin = "patch_embed.proj.weight" in state_dict
-        return layout("Swin release" if is_swin else "ResNet of torchvision or OpenMMLab", "backbone", backbone_rules)
+    pretrained = pretrained_backbone_rules(state_dict, prefix)
+    if pretrained is not None:
+        name, rules = pretrained
+        return layout(name, "backbone", rules)
     unchanged = Translation(dict(state_dict), {key: key for key in state_dict}, [], [])
     is_whole = any(key.startswith(_OUR_HEADS) for key in state_dict)
     return Layout("names of this project", "model" if is_whole else "unknown", unchanged, prefix)

@@ -123,13 +123,14 @@ def openmmlab_neck_rules() -> list[KeyRule]:
     ]
 
 
-def pretrained_backbone_rules(keys: Container[str], target_prefix: str) -> list[KeyRule] | None:
-    """Return the rules for a pretrained backbone without a K-Net, detected by its keys; None for an unknown layout.
+def pretrained_backbone_rules(keys: Container[str], target_prefix: str) -> tuple[str, list[KeyRule]] | None:
+    """Return the layout's name, for people, and the rules for a pretrained backbone without a K-Net.
 
-    The known layouts are the Swin release and the ResNets of torchvision and OpenMMLab (V1c, without a prefix).
+    The layout is detected by its keys; None for an unknown one.
     """
     if "patch_embed.proj.weight" in keys:
-        return swin_release_rules(target_prefix)
+        return "Swin release", swin_release_rules(target_prefix)
     if "layer1.0.conv1.weight" in keys:
-        return resnet_rules("", target_prefix) + [KeyRule(rf"fc\.{_WEIGHTS}", None)]
+        rules = resnet_rules("", target_prefix) + [KeyRule(rf"fc\.{_WEIGHTS}", None)]
+        return "ResNet of torchvision or OpenMMLab", rules  # OpenMMLab's: V1c, without a prefix
     return None
