@@ -241,8 +241,8 @@ def _classes_of(metadata: Metadata, kind: str | None, task: str) -> dict[int, st
     names = metadata.get(f"{key}_classes")
     if not names:
         raise ConfigError(
-            f"Data set {metadata.name} has no {key}_classes in its metadata, which task {task!r} needs "
-            "(MODEL.KNET.TASK)."
+            f"Data set {metadata.name} has no {key}_classes in its metadata, which MODEL.KNET.TASK {task!r} needs. "
+            "Choose another data set (DATASETS.TRAIN, DATASETS.TEST) or task."
         )
     ids = metadata.get(f"{key}_dataset_id_to_contiguous_id")
     if kind == "all" or (kind == "things" and ids is None):

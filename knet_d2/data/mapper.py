@@ -209,7 +209,8 @@ class KNetDatasetMapper:
         raise DataError(
             f"The annotations of image {record['file_name']} have category_id {category} "
             f"({'thing' if isthing else 'stuff'}), which is not among the model's {known}. "
-            "Correct the annotation or MODEL.KNET.NUM_THING_CLASSES / NUM_STUFF_CLASSES."
+            "Correct the annotation or MODEL.KNET.NUM_THING_CLASSES / NUM_STUFF_CLASSES, or choose another data set "
+            f"(DATASETS.TRAIN) for MODEL.KNET.TASK {self.task.name!r}, which needs {self.task.annotation_files}."
         )
 
 
