@@ -236,6 +236,15 @@ def test_wrong_entries_are_config_errors(root, change, message):
         register_custom_datasets(cfg)
 
 
+@pytest.mark.parametrize(
+    "task, kind",
+    [("instance", "sem_seg"), ("panoptic", "sem_seg"), ("panoptic", "coco_instance"), ("semantic", "coco_instance")],
+)
+def test_a_data_set_of_another_form_than_the_task_needs(root, task, kind):
+    with pytest.raises(ConfigError, match=f"MODEL.KNET.TASK '{task}' needs.*DATASETS.TRAIN"):
+        data_cfg(task, custom=(custom_entry(kind, root),))
+
+
 def test_one_name_for_two_data_sets_is_an_error(root):
     entry = custom_entry("sem_seg", root)
     cfg = data_cfg("semantic", custom=(entry,))
@@ -270,13 +279,13 @@ def test_what_the_docs_say_about_entries_is_true():
         text = f.read()
     blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
     entries = [x for block in blocks for x in (block["DATASETS"]["CUSTOM"] if isinstance(block, dict) else block)]
-    assert {entry["type"] for entry in entries} == {"coco_instance", "coco_panoptic", "sem_seg"}
+    assert {entry["type"] for entry in entries} == set(custom.FORMATS)
     for entry in entries:
         custom.checked_entry(entry, "docs")
     rows = [line.split("|")[2:4] for line in text.splitlines() if re.match(r"\|[^|]*\| `\w+` \| (req|opt)", line)]
     documented = {key.strip(" `"): necessity.strip() == "required" for key, necessity in rows}
     keys = {}
-    for of_type in (custom.COMMON_KEYS, *custom.KEYS.values()):
+    for of_type in (custom.COMMON_KEYS, *(of_type.keys for of_type in custom.FORMATS.values())):
         keys.update({key: required for key, (required, _) in of_type.items()})
     assert documented == keys
 

@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -46,7 +46,7 @@ def register_custom_datasets(cfg: CfgNode) -> None:
                 raise ConfigError(
                     f"DATASETS.CUSTOM[{i}].name: a data set {name!r} with other content exists; choose another name."
                 )
-            load = FORMATS[entry["type"]](name, entry)
+            load = FORMATS[entry["type"]].register(name, entry)
             if part is not None:
                 MetadataCatalog.get(name).part = part
                 load = functools.partial(load_part, load, name)
@@ -97,35 +97,49 @@ def _register_sem_seg(name: str, entry: dict[str, Any]) -> Loader:
     return lambda: load_label_folder(images, labels, label_map)
 
 
-# COMMON_KEYS: the keys of all types; KEYS: type -> the keys of this type. Each key has (whether it is required, its
-# Python types). Paths may start with ~.
+# Key of an entry -> (whether it is required, its Python types). Paths may start with ~.
+Keys = dict[str, tuple[bool, tuple]]
+
+
+class Format(NamedTuple):
+    """A type of entries.
+
+    Attributes:
+        register: sets the metadata of a name from an entry, and returns a function that loads the records.
+        keys: of an entry of this type, beside COMMON_KEYS.
+    """
+
+    register: Callable[[str, dict[str, Any]], Loader]
+    keys: Keys
+
+
 _PATH = (str,)
-COMMON_KEYS: dict[str, tuple[bool, tuple]] = {
+COMMON_KEYS: Keys = {
     "name": (True, (str,)),
     "type": (True, (str,)),
     "validation": (False, (float,)),
 }
-KEYS: dict[str, dict[str, tuple[bool, tuple]]] = {
-    "coco_instance": {"json": (True, _PATH), "images": (True, _PATH)},
-    "coco_panoptic": {
-        "images": (True, _PATH),
-        "panoptic_json": (True, _PATH),
-        "panoptic_root": (True, _PATH),
-        "instances_json": (False, _PATH),
-    },
-    "sem_seg": {
-        "images": (True, _PATH),
-        "labels": (True, _PATH),
-        "classes": (True, (str, list, tuple)),
-        "ignore": (False, (list, tuple)),
-        "label_values": (False, (int, list, tuple)),
-    },
-}
-# Type -> function that sets the metadata of a name from an entry, and returns a function that loads the records.
-FORMATS: dict[str, Callable[[str, dict[str, Any]], Loader]] = {
-    "coco_instance": _register_instance,
-    "coco_panoptic": _register_panoptic,
-    "sem_seg": _register_sem_seg,
+FORMATS: dict[str, Format] = {
+    "coco_instance": Format(_register_instance, {"json": (True, _PATH), "images": (True, _PATH)}),
+    "coco_panoptic": Format(
+        _register_panoptic,
+        {
+            "images": (True, _PATH),
+            "panoptic_json": (True, _PATH),
+            "panoptic_root": (True, _PATH),
+            "instances_json": (False, _PATH),
+        },
+    ),
+    "sem_seg": Format(
+        _register_sem_seg,
+        {
+            "images": (True, _PATH),
+            "labels": (True, _PATH),
+            "classes": (True, (str, list, tuple)),
+            "ignore": (False, (list, tuple)),
+            "label_values": (False, (int, list, tuple)),
+        },
+    ),
 }
 
 
@@ -225,9 +239,9 @@ def checked_entry(entry: Any, where: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise ConfigError(f"{where} = {entry!r}: use a mapping with the keys name and type.")
     kind = entry.get("type")
-    if kind not in KEYS:
-        raise ConfigError(f"{where}.type = {kind!r}: use one of {', '.join(KEYS)}.")
-    keys = {**COMMON_KEYS, **KEYS[kind]}
+    if kind not in FORMATS:
+        raise ConfigError(f"{where}.type = {kind!r}: use one of {', '.join(FORMATS)}.")
+    keys = {**COMMON_KEYS, **FORMATS[kind].keys}
     unknown = sorted(set(entry) - set(keys))
     if unknown:
         raise ConfigError(f"{where}: unknown key {unknown[0]!r}; type {kind} has the keys {', '.join(keys)}.")

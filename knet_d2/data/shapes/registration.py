@@ -93,7 +93,7 @@ def register_shapes(root: str) -> None:
         }
         for task, entry in entries.items():
             name = f"shapes_{task}_{split}"
-            load = FORMATS[entry["type"]](name, {"name": name, **entry})
+            load = FORMATS[entry["type"]].register(name, {"name": name, **entry})
             MetadataCatalog.get(name).set(**metadata[task])
             DatasetCatalog.register(name, functools.partial(_make_and_load, split, root, load))
 
