@@ -209,8 +209,8 @@ class Checkpointer(DetectionCheckpointer):
         number = len(layout.translation.state_dict) + len(self.report.ignored) + len(layout.translation.unknown)
         raise CheckpointError(
             f"{path}: none of the {number} parameters in the weights file fits this model; "
-            f"check MODEL.WEIGHTS against the config (it is a checkpoint of another model).{hint} If the file has only "
-            "the ends of the model's names, add ?matching_heuristics=True to its path in MODEL.WEIGHTS."
+            f"check MODEL.WEIGHTS against the config (it is a checkpoint of another model).{hint} If the file's "
+            "names only lack a prefix of the model's, end its path in MODEL.WEIGHTS with ?matching_heuristics=True."
         )
 
     def _changed_model(self) -> str:
