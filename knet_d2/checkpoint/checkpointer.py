@@ -21,6 +21,10 @@ from .saving import write_checkpoint
 from .zoo import fitting_hint
 
 _MOST_LISTED = 20
+_PREFIX_HINT = (
+    " If the file's names only lack a prefix of the model's, end its path in MODEL.WEIGHTS with "
+    "?matching_heuristics=True."
+)
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -209,8 +213,7 @@ class Checkpointer(DetectionCheckpointer):
         number = len(layout.translation.state_dict) + len(self.report.ignored) + len(layout.translation.unknown)
         raise CheckpointError(
             f"{path}: none of the {number} parameters in the weights file fits this model; "
-            f"check MODEL.WEIGHTS against the config (it is a checkpoint of another model).{hint} If the file's "
-            "names only lack a prefix of the model's, end its path in MODEL.WEIGHTS with ?matching_heuristics=True."
+            f"check MODEL.WEIGHTS against the config (it is a checkpoint of another model).{hint or _PREFIX_HINT}"
         )
 
     def _changed_model(self) -> str:
