@@ -76,8 +76,8 @@ def build_train_loader(
         )
         if get_task(cfg).annotations == ("sem_seg",):
             _warn_of_one_class(dataset, cfg)
-        # Before training begins, as images of other channels or an unknown range stop it
-        read_image(dataset[0]["file_name"], PixelFormat.from_config(cfg))
+        if mapper is None:  # find images of another format before the training starts
+            read_image(dataset[0]["file_name"], PixelFormat.from_config(cfg))
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     sampler = TrainingBatchSampler(
         size=len(dataset),
