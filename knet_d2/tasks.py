@@ -103,7 +103,6 @@ class Task(NamedTuple):
         pads_images: whether images of several sizes may share a padded batch in evaluation.
         min_stages: fewest kernel update stages that give a result.
         outputs: results that a model can give; the first one is the default.
-        best_metric: scalar by which ``model_best.pth`` is chosen.
     """
 
     name: str
@@ -118,7 +117,6 @@ class Task(NamedTuple):
     pads_images: bool
     min_stages: int
     outputs: tuple[str, ...]
-    best_metric: str
 
     def bank(self, *, num_matched: int, num_things: int, num_stuff: int) -> KernelBank:
         """The kernels of a model.
@@ -173,7 +171,6 @@ _TASKS = (
         pads_images=True,
         min_stages=1,
         outputs=("instances",),
-        best_metric="segm/AP",
     ),
     Task(
         name="panoptic",
@@ -188,7 +185,6 @@ _TASKS = (
         pads_images=True,
         min_stages=1,
         outputs=("panoptic_seg", "instances", "sem_seg"),
-        best_metric="panoptic_seg/PQ",
     ),
     Task(
         name="semantic",
@@ -203,7 +199,6 @@ _TASKS = (
         pads_images=False,
         min_stages=0,
         outputs=("sem_seg",),
-        best_metric="sem_seg/mIoU",
     ),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}

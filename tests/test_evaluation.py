@@ -24,9 +24,14 @@ from knet_d2.data import load_dataset
 from knet_d2.data.coco_json import check_for_evaluation
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
 from knet_d2.errors import ConfigError, DataError
-from knet_d2.evaluation import InstanceEvaluator, PanopticEvaluator, SemanticEvaluator, build_evaluators
+from knet_d2.evaluation import (
+    InstanceEvaluator,
+    PanopticEvaluator,
+    SemanticEvaluator,
+    best_metric,
+    build_evaluators,
+)
 from knet_d2.evaluation.semantic import mean_iou
-from knet_d2.tasks import get_task
 
 
 @pytest.fixture(scope="module")
@@ -510,7 +515,7 @@ def test_the_best_metric_of_cityscapes_is_there(monkeypatch):
     cfg = data_cfg("semantic", "cityscapes_fine_sem_seg_val")
     (evaluator,) = build_evaluators(cfg, "cityscapes_fine_sem_seg_val")
     monkeypatch.setattr(CityscapesSemSegEvaluator, "evaluate", lambda self: {"sem_seg": {"IoU": 61.0, "iIoU": 40.0}})
-    group, metric = get_task(cfg).best_metric.split("/")
+    group, metric = best_metric(cfg).split("/")
     assert evaluator.evaluate()[group][metric] == 61.0
 
 

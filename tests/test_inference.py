@@ -19,6 +19,7 @@ from knet_d2.checkpoint.zoo import build_on_meta
 from knet_d2.data import resolve_classes
 from knet_d2.data.classes import ClassTable
 from knet_d2.errors import CheckpointError, ConfigError, DataError
+from knet_d2.export.graph import ExportableKNet
 from knet_d2.inference import Prediction, Segment
 from knet_d2.inference.tiles import predict_tiles, tile_spans
 from knet_d2.programs import convert_checkpoint
@@ -247,6 +248,18 @@ def test_one_pass_gives_every_stage_and_output(described, threshold, different):
     augmented = knet_d2.load(path, device="cpu", opts=["TEST.AUG.ENABLED", "True"])
     with pytest.raises(ConfigError, match="TEST.AUG.ENABLED"):
         augmented.trace(image, "RGB")
+
+
+def test_the_first_output_is_the_main_one_everywhere(described):
+    _, save = described
+    opts = ["MODEL.KNET.TEST.OUTPUTS", "['instances', 'panoptic_seg']"]
+    predictor, image = knet_d2.load(save("m.pth"), device="cpu", opts=opts), random_image((60, 84))
+    assert predictor.outputs == ("instances", "panoptic_seg", "sem_seg")
+    both = predictor.predict(image)
+    assert list(both) == ["instances", "panoptic_seg"] and both["instances"].to_coco() != both["panoptic_seg"].to_coco()
+    expected = both["instances"].to_coco()
+    assert predictor(image, "RGB").to_coco() == predictor.trace(image, "RGB").prediction(0.3).to_coco() == expected
+    assert ExportableKNet(predictor.model).main_output == "instances"
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------

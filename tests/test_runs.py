@@ -33,9 +33,9 @@ from knet_d2.config.output_dir import lock_output_dir
 from knet_d2.engine import setup
 from knet_d2.engine import trainer as trainer_module
 from knet_d2.engine.launch import Preempted, explain
-from knet_d2.engine.trainer import best_metric
 from knet_d2.engine.writers import ConsoleWriter, TensorBoardWriter, bounded_storage, cut_metrics, scalar_tag
 from knet_d2.errors import CheckpointError, ConfigError, NonFiniteError
+from knet_d2.evaluation import best_metric
 
 
 @pytest.fixture(autouse=True)
@@ -472,11 +472,13 @@ def test_unsupported_option_is_refused(tmp_path):
         ToyTrainer(toy_cfg(tmp_path, SOLVER__IMS_PER_BATCH=2, SOLVER__REFERENCE_WORLD_SIZE=3))
 
 
-def test_best_metric_by_task():
+def test_best_metric_by_main_output():
     names = {"instance": "segm/AP", "panoptic": "panoptic_seg/PQ", "semantic": "sem_seg/mIoU"}
     for task, name in names.items():
         assert best_metric(knet_cfg(MODEL__KNET__TASK=task, DATASETS__TEST=("a",))) == name
     assert best_metric(knet_cfg(MODEL__KNET__TASK="instance", DATASETS__TEST=("a", "b"))) == "a/segm/AP"
+    options = {"MODEL__KNET__TASK": "panoptic", "MODEL__KNET__TEST__OUTPUTS": ["instances", "panoptic_seg"]}
+    assert best_metric(knet_cfg(**options, DATASETS__TEST=("a",))) == "segm/AP"
 
 
 def test_cut_metrics(tmp_path):

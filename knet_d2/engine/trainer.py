@@ -28,10 +28,9 @@ from ..config.output_dir import lock_output_dir, release_output_dir
 from ..data import build_loss_loader, build_test_loader, build_train_loader, with_classes
 from ..data.classes import class_table
 from ..errors import CheckpointError, ConfigError, NonFiniteError
-from ..evaluation import build_evaluators
+from ..evaluation import best_metric, build_evaluators
 from ..modeling.tta import KNetWithTTA
 from ..results.comparison import draw_validation_pictures
-from ..tasks import get_task
 from . import optimizer as optim
 from .averaging import build_weight_average
 from .dump import batch_file, save_batch
@@ -324,9 +323,3 @@ def _number_of_parts(cfg: CfgNode) -> int:
             "that each process has."
         )
     return parts
-
-
-def best_metric(cfg: CfgNode) -> str:
-    """Name of the scalar that decides on the best checkpoint: of the first test set, by task."""
-    metric = get_task(cfg).best_metric
-    return metric if len(cfg.DATASETS.TEST) <= 1 else f"{cfg.DATASETS.TEST[0]}/{metric}"

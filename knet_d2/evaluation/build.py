@@ -67,6 +67,10 @@ EVALUATORS: dict[str, dict[str, tuple[str, Builder]]] = {
 }
 
 
+# Output of the model -> metric by which model_best.pth is chosen
+_BEST_METRICS = {"panoptic_seg": "panoptic_seg/PQ", "instances": "segm/AP", "sem_seg": "sem_seg/mIoU"}
+
+
 def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> list[DatasetEvaluator]:
     """Build the evaluators of a data set for the outputs of a config's model.
 
@@ -104,6 +108,12 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None 
             f"MODEL.KNET.TASK = {cfg.MODEL.KNET.TASK!r}, or change MODEL.KNET.TEST.OUTPUTS."
         )
     return evaluators
+
+
+def best_metric(cfg: CfgNode) -> str:
+    """Name of the scalar that decides on the best checkpoint: of the model's main output on the first test set."""
+    metric = _BEST_METRICS[get_task(cfg).checked_outputs(cfg.MODEL.KNET.TEST.OUTPUTS)[0]]
+    return metric if len(cfg.DATASETS.TEST) <= 1 else f"{cfg.DATASETS.TEST[0]}/{metric}"
 
 
 def _kind_of_records(name: str) -> str | None:

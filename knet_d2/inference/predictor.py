@@ -31,7 +31,8 @@ class ImagePredictor:
         model: the network, in evaluation mode.
         cfg: its config.
         pixel_format: the images that the model takes.
-        outputs: the results that it can give, its own first: "instances", "panoptic_seg", "sem_seg".
+        outputs: the results that it can give: "instances", "panoptic_seg", "sem_seg". The first one is the main
+            one, which ``predictor(image)`` returns; it is the first of MODEL.KNET.TEST.OUTPUTS.
     """
 
     def __init__(self, cfg: CfgNode, classes: ClassTable):
@@ -44,7 +45,7 @@ class ImagePredictor:
         self.model = self._predictor.network
         self.pixel_format = self._predictor.pixel_format
         self.classes = classes
-        self.outputs = get_task(cfg).outputs
+        self.outputs = tuple(dict.fromkeys((*self.model.postprocessor.options.outputs, *get_task(cfg).outputs)))
 
     def __call__(
         self,
@@ -77,7 +78,7 @@ class ImagePredictor:
             image: [H, W, C] from 0 to 255, uint8 or float32, colours in RGB order.
 
         Returns:
-            The one to be shown comes first.
+            The main one comes first.
         """
         return predictions_of(self._predictor.predict(self._arranged(image)), self.classes)
 

@@ -25,12 +25,12 @@ class Trace:
         Args:
             model: in evaluation mode.
             sample: one input of the model, with "height" and "width" of the result.
-            outputs: the results that the model can give; the first one is its own.
+            outputs: the results that the model can give; the first one is the main one.
         """
         self._model, self._sample, self._classes, self._outputs = model, sample, classes, tuple(outputs)
         self._images = model.preprocess_image([sample])
-        self._output = model.network(self._images.tensor)
-        self.num_stages = len(self._output.stages)
+        self._network_output = model.network(self._images.tensor)
+        self.num_stages = len(self._network_output.stages)
 
     @torch.no_grad()
     def prediction(self, confidence_threshold: float, *, stage: int = -1, output: str = "") -> Prediction:
@@ -39,7 +39,7 @@ class Trace:
         Args:
             confidence_threshold: instances and thing segments with a lower score are left out.
             stage: 0 the static kernels, before any update; 1 to S a stage; -1 the last one.
-            output: "instances", "panoptic_seg" or "sem_seg", where the model can give more than one.
+            output: "instances", "panoptic_seg" or "sem_seg"; "" for the main one.
 
         Raises:
             ConfigError: there is no such stage, or the model has no such output.
@@ -49,7 +49,7 @@ class Trace:
         if output and output not in self._outputs:
             raise ConfigError(f"output = {output!r}: this model gives {' and '.join(self._outputs)}.")
         model, sample = self._model, self._sample
-        predictions = model.image_predictions(self._output, [sample], self._images, stage)
+        predictions = model.image_predictions(self._network_output, [sample], self._images, stage)
         options = model.postprocessor.options._replace(
             outputs=(output or self._outputs[0],),
             score_threshold=confidence_threshold,

@@ -50,7 +50,6 @@ def label_masks(labels: np.ndarray, num_classes: int) -> Iterator[tuple[np.ndarr
             yield labels == label, int(label), None
 
 
-# The first one that a model has is shown if only one can be shown.
 OUTPUTS: dict[str, Output] = {
     "panoptic_seg": Output("panoptic", _panoptic_masks, lambda output: tuple(output[0].shape)),
     "instances": Output("instances", _instance_masks, lambda output: output.image_size),
@@ -59,14 +58,13 @@ OUTPUTS: dict[str, Output] = {
 
 
 def predictions_of(outputs: Mapping[str, Any], classes: ClassTable) -> dict[str, Prediction]:
-    """Convert the outputs for one image to predictions, by key; the one to show comes first."""
-    return {key: _prediction(key, outputs[key], classes) for key in OUTPUTS if key in outputs}
+    """Convert the outputs for one image to predictions, by key, in the order of MODEL.KNET.TEST.OUTPUTS."""
+    return {key: _prediction(key, output, classes) for key, output in outputs.items()}
 
 
 def main_prediction(outputs: Mapping[str, Any], classes: ClassTable) -> Prediction:
-    """Return the prediction to show: the panoptic map if there is one, else instances, else the semantic map."""
-    key = next(key for key in OUTPUTS if key in outputs)
-    return _prediction(key, outputs[key], classes)
+    """Return the prediction of the main output, which is the first one of MODEL.KNET.TEST.OUTPUTS."""
+    return _prediction(*next(iter(outputs.items())), classes)
 
 
 def _prediction(key: str, output: Any, classes: ClassTable) -> Prediction:
