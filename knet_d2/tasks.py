@@ -76,9 +76,9 @@ class KernelBank:
         """Class of each of the fixed kernels, which follow the matched ones."""
         return [c for group in self.groups if group.assignment is Assignment.IDENTITY for c in group.class_ids]
 
-    def class_mask(self, device: torch.device | None = None) -> torch.Tensor:
+    def class_mask(self) -> torch.Tensor:
         """Which classes each kernel can take: bool [N, K]. Other columns are neither trained nor read."""
-        mask = torch.zeros(self.num_kernels, self.num_classes, dtype=torch.bool, device=device)
+        mask = torch.zeros(self.num_kernels, self.num_classes, dtype=torch.bool)
         mask[: self.num_matched, : self.num_things] = True
         fixed = range(self.num_matched, self.num_kernels)
         for kernel, class_id in zip(fixed, self.fixed_class_ids):
@@ -97,7 +97,7 @@ class Task(NamedTuple):
         annotations: what is learned from: "instances" (masks and classes of things), "sem_seg" (a class per pixel).
         annotation_files: what a data set must have for that, in words.
         losses: terms of the loss, keys of :data:`knet_d2.modeling.criterion.TERMS`, in the order in which they are
-            summed; a weight of 0 switches a term off.
+            summed.
         soft_gather: whether group features are assembled by a softmax over the kernels instead of hard masks.
         has_class_branch: whether a stage classifies its kernels; without, each kernel is its class.
         pads_images: whether images of several sizes may share a padded batch in evaluation.

@@ -28,8 +28,8 @@ from knet_d2.data import (
 )
 from knet_d2.data.augmentation import build_augmentations
 from knet_d2.data.classes import class_table, has_classes
-from knet_d2.data.files import segment_index
 from knet_d2.data.sampler import TrainingBatchSampler
+from knet_d2.data.segmentation import segment_index
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
 from knet_d2.errors import ConfigError, DataError
 from knet_d2.tasks import TASKS

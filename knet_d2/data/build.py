@@ -74,7 +74,7 @@ def build_train_loader(
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             with_sizes=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         )
-        if get_task(cfg).annotations == ("sem_seg",):
+        if "instances" not in get_task(cfg).annotations:
             _warn_of_one_class(dataset, cfg)
         if mapper is None:  # find images of another format before the training starts
             read_image(dataset[0]["file_name"], PixelFormat.from_config(cfg))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 import cv2
 import numpy as np
 from detectron2.utils.file_io import PathManager
-from panopticapi.utils import rgb2id
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
@@ -114,7 +113,7 @@ def read_image(path: str, pixel_format: PixelFormat | str) -> np.ndarray:
 def read_picture(path: str, pixel_format: PixelFormat | str) -> np.ndarray:
     """Read an image to look at, uint8 RGB [H, W, 3]; see read_image and picture_of."""
     wanted = PixelFormat(pixel_format) if isinstance(pixel_format, str) else pixel_format
-    return picture_of(read_image(path, wanted.for_people))
+    return picture_of(read_image(path, wanted.as_rgb))
 
 
 def _read_array(path: str, wanted: PixelFormat) -> np.ndarray:
@@ -143,7 +142,7 @@ def _read_pixels(path: str, wanted: PixelFormat) -> np.ndarray:
     elif image.mode.startswith(("I", "F")):
         pixels = _one_channel(image)
     elif wanted.is_named:
-        pixels = np.asarray(image.convert(wanted.for_people.name))
+        pixels = np.asarray(image.convert(wanted.as_rgb.name))
     else:
         if image.mode in ("1", "P", "PA"):
             image = image.convert("L" if image.mode == "1" else "RGBA" if image.has_transparency_data else "RGB")
@@ -203,7 +202,8 @@ def _read_tiff(content: bytes, wanted: PixelFormat, path: str) -> np.ndarray | N
     photometric, orientation = tags.get(_PHOTOMETRIC, 1), tags.get(_EXIF_ORIENTATION, 1)
     if samples == 1 and len(pages) > 1 and bits in (8, 16, 32) and photometric in (0, 1):
         return _read_pages(content, len(pages))
-    if samples > 4 if wanted.is_named else samples != wanted.channels:
+    fits = samples <= 4 if wanted.is_named else samples == wanted.channels
+    if not fits:
         raise wanted.wrong_channels(samples, f"Image {path}")
     # Of bytes, Pillow reads colours or grey, with or without alpha, and drops what else there is
     is_picture = bits <= 8 and (photometric > 1 or samples == 2) and (wanted.is_named or samples == 3)
@@ -272,7 +272,7 @@ def read_labels(path: str, image_path: str = "", size: tuple[int, int] | None = 
         image_path, size: the image that it belongs to, and its (height, width), which is compared before anything is
             decoded; None: any.
     """
-    labels = np.asarray(_open_png(path, "Label map", image_path, size))
+    labels = np.asarray(_open_labels(path, "Label map", image_path, size))
     if labels.ndim != 2:
         raise DataError(
             f"Label map {path} is a colour image of shape {labels.shape}. It must have one channel with class ids."
@@ -282,30 +282,7 @@ def read_labels(path: str, image_path: str = "", size: tuple[int, int] | None = 
 
 def read_panoptic(path: str, image_path: str = "", size: tuple[int, int] | None = None) -> np.ndarray:
     """Read a panoptic PNG: uint8 [H, W, 3], segment id = R + 256 G + 65536 B; arguments as of read_labels."""
-    return np.asarray(_open_png(path, "Panoptic PNG", image_path, size).convert("RGB"))
-
-
-def segment_index(ids_rgb: np.ndarray, segment_ids: list[int]) -> np.ndarray:
-    """Which segment owns a pixel.
-
-    Args:
-        ids_rgb: uint8 [H, W, 3] as read_panoptic gives it.
-        segment_ids: ids of M segments, each > 0.
-
-    Returns:
-        [H, W] of the smallest unsigned type that holds M + 1: position in segment_ids, M where a pixel's id is 0
-        (void), M + 1 where it is an unknown id.
-    """
-    ids = rgb2id(ids_rgb)
-    known = np.array([*segment_ids, 0], dtype=np.int64)
-    order = np.argsort(known)
-    # Only the first pixel of a run is looked up, as neighbours mostly belong to the same segment
-    flat = ids.reshape(-1)
-    starts = np.flatnonzero(np.diff(flat, prepend=-1))
-    values, lengths = flat[starts], np.diff(starts, append=flat.size)
-    position = order[np.searchsorted(known[order], values).clip(max=len(known) - 1)]
-    index = np.where(known[position] == values, position, len(known)).astype(np.min_scalar_type(len(known)))
-    return np.repeat(index, lengths).reshape(ids.shape)
+    return np.asarray(_open_labels(path, "Panoptic PNG", image_path, size).convert("RGB"))
 
 
 def _check_same_size(path: str, size: tuple[int, int], image_path: str, image_size: tuple[int, int]) -> None:
@@ -317,7 +294,7 @@ def _check_same_size(path: str, size: tuple[int, int], image_path: str, image_si
         )
 
 
-def _open_png(path: str, what: str, image_path: str, size: tuple[int, int] | None) -> Image.Image:
+def _open_labels(path: str, what: str, image_path: str, size: tuple[int, int] | None) -> Image.Image:
     _check_exists(path, what)
     try:
         with PathManager.open(path, "rb") as f:

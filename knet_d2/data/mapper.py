@@ -17,9 +17,9 @@ from detectron2.structures import BitMasks, Instances, polygons_to_bitmask
 from ..errors import ConfigError, DataError
 from ..tasks import Task, get_task
 from .augmentation import build_augmentations
-from .files import read_image, read_labels, read_panoptic, segment_index
+from .files import read_image, read_labels, read_panoptic
 from .pixels import PixelFormat
-from .segmentation import check_coordinates, read_rle
+from .segmentation import check_coordinates, read_rle, segment_index
 
 _ANNOTATION_KEYS = ("annotations", "segments_info", "sem_seg_file_name", "sem_seg_label_map", "pan_seg_file_name")
 

@@ -73,7 +73,7 @@ class PixelFormat(NamedTuple):
         return _NAMED[self.name] if self.is_named else int(self.name.partition("-")[0])
 
     @property
-    def for_people(self) -> PixelFormat:
+    def as_rgb(self) -> PixelFormat:
         """The same with colours in RGB order."""
         return self._replace(name="RGB") if self.name == "BGR" else self
 

@@ -1,4 +1,4 @@
-"""Checks one COCO "segmentation", polygons or RLE, before a library decodes it."""
+"""Masks in annotation files: COCO's "segmentation", checked before a library decodes it, and panoptic PNGs."""
 
 import math
 from itertools import pairwise
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
+from panopticapi.utils import rgb2id
 
 # The memory that a decoder takes grows with both.
 _LARGEST_COORDINATE = 1e6
@@ -151,3 +152,26 @@ def _decode_counts(string: str) -> list[int]:
     if shift:
         raise SegmentationError("bad RLE", "counts is cut off")
     return counts
+
+
+def segment_index(ids_rgb: np.ndarray, segment_ids: list[int]) -> np.ndarray:
+    """Which segment owns a pixel.
+
+    Args:
+        ids_rgb: uint8 [H, W, 3] as read_panoptic gives it.
+        segment_ids: ids of M segments, each > 0.
+
+    Returns:
+        [H, W] of the smallest unsigned type that holds M + 1: position in segment_ids, M where a pixel's id is 0
+        (void), M + 1 where it is an unknown id.
+    """
+    ids = rgb2id(ids_rgb)
+    known = np.array([*segment_ids, 0], dtype=np.int64)
+    order = np.argsort(known)
+    # Only the first pixel of a run is looked up, as neighbours mostly belong to the same segment
+    flat = ids.reshape(-1)
+    starts = np.flatnonzero(np.diff(flat, prepend=-1))
+    values, lengths = flat[starts], np.diff(starts, append=flat.size)
+    position = order[np.searchsorted(known[order], values).clip(max=len(known) - 1)]
+    index = np.where(known[position] == values, position, len(known)).astype(np.min_scalar_type(len(known)))
+    return np.repeat(index, lengths).reshape(ids.shape)

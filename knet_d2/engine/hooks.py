@@ -167,7 +167,7 @@ class StopHook(HookBase):
     def stop_if_received(self, *_: Any) -> None:
         """Stop without asking the other processes, because schedulers signal all processes of a run.
 
-        It is a forward hook of the evaluated model.
+        It is a forward pre-hook of the evaluated model.
         """
         if self._signals.received:
             self._stop(self._signals.received)

@@ -154,13 +154,13 @@ class Trainer(DefaultTrainer):
         stop = StopHook(self._signals, checkpoints)
         models = [self.model] if self._average is None else [self.model, self.evaluated_model]
         agreement = ProcessAgreement(models, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
-        before = [hooks.IterationTimer(), hooks.LRScheduler(), MetricsHistory(), self._average, agreement]
-        before += [checkpoints, stop]
+        until_stop = [hooks.IterationTimer(), hooks.LRScheduler(), MetricsHistory(), self._average, agreement]
+        until_stop += [checkpoints, stop]
         after: list[HookBase] = [EvalHook(cfg.TEST.EVAL_PERIOD, stop)]
         if comm.is_main_process():
             after.append(BestCheckpointer(self.checkpointer, best_metric(cfg), self._metrics_file))
             after.append(PeriodicWriter(cfg.SOLVER.LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
-        return [*(hook for hook in before if hook is not None), *after, FinishIteration(after)]
+        return [*(hook for hook in until_stop if hook is not None), *after, FinishIteration(after)]
 
     def build_writers(self) -> list[EventWriter]:
         return [
@@ -227,7 +227,7 @@ class Trainer(DefaultTrainer):
         Raises:
             Preempted: SIGTERM or SIGUSR1 came; the run can be resumed where it was.
         """
-        self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
+        self.data_loader = self.build_train_loader(self.cfg, self.start_iter)  # DefaultTrainer hands it to _trainer
         logger.info(f"Training from iteration {self.start_iter} to {self.max_iter}")
         self.iter = self.start_iter
         with bounded_storage(self.start_iter) as self.storage, self._signals.listening():

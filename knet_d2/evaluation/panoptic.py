@@ -23,7 +23,8 @@ from PIL import Image
 from tabulate import tabulate
 
 from ..data.coco_json import read_coco_json
-from ..data.files import read_panoptic, segment_index
+from ..data.files import read_panoptic
+from ..data.segmentation import segment_index
 from ..errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -29,10 +29,10 @@ class Predictor(DefaultPredictor):
     """
 
     def __init__(self, cfg: CfgNode):
-        self.cfg = with_classes(cfg).clone()
+        self.cfg = cfg = with_classes(cfg).clone()
         self.pixel_format = PixelFormat.from_config(cfg)
-        self.network = self.model = build_model(self.cfg).eval()
-        Checkpointer(self.network, classes=class_table(self.cfg)).load(cfg.MODEL.WEIGHTS)
+        self.network = self.model = build_model(cfg).eval()
+        Checkpointer(self.network, classes=class_table(cfg)).load(cfg.MODEL.WEIGHTS)
         shorter = cfg.INPUT.MIN_SIZE_TEST
         if cfg.TEST.AUG.ENABLED:
             self.model, shorter = KNetWithTTA(cfg, self.network).eval(), 0  # it resizes images itself

@@ -66,6 +66,7 @@ def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode
         cfg = load_config(config_file, opts)
         classes = class_table(cfg)
     elif weights:
+        # The predictor reads the file again: it needs nothing but a config, as Detectron2's DefaultPredictor
         cfg, classes = read_description(load_file(weights), weights)
         merge_config(cfg, "", opts)
         cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, explicit="MODEL.DEVICE" in opts[0::2])

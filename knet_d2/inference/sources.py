@@ -65,7 +65,7 @@ class ImageFiles:
             paths: files, folders (whose images are taken, not those of folders in them), or patterns as "a/*.jpg".
             pixel_format: what the model takes.
         """
-        self._pixel_format = pixel_format.for_people
+        self._pixel_format = pixel_format.as_rgb
         self.paths = find_images(paths)
         self.count = len(self.paths)
         self.failed = 0

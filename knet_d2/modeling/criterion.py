@@ -120,7 +120,7 @@ class KNetCriterion(nn.Module):
             auxiliary_logits: the auxiliary head's [B, K, h, w], if there is one.
 
         Returns:
-            "loss_<term>_s<stage>" -> weighted scalar, and "loss_auxiliary".
+            "loss_<log_name>_s<stage>" -> weighted scalar, and "loss_auxiliary".
         """
         losses = {}
         with no_autocast(state.feature):
@@ -178,7 +178,10 @@ class MatchedBatch:
         return self.stages[stage - 1].mask_logits if stage else full_precision(self.state.mask_logits)
 
     def upsampled_logits(self, stage: int) -> torch.Tensor:
-        """The masks of a stage at the resolution of the mask losses: [B, N, h, w]."""
+        """The masks of a stage at the resolution of the mask losses: [B, N, h, w].
+
+        Of stage 0, only those of the matched kernels, which come first.
+        """
         if stage not in self._upsampled:
             logits = self.mask_logits(stage)
             self._upsampled[stage] = upsample_masks(logits if stage else logits[:, : self._bank.num_matched])
@@ -309,7 +312,8 @@ class Term(NamedTuple):
         weight_key: its weight in MODEL.KNET.LOSS.
         compute: (criterion, batch, stage, weight) -> weighted scalar.
         at_static, at_updates: whether it is computed for stage 0, and for the stages 1 to S.
-        is_optional: whether a weight of 0 leaves it out, with its key.
+        is_optional: whether a weight of 0 leaves it out, with its key. The other terms are kept with the value 0, since
+            parameters depend on them alone, and DistributedDataParallel needs a gradient of every parameter.
     """
 
     log_name: str

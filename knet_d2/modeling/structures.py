@@ -1,6 +1,6 @@
 """The data that flows through a K-Net.
 
-Shape legend of the network; docs/ARCHITECTURE.md has the letters of the other packages:
+Shapes:
     B: images in the batch          N: kernels, matched ones first      K: classes, things first
     C: channels of the feature      H, W: size of the feature           S: kernel update stages
     G: instances of an image        U: stuff classes in an image        h, w: size of the masks in the losses

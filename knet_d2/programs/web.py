@@ -132,7 +132,7 @@ def read_upload(path: str, max_megapixels: float, pixel_format: PixelFormat) -> 
         DataError: see read_image. The message tells no folder.
     """
     try:
-        image = read_image(path, pixel_format.for_people)
+        image = read_image(path, pixel_format.as_rgb)
     except DataError as error:
         name = PurePath(path).name
         raise DataError(f"{name}: {error.__cause__ or error}".replace(path, name)) from error
