@@ -167,9 +167,9 @@ def test_largest_batch(most):
     "argv, message",
     [
         (["--models", "yolo"], "--models yolo: use"),
-        (["--models", f"{PANOPTIC},SEED"], "'SEED' is not KEY=VALUE"),
-        (["--batch", "max"], "--batch max needs --device cuda"),
-        (["--precision", "fp16"], "--precision fp16 needs --device cuda"),
+        (["--models", f"{PANOPTIC},SEED"], "write 'SEED' as KEY=VALUE"),
+        (["--batch", "max"], "--batch max: use --device cuda"),
+        (["--precision", "fp16"], "--precision fp16: use bf16"),
     ],
 )
 def test_wrong_options(argv, message):

@@ -5,7 +5,6 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-import cv2
 import numpy as np
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
@@ -183,11 +182,18 @@ def _check_extent(height: int, width: int, channels: int = 1) -> None:
         raise ValueError(_TOO_LARGE)
 
 
-def _read_deep_png(content: bytes, wanted: PixelFormat) -> np.ndarray:
-    """A PNG of 16 bits, of whose colours Pillow keeps 8."""
+def _decode_by_opencv(content: bytes) -> np.ndarray:
+    import cv2  # not at the top: images of 8 bits are read without OpenCV, which not every installation has
+
     pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise ValueError("OpenCV can't decode it")
+    return pixels
+
+
+def _read_deep_png(content: bytes, wanted: PixelFormat) -> np.ndarray:
+    """A PNG of 16 bits, of whose colours Pillow keeps 8."""
+    pixels = _decode_by_opencv(content)
     # OpenCV orders colours as BGR, repeats grey that has alpha, and may make alpha of a transparent colour
     channels = _PNG_CHANNELS[content[_PNG_COLOR_TYPE]]
     has_alpha = len(channels) in (2, 4)
@@ -210,8 +216,8 @@ def _read_tiff(content: bytes, wanted: PixelFormat, path: str) -> np.ndarray | N
     if is_picture or (samples == 1 and bits < 64):
         return None
     if photometric == 2 and samples in (3, 4) and orientation == 1 and (bits, kind) in ((16, 1), (32, 3)):
-        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-        if pixels is None or pixels.shape[2:] != (samples,):
+        pixels = _decode_by_opencv(content)
+        if pixels.shape[2:] != (samples,):
             raise ValueError("OpenCV can't decode it")
         pixels = pixels[:, :, [2, 1, 0, *range(3, samples)]]
     else:
