@@ -15,9 +15,9 @@ from torch import nn
 from toys import Parts, ToyData, ToyNet, assert_identical, knet_cfg, reset_toys, run
 
 from knet_d2.config.files import config_folder, get_config_file
-from knet_d2.config.merging import resolve_seed
 from knet_d2.engine import choose_device, merge_config
 from knet_d2.engine.optimizer import build_gradient_clipper, build_lr_scheduler, build_optimizer, parameter_groups
+from knet_d2.engine.output_dir import resolve_seed
 from knet_d2.engine.train_step import TrainStep, amp_dtype, step_seed
 from knet_d2.errors import ConfigError, NonFiniteError
 

@@ -13,10 +13,10 @@ from toys import ToyNet, ToyTrainer, metrics_of, reset_toys, run, toy_cfg
 import knet_d2
 from knet_d2.config import get_knet_cfg
 from knet_d2.config.merging import load_config, merge_config
-from knet_d2.config.output_dir import release_output_dir
 from knet_d2.config.unread import UNREAD, find_unread, warn_of_unread_options
 from knet_d2.data.shapes import write_shapes
 from knet_d2.engine.optimizer import load_optimizer_state
+from knet_d2.engine.output_dir import release_output_dir
 from knet_d2.errors import CheckpointError, ConfigError
 from knet_d2.programs import train
 
@@ -300,8 +300,7 @@ def test_the_list_of_options_that_are_not_read_is_right(tmp_path, monkeypatch):
         assert not instead or instead.split(",")[0] in ours or instead == "MODEL.KNET.TASK"
 
 
-def test_options_that_are_not_read_are_told_once(tmp_path, config, caplog, monkeypatch):
-    monkeypatch.setattr("knet_d2.config.merging.setup_logger", lambda *_, **__: None)  # it ends the propagation
+def test_options_that_are_not_read_are_told_once(tmp_path, config, caplog):
     options = ["MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.5, "MODEL.RPN.NMS_THRESH", 0.5]
     with caplog.at_level(logging.WARNING, "knet_d2.config.unread"):
         train.setup(arguments(config, "OUTPUT_DIR", tmp_path, *options))

@@ -1,6 +1,5 @@
 """From the command line to a checked, frozen config."""
 
-import argparse
 import contextlib
 import difflib
 import logging
@@ -13,55 +12,14 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from ..data import register_custom_datasets, resolve_classes
 from ..errors import ConfigError, KNetError
 from .files import config_folder
 from .options import get_knet_cfg
-from .output_dir import lock_output_dir
-from .unread import warn_of_unread_options
 from .yaml_keys import refuse_repeated_keys
 
 logger = logging.getLogger(__name__)
-
-
-def setup(args: argparse.Namespace) -> CfgNode:
-    """The config of a training or evaluation run, as the arguments of Detectron2's command line give it.
-
-    Also starts the log files in OUTPUT_DIR and saves the resolved config there; that of a run to be resumed stays until
-    :func:`save_config` replaces it, since the trainer may refuse what differs.
-    """
-    cfg = load_config(args.config_file, args.opts)
-    cfg.SEED = resolve_seed(cfg, resume=args.resume)
-    cfg.freeze()
-    if not args.eval_only:
-        os.makedirs(cfg.OUTPUT_DIR or ".", exist_ok=True)
-        lock_output_dir(cfg.OUTPUT_DIR)
-    earlier = _saved_config(cfg) if args.resume and not args.eval_only else ""
-    default_setup(cfg, args)
-    if earlier:
-        save_config(cfg, earlier)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="knet_d2", abbrev_name="knet")
-    warn_of_unread_options(cfg)
-    return cfg
-
-
-def save_config(cfg: CfgNode, text: str = "") -> None:
-    """Write a config, or ``text`` in its place, into OUTPUT_DIR/config.yaml; on the main process."""
-    if comm.is_main_process():
-        with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as f:
-            f.write(text or cfg.dump())
-
-
-def _saved_config(cfg: CfgNode) -> str:
-    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    if not os.path.isfile(path):
-        return ""
-    with open(path) as f:
-        return f.read()
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -189,13 +147,3 @@ def choose_device(device: str, explicit: bool) -> str:
     found = "mps" if torch.backends.mps.is_available() else "cpu"
     logger.info(f'No CUDA GPU: MODEL.DEVICE "{device}" is replaced by "{found}".')
     return found
-
-
-def resolve_seed(cfg: CfgNode, resume: bool = False) -> int:
-    """SEED, or one that is drawn when it is negative; a resumed run keeps the one in OUTPUT_DIR/config.yaml."""
-    if cfg.SEED >= 0:
-        return cfg.SEED
-    match = re.search(r"^SEED: (\d+)$", _saved_config(cfg), flags=re.MULTILINE) if resume else None
-    if match:
-        return int(match.group(1))
-    return comm.shared_random_seed()

@@ -23,8 +23,7 @@ from ..checkpoint import (
     remove_unfinished,
     write_atomically,
 )
-from ..config.merging import config_to_blame, resolve_seed
-from ..config.output_dir import lock_output_dir, release_output_dir
+from ..config.merging import config_to_blame
 from ..data import build_loss_loader, build_test_loader, build_train_loader, with_classes
 from ..data.classes import class_table
 from ..errors import CheckpointError, ConfigError, NonFiniteError
@@ -45,6 +44,7 @@ from .hooks import (
     StopHook,
 )
 from .launch import StopSignals
+from .output_dir import lock_output_dir, release_output_dir, resolve_seed
 from .train_step import TrainStep, amp_dtype
 from .validation import mean_loss
 from .writers import ConsoleWriter, MetricsWriter, TensorBoardWriter, bounded_storage, cut_metrics

@@ -14,9 +14,9 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ..checkpoint import Checkpointer
-from ..config.merging import save_config
 from ..data.classes import class_table
 from ..engine import Trainer, launch, setup
+from ..engine.output_dir import save_config
 from ..errors import ConfigError
 
 
