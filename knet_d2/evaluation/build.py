@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Callable
+from unittest import mock
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import (
@@ -42,12 +44,37 @@ def _semantic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
     return SemanticEvaluator(name, class_ids=[*things, *knet.STUFF_CATEGORY_IDS], output_dir=folder)
 
 
-class _CityscapesSemanticEvaluator(CityscapesSemSegEvaluator):
+class _FormerNumPy(DatasetEvaluator):
+    """Lends the evaluation programs names that NumPy removed: np.float to lvis 0.5, np.in1d to cityscapesscripts 2."""
+
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        with mock.patch.multiple(np, create=True, float=float, in1d=np.isin):
+            return super().evaluate()
+
+
+class _CityscapesInstanceEvaluator(_FormerNumPy, CityscapesInstanceEvaluator):
+    """Detectron2's evaluator, without matches.json.
+
+    cityscapesscripts writes this file into the working directory, and fails at it since NumPy 2.4.
+    """
+
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as program
+
+        with mock.patch.object(program, "writeDict2JSON"):
+            return super().evaluate()
+
+
+class _CityscapesSemanticEvaluator(_FormerNumPy, CityscapesSemSegEvaluator):
     """Detectron2's evaluator, with its mean over the classes, "IoU", also under the usual name "mIoU"."""
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         results = super().evaluate()
         return results and {"sem_seg": {"mIoU": results["sem_seg"]["IoU"], **results["sem_seg"]}}
+
+
+class _LVISEvaluator(_FormerNumPy, LVISEvaluator):
+    """Detectron2's evaluator."""
 
 
 # evaluator_type -> output of the model -> (metadata key that the evaluator needs, builder).
@@ -61,8 +88,8 @@ EVALUATORS: dict[str, dict[str, tuple[str, Builder]]] = {
     "coco_panoptic_seg": _PANOPTIC,
     "cityscapes_panoptic_seg": _PANOPTIC,
     "sem_seg": {"sem_seg": ("stuff_classes", _semantic)},
-    "lvis": {"instances": ("json_file", lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder))},
-    "cityscapes_instance": {"instances": ("gt_dir", lambda cfg, name, folder: CityscapesInstanceEvaluator(name))},
+    "lvis": {"instances": ("json_file", lambda cfg, name, folder: _LVISEvaluator(name, output_dir=folder))},
+    "cityscapes_instance": {"instances": ("gt_dir", lambda cfg, name, folder: _CityscapesInstanceEvaluator(name))},
     "cityscapes_sem_seg": {"sem_seg": ("gt_dir", lambda cfg, name, folder: _CityscapesSemanticEvaluator(name))},
 }
 

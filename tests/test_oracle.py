@@ -1,0 +1,250 @@
+"""For every format: a model that predicts exactly what training reads as ground truth scores 100."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import data_cfg, unique_name
+from dataset_trees import (
+    CLASSES,
+    NUM_THINGS,
+    compressed,
+    instances_json,
+    polygon,
+    registered_below,
+    uncompressed,
+    write_cityscapes,
+    write_images,
+    write_labels,
+    write_lvis,
+    write_panoptic,
+)
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_sem_seg, register_coco_panoptic, register_coco_panoptic_separated
+from detectron2.structures import Instances
+
+from knet_d2.data import load_dataset
+from knet_d2.data.mapper import build_loss_mapper
+from knet_d2.evaluation import build_evaluators
+
+
+def oracle(cfg, record):
+    """The ground truth of a record, as training reads it, in the form of the outputs of a model."""
+    knet, example = cfg.MODEL.KNET, build_loss_mapper(cfg)(record)
+    outputs, size = {}, example["image"].shape[-2:]
+    if "instances" in example:
+        truth, instances = example["instances"], Instances(size)
+        instances.pred_masks, instances.pred_classes = truth.gt_masks.tensor, truth.gt_classes
+        instances.pred_boxes = truth.gt_masks.get_bounding_boxes()
+        instances.scores = torch.linspace(1, 0.5, len(truth))
+        outputs["instances"] = instances
+    if "sem_seg" in example:
+        labels = example["sem_seg"]
+        # Void pixels may have any class; those of crowds are things in separated label maps.
+        known = labels.where(labels != cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE, 0)
+        if "instances" in example:
+            for mask, label in zip(instances.pred_masks, instances.pred_classes):
+                known[mask] = label
+        number = knet.NUM_THING_CLASSES + knet.NUM_STUFF_CLASSES
+        outputs["sem_seg"] = torch.nn.functional.one_hot(known, number).permute(2, 0, 1).float()
+    if len(outputs) == 2:
+        ids, info = torch.zeros(size, dtype=torch.int32), []
+        regions = [(m, True, knet.THING_CATEGORY_IDS[c]) for m, c in zip(instances.pred_masks, instances.pred_classes)]
+        for i, category in enumerate(knet.STUFF_CATEGORY_IDS, knet.NUM_THING_CLASSES):
+            regions.append((labels == i, False, category))
+        for mask, isthing, category in regions:
+            if mask.any():
+                info.append({"id": len(info) + 1, "isthing": isthing, "category_id": category})
+                ids[mask] = len(info)
+        outputs["panoptic_seg"] = (ids, info)
+    return outputs
+
+
+def scores(task, name, custom=(), outputs=()):
+    """Evaluate the oracle: {"group/metric": value} of the main metrics."""
+    cfg = data_cfg(task, name, custom=custom)
+    cfg.MODEL.KNET.TEST.OUTPUTS = list(outputs)
+    results = {}
+    for evaluator in build_evaluators(cfg, name):
+        evaluator.reset()
+        for record in load_dataset(name):
+            evaluator.process([record], [oracle(cfg, record)])
+        with contextlib.redirect_stdout(io.StringIO()):
+            results.update(evaluator.evaluate())
+    metrics = ("AP", "PQ", "PQ_th", "PQ_st", "SQ", "mIoU", "pACC")
+    return {f"{k}/{m}": results[k][m] for k in results for m in metrics if m in results[k]}
+
+
+def assert_perfect(found, *groups):
+    assert {x.split("/")[0] for x in found} == set(groups)
+    assert found == pytest.approx(dict.fromkeys(found, 100.0), abs=1e-9)
+
+
+# ---- instances: each entry changes the file
+
+INSTANCES = {
+    "polygons": {},
+    "annotation ids from 0": {"first_id": 0},
+    "compressed RLE": {"segmentation": compressed},
+    "uncompressed RLE": {"segmentation": uncompressed},
+    "category ids out of order": {"ids": (90, 3)},
+    "no crowds": {"with_crowds": False},
+}
+
+
+@pytest.mark.parametrize("kind", INSTANCES)
+def test_coco_instances(tmp_path, kind):
+    entry = _instances(tmp_path, instances_json(**INSTANCES[kind]))
+    assert_perfect(scores("instance", entry["name"], (entry,)), "bbox", "segm")
+
+
+def test_more_than_255_classes(tmp_path):
+    content = instances_json(ids=(7, 300))
+    content["categories"] = [{"id": i, "name": f"class {i}"} for i in range(1, 366)]
+    entry = _instances(tmp_path, content)
+    assert_perfect(scores("instance", entry["name"], (entry,)), "bbox", "segm")
+
+
+def _instances(root, content):
+    write_images(root / "images")
+    (root / "instances.json").write_text(json.dumps(content))
+    return {
+        **{"name": unique_name("oracle"), "type": "coco_instance"},
+        **{"json": str(root / "instances.json"), "images": str(root / "images")},
+    }
+
+
+@pytest.mark.parametrize("segmentation", [polygon, compressed])
+def test_instances_registered_in_python(tmp_path, segmentation):
+    entry = _instances(tmp_path, instances_json(segmentation))
+    data_cfg("instance", custom=(entry,))
+    name, records = unique_name("python"), load_dataset(entry["name"])
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).thing_classes = list(CLASSES[:NUM_THINGS])
+    assert_perfect(scores("instance", name), "bbox", "segm")
+
+
+# ---- panoptic
+
+PANOPTIC = {"panoptic": ["panoptic_seg", "instances"], "instance": ["instances"]}
+
+
+@pytest.mark.parametrize("task", PANOPTIC)
+@pytest.mark.parametrize("leave_out", [(), ("area", "iscrowd")], ids=["complete", "without area and iscrowd"])
+@pytest.mark.parametrize("ids", [(1, 2, 3, 4), (90, 2, 1, 200)], ids=str)
+def test_coco_panoptic(tmp_path, task, ids, leave_out):
+    """Without iscrowd, the group of cars is one car."""
+    content = instances_json(ids=ids)
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] &= "iscrowd" not in leave_out
+    entry = {**_instances(tmp_path, content), "type": "coco_panoptic"}
+    entry["instances_json"] = entry.pop("json")
+    write_panoptic(tmp_path, ids, leave_out)
+    entry.update(panoptic_json=str(tmp_path / "panoptic.json"), panoptic_root=str(tmp_path / "panoptic"))
+    groups = ["bbox", "segm", *(["panoptic_seg"] if task == "panoptic" else [])]
+    assert_perfect(scores(task, entry["name"], (entry,), PANOPTIC[task]), *groups)
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """The scene as Detectron2 registers COCO: thing and stuff classes have the same contiguous ids in "separated"."""
+    ids = (1, 2, 11, 12)
+    _instances(tmp_path, instances_json(ids=ids))
+    write_panoptic(tmp_path, ids)
+    write_labels(tmp_path / "labels", [0, 0, 1, 2])
+    name = unique_name("coco")
+    things = {1: 0, 2: 1}
+    standard = {
+        "thing_classes": list(CLASSES),
+        "stuff_classes": list(CLASSES),
+        "thing_dataset_id_to_contiguous_id": things,
+        "stuff_dataset_id_to_contiguous_id": {11: 2, 12: 3},
+    }
+    separated = {
+        "thing_classes": list(CLASSES[:NUM_THINGS]),
+        "stuff_classes": ["things", *CLASSES[NUM_THINGS:]],
+        "thing_dataset_id_to_contiguous_id": things,
+        "stuff_dataset_id_to_contiguous_id": {0: 0, 11: 1, 12: 2},
+    }
+    images, panoptic, panoptic_json, labels, instances = (
+        str(tmp_path / x) for x in ("images", "panoptic", "panoptic.json", "labels", "instances.json")
+    )
+    register_coco_panoptic(name, standard, images, panoptic, panoptic_json, instances)
+    register_coco_panoptic_separated(name, separated, images, panoptic, panoptic_json, labels, instances)
+    return name
+
+
+def test_coco_as_detectron2_registers_it(coco):
+    assert_perfect(scores("panoptic", coco, outputs=PANOPTIC["panoptic"]), "panoptic_seg", "bbox", "segm")
+    assert_perfect(scores("instance", coco), "bbox", "segm")
+
+
+def test_separated_coco(coco):
+    outputs = ["panoptic_seg", "instances", "sem_seg"]
+    found = scores("panoptic", coco + "_separated", outputs=outputs)
+    assert_perfect(found, "panoptic_seg", "bbox", "segm", "sem_seg")
+    assert_perfect(scores("semantic", coco + "_stuffonly"), "sem_seg")
+
+
+# ---- label maps: values of the classes, options of the entry
+
+LABELS = {
+    "plain": ([0, 1, 2, 3], {}),
+    "values from 1": ([1, 2, 3, 4], {"label_values": 1, "ignore": [0]}),
+    "255 is a class": ([0, 7, 255, 100], {"label_values": [0, 7, 255, 100], "ignore": [3]}),
+    "16 bits": ([7, 300, 40000, 1], {"label_values": [7, 300, 40000, 1], "ignore": [65535]}),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_label_maps(tmp_path, kind):
+    values, options = LABELS[kind]
+    write_images(tmp_path / "images")
+    void = options.get("ignore", [255])[0]
+    write_labels(tmp_path / "labels", values, void, np.uint8 if max(*values, void) < 256 else np.uint16)
+    folders = {"images": str(tmp_path / "images"), "labels": str(tmp_path / "labels")}
+    entry = {"name": unique_name("oracle"), "type": "sem_seg", "classes": list(CLASSES), **folders, **options}
+    assert_perfect(scores("semantic", entry["name"], (entry,)), "sem_seg")
+
+
+def test_label_maps_as_detectron2_registers_ade20k(tmp_path):
+    write_images(tmp_path / "images")
+    write_labels(tmp_path / "labels", [0, 1, 2, 3])
+    name, folders = unique_name("ade20k"), (str(tmp_path / "labels"), str(tmp_path / "images"))
+    DatasetCatalog.register(name, lambda: load_sem_seg(*folders))
+    metadata = {"stuff_classes": list(CLASSES), "evaluator_type": "sem_seg", "ignore_label": 255}
+    MetadataCatalog.get(name).set(**metadata, sem_seg_root=folders[0], image_root=folders[1])
+    assert_perfect(scores("semantic", name), "sem_seg")
+
+
+# ---- Cityscapes and LVIS, in the layout that Detectron2 expects
+
+
+@pytest.fixture
+def tree(tmp_path):
+    with registered_below(tmp_path):
+        yield tmp_path
+
+
+def test_cityscapes_panoptic(tree):
+    write_cityscapes(tree, "val")
+    assert_perfect(scores("panoptic", "cityscapes_fine_panoptic_val"), "panoptic_seg")
+
+
+CITYSCAPES = [("instance", "cityscapes_fine_instance_seg_val"), ("semantic", "cityscapes_fine_sem_seg_val")]
+
+
+@pytest.mark.parametrize("task, name", CITYSCAPES)
+def test_cityscapes_instances_and_label_maps(tree, task, name):
+    pytest.importorskip("cityscapesscripts")
+    write_cityscapes(tree, "val")
+    assert_perfect(scores(task, name), "segm" if task == "instance" else "sem_seg")
+
+
+def test_lvis(tree):
+    pytest.importorskip("lvis")
+    write_lvis(tree, "val")
+    assert_perfect(scores("instance", "lvis_v1_val"), "bbox", "segm")
