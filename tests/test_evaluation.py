@@ -512,6 +512,7 @@ def test_data_sets_registered_in_python(root):
 
 
 def test_the_best_metric_of_cityscapes_is_there(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     cfg = data_cfg("semantic", "cityscapes_fine_sem_seg_val")
     (evaluator,) = build_evaluators(cfg, "cityscapes_fine_sem_seg_val")
     monkeypatch.setattr(CityscapesSemSegEvaluator, "evaluate", lambda self: {"sem_seg": {"IoU": 61.0, "iIoU": 40.0}})

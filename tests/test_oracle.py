@@ -25,9 +25,13 @@ from dataset_trees import (
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_sem_seg, register_coco_panoptic, register_coco_panoptic_separated
 from detectron2.structures import Instances
+from helpers import SMALL
 
+from knet_d2.config.files import get_config_file
 from knet_d2.data import load_dataset
 from knet_d2.data.mapper import build_loss_mapper
+from knet_d2.engine import Trainer, load_config
+from knet_d2.errors import ConfigError
 from knet_d2.evaluation import build_evaluators
 
 
@@ -248,3 +252,53 @@ def test_lvis(tree):
     pytest.importorskip("lvis")
     write_lvis(tree, "val")
     assert_perfect(scores("instance", "lvis_v1_val"), "bbox", "segm")
+
+
+def test_missing_packages_are_named(tree, monkeypatch):
+    write_lvis(tree, "val")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for task, name, package in (*((*x, "cityscapesscripts") for x in CITYSCAPES), ("instance", "lvis_v1_val", "lvis")):
+        with pytest.raises(ConfigError, match=f"{name} is evaluated by .* pip install {package}"):
+            build_evaluators(data_cfg(task, name), name)
+
+
+# ---- the configs for them, on the same tiny trees
+
+CONFIGS = {
+    "cityscapes/panoptic.yaml": (write_cityscapes, None, (8, 11), "panoptic_seg/PQ"),
+    "cityscapes/instance.yaml": (write_cityscapes, "cityscapesscripts", (8, 0), "segm/AP"),
+    "cityscapes/semantic.yaml": (write_cityscapes, "cityscapesscripts", (0, 19), "sem_seg/mIoU"),
+    "lvis/instance.yaml": (write_lvis, "lvis", (1203, 0), "segm/AP"),
+}
+TINY = {
+    **{key: value for key, value in SMALL.items() if not key.startswith("DATASETS.")},
+    "INPUT.MIN_SIZE_TRAIN": (64,),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": "choice",
+    "INPUT.MIN_SIZE_TEST": 64,
+    "INPUT.CROP.SIZE": (64, 96),
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.STEPS": (),
+    "SOLVER.MAX_ITER": 1,
+    "DATALOADER.NUM_WORKERS": 0,
+    "TEST.EVAL_PERIOD": 1,
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_one_training_step_and_one_evaluation(tree, path):
+    write, package, classes, metric = CONFIGS[path]
+    if package:
+        pytest.importorskip(package)
+    for split in ("train", "val"):
+        write(tree, split)
+    options = {**TINY, "OUTPUT_DIR": str(tree / "output")}
+    cfg = load_config(get_config_file(path), [item for pair in options.items() for item in pair])
+    assert (cfg.MODEL.KNET.NUM_THING_CLASSES, cfg.MODEL.KNET.NUM_STUFF_CLASSES) == classes
+    (tree / "output").mkdir()
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    with contextlib.redirect_stdout(io.StringIO()):
+        results = trainer.train()
+    group, key = metric.split("/")
+    assert key in results[group]
+    assert np.isfinite(trainer.storage.latest()["total_loss"][0])

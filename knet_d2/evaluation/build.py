@@ -1,7 +1,9 @@
 """Selects the evaluators of a data set by its evaluator_type and the outputs of the model."""
 
+import importlib.util
 import logging
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -44,19 +46,34 @@ def _semantic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
     return SemanticEvaluator(name, class_ids=[*things, *knet.STUFF_CATEGORY_IDS], output_dir=folder)
 
 
-class _FormerNumPy(DatasetEvaluator):
-    """Lends the evaluation programs names that NumPy removed: np.float to lvis 0.5, np.in1d to cityscapesscripts 2."""
+class _ByPackage(DatasetEvaluator):
+    """Detectron2's evaluators that need a package which is installed on demand.
+
+    The packages get the names that NumPy removed: np.float for lvis 0.5, np.in1d for cityscapesscripts 2.
+    """
+
+    package: str
+
+    def __init__(self, dataset_name: str, **options: Any) -> None:
+        if importlib.util.find_spec(self.package) is None:
+            raise ConfigError(
+                f"DATASETS.TEST: data set {dataset_name} is evaluated by the package {self.package}. Install it: "
+                f"python -m pip install {self.package}."
+            )
+        super().__init__(dataset_name, **options)
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         with mock.patch.multiple(np, create=True, float=float, in1d=np.isin):
             return super().evaluate()
 
 
-class _CityscapesInstanceEvaluator(_FormerNumPy, CityscapesInstanceEvaluator):
+class _CityscapesInstanceEvaluator(_ByPackage, CityscapesInstanceEvaluator):
     """Detectron2's evaluator, without matches.json.
 
     cityscapesscripts writes this file into the working directory, and fails at it since NumPy 2.4.
     """
+
+    package = "cityscapesscripts"
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as program
@@ -65,16 +82,18 @@ class _CityscapesInstanceEvaluator(_FormerNumPy, CityscapesInstanceEvaluator):
             return super().evaluate()
 
 
-class _CityscapesSemanticEvaluator(_FormerNumPy, CityscapesSemSegEvaluator):
+class _CityscapesSemanticEvaluator(_ByPackage, CityscapesSemSegEvaluator):
     """Detectron2's evaluator, with its mean over the classes, "IoU", also under the usual name "mIoU"."""
+
+    package = "cityscapesscripts"
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         results = super().evaluate()
         return results and {"sem_seg": {"mIoU": results["sem_seg"]["IoU"], **results["sem_seg"]}}
 
 
-class _LVISEvaluator(_FormerNumPy, LVISEvaluator):
-    """Detectron2's evaluator."""
+class _LVISEvaluator(_ByPackage, LVISEvaluator):
+    package = "lvis"
 
 
 # evaluator_type -> output of the model -> (metadata key that the evaluator needs, builder).
