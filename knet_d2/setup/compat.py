@@ -1,4 +1,4 @@
-"""Functions for what differs between the supported versions of Detectron2 and torch, and for private names of both.
+"""Functions for what differs between the supported versions of other packages, and for their private names.
 
 Each function states why it is needed and when it can be removed.
 """
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["create_local_process_group", "default_store", "quiet_torchscript", "stored_images"]
+__all__ = ["create_local_process_group", "default_store", "quiet_torchscript", "replaced", "stored_images"]
 
 
 def create_local_process_group(size: int) -> None:
@@ -58,3 +58,23 @@ def quiet_torchscript() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
         yield
+
+
+@contextlib.contextmanager
+def replaced(module: Any, **values: Any) -> Iterator[None]:
+    """Give names of a module other values; afterwards they are as before, and those that it lacked are gone.
+
+    Reason: lvis 0.5 and cityscapesscripts 2 use names that NumPy has removed, and write a file in a way that fails.
+    Remove with: these versions.
+    """
+    earlier = {name: getattr(module, name) for name in values if hasattr(module, name)}
+    for name, value in values.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            if name in earlier:
+                setattr(module, name, earlier[name])
+            else:
+                delattr(module, name)
