@@ -374,6 +374,8 @@ DAMAGES = {
     "bad RLE: counts": Damage(
         _INSTANCES, _JSON, _change("counts", lambda x: x["segmentation"]["counts"].append(40)), ERROR
     ),
+    "bad RLE: more pixels than any image": Damage(_INSTANCES, _JSON, _rle(size=[2**16, 2**16], counts=[2**32]), ERROR),
+    "bad RLE: a number of a million digits": Damage(_INSTANCES, _JSON, _rle(counts="o" * 10**6 + "0"), ERROR),
     "bad RLE: string cut off": Damage(_INSTANCES, _JSON, _change("rle", _cut_string), ERROR),
     "empty mask": Damage(_INSTANCES, _JSON, _change("rle", _empty_mask), WARNING),
     "wrong bbox": Damage(_INSTANCES, _JSON, _far_corner_polygon, ERROR),

@@ -121,6 +121,14 @@ def test_what_is_wrong_between_training_and_validation(root, tmp_path):
     (fault,) = check(train, test=[test]).faults
     assert fault.kind == "training image in validation"
     assert fault.file.endswith("other/images/000003.jpg") and IMAGE in fault.what
+    # Two of Roboflow's versions of one photo, with other pixels and other labels
+    names = ["p_jpg.rf.0123456789abcdef.jpg", "p_jpg.rf.fedcba9876543210.jpg"]
+    for folder, name in zip((root, other), names):
+        for kind, ending in (("images", ".jpg"), ("semantic", ".png")):
+            new = os.path.splitext(name)[0] + ending
+            os.rename(os.path.join(folder, kind, "000004" + ending), os.path.join(folder, kind, new))
+    (fault,) = [x for x in check(train, test=[test]).faults if "version of the same photo" in x.what]
+    assert fault.file.endswith(names[1]) and names[0] in fault.what
     # To try out whether a model can learn its training set is no mistake
     assert check(train, test=[train]).faults == []
 

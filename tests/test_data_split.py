@@ -16,7 +16,7 @@ from PIL import Image
 from knet_d2.data import load_dataset, register_custom_datasets, resolve_classes
 from knet_d2.data.check import check_datasets
 from knet_d2.data.shapes import write_shapes
-from knet_d2.data.split import Part
+from knet_d2.data.split import Part, photo_of
 from knet_d2.errors import ConfigError, DataError
 from knet_d2.evaluation import build_evaluators
 
@@ -65,6 +65,14 @@ def test_order_doesnt_matter_and_a_new_image_moves_at_most_one():
     assert len(chosen & set(names[:20])) not in (0, 10)
 
 
+def test_versions_of_a_photo_stay_together():
+    names = [f"p{i}_jpg.rf.{version:032x}.jpg" for i in range(10) for version in range(3)]
+    chosen = Part(0.2, True).select(names)
+    assert len(chosen) == 6 and len({photo_of(x) for x in chosen}) == 2
+    assert Part(0.2, False).select(names) == set(names) - chosen
+    assert photo_of("a/p0_jpg.rf.0123456789abcdef.jpg") == "a/p0_jpg.jpg" and photo_of("a.rf.jpg") == "a.rf.jpg"
+
+
 @pytest.mark.parametrize("fraction, number", [(0.001, 1), (0.5, 2), (0.999, 3)])
 def test_each_part_has_an_image(fraction, number):
     names = list("abcd")
@@ -80,7 +88,7 @@ def test_a_wrong_fraction_is_an_error_that_names_the_key(root, value):
 def test_one_image_is_too_few(tmp_path):
     write_shapes(str(tmp_path), num_images=1, seed=3, size=48)
     _, train, _ = split_cfg("sem_seg", str(tmp_path))
-    with pytest.raises(DataError, match=f"{train} can't be split: it has 1 images"):
+    with pytest.raises(DataError, match=f"{train} can't be split: it has images of 1 photos"):
         load_dataset(train)
 
 

@@ -67,7 +67,7 @@ def test_thing_and_stuff_ids_may_be_the_same():
     assert [x.corner for x in prediction.segments] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
-def test_every_output_becomes_a_prediction_and_the_panoptic_one_is_shown():
+def test_every_output_becomes_a_prediction_in_the_order_of_the_outputs():
     classes = table(["a", "b"], num_things=1)
     masks = torch.zeros(2, *SIZE, dtype=torch.bool)
     masks[0, 3:7, 5:6] = True  # the other one is empty
@@ -78,7 +78,7 @@ def test_every_output_becomes_a_prediction_and_the_panoptic_one_is_shown():
     scores[1, 20:] = 1
     outputs = {"sem_seg": scores, "instances": instances, "panoptic_seg": (torch.zeros(SIZE), [])}
     found = predictions_of(outputs, classes)
-    assert list(found) == ["panoptic_seg", "instances", "sem_seg"]
+    assert list(found) == ["sem_seg", "instances", "panoptic_seg"]
     assert [x.box for x in found["instances"].segments] == [(5, 3, 1, 4)]
     assert [(x.label, x.score, x.area) for x in found["sem_seg"].segments] == [(1, None, 20 * 50)]
     assert found["panoptic_seg"].segments == [] and {p.size for p in found.values()} == {SIZE}

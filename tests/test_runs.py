@@ -409,11 +409,13 @@ def test_number_of_checkpoints_counts_those_before_a_resume(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("model_0*.pth")) == ["model_0000013.pth", "model_0000020.pth"]
 
 
-def test_best_checkpoint(tmp_path):
+def test_best_checkpoint(tmp_path, caplog):
     ToyEvaluator.values = [10.0, math.nan, 30.0, 20.0]
     ToyNet.fail_at = ("image18.png", Interrupted())
     with pytest.raises(Interrupted):
         run(tmp_path, TEST__EVAL_PERIOD=5)
+    (told,) = [x for x in caplog.messages if "model_best.pth" in x]
+    assert "after iteration 10 gives no value of" in told and "(it is nan)" in told
     assert torch.load(tmp_path / "model_best.pth", weights_only=True)["iteration"] == 14
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000013.pth"
     # the resumed run evaluates iteration 14 again, then 19 and 22: worse ones don't replace the best

@@ -84,9 +84,10 @@ def read_description(content: Any, path: str) -> ModelDescription:
         misfits = find_misfits(build_report(layout, parameters, model_state), layout, partial=False)
     except (Exception, MemoryError) as e:  # what a strange config makes of a model raises nearly anything
         reason, version = " ".join(str(e).split())[:500], str(metadata.get("knet_d2_version", "(unknown)"))[:40]
+        other_version = "" if version == VERSION else f", or install knet_d2 {version}, which wrote it"
         raise CheckpointError(
-            f"{path}: its config and classes, written by knet_d2 {version}, can't be used by knet_d2 {VERSION} "
-            f"({reason or type(e).__name__}). Name a config_file, or install the version that wrote it."
+            f"{path}: its config and classes can't be used ({reason or type(e).__name__}). Name a config_file that "
+            f"fits{other_version}."
         ) from e
     if misfits:
         raise CheckpointError(

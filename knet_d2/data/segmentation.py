@@ -8,9 +8,13 @@ import numpy as np
 import pycocotools.mask as mask_util
 from panopticapi.utils import rgb2id
 
+from .files import MAX_PIXELS
+
 # The memory that a decoder takes grows with both.
 _LARGEST_COORDINATE = 1e6
 _LONGEST_OUTLINE = 1e7
+# Of a number in RLE, in groups of 5: more than the pixels of any image need
+_MOST_BITS = 40
 # Correct tools, too, write polygons that reach this many pixels beyond the image.
 _ROUNDING = 3.0
 
@@ -115,6 +119,8 @@ def read_rle(segmentation: dict[str, Any], image_size: tuple[int, int] | None = 
     sides = size if isinstance(size, (list, tuple)) else ()
     if len(sides) != 2 or not all(type(x) is int and 0 < x <= 2**16 for x in sides):
         raise SegmentationError("bad RLE", f"its size is {str(size)[:40]}; it must be [height, width]")
+    if math.prod(sides) > MAX_PIXELS:
+        raise SegmentationError("bad RLE", f"its size is {list(size)}; images of up to {MAX_PIXELS} pixels are read")
     if image_size is not None and tuple(size) != image_size:
         raise SegmentationError("bad RLE", f"its size is {list(size)}, but the image has {list(image_size)}")
     if isinstance(counts, (str, bytes)):
@@ -143,6 +149,8 @@ def _decode_counts(string: str) -> list[int]:
             raise SegmentationError("bad RLE", f"counts has the character {character!r}")
         value |= (bits & 31) << shift
         shift += 5
+        if shift > _MOST_BITS:
+            raise SegmentationError("bad RLE", "counts has a number that is larger than any image")
         if bits & 32:
             continue
         if bits & 16:

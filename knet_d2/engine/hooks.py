@@ -184,36 +184,44 @@ class EvalHook(HookBase):
     """Evaluates the model periodically and after the last iteration.
 
     A stop signal ends an evaluation at the next image. A resumed run then repeats the evaluation from the start.
+
+    Attributes:
+        results: metrics of the current iteration's evaluation, by name; empty if there was none.
     """
 
     def __init__(self, period: int, stop: StopHook):
+        self.results: dict[str, float] = {}
         self._period = period
         self._stop = stop
 
     def after_step(self) -> None:
+        self.results = {}
         if not is_due(self.trainer, self._period):
             return
         handle = self.trainer.evaluated_model.register_forward_pre_hook(self._stop.stop_if_received)
         try:
-            results = flatten_results_dict(self.trainer.evaluate())
+            self.results = flatten_results_dict(self.trainer.evaluate())
         finally:
             handle.remove()
-        self.trainer.storage.put_scalars(**results, smoothing_hint=False)
+        self.trainer.storage.put_scalars(**self.results, smoothing_hint=False)
         comm.synchronize()
 
 
 class BestCheckpointer(HookBase):
     """Writes the checkpoint with the highest value of one metric to model_best.pth."""
 
-    def __init__(self, checkpointer: Checkpointer, metric: str, metrics_file: str):
+    def __init__(self, evaluation: EvalHook, checkpointer: Checkpointer, metric: str, metrics_file: str):
         """
         Args:
+            evaluation: runs before this hook.
             checkpointer: writes the file.
             metric: name of a scalar, such as "segm/AP".
             metrics_file: path of metrics.json; the best value before a resume is read from it.
         """
+        self._evaluation = evaluation
         self._checkpointer = checkpointer
         self._metric = metric
+        self._is_missing_told = False
         self._metrics_file = metrics_file
         self._best = -math.inf
 
@@ -222,8 +230,17 @@ class BestCheckpointer(HookBase):
         self._best = max((v for v in values if math.isfinite(v)), default=-math.inf)
 
     def after_step(self) -> None:
-        value, iteration = self.trainer.storage.latest().get(self._metric, (-math.inf, -1))
-        if iteration != self.trainer.iter or not value > self._best:
+        results, iteration = self._evaluation.results, self.trainer.iter
+        value = results.get(self._metric, math.nan)
+        if results and not math.isfinite(value) and not self._is_missing_told:
+            self._is_missing_told = True
+            what = f"is {value}" if self._metric in results else "is not among its results"
+            logger.warning(
+                "The evaluation after iteration %d gives no value of %s (it %s), so it can't decide on model_best.pth. "
+                "Check the annotations of the first data set in DATASETS.TEST.",
+                *(iteration + 1, self._metric, what),
+            )
+        if not value > self._best:
             return
         self._best = value
         logger.info("Best %s so far: %.3f after iteration %d.", self._metric, value, iteration + 1)

@@ -156,9 +156,10 @@ class Trainer(DefaultTrainer):
         agreement = ProcessAgreement(models, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
         until_stop = [hooks.IterationTimer(), hooks.LRScheduler(), MetricsHistory(), self._average, agreement]
         until_stop += [checkpoints, stop]
-        after: list[HookBase] = [EvalHook(cfg.TEST.EVAL_PERIOD, stop)]
+        evaluation = EvalHook(cfg.TEST.EVAL_PERIOD, stop)
+        after: list[HookBase] = [evaluation]
         if comm.is_main_process():
-            after.append(BestCheckpointer(self.checkpointer, best_metric(cfg), self._metrics_file))
+            after.append(BestCheckpointer(evaluation, self.checkpointer, best_metric(cfg), self._metrics_file))
             after.append(PeriodicWriter(cfg.SOLVER.LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
         return [*(hook for hook in until_stop if hook is not None), *after, FinishIteration(after)]
 

@@ -168,6 +168,6 @@ class VideoFile:
             DataError: the file is not whole. OpenCV does not say when the disk is full.
         """
         self._writer.release()
-        written = int(cv2.VideoCapture(self._path).get(cv2.CAP_PROP_FRAME_COUNT))
+        written = max(int(cv2.VideoCapture(self._path).get(cv2.CAP_PROP_FRAME_COUNT)), 0)  # -1: not a video
         if written < self._count:
             raise DataError(f"{self._path}: {written} of {self._count} frames were written. Is the disk full?")

@@ -1,5 +1,7 @@
 """Checks all data sets of a config: each one by the check of its format, then the data sets against each other."""
 
+import os
+
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
@@ -12,6 +14,7 @@ from ..build import load_dataset
 from ..classes import resolve_classes
 from ..mapper import build_mapper
 from ..pixels import PixelFormat
+from ..split import photo_of
 from .faults import ERROR, Fault
 from .instances import check_instances
 from .labels import check_labels
@@ -98,13 +101,18 @@ def _check_by_mapper(cfg: CfgNode, name: str, records: list[dict]) -> DatasetRep
 
 
 def _find_shared_images(training: list[DatasetReport], validation: list[DatasetReport]) -> list[Fault]:
-    """Find images of the training sets whose content is in the validation sets, too."""
+    """Find images of the training sets whose content, or another version of which, is in the validation sets, too."""
     trained = {facts.digest: path for report in training for path, facts in report.images.items()}
-    return [
-        Fault(
-            "training image in validation", path, "", f"has the content of the training image {trained[facts.digest]}"
-        )
-        for report in validation
-        for path, facts in report.images.items()
-        if facts.digest in trained
-    ]
+    photos = {photo_of(os.path.basename(path)): path for path in trained.values()}
+    faults = []
+    for path, facts in (item for report in validation for item in report.images.items()):
+        name = os.path.basename(path)
+        photo = photo_of(name)
+        if facts.digest in trained:
+            what = f"has the content of the training image {trained[facts.digest]}"
+        elif photo != name and photo in photos:
+            what = f"is by its name a version of the same photo as the training image {photos[photo]}"
+        else:
+            continue
+        faults.append(Fault("training image in validation", path, "", what))
+    return faults
