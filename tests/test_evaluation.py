@@ -175,10 +175,11 @@ def test_data_sets_without_things_or_without_stuff(tmp_path, isthing):
     assert all(math.isnan(results[key + absent]) for key in ("PQ", "SQ", "RQ"))
 
 
-def test_panoptic_without_any_segment_is_nan_not_a_crash(tmp_path):
+def test_panoptic_without_any_segment_is_nan_not_a_crash(tmp_path, caplog):
     empty = np.zeros((8, 8), int)
     name = _tiny_panoptic(tmp_path, [{"id": 1, "name": "a", "isthing": 1}], [(empty, [])])
     assert all(math.isnan(x) for x in _evaluate_panoptic(name, [(empty, [])]).values())
+    assert [x for x in caplog.messages if x.startswith("No segment of data set") and x.endswith("of the classes a.")]
 
 
 def test_equal_file_names_in_two_folders(tmp_path):

@@ -303,7 +303,7 @@ def _warn_of_one_class(records: list[dict], cfg: CfgNode) -> None:
 
 
 def warn_of_absent_classes(name: str, absent: Sequence[str], what: str) -> None:
-    """Warn of classes that do not occur in a data set; ``what`` is "pixel" or "instance"."""
+    """Warn of classes that do not occur in a data set; ``what`` is "pixel", "instance" or "segment"."""
     if absent:
         more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
         logger.warning("No %s of data set %s is of the classes %s%s.", what, name, ", ".join(absent[:10]), more)

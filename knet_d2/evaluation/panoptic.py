@@ -22,6 +22,7 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 from tabulate import tabulate
 
+from ..data.build import warn_of_absent_classes
 from ..data.coco_json import read_coco_json
 from ..data.files import read_panoptic
 from ..data.segmentation import segment_index
@@ -111,6 +112,9 @@ class PanopticEvaluator(DatasetEvaluator):
         if self._output_dir:
             with PathManager.open(os.path.join(self._output_dir, "predictions.json"), "w") as f:
                 json.dump({**ground_truth, "annotations": predictions}, f)
+        occurring = {segment["category_id"] for x in annotations.values() for segment in x["segments_info"]}
+        absent = [category["name"] for i, category in categories.items() if i not in occurring]
+        warn_of_absent_classes(self._metadata.name, absent, "segment")
         return OrderedDict(panoptic_seg=_summary(statistics, categories))
 
     def _read_ground_truth(self) -> dict[str, Any]:
