@@ -70,7 +70,8 @@ def main(args: argparse.Namespace) -> int:
             done = count_lines(run / "metrics.json")
             resumed = int(re.findall(r"Training from iteration (\d+)", train(run).finish())[-1])
             difference = compare_runs(whole, run)
-            if difference is None and not (resumed > 0 and 0 <= done - resumed <= PERIOD):
+            # -1: killed between the checkpoint of an iteration and its line in metrics.json, which is written after it
+            if difference is None and not (resumed > 0 and -1 <= done - resumed <= PERIOD):
                 difference = f"{done - resumed} iterations were lost"
             different += difference is not None
             moment = f"{done}, while it wrote a file" if unfinished else done
