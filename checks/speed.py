@@ -118,14 +118,16 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    builders = [load_package(folder.resolve()) for folder in (args.other, ROOT)]
+    folders = [folder.resolve() for folder in (args.other, ROOT)]
     height, width = (int(number) for number in args.size.split("x"))
     batch, rows = make_batch((height, width)), []
     for config in args.configs:
         counts = COUNTS if "panoptic" in config else COUNTS[:2]
         opts = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", *counts]
         torch.manual_seed(0)
-        models = [build(config, opts) for build in builders]
+        # Each is built before the other package replaces its architecture in Detectron2's registries
+        models = [load_package(folder)(config, opts) for folder in folders]
+        assert type(models[0]) is not type(models[1])
         models[1].load_state_dict(models[0].state_dict())
         for training in (False, True):
             rows.append([config, "training" if training else "inference"])
