@@ -108,8 +108,15 @@ def run(postprocessor, class_logits, mask_logits, geometry):
     return results
 
 
+def result_options(output, **options):
+    """The defaults of the config, but for the given ones."""
+    defaults = {"stage": -1, "max_instances": 100, "score_threshold": 0.0}
+    thresholds = {"thing_score_threshold": 0.3, "overlap_threshold": 0.6}
+    return ResultOptions((output,), **{**defaults, **thresholds, **options})
+
+
 def panoptic_processor(num_kernels, **thresholds):
-    options = ResultOptions(("panoptic_seg",), **thresholds)
+    options = result_options("panoptic_seg", **thresholds)
     return PostProcessor(bank=bank(num_kernels - STUFF), category_ids=CATEGORIES, options=options)
 
 
@@ -123,7 +130,7 @@ def run_panoptic(class_logits, mask_logits, geometry, **thresholds):
 def run_instances(class_logits, mask_logits, geometry, **options):
     num_kernels, num_things = class_logits.shape
     instance_bank = TASKS["instance"].bank(num_matched=num_kernels, num_things=num_things, num_stuff=0)
-    options = ResultOptions(("instances",), **options)
+    options = result_options("instances", **options)
     postprocessor = PostProcessor(bank=instance_bank, category_ids=list(range(num_things)), options=options)
     result, other = run(postprocessor, class_logits, mask_logits, geometry)
     assert result.image_size == other.image_size

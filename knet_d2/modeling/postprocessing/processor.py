@@ -42,11 +42,11 @@ class ResultOptions(NamedTuple):
     """
 
     outputs: tuple[str, ...]
-    stage: int = -1
-    max_instances: int = 100
-    score_threshold: float | None = 0.0
-    thing_score_threshold: float = 0.3
-    overlap_threshold: float = 0.6
+    stage: int
+    max_instances: int
+    score_threshold: float | None
+    thing_score_threshold: float
+    overlap_threshold: float
 
 
 class PostProcessor(nn.Module):
