@@ -214,3 +214,11 @@ def get_task(cfg: CfgNode) -> Task:
     if name not in TASKS:
         raise ConfigError(f"MODEL.KNET.TASK = {name!r}: use one of {', '.join(TASKS)}.")
     return TASKS[name]
+
+
+def build_bank(cfg) -> KernelBank:
+    """The kernels of a config's model; its classes must be resolved (see resolve_classes)."""
+    knet = cfg.MODEL.KNET
+    return get_task(cfg).bank(
+        num_matched=knet.NUM_KERNELS, num_things=knet.NUM_THING_CLASSES, num_stuff=knet.NUM_STUFF_CLASSES
+    )

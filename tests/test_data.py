@@ -516,7 +516,7 @@ def _augmented_cfg(entries, **changes):
 def _digests(batches):
     return [
         [
-            (x["file_name"], x["image"].numpy().tobytes(), x["instances"].gt_masks.tensor.numpy().tobytes())
+            (x["file_name"], x["image"].numpy().tobytes(), x["ground_truth"].packed_masks.numpy().tobytes())
             for x in batch
         ]
         for batch in batches
@@ -555,8 +555,9 @@ def test_random_flip_flips_half_of_the_images(entries, option, axis):
     flipped = []
     for example in itertools.chain.from_iterable(itertools.islice(build_train_loader(cfg), 15)):
         labels = plain[example["file_name"]]
-        flipped.append(not torch.equal(example["sem_seg"], labels))
-        assert not flipped[-1] or torch.equal(example["sem_seg"], labels.flip(axis))
+        found = example["ground_truth"].labels
+        flipped.append(not torch.equal(found.long(), labels))
+        assert found.dtype == torch.uint8 and (not flipped[-1] or torch.equal(found.long(), labels.flip(axis)))
     assert (15 < sum(flipped) < 45) if axis else not any(flipped)
 
 

@@ -16,6 +16,7 @@ from helpers import (
     tiny_model,
 )
 
+from knet_d2.data.ground_truth import ground_truth_of
 from knet_d2.errors import DataError
 from knet_d2.modeling.cascade import static_predictions
 from knet_d2.modeling.meta_arch import KNet
@@ -102,7 +103,7 @@ def test_an_image_without_instances_needs_no_masks(models):
 def test_targets_are_padded_then_resized_and_stay_soft():
     x = make_example((45, 61), 2)
     x["instances"].gt_masks.tensor[0, 2:30, 10:31] = True
-    targets = build_targets(x, (64, 96), (16, 24), BANK, IGNORE, torch.zeros(1, dtype=torch.float64))
+    targets = build_targets(ground_truth_of(x, BANK, IGNORE), torch.zeros(1, 3, 64, 96).double(), (16, 24), IGNORE)
     padded = torch.zeros(2, 64, 96)
     padded[:, :45, :61] = x["instances"].gt_masks.tensor
     for mask, result in zip(padded, targets.masks):
@@ -119,7 +120,8 @@ def test_targets_are_padded_then_resized_and_stay_soft():
 def test_void_and_thing_pixels_are_no_stuff():
     labels = torch.full((64, 64), IGNORE)
     labels[:10] = 1
-    targets = build_targets(example(sem_seg=labels), (64, 64), (16, 16), BANK, IGNORE, torch.zeros(1))
+    truth = ground_truth_of(example(sem_seg=labels), BANK, IGNORE)
+    targets = build_targets(truth, torch.zeros(1, 3, 64, 64), (16, 16), IGNORE)
     assert targets.stuff_classes.tolist() == []
     assert targets.stuff_masks.shape == (0, 16, 16)
 

@@ -17,8 +17,8 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from knet_d2.config import get_knet_cfg
-from knet_d2.data import build_test_loader, build_train_loader, register_custom_datasets, resolve_classes
-from knet_d2.data.build import MappedDataset, load_dataset
+from knet_d2.data import build_test_loader, build_train_loader, load_dataset, register_custom_datasets, resolve_classes
+from knet_d2.data.build import MappedDataset
 from knet_d2.data.check import check_datasets
 from knet_d2.data.files import read_image, read_labels, read_panoptic
 from knet_d2.data.mapper import build_mapper

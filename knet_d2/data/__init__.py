@@ -2,10 +2,12 @@
 
 import os
 
-from .build import build_loss_loader, build_test_loader, build_train_loader, load_dataset
+from .build import build_loss_loader, build_test_loader, build_train_loader
 from .classes import ClassTable, resolve_classes, with_classes
 from .custom import register_custom_datasets
+from .ground_truth import compact_example
 from .mapper import KNetDatasetMapper, build_mapper
+from .records import load_dataset
 from .shapes import register_shapes
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "build_mapper",
     "build_test_loader",
     "build_train_loader",
+    "compact_example",
     "load_dataset",
     "register_custom_datasets",
     "register_shapes",

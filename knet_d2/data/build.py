@@ -1,42 +1,27 @@
-"""The data loaders for training, evaluation and the validation loss, and the records that they load."""
+"""The data loaders for training, evaluation and the validation loss."""
 
 import contextlib
-import difflib
-import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
-from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
-from detectron2.data.catalog import Metadata
+from detectron2.data import DatasetFromList
 from detectron2.data.samplers import InferenceSampler
-from detectron2.data.transforms import AugmentationList
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 
-from ..errors import ConfigError, DataError, KNetError
-from ..tasks import get_task
-from .coco_json import check_categories, forget_large_files, read_coco_json
+from ..errors import ConfigError, KNetError
+from ..tasks import build_bank, get_task
+from .coco_json import forget_large_files
 from .files import read_image
+from .ground_truth import CompactMapper
 from .mapper import build_loss_mapper, build_mapper
 from .pixels import PixelFormat
+from .records import load_datasets, warn_of_one_class
 from .sampler import SampleKey, TrainingBatchSampler
 from .workers import ignore_stop_signals
-
-logger = logging.getLogger(__name__)
-
-# Arguments: the name of the semantic data set, the name of the class.
-ONE_CLASS = (
-    "All labelled pixels of %s that were read are of the class %s. The model can't learn from one class, and mIoU has "
-    "no meaning for it. Give the other pixels a class, too: for masks with the values 0 and 255, set classes: "
-    "[background, object], label_values: [0, 255] and ignore: [] in DATASETS.CUSTOM."
-)
-# Number of label maps that are read for the warning ONE_CLASS when a training run starts.
-_SAMPLED_LABEL_MAPS = 32
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -52,7 +37,8 @@ def build_train_loader(
 
     Args:
         cfg: the config, with its classes resolved.
-        mapper: maps a record to an example; default: build_mapper(cfg, is_train=True).
+        mapper: maps a record to an example; default: build_mapper(cfg, is_train=True), whose ground truth is checked
+            and made compact (see :func:`.ground_truth.compact_example`).
         dataset: the records; default: the records of DATASETS.TRAIN.
         start_iter: the first iteration.
 
@@ -75,7 +61,7 @@ def build_train_loader(
             with_sizes=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         )
         if "instances" not in get_task(cfg).annotations:
-            _warn_of_one_class(dataset, cfg)
+            warn_of_one_class(dataset, cfg)
         if mapper is None:  # find images of another format before the training starts
             read_image(dataset[0]["file_name"], PixelFormat.from_config(cfg))
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -88,7 +74,7 @@ def build_train_loader(
         start_iter=start_iter,
         groups=_aspect_groups(dataset) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
     )
-    mapped = MappedDataset(dataset, mapper or build_mapper(cfg, is_train=True), seed)
+    mapped = MappedDataset(dataset, mapper or _compact(cfg, build_mapper(cfg, is_train=True)), seed)
     forget_large_files()
     return RaisingDataLoader(mapped, batch_sampler=sampler, **_loader_options(cfg))
 
@@ -123,7 +109,7 @@ def build_loss_loader(cfg: CfgNode, name: str) -> tuple[torch.utils.data.DataLoa
     world_size, rank = comm.get_world_size(), comm.get_rank()
     steps = -(-len(dataset) // world_size)
     order = [(i * world_size + rank) % len(dataset) for i in range(steps)]
-    mapped = MappedDataset(dataset, build_loss_mapper(cfg), seed=0)
+    mapped = MappedDataset(dataset, _compact(cfg, build_loss_mapper(cfg)), seed=0)
     return RaisingDataLoader(mapped, sampler=order, batch_size=1, **_loader_options(cfg)), len(dataset)
 
 
@@ -181,105 +167,6 @@ def seeded(*seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def load_datasets(
-    names: Sequence[str], key: str, *, filter_empty: bool = False, with_sizes: bool = False
-) -> list[dict]:
-    """Return the records of one or more data sets in one list.
-
-    Args:
-        names: names of registered data sets.
-        key: config key that holds the names, for error messages.
-        filter_empty: leave out images whose "annotations" contain no instance.
-        with_sizes: add image sizes from the panoptic JSON to records that have none.
-
-    Raises:
-        ConfigError: there is no name, or a name is not registered.
-        DataError: a data set can't be read, or no image is left.
-    """
-    if not names:
-        raise ConfigError(f"{key} is empty: name at least one data set.")
-    records = []
-    for name in names:
-        added = load_dataset(name, key)
-        if with_sizes and "width" not in added[0]:
-            _add_sizes(added, MetadataCatalog.get(name))
-        records += added
-    if "annotations" in records[0]:
-        if filter_empty:
-            records = filter_images_with_only_crowd_annotations(records)
-        class_names = MetadataCatalog.get(names[0]).get("thing_classes")
-        if class_names and all("annotations" in record for record in records):
-            print_instances_class_histogram(records, class_names)
-    if not records:
-        raise DataError(
-            f"{key}: no image of {', '.join(names)} has an instance. Check the annotations, or set "
-            "DATALOADER.FILTER_EMPTY_ANNOTATIONS to False."
-        )
-    return records
-
-
-def load_dataset(name: str, key: str = "DATASETS") -> list[dict]:
-    """Return the records of one data set.
-
-    Args:
-        name: name of a registered data set.
-        key: config key that holds the name, for error messages.
-
-    Raises:
-        ConfigError: the name is not registered.
-        DataError: the data set can't be read or has no images; names the file.
-    """
-    if name not in DatasetCatalog:
-        similar = difflib.get_close_matches(name, DatasetCatalog.list(), 3)
-        hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
-        raise ConfigError(
-            f"{key}: data set {name!r} is not registered.{hint} To register your own data, set DATASETS.CUSTOM."
-        )
-    try:
-        records = DatasetCatalog.get(name)
-    except KNetError:
-        raise
-    except Exception as error:
-        reason = _reason(name) or f"{type(error).__name__}: {error}"
-        raise DataError(f"Data set {name} can't be read: {reason}") from error
-    if not records:
-        raise DataError(f"Data set {name} has no images. Check its paths.")
-    return records
-
-
-def _reason(name: str) -> str | None:
-    """Find out from the files that its metadata names why a data set can't be read; None if they are all there."""
-    metadata = MetadataCatalog.get(name).as_dict()
-    hint = "Put it there, correct the path, or set DETECTRON2_DATASETS to the folder that holds the data sets."
-    for key in ("panoptic_json", "json_file"):
-        path = metadata.get(key)
-        if path is None:
-            continue
-        if not PathManager.isfile(path):
-            return f"annotation file {path} does not exist. {hint}"
-        try:
-            check_categories(read_coco_json(path), path)
-        except DataError as error:
-            return str(error)
-    for key in ("image_root", "sem_seg_root", "panoptic_root"):
-        path = metadata.get(key)
-        if path is not None and not PathManager.isdir(path):
-            return f"folder {path} ({key}) does not exist. {hint}"
-    return None
-
-
-def _add_sizes(records: list[dict], metadata: Metadata) -> None:
-    """Add image sizes from the panoptic JSON to the records in place, because Detectron2's readers leave them out."""
-    path = metadata.get("panoptic_json")
-    if path is None:
-        return
-    images = {image["id"]: image for image in read_coco_json(path)["images"]}
-    for record in records:
-        image = images.get(record.get("image_id"), {})
-        if "height" in image and "width" in image:
-            record.update(height=image["height"], width=image["width"])
-
-
 def _aspect_groups(records: list[dict]) -> list[int] | None:
     """Return 1 for each upright image and 0 for each other one; None if a record has no size."""
     if not all("width" in record and "height" in record for record in records):
@@ -287,26 +174,9 @@ def _aspect_groups(records: list[dict]) -> list[int] | None:
     return [int(record["width"] <= record["height"]) for record in records]
 
 
-def _warn_of_one_class(records: list[dict], cfg: CfgNode) -> None:
-    """Warn if all labelled pixels are of one class, in a sample of label maps from all parts of the data sets."""
-    mapper = build_loss_mapper(cfg)
-    mapper.augmentations = AugmentationList([])
-    seen: set[int] = set()
-    for i in np.unique(np.linspace(0, len(records) - 1, _SAMPLED_LABEL_MAPS).astype(int)):
-        with contextlib.suppress(KNetError):  # the loader raises this error when training reads the image
-            seen.update(mapper(records[i])["sem_seg"].unique().tolist())
-        if len(seen - {mapper.ignore_value}) > 1:
-            return
-    for label in seen - {mapper.ignore_value}:
-        names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).stuff_classes
-        logger.warning(ONE_CLASS, ", ".join(cfg.DATASETS.TRAIN), names[label])
-
-
-def warn_of_absent_classes(name: str, absent: Sequence[str], what: str) -> None:
-    """Warn of classes that do not occur in a data set; ``what`` is "pixel", "instance" or "segment"."""
-    if absent:
-        more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
-        logger.warning("No %s of data set %s is of the classes %s%s.", what, name, ", ".join(absent[:10]), more)
+def _compact(cfg: CfgNode, mapper: Mapper) -> Mapper:
+    """The mapper with ground truth as the model sends it to its device."""
+    return CompactMapper(mapper, build_bank(cfg), cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
 
 
 def _loader_options(cfg: CfgNode) -> dict[str, Any]:
@@ -314,6 +184,8 @@ def _loader_options(cfg: CfgNode) -> dict[str, Any]:
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
         "collate_fn": _as_list,
         "worker_init_fn": ignore_stop_signals,
+        # Only from pinned memory do copies to the device run beside its computations
+        "pin_memory": torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available(),
         # iter(loader) draws a base seed; a private generator keeps the global RNG, and exact resume, intact.
         "generator": torch.Generator(),
     }

@@ -17,7 +17,7 @@ from detectron2.utils.colormap import colormap
 
 from ..errors import ConfigError, DataError
 from ..tasks import Task, get_task
-from .build import load_dataset
+from .records import load_dataset
 
 logger = logging.getLogger(__name__)
 

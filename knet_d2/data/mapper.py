@@ -228,11 +228,19 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> KNetDatasetMapper:
     return KNetDatasetMapper(cfg, is_train)
 
 
+def build_truth_mapper(cfg: CfgNode, augmentations: list) -> KNetDatasetMapper:
+    """Ground truth as in training, but without training's augmentations and padding.
+
+    Args:
+        augmentations: what happens to the images instead; []: they stay as they are.
+    """
+    arguments = KNetDatasetMapper.from_config(cfg, is_train=True)
+    return KNetDatasetMapper(**{**arguments, "augmentations": augmentations, "pad_size": None})
+
+
 def build_loss_mapper(cfg: CfgNode) -> KNetDatasetMapper:
     """Ground truth as in training, images as in testing."""
-    arguments = KNetDatasetMapper.from_config(cfg, is_train=True)
-    arguments.update(augmentations=build_augmentations(cfg, is_train=False), pad_size=None)
-    return KNetDatasetMapper(**arguments)
+    return build_truth_mapper(cfg, build_augmentations(cfg, is_train=False))
 
 
 def read_sem_seg(record: dict[str, Any], size: tuple[int, int], num_classes: int, ignore_value: int) -> np.ndarray:

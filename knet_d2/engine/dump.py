@@ -11,8 +11,8 @@ import torch
 from detectron2.structures import BitMasks, Instances
 
 from ..checkpoint import load_file, write_atomically
+from ..data.ground_truth import GroundTruth, instance_masks
 from ..errors import DataError, KNetError
-from ..modeling.targets import instance_masks
 
 Batch = list[dict[str, Any]]
 
@@ -46,6 +46,8 @@ def load_batch(path: str) -> Batch:
 
 def _as_plain(sample: dict[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in sample.items() if isinstance(value, (torch.Tensor, str, int, float))}
+    if "ground_truth" in sample:
+        plain["ground_truth"] = sample["ground_truth"]._asdict()
     if "instances" in sample:
         instances = sample["instances"]
         plain["gt_classes"], plain["gt_masks"] = instances.gt_classes, instance_masks(instances)
@@ -54,6 +56,8 @@ def _as_plain(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _from_plain(plain: dict[str, Any]) -> dict[str, Any]:
     sample = dict(plain)
+    if "ground_truth" in sample:
+        sample["ground_truth"] = GroundTruth(**sample["ground_truth"])
     if "gt_classes" in sample:
         masks = sample.pop("gt_masks")
         classes = sample.pop("gt_classes")

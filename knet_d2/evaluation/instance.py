@@ -16,9 +16,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from pycocotools.coco import COCO
 
-from ..data.build import warn_of_absent_classes
 from ..data.classes import ClassTable, loaded_metadata
 from ..data.coco_json import check_for_evaluation, read_coco_json
+from ..data.records import warn_of_absent_classes
 from ..errors import DataError
 from ..tasks import TASKS
 

@@ -22,9 +22,9 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 from tabulate import tabulate
 
-from ..data.build import warn_of_absent_classes
 from ..data.coco_json import read_coco_json
 from ..data.files import read_panoptic
+from ..data.records import warn_of_absent_classes
 from ..data.segmentation import segment_index
 from ..errors import DataError
 

@@ -14,8 +14,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
 from ..data import load_dataset
-from ..data.build import ONE_CLASS, warn_of_absent_classes
 from ..data.mapper import read_sem_seg
+from ..data.records import ONE_CLASS, warn_of_absent_classes
 from ..errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,10 @@ from detectron2.structures import ImageList
 from torch import nn
 
 from ..data.classes import with_classes
+from ..data.ground_truth import GroundTruth, ground_truth_of
 from ..data.pixels import PixelFormat
-from ..errors import ConfigError, DataError
-from ..tasks import get_task
+from ..errors import ConfigError, DataError, NonFiniteError
+from ..tasks import build_bank, get_task
 from .cascade import KernelUpdateCascade, select_stage
 from .criterion import KNetCriterion
 from .layers import channels_last, use_folded_convolutions
@@ -76,9 +77,7 @@ class KNet(nn.Module):
         knet = cfg.MODEL.KNET
         if "instances" in task.annotations and knet.NUM_KERNELS < 1:
             raise ConfigError(f"MODEL.KNET.NUM_KERNELS = {knet.NUM_KERNELS}: use at least 1.")
-        bank = task.bank(
-            num_matched=knet.NUM_KERNELS, num_things=knet.NUM_THING_CLASSES, num_stuff=knet.NUM_STUFF_CLASSES
-        )
+        bank = build_bank(cfg)
         postprocessor = PostProcessor(cfg, bank)
         backbone = build_backbone(cfg)
         shape = backbone.output_shape()
@@ -101,6 +100,11 @@ class KNet(nn.Module):
         return self.pixel_mean.device
 
     @property
+    def failure(self) -> NonFiniteError | None:
+        """Why the last batch's losses are NaN, see :class:`KNetCriterion`; the training step reports it."""
+        return self.criterion.failure
+
+    @property
     def size_divisibility(self) -> int:
         """Images are padded to a multiple of this; 0 or 1: to the largest of the batch only."""
         return max(self.backbone.size_divisibility, self.sem_seg_head.size_divisibility)
@@ -111,8 +115,9 @@ class KNet(nn.Module):
         """
         Args:
             batched_inputs: per image a dict with "image", [channels, height, width] in the order of INPUT.FORMAT,
-                values 0 .. 255; for training "instances" (gt_classes, gt_masks) and / or "sem_seg" [height, width],
-                the class of every pixel; for inference optionally "height" and "width" of the result.
+                values 0 .. 255; for training "ground_truth" as the loaders give it, or "instances" (gt_classes,
+                gt_masks) and / or "sem_seg" [height, width], the class of every pixel; for inference optionally
+                "height" and "width" of the result.
             do_postprocess: False gives the :class:`ImageLogits` of each image in evaluation.
 
         Returns:
@@ -126,9 +131,10 @@ class KNet(nn.Module):
             predictions = self.predict_logits(batched_inputs)
             return [self.postprocessor(prediction) for prediction in predictions] if do_postprocess else predictions
         images = self.preprocess_image(batched_inputs)
+        truths = self.send_ground_truth(batched_inputs)  # before the network, so that the copies run beside it
         output = self.network(images.tensor)
         auxiliary_logits = None if self.auxiliary_head is None else self.auxiliary_head(output.features)
-        targets = self.prepare_targets(batched_inputs, images, output.state)
+        targets = self.prepare_targets(truths, images, output.state)
         return self.criterion(output.state, output.stages, targets, auxiliary_logits)
 
     def network(self, images: torch.Tensor) -> NetworkOutput:
@@ -163,16 +169,14 @@ class KNet(nn.Module):
         images = [((image.float() - mean) / std).to(self.pixel_mean.dtype) for image in images]
         return ImageList.from_tensors(images, self.size_divisibility)
 
-    def prepare_targets(
-        self, batched_inputs: list[dict[str, Any]], images: ImageList, state: KernelState
-    ) -> list[Targets]:
-        """Ground truth of every image at the sizes that the losses need."""
-        padded_size = tuple(images.tensor.shape[-2:])
+    def send_ground_truth(self, batched_inputs: list[dict[str, Any]]) -> list[GroundTruth]:
+        """Ground truth of every image on the model's device; checked here where the loader has not done it."""
+        return [ground_truth_of(x, self.bank, self.criterion.ignore_value).to(self.device) for x in batched_inputs]
+
+    def prepare_targets(self, truths: list[GroundTruth], images: ImageList, state: KernelState) -> list[Targets]:
+        """Targets of every image at the sizes that the losses need."""
         mask_size = upsampled_size(state.mask_logits)
-        ignore_value = self.criterion.ignore_value
-        return [
-            build_targets(x, padded_size, mask_size, self.bank, ignore_value, images.tensor) for x in batched_inputs
-        ]
+        return [build_targets(truth, images.tensor, mask_size, self.criterion.ignore_value) for truth in truths]
 
     def image_predictions(
         self, output: NetworkOutput, batched_inputs: list[dict[str, Any]], images: ImageList, stage: int | None = None

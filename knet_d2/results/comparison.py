@@ -12,9 +12,10 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from ..data import KNetDatasetMapper, build_mapper, load_dataset
+from ..data import build_mapper, load_dataset
 from ..data.classes import class_table
 from ..data.files import read_picture
+from ..data.mapper import build_truth_mapper
 from .outputs import label_masks, main_prediction
 from .prediction import Prediction, Segment
 
@@ -25,8 +26,7 @@ _PICTURE_SCORE = 0.3
 
 def ground_truth(cfg: CfgNode, record: dict[str, Any]) -> Prediction:
     """Return the annotations of a record that the model of ``cfg`` learns from."""
-    options = {**KNetDatasetMapper.from_config(cfg, True), "augmentations": [], "pad_size": None}
-    example, classes = KNetDatasetMapper(**options)(record), class_table(cfg)
+    example, classes = build_truth_mapper(cfg, [])(record), class_table(cfg)
     found: list[Segment | None] = []
     if "sem_seg" in example:
         # label_masks takes only labels below the number of classes, so the ignore value gives no segment.

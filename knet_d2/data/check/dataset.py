@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 from ...errors import KNetError
 from ...tasks import get_task
-from ..build import load_dataset
 from ..classes import resolve_classes
 from ..mapper import build_mapper
 from ..pixels import PixelFormat
+from ..records import load_dataset
 from ..split import photo_of
 from .faults import ERROR, Fault
 from .instances import check_instances
