@@ -19,6 +19,3 @@ class CheckpointError(KNetError):
 
 class NonFiniteError(KNetError):
     """A cost or loss that is not finite; the message names the term, the stage and the images."""
-
-    rank = 0
-    """The process in which it was found."""

@@ -93,6 +93,13 @@ def tiny_model(task, options=None, seed=0):
     return build_model(tiny_config(task, options))
 
 
+def matcher_options():
+    """Arguments of the matcher in the default config."""
+    knet = tiny_config("panoptic").MODEL.KNET
+    weights = {name.lower(): value for name, value in knet.MATCHER.items()}
+    return {**weights, "focal_alpha": knet.LOSS.FOCAL_ALPHA, "focal_gamma": knet.LOSS.FOCAL_GAMMA}
+
+
 def spread_scores(model, seed=0):
     """Replace the initial scores of about 0.01 by scores in all of (0, 1), so that results are not empty."""
     generator = torch.Generator().manual_seed(seed)

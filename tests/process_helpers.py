@@ -1,5 +1,6 @@
 """Training steps and evaluations of P processes; the processes of tests/test_processes.py import this module."""
 
+import contextlib
 import io
 import logging
 import math
@@ -12,10 +13,12 @@ from detectron2.structures import BitMasks, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from helpers import make_example, tiny_config, tiny_model
+from torch import distributed
 from torch.nn.functional import one_hot
 
 from knet_d2.data import build_mapper, load_dataset
 from knet_d2.engine import Trainer, load_config
+from knet_d2.engine.launch import StopSignals
 from knet_d2.engine.optimizer import build_gradient_clipper
 from knet_d2.engine.train_step import TrainStep
 
@@ -165,6 +168,65 @@ def train_and_save(path, configs):
     losses = ddp(share_of_batch(0, comm.get_rank(), comm.get_world_size()))
     results["local"] = comm.all_gather(numbers(losses))
     results["parts"] = step_in_parts(num_parts_of(comm.get_world_size()))
+    results["collectives"] = comm.all_gather(collectives_of_steps())
+    results["signals"] = comm.all_gather(signals_of_steps())
     results["skipped"] = comm.all_gather(step_over_costs_that_are_not_finite())
     if comm.is_main_process():
         torch.save(results, path)
+
+
+@contextlib.contextmanager
+def counted_collectives():
+    """Count this process's calls of collectives by name, without those of DistributedDataParallel, which are in C++."""
+    calls: list[str] = []
+    names = [name for name in dir(distributed) if name.startswith(("all_", "broadcast", "gather", "reduce", "scatter"))]
+    originals = {name: getattr(distributed, name) for name in [*names, "barrier"]}
+
+    def counting(name, original):
+        def call(*args, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name, original in originals.items():
+        if callable(original):
+            setattr(distributed, name, counting(name, original))
+    try:
+        yield calls
+    finally:
+        for name, original in originals.items():
+            setattr(distributed, name, original)
+
+
+def collectives_of_steps():
+    """Names of the collectives in the second of two steps, by task and kind of normalisers."""
+    found = {}
+    for task in OPTIONS:
+        for is_global in (False, True):
+            model, ddp = make_model(task, is_global)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+            step = TrainStep(ddp, optimizer, clip_gradients=build_gradient_clipper(tiny_config(task)), seed=0)
+            step.data_loader = [share_of_batch(i, comm.get_rank(), comm.get_world_size()) for i in (0, 2)]
+            for step.iter in range(2):
+                with EventStorage(step.iter), counted_collectives() as calls:
+                    step.run_step()
+            found[task, is_global] = list(calls)
+    return found
+
+
+def signals_of_steps():
+    """The agreed stop signal after each of two steps; the last process receives SIGTERM before the second."""
+    model, ddp = make_model("instance", is_global=False)
+    optimizer, signals = torch.optim.SGD(model.parameters(), lr=1e-4), StopSignals()
+    clip = build_gradient_clipper(tiny_config("instance"))
+    step = TrainStep(ddp, optimizer, clip_gradients=clip, seed=0, signals=signals)
+    step.data_loader = [share_of_batch(i, comm.get_rank(), comm.get_world_size()) for i in (0, 2)]
+    agreed = []
+    for step.iter in range(2):
+        if step.iter and comm.get_rank() == comm.get_world_size() - 1:
+            signals.received = "SIGTERM"
+        with EventStorage(step.iter):
+            step.run_step()
+        agreed.append(step.stop_signal)
+    return agreed

@@ -6,7 +6,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from helpers import sigmoid
+from helpers import matcher_options, sigmoid
 
 from knet_d2.errors import NonFiniteError
 from knet_d2.modeling.matcher import Candidates, HungarianMatcher
@@ -44,7 +44,7 @@ def slow_costs(prediction, classes, masks, weights=(2.0, 1.0, 4.0), alpha=0.25, 
 
 def match_one(image, matcher=None):
     prediction, classes, masks = image
-    return (matcher or HungarianMatcher()).match([[prediction]], [classes], [masks])[0][0]
+    return (matcher or HungarianMatcher(**matcher_options())).match([[prediction]], [classes], [masks])[0][0]
 
 
 def as_pairs(match):
@@ -54,7 +54,7 @@ def as_pairs(match):
 @pytest.mark.parametrize("with_classes", [True, False])
 def test_cost_terms(with_classes):
     image = make_image(3, with_classes=with_classes)
-    terms = HungarianMatcher().cost_terms(*image)
+    terms = HungarianMatcher(**matcher_options()).cost_terms(*image)
     assert ("class" in terms) == with_classes
     for name, expected in zip(("class", "mask", "dice"), slow_costs(*image)):
         if name in terms:
@@ -103,7 +103,7 @@ def test_every_image_and_stage_is_matched_on_its_own():
     images = [make_image(count, seed=10 * i) for i, count in enumerate((2, 0, 6, 1))]
     static = [prediction._replace(class_logits=None) for prediction, _, _ in images]
     predictions, classes, masks = zip(*images)
-    result = HungarianMatcher().match([static, predictions], classes, masks)
+    result = HungarianMatcher(**matcher_options()).match([static, predictions], classes, masks)
     for stage, row in zip((static, predictions), result):
         for prediction, c, m, match in zip(stage, classes, masks, row):
             assert as_pairs(match) == as_pairs(match_one((prediction, c, m)))
@@ -120,7 +120,7 @@ def test_matching_needs_no_gradient():
             seen.append(super().cost_terms(*args))
             return seen[-1]
 
-    match_one((prediction, classes, masks), Recorder())
+    match_one((prediction, classes, masks), Recorder(**matcher_options()))
     assert not any(cost.requires_grad for cost in seen[0].values())
 
 
@@ -132,4 +132,4 @@ def test_a_cost_that_is_not_finite_names_term_stage_and_image(term, stage, image
     broken = stages[stage][image]
     (broken.class_logits if term == "class" else broken.mask_logits)[1] = float("nan")
     with pytest.raises(NonFiniteError, match=f"The {term} cost of stage {stage} is not finite for image {image} "):
-        HungarianMatcher().match(stages, classes, masks)
+        HungarianMatcher(**matcher_options()).match(stages, classes, masks)

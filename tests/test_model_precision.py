@@ -4,7 +4,6 @@ import contextlib
 
 import pytest
 import torch
-from detectron2.structures import BitMasks, Instances
 from helpers import (
     CUDA,
     IGNORE,
@@ -24,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from knet_d2.data.ground_truth import ground_truth_of
 from knet_d2.engine.optimizer import build_gradient_clipper, build_optimizer
 from knet_d2.engine.train_step import TrainStep
 from knet_d2.modeling.cascade import KernelUpdateCascade
@@ -212,22 +212,19 @@ def test_results_take_few_launches_on_accelerators_and_wait_at_the_end_only(monk
 
 @needs_fake_cuda
 @pytest.mark.parametrize("task", TASKS)
-def test_targets_move_to_the_model_s_device_without_waiting(task, monkeypatch):
-    # Checks of classes and labels look at values, but of tensors on the CPU
-    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: 0)
-    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: False)
-    monkeypatch.setattr(torch.Tensor, "unique", lambda self: torch.arange(3, 5))
-    bank = TASKS[task].bank(num_matched=6, num_things=3, num_stuff=2)
-    with FakeTensorMode(), Transfers() as transfers:
-        masks = BitMasks(torch.zeros(2, 64, 96, dtype=torch.bool))
-        instances = Instances((64, 96), gt_classes=torch.zeros(2, dtype=torch.int64), gt_masks=masks)
-        labels = torch.zeros(64, 96, dtype=torch.int64)
-        x = {"image": torch.zeros(3, 64, 96, dtype=torch.uint8), "instances": instances, "sem_seg": labels}
-        monkeypatch.setattr(torch, "isin", lambda values, fixed: slice(None))
-        targets = build_targets(x, (64, 96), (16, 24), bank, IGNORE, torch.zeros(1, device="cuda"))
+def test_targets_move_to_the_model_s_device_without_waiting(task):
+    """Masks as bits, labels as bytes: 1/8 and 1 byte for each pixel."""
+    things, stuff = (0, 5) if task == "semantic" else (3, 2)
+    bank = TASKS[task].bank(num_matched=6, num_things=things, num_stuff=stuff)
+    truth = ground_truth_of(make_example((64, 90), 2), bank, IGNORE)
+    classes, masks, labels = 2 * 8, 2 * 64 * 12, 64 * 90
+    expected = {"instance": classes + masks, "panoptic": 2 * classes + masks + labels, "semantic": labels}
+    assert sum(x.nbytes for x in truth[:4] if x is not None) == expected[task]
+    with FakeTensorMode(allow_non_fake_inputs=True), Transfers() as transfers:
+        targets = build_targets(truth.to(CUDA), torch.zeros(1, 3, 64, 96, device="cuda"), (16, 24), IGNORE)
     assert {t.device for t in targets if t is not None} == {CUDA}
-    # Classes and masks of things and of stuff, and labels
-    assert transfers.copies == [("cpu", "cuda", True)] * {"instance": 3, "panoptic": 5, "semantic": 3}[task]
+    # Classes and masks of things, classes of stuff, and labels
+    assert transfers.copies == [("cpu", "cuda", True)] * (3 if task == "instance" else 4)
     assert transfers.waits == []
 
 
@@ -251,8 +248,8 @@ def test_the_update_reads_all_numbers_at_once(optimizer, monkeypatch):
 
         monkeypatch.setattr(step, "_backward", backward)
         step.iter = 0
-        step._update([{}])  # the first step creates the optimiser's state
+        step._update([{}], 0.0)  # the first step creates the optimiser's state
         with Transfers() as transfers:
-            assert set(step._update([{}])) == {"loss_a", "loss_b", "grad_norm"}
+            assert set(step._update([{}], 0.0)[0]) == {"loss_a", "loss_b", "grad_norm", "data_time"}
     assert read == [(CUDA, 3)] * 2
     assert transfers.copies == transfers.waits == []

@@ -121,3 +121,19 @@ def test_costs_that_are_not_finite_in_one_process(shared):
         assert "cost of stage 0 is not finite" in log and "bad.jpg" in log and "skipped (1 in a row)" in log
     assert set(map(tuple, changed)) == {(True, False, True)}
     assert len(set(weights)) == 1 and math.isfinite(weights[0])
+
+
+def test_a_step_has_at_most_two_collectives(shared):
+    """One before and one after the backward pass, beside DistributedDataParallel's and those of SyncBN."""
+    for found in shared["collectives"]:
+        for (task, is_global), names in found.items():
+            if len(shared["collectives"]) == 1:
+                assert names == []
+            elif task != "semantic":
+                assert names == ["all_reduce", "all_gather"], is_global
+            else:  # SyncBN has collectives of its own
+                assert names[-1] == "all_gather" and "all_gather_object" not in names
+
+
+def test_processes_agree_on_a_stop_signal(shared):
+    assert {tuple(agreed) for agreed in shared["signals"]} == {(None, "SIGTERM")}

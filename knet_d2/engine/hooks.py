@@ -22,6 +22,7 @@ from torch import distributed, nn
 from ..checkpoint import Checkpointer, periodic_checkpoints
 from ..errors import KNetError
 from .launch import EXIT_PREEMPTED, Preempted, StopSignals
+from .train_step import TrainStep
 from .writers import TIMINGS, WINDOW, read_metrics
 
 logger = logging.getLogger(__name__)
@@ -155,14 +156,21 @@ class CheckpointHook(HookBase):
 class StopHook(HookBase):
     """Writes a checkpoint and ends the run after any of its processes has received a stop signal."""
 
-    def __init__(self, signals: StopSignals, checkpoints: CheckpointHook):
+    def __init__(self, signals: StopSignals, checkpoints: CheckpointHook, step: TrainStep):
+        """
+        Args:
+            signals: stop signals of this process.
+            checkpoints: writes the checkpoint.
+            step: knows whether another process has received a stop signal.
+        """
         self._signals = signals
         self._checkpoints = checkpoints
+        self._step = step
 
     def after_step(self) -> None:
-        received = [name for name in comm.all_gather(self._signals.received) if name]
+        received = self._signals.received if comm.get_world_size() == 1 else self._step.stop_signal
         if received:
-            self._stop(received[0])
+            self._stop(received)
 
     def stop_if_received(self, *_: Any) -> None:
         """Stop without asking the other processes, because schedulers signal all processes of a run.

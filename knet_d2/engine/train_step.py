@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,9 +13,11 @@ import torch
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
-from torch import nn
+from torch import distributed, nn
 
 from ..errors import ConfigError, NonFiniteError
+from ..modeling.layers import send
+from .launch import StopSignals
 from .optimizer import load_optimizer_state
 from .writers import split_stage
 
@@ -48,6 +51,14 @@ class TrainStep(TrainerBase):
     The random numbers of a step (dropout) depend only on seed, iteration and rank, so a resumed run repeats them. If a
     loss or the gradient is not finite, the step is skipped. After ``non_finite_limit`` such steps in a row,
     :class:`NonFiniteError` is raised on every rank.
+
+    Beside the all-reduce of gradients, a step has at most two collectives: the criterion's, before the backward pass,
+    and :meth:`_share` after it. A process whose batch is bad takes part in both with losses that are NaN, so that no
+    other process waits for it.
+
+    Attributes:
+        stop_signal: name of a stop signal that a process had received when the last step ended, the same in all
+            processes; None if there was none.
     """
 
     def __init__(
@@ -60,6 +71,7 @@ class TrainStep(TrainerBase):
         dtype: torch.dtype | None = None,
         non_finite_limit: int = 1,
         num_parts: int = 1,
+        signals: StopSignals | None = None,
     ):
         """
         Args:
@@ -72,6 +84,7 @@ class TrainStep(TrainerBase):
             num_parts: number of parts into which a batch is split; their gradients are accumulated. Each loss is
                 normalised within its part, and the parts are averaged by their number of images. At most the number
                 of images per process.
+            signals: stop signals of this process.
         """
         super().__init__()
         model.train()
@@ -95,6 +108,9 @@ class TrainStep(TrainerBase):
             for buffer in module.buffers(recurse=False)
         ]
         self.last_batch: list[dict[str, Any]] = []
+        self.stop_signal: str | None = None
+        self._signals = signals or StopSignals()
+        self._failure: NonFiniteError | None = None
         self.grad_scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
 
     def run_step(self) -> None:
@@ -107,7 +123,7 @@ class TrainStep(TrainerBase):
         self.last_batch = data
         statistics = [buffer.clone() for buffer in self._statistics]
         try:
-            metrics = self._update(data)
+            metrics = self._update(data, data_time)
         except NonFiniteError as error:
             self.optimizer.zero_grad()
             for buffer, before in zip(self._statistics, statistics):
@@ -118,10 +134,10 @@ class TrainStep(TrainerBase):
             logger.warning("%s This step is skipped (%d in a row).", error, self._non_finite_steps)
         else:
             self._non_finite_steps = 0
-            self._put_metrics(metrics, data_time)
+            self._put_metrics(metrics)
 
-    def _update(self, data: list[dict[str, Any]]) -> dict[str, float]:
-        """Compute and apply the gradient of a batch; returns all losses and the gradient norm, by name."""
+    def _update(self, data: list[dict[str, Any]], data_time: float) -> list[dict[str, float]]:
+        """Compute and apply the gradient of a batch; returns the metrics of every process, see :meth:`_share`."""
         torch.manual_seed(step_seed(self._seed, self.iter, self._rank))
         self.optimizer.zero_grad()
         losses = self._backward(data)
@@ -130,9 +146,7 @@ class TrainStep(TrainerBase):
         self.grad_scaler.unscale_(self.optimizer)
         norm = self._clip_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
 
-        # Read all numbers in one transfer, after the backward pass was queued: each transfer waits for the device.
-        values = torch.stack([v.detach().float() for v in (*losses.values(), norm.to(self._device))]).tolist()
-        metrics = dict(zip([*losses, "grad_norm"], values))
+        metrics = self._share({**losses, "grad_norm": norm.to(self._device)}, data_time)
         self._check_finite(metrics, data)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
@@ -141,6 +155,7 @@ class TrainStep(TrainerBase):
     def _backward(self, data: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Accumulate the gradients of all parts of a batch; returns the losses of the whole batch."""
         sums: dict[str, torch.Tensor] = {}
+        self._failure = None
         bounds = [i * len(data) // self._num_parts for i in range(self._num_parts + 1)]
         for start, end in zip(bounds, bounds[1:]):
             with self._local_gradients() if end < len(data) else nullcontext():
@@ -159,9 +174,37 @@ class TrainStep(TrainerBase):
     def _forward(self, data: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         try:
             losses = self.model(data)
-        except NonFiniteError as e:  # all processes raise it together, so that all_gather can be called
-            raise NonFiniteError(f"{e} {self._where(comm.all_gather(_file_names(data))[e.rank])}") from e
+        except NonFiniteError as error:  # of one process alone
+            raise NonFiniteError(f"{error} {self._where(_file_names(data))}") from error
+        self._failure = self._failure or getattr(getattr(self.model, "module", self.model), "failure", None)
         return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
+
+    def _share(self, metrics: dict[str, torch.Tensor], data_time: float) -> list[dict[str, float]]:
+        """Exchange the numbers of a step, and the stop signals, between all processes.
+
+        This is one collective and one transfer to the CPU. It comes after the backward pass was queued, since a
+        transfer waits for the device.
+
+        Args:
+            metrics: losses and gradient norm of this process.
+
+        Returns:
+            the metrics of every process, with "data_time" in seconds.
+        """
+        received = signal.Signals[self._signals.received].value if self._signals.received else 0
+        own = torch.stack([value.detach().float() for value in metrics.values()])
+        if comm.get_world_size() == 1:
+            rows, on_cpu = [own.tolist()], [[data_time, received]]
+        else:
+            own = torch.cat([own, send(torch.tensor([data_time, received]), self._device)])
+            gathered = own.new_empty(comm.get_world_size(), len(own))
+            distributed.all_gather(list(gathered.unbind()), own)
+            rows = gathered.tolist()
+            on_cpu = [row[len(metrics) :] for row in rows]
+        number = max(int(row[1]) for row in on_cpu)
+        self.stop_signal = signal.Signals(number).name if number else None
+        names = [*metrics, "data_time"]
+        return [dict(zip(names, [*row[: len(metrics)], host[0]])) for row, host in zip(rows, on_cpu)]
 
     def _check_gradients(self) -> None:
         """Raise on all ranks if a trainable parameter has no gradient: DistributedDataParallel would fail later."""
@@ -175,19 +218,22 @@ class TrainStep(TrainerBase):
             )
         self._gradients_are_complete = True
 
-    def _check_finite(self, metrics: dict[str, float], data: list[dict[str, Any]]) -> None:
+    def _check_finite(self, metrics: list[dict[str, float]], data: list[dict[str, Any]]) -> None:
         """Raise on all ranks if a metric of any rank is not finite."""
-        checked = dict(metrics)
-        if self.grad_scaler.is_enabled():
-            checked.pop("grad_norm")  # GradScaler itself skips the step and lowers its scale
-        bad = {name: value for name, value in checked.items() if not math.isfinite(value)}
-        found = [item for item in comm.all_gather((bad, _file_names(data) if bad else [])) if item[0]]
-        if not found:
+        # GradScaler itself skips a step whose gradient overflows, and lowers its scale
+        ignored = "grad_norm" if self.grad_scaler.is_enabled() else None
+        bad = [{k: v for k, v in x.items() if k != ignored and not math.isfinite(v)} for x in metrics]
+        if not any(bad):
             return
-        terms = ", ".join(_describe_term(name, value) for name, value in found[0][0].items())
         # unscale_() is allowed once per update(): reset it, since step() is skipped
         self.grad_scaler.update()
-        raise NonFiniteError(f"Not finite: {terms}. The step was not applied. {self._where(found[0][1])}")
+        failure = self._failure and str(self._failure)
+        # A gradient that is not finite is so in all processes: name the one whose loss or cost is
+        found = comm.all_gather((failure, _file_names(data)))
+        rank = max(range(len(found)), key=lambda i: (found[i][0] is not None, len(bad[i])))
+        reason, files = found[rank]
+        terms = ", ".join(_describe_term(name, value) for name, value in bad[rank].items())
+        raise NonFiniteError(f"{reason or f'Not finite: {terms}. The step was not applied.'} {self._where(files)}")
 
     def _where(self, files: Sequence[str]) -> str:
         rates = sorted({group["lr"] for group in self.optimizer.param_groups}, reverse=True)
@@ -196,14 +242,13 @@ class TrainStep(TrainerBase):
             "Try a lower learning rate, gradient clipping or full precision."
         )
 
-    def _put_metrics(self, metrics: dict[str, float], data_time: float) -> None:
-        """Put the mean over all ranks (for data_time: the maximum) into the event storage."""
-        gathered = comm.gather({**metrics, "data_time": data_time})
+    def _put_metrics(self, metrics: list[dict[str, float]]) -> None:
+        """Put the mean over all ranks (for data_time: the maximum) into the event storage of the main process."""
         if not comm.is_main_process():
             return
         storage = get_event_storage()
-        storage.put_scalar("data_time", max(m["data_time"] for m in gathered))
-        mean = {name: sum(m[name] for m in gathered) / len(gathered) for name in metrics}
+        storage.put_scalar("data_time", max(x["data_time"] for x in metrics))
+        mean = {name: sum(x[name] for x in metrics) / len(metrics) for name in metrics[0] if name != "data_time"}
         norm = mean.pop("grad_norm")
         if math.isfinite(norm):
             storage.put_scalar("grad_norm", norm)

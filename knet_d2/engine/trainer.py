@@ -71,6 +71,7 @@ class Trainer(DefaultTrainer):
         ddp_model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         # After DistributedDataParallel has given all processes the weights of the main one
         self._average = build_weight_average(cfg, model)
+        self._signals = StopSignals()
         # The name that DefaultTrainer.run_step relies on
         self._trainer = TrainStep(
             ddp_model,
@@ -80,6 +81,7 @@ class Trainer(DefaultTrainer):
             dtype=dtype,
             non_finite_limit=cfg.SOLVER.NON_FINITE_STEPS,
             num_parts=_number_of_parts(cfg),
+            signals=self._signals,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(
@@ -93,7 +95,6 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self._metrics_file = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
         self.last_written = -1  # iteration of the last line in the metrics file
-        self._signals = StopSignals()
         self._last_eval_results: dict[str, Any] | None = None
         self.register_hooks(self.build_hooks())
 
@@ -151,7 +152,7 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg
         _check_hook_options(cfg)
         checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_TO_KEEP)
-        stop = StopHook(self._signals, checkpoints)
+        stop = StopHook(self._signals, checkpoints, self._trainer)
         models = [self.model] if self._average is None else [self.model, self.evaluated_model]
         agreement = ProcessAgreement(models, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
         until_stop = [hooks.IterationTimer(), hooks.LRScheduler(), MetricsHistory(), self._average, agreement]

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import configurable
 from detectron2.utils import comm
-from torch import nn
+from torch import distributed, nn
 
 from ..errors import ConfigError, NonFiniteError
 from ..tasks import KernelBank, get_task
-from .layers import full_precision, no_autocast
+from .layers import full_precision, no_autocast, send
 from .losses import dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
 from .matcher import Candidates, HungarianMatcher
 from .resize import upsample_masks
 from .structures import KernelState, Match, StageOutput, Targets
 
+# The weighted scalar of a term, and the count of this process that normalises it
+Value = tuple[torch.Tensor, int | torch.Tensor]
 # Pixels of the rank loss's targets that no kernel owns
 UNOWNED = -1
 
@@ -40,10 +43,28 @@ class Positives(NamedTuple):
     target_masks: torch.Tensor
 
 
+class Part(NamedTuple):
+    """One term of the loss at one stage, before it is normalised.
+
+    Attributes:
+        value: weighted scalar: a mean over ``number``, or the sum that ``number`` is to divide.
+        number: count of this process.
+        is_sum: see :class:`Term`.
+    """
+
+    value: torch.Tensor
+    number: int | torch.Tensor
+    is_sum: bool
+
+
 class KNetCriterion(nn.Module):
     """Losses of the static kernels (stage 0) and of every update stage (1 to S).
 
     The set of keys depends on the configuration alone, never on what a batch holds.
+
+    Attributes:
+        failure: why the last batch can't be matched, where there are several processes; else None. All losses are then
+            NaN: raising the error would make the other processes wait for the gradients of this one.
     """
 
     @configurable
@@ -75,6 +96,7 @@ class KNetCriterion(nn.Module):
         self.ignore_value = ignore_value
         self.auxiliary_weight = auxiliary_weight
         self.global_normalizers = global_normalizers
+        self.failure: NonFiniteError | None = None
         self.register_buffer("class_mask", bank.class_mask(), persistent=False)
         kernel_of_class = torch.full((bank.num_classes,), -1)
         kernel_of_class[bank.fixed_class_ids] = torch.arange(bank.num_matched, bank.num_kernels)
@@ -122,29 +144,42 @@ class KNetCriterion(nn.Module):
         Returns:
             "loss_<log_name>_s<stage>" -> weighted scalar, and "loss_auxiliary".
         """
-        losses = {}
+        parts = {}
         with no_autocast(state.feature):
             batch = MatchedBatch(self, state, stages, targets)
             for stage in range(len(stages) + 1):
                 for name, weight in self.weights.items():
                     term = TERMS[name]
                     if term.applies(stage, weight):
-                        losses[f"loss_{term.log_name}_s{stage}"] = term.compute(self, batch, stage, weight)
+                        value, count = term.compute(self, batch, stage, weight)
+                        parts[f"loss_{term.log_name}_s{stage}"] = Part(value, count, term.is_sum)
             if auxiliary_logits is not None:
-                labels = batch.labels
-                loss = kernel_cross_entropy(full_precision(auxiliary_logits), labels, self.ignore_value)
-                losses["loss_auxiliary"] = (
-                    self.auxiliary_weight * loss * self.normalizer_correction(labels.numel(), loss)
-                )
+                loss = kernel_cross_entropy(full_precision(auxiliary_logits), batch.labels, self.ignore_value)
+                parts["loss_auxiliary"] = Part(self.auxiliary_weight * loss, batch.labels.numel(), is_sum=False)
+            losses = self._normalize(parts)
+        self.failure = batch.failure
+        if self.failure is not None:
+            losses = {name: loss * math.nan for name, loss in losses.items()}
         return losses
 
-    def normalizer_correction(self, count: int | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
-        """Factor that turns a mean over this process's ``count`` into one over all processes; 1 where that is off."""
-        if not self.global_normalizers:
-            return 1.0
+    def _normalize(self, parts: dict[str, Part]) -> dict[str, torch.Tensor]:
+        """The losses, with counts of all processes where these are needed: by one all-reduce for all terms."""
+        world_size = comm.get_world_size()
+        shared = [name for name, part in parts.items() if part.is_sum or self.global_normalizers]
+        if world_size == 1 or not shared:
+            return {name: x.value / max(x.number, 1) if x.is_sum else x.value for name, x in parts.items()}
+        numbers = mean_over_processes([parts[name].number for name in shared], parts[shared[0]].value)
         # All processes together count at least 1, as one process alone does
-        total = average_over_ranks(count, like).clamp(min=1 / comm.get_world_size())
-        return scalar_like(count, like).clamp(min=1) / total
+        means = dict(zip(shared, numbers.clamp(min=1 / world_size if self.global_normalizers else 1)))
+        losses = {}
+        for name, (value, number, is_sum) in parts.items():
+            if is_sum:
+                value = value / means[name]
+            elif name in means:
+                own = number.clamp(min=1).to(value.dtype) if isinstance(number, torch.Tensor) else max(number, 1)
+                value = value * (own / means[name])
+            losses[name] = value
+        return losses
 
 
 class MatchedBatch:
@@ -164,6 +199,7 @@ class MatchedBatch:
         self.state, self.stages, self.targets = state, stages, targets
         self._bank, self._matcher = criterion.bank, criterion.matcher
         self._kernel_of_class = criterion.kernel_of_class
+        self.failure: NonFiniteError | None = None
         self._upsampled: dict[int, torch.Tensor] = {}
         self._positives: dict[int, Positives] = {}
         self._positive_logits: dict[int, torch.Tensor] = {}
@@ -206,16 +242,19 @@ class MatchedBatch:
 
     @functools.cached_property
     def matches(self) -> list[list[Match]]:
-        """Per stage, per image: the matches of all stages but the last one, which no loss needs."""
-        candidates = self._candidates()
-        matches, failure = [], None
+        """Per stage, per image: the matches of all stages but the last one, which no loss needs.
+
+        If the costs are not finite, one process alone raises the error; one of several keeps it in ``failure``.
+        """
+        classes, masks = [t.classes for t in self.targets], [t.masks for t in self.targets]
         try:
-            classes, masks = [t.classes for t in self.targets], [t.masks for t in self.targets]
-            matches = self._matcher.match(candidates, classes, masks)
+            return self._matcher.match(self._candidates(), classes, masks)
         except NonFiniteError as error:
-            failure = error
-        _raise_in_all_processes(failure)
-        return matches
+            if comm.get_world_size() == 1:
+                raise
+            self.failure = error
+        index = [torch.arange(min(self._bank.num_matched, len(x)), device=x.device) for x in classes]
+        return [[(x, x) for x in index] for _ in self.stages]
 
     def _candidates(self) -> list[list[Candidates]]:
         """Per stage, per image: what is matched to the instances. The static kernels have no classes."""
@@ -244,64 +283,51 @@ class MatchedBatch:
         return Positives(counts, *map(torch.cat, (images, kernels, classes, masks)))
 
 
-# The terms: each gives the weighted scalar of one stage
+# The terms: each gives its weighted scalar for one stage, and what that is normalised by
 
 
-def _class_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> torch.Tensor:
+def _class_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
     """Focal loss on the kernels' classes, over the classes that each kernel can take."""
     logits, positives = batch.stages[stage - 1].class_logits, batch.positives(stage)
     one_hot = torch.zeros_like(logits)
     index = (positives.image_index, positives.kernel_index, positives.classes)
     one_hot.index_put_(index, logits.new_ones(()))  # made on the device; a number would be copied there
     total = focal_loss(logits, one_hot, criterion.class_mask.to(logits.dtype), **criterion.focal)
-    count = len(positives.kernel_index)
-    if criterion.global_normalizers:
-        return weight * total / max(count, 1) * criterion.normalizer_correction(count, logits)
-    return weight * total / average_over_ranks(count, logits).clamp(min=1)
+    return weight * total, len(positives.kernel_index)
 
 
-def _mask_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> torch.Tensor:
+def _mask_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
     """Binary cross entropy on the masks of the positive kernels."""
     logits = batch.positive_logits(stage)
-    return (
-        weight
-        * mask_loss(logits, batch.positives(stage).target_masks)
-        * criterion.normalizer_correction(logits.numel(), logits)
-    )
+    return weight * mask_loss(logits, batch.positives(stage).target_masks), logits.numel()
 
 
-def _dice_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> torch.Tensor:
+def _dice_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
     """Dice loss on the masks of the positive kernels."""
     logits = batch.positive_logits(stage)
-    return (
-        weight
-        * dice_loss(logits, batch.positives(stage).target_masks)
-        * criterion.normalizer_correction(len(logits), logits)
-    )
+    return weight * dice_loss(logits, batch.positives(stage).target_masks), len(logits)
 
 
-def _rank_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> torch.Tensor:
+def _rank_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
     """Cross entropy over the kernels at the pixels that a positive kernel owns."""
     labels = rank_targets(batch.positives(stage))
-    loss = kernel_cross_entropy(batch.upsampled_logits(stage), labels, UNOWNED)
-    return weight * loss * criterion.normalizer_correction(labels.numel(), loss)
+    return weight * kernel_cross_entropy(batch.upsampled_logits(stage), labels, UNOWNED), labels.numel()
 
 
-def _dense_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> torch.Tensor:
+def _dense_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
     """Focal loss on the static semantic logits at every pixel."""
     logits = upsample_masks(full_precision(batch.state.semantic_logits))
     background = criterion.bank.num_classes
     labels = torch.stack([dense_labels(*item, background) for item in zip(batch.targets, batch.matches[0])])
     total = dense_focal_loss(logits, labels, **criterion.focal)
     count = (labels != background).sum()
-    return weight * total / count.clamp(min=1) * criterion.normalizer_correction(count, logits)
+    return weight * total / count.clamp(min=1), count
 
 
-def _label_map_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> torch.Tensor:
+def _label_map_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
     """Cross entropy over kernels that each stand for a class, whose target is the label map itself."""
-    logits = batch.mask_logits(stage)
-    loss = kernel_cross_entropy(logits, batch.labels, criterion.ignore_value)
-    return weight * criterion.normalizer_correction(batch.labels.numel(), logits) * loss
+    loss = kernel_cross_entropy(batch.mask_logits(stage), batch.labels, criterion.ignore_value)
+    return weight * loss, batch.labels.numel()
 
 
 class Term(NamedTuple):
@@ -310,18 +336,21 @@ class Term(NamedTuple):
     Attributes:
         log_name: names it in "loss_<log_name>_s<stage>".
         weight_key: its weight in MODEL.KNET.LOSS.
-        compute: (criterion, batch, stage, weight) -> weighted scalar.
+        compute: (criterion, batch, stage, weight) -> weighted scalar, and the count of this process that it is a mean
+            over: the pixels of a mean over pixels, the masks of a mean over masks.
         at_static, at_updates: whether it is computed for stage 0, and for the stages 1 to S.
         is_optional: whether a weight of 0 leaves it out, with its key. The other terms are kept with the value 0, since
             parameters depend on them alone, and DistributedDataParallel needs a gradient of every parameter.
+        is_sum: whether the scalar is a sum; the mean of the processes' counts divides it, as in the official release.
     """
 
     log_name: str
     weight_key: str
-    compute: Callable[[KNetCriterion, MatchedBatch, int, float], torch.Tensor]
+    compute: Callable[[KNetCriterion, MatchedBatch, int, float], Value]
     at_static: bool = True
     at_updates: bool = True
     is_optional: bool = False
+    is_sum: bool = False
 
     def applies(self, stage: int, weight: float) -> bool:
         """Whether there is this term at a stage."""
@@ -329,7 +358,7 @@ class Term(NamedTuple):
 
 
 TERMS: dict[str, Term] = {
-    "class": Term("class", "CLASS_WEIGHT", _class_term, at_static=False),
+    "class": Term("class", "CLASS_WEIGHT", _class_term, at_static=False, is_sum=True),
     "mask": Term("mask", "MASK_WEIGHT", _mask_term, is_optional=True),
     "dice": Term("dice", "DICE_WEIGHT", _dice_term, is_optional=True),
     "rank": Term("rank", "RANK_WEIGHT", _rank_term, is_optional=True),
@@ -339,34 +368,15 @@ TERMS: dict[str, Term] = {
 }
 
 
-def _raise_in_all_processes(failure: NonFiniteError | None) -> None:
-    """Raise the failure of any process in every one: the others would wait for its losses and gradients."""
-    if comm.get_world_size() == 1:
-        if failure is not None:
-            raise failure
-        return
-    # Through the CPU: the device need not be waited for
-    messages = comm.all_gather(failure and str(failure))
-    rank = next((rank for rank, message in enumerate(messages) if message is not None), None)
-    if rank is None:
-        return
-    error = NonFiniteError(messages[rank])
-    error.rank = rank
-    raise error from failure
-
-
-def scalar_like(value: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A number as a scalar of the given tensor's type and device, where it is made, not copied to."""
-    return value.to(like) if isinstance(value, torch.Tensor) else like.new_full((), value)
-
-
-def average_over_ranks(value: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Mean of a number over all processes, as a scalar of the given tensor's type and device."""
-    mean = scalar_like(value, like)
-    if comm.get_world_size() > 1:
-        torch.distributed.all_reduce(mean)
-        mean = mean / comm.get_world_size()
-    return mean
+def mean_over_processes(counts: Sequence[int | torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Mean of each of n numbers over all processes: [n], of the type and on the device of ``like``."""
+    numbers = torch.tensor([0 if isinstance(x, torch.Tensor) else x for x in counts], dtype=like.dtype)
+    means = send(numbers, like.device)
+    for i, count in enumerate(counts):
+        if isinstance(count, torch.Tensor):
+            means[i] = count
+    distributed.all_reduce(means)
+    return means / comm.get_world_size()
 
 
 def last_nonzero(masks: torch.Tensor, values: torch.Tensor, background: int) -> torch.Tensor:

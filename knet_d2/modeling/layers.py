@@ -29,6 +29,13 @@ def no_autocast(x: torch.Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a small CPU tensor on a device, for which the CPU does not wait."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 # ---- batch norm ------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from ..errors import NonFiniteError
+from .layers import send
 from .losses import dice_coefficient
 from .structures import Match
 
@@ -50,11 +51,11 @@ class HungarianMatcher:
     def __init__(
         self,
         *,
-        class_weight: float = 2.0,
-        mask_weight: float = 1.0,
-        dice_weight: float = 4.0,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
+        class_weight: float,
+        mask_weight: float,
+        dice_weight: float,
+        focal_alpha: float,
+        focal_gamma: float,
     ):
         self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight}
         self.focal_alpha = focal_alpha
@@ -95,7 +96,7 @@ class HungarianMatcher:
         if pairs is None:
             self._raise_non_finite(stages, classes, masks)
         # Back to the device in one piece as well
-        moved = torch.from_numpy(np.concatenate(pairs, axis=1)).to(costs[0][0].device, non_blocking=True)
+        moved = send(torch.from_numpy(np.concatenate(pairs, axis=1)), costs[0][0].device)
         matches = iter(moved.split([pair.shape[1] for pair in pairs], dim=1))
         return [[tuple(next(matches)) for _ in images] for images in costs]
 
