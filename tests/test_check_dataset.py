@@ -149,6 +149,62 @@ def test_test_data_may_lack_classes_and_annotations(root):
             assert [fault.kind for fault in faults] == ([] if left_out == "annotations" else ["missing key"]), faults
 
 
+def _edit(path, edit):
+    with open(path) as f:
+        content = json.load(f)
+    edit(content)
+    with open(path, "w") as f:
+        json.dump(content, f)
+
+
+@pytest.mark.parametrize("kind, file", [("coco_instance", "instances.json"), ("coco_panoptic", "panoptic.json")])
+def test_nothing_annotated(root, kind, file):
+    """In training and in validation; a JSON that lists images for prediction only has no list of annotations."""
+    train, key = custom_entry(kind, root), "json" if kind == "coco_instance" else "panoptic_json"
+    empty = shutil.copyfile(os.path.join(root, file), os.path.join(root, "empty.json"))
+    _edit(empty, lambda content: content.update(annotations=[]))
+    alone, beside = ({**train, "name": unique_name("empty"), key: empty} for _ in range(2))
+    for report in (check(alone), check(train, test=[beside])):
+        faults = [x for x in report.faults if x.kind != "training image in validation"]
+        assert [(x.kind, x.file) for x in faults] == [("no annotations", empty)]
+
+
+def test_panoptic_maps_without_a_segment(root):
+    def paint_void(content):
+        for annotation in content["annotations"]:
+            annotation["segments_info"] = []
+            Image.new("RGB", (SIZE, SIZE)).save(os.path.join(root, "panoptic", annotation["file_name"]))
+
+    _edit(os.path.join(root, "panoptic.json"), paint_void)
+    (fault,) = check(custom_entry("coco_panoptic", root)).faults
+    assert fault.kind == "no annotations" and fault.what == "has no segment of any class"
+
+
+def test_label_maps_without_a_label(root):
+    for name in os.listdir(os.path.join(root, "semantic")):
+        Image.new("L", (SIZE, SIZE), 255).save(os.path.join(root, "semantic", name))
+    assert {x.kind for x in check(custom_entry("sem_seg", root)).faults} == {"nothing labelled", "no annotations"}
+
+
+def test_classes_that_validation_lacks(root, tmp_path):
+    other = str(tmp_path / "other")
+    write_shapes(other, num_images=6, seed=34, size=SIZE)
+    labels = [np.array(Image.open(os.path.join(other, "semantic", f"{i:06d}.png"))) for i in range(6)]
+    for i, x in enumerate(labels):
+        Image.fromarray(np.where(x == 2, 255, x).astype(np.uint8)).save(os.path.join(other, "semantic", f"{i:06d}.png"))
+    _edit(
+        os.path.join(other, "instances.json"),
+        lambda content: content.update(annotations=[x for x in content["annotations"] if x["category_id"] != 1]),
+    )
+    train, test = custom_entry("sem_seg", root), custom_entry("sem_seg", other)
+    (fault,) = check(train, test=[test]).faults
+    assert (fault.kind, fault.where, fault.level) == ("class that is not evaluated", "class 2", "warning")
+    assert fault.what == f"{train['classes'][2]!r} has no pixel"
+    train, test = custom_entry("coco_instance", root), custom_entry("coco_instance", other)
+    (fault,) = check(train, test=[test]).faults
+    assert (fault.kind, fault.where) == ("class that is not evaluated", "category 1")
+
+
 @pytest.mark.parametrize("kind, most", [("coco_instance", 7), ("coco_panoptic", 7)])
 def test_more_instances_than_kernels(pristine, kind, most):
     cfg = data_cfg(TASKS[kind], custom=(custom_entry(kind, pristine),), resolve=False)
@@ -202,6 +258,14 @@ def test_a_data_set_registered_in_python_is_read_as_in_training(root):
     report = check_datasets(data_cfg("instance", name))
     (fault,) = report.faults
     assert (fault.kind, fault.file) == ("unusable", records[1]["file_name"]) and "missing, empty" in fault.what
+    records[1]["annotations"] = []
+    (fault,) = check_datasets(data_cfg("instance", name)).faults
+    assert (fault.kind, fault.file, fault.what) == ("no annotations", name, "has no instance of any class")
+    records[1]["annotations"] = [{"category_id": 0, "segmentation": [[1, 1, 9, 1, 9, 9]], "bbox": [1, 1, 8, 8]}]
+    MetadataCatalog.get(name).__dict__.pop("thing_classes")
+    MetadataCatalog.get(name).thing_classes = ["thing", "unicorn"]
+    (fault,) = check_datasets(data_cfg("instance", name)).faults
+    assert (fault.kind, fault.where) == ("unused class", "class 1") and "'unicorn' has no instance" in fault.what
 
 
 def test_text_lists_each_kind_once_and_json_has_everything(root):

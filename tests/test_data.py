@@ -373,6 +373,94 @@ def test_label_maps_of_one_class_are_told_when_training_starts(root, tmp_path, c
     assert "All labelled" not in caplog.text
 
 
+def _add_category(root, file, folder):
+    """A copy of a JSON with one more class, which nothing has; returns its path."""
+    with open(os.path.join(root, file)) as f:
+        content = json.load(f)
+    content["categories"].append({"id": 500, "name": "unicorn", "isthing": 1})
+    path = os.path.join(folder, file)
+    with open(path, "w") as f:
+        json.dump(content, f)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "file", "task", "unit"),
+    [
+        ("coco_instance", "json", "instances.json", "instance", "instance"),
+        ("coco_panoptic", "panoptic_json", "panoptic.json", "panoptic", "segment"),
+        ("coco_panoptic", "panoptic_json", "panoptic.json", "instance", "instance"),
+        ("coco_panoptic", "panoptic_json", "panoptic.json", "semantic", "pixel"),
+        ("sem_seg", None, None, "semantic", "pixel"),
+    ],
+)
+def test_classes_that_do_not_occur_are_told_when_training_starts(root, tmp_path, caplog, kind, key, file, task, unit):
+    whole = custom_entry(kind, root)
+    build_train_loader(data_cfg(task, custom=(whole,)))
+    assert "is of the classes" not in caplog.text
+    changes = {"classes": [*whole["classes"], "unicorn"]} if key is None else {key: _add_category(root, file, tmp_path)}
+    entry = custom_entry(kind, root, **changes)
+    build_train_loader(data_cfg(task, custom=(entry,)))
+    told = [x.message for x in caplog.records if x.levelname == "WARNING" and "is of the classes" in x.message]
+    assert told == [f"No {unit} of data set {entry['name']} is of the classes unicorn."]
+
+
+def test_crowds_alone_are_no_instances_of_a_class(root, tmp_path, caplog):
+    path = _add_category(root, "instances.json", tmp_path)
+    with open(path) as f:
+        content = json.load(f)
+    content["annotations"].append({**content["annotations"][0], "id": 9999, "category_id": 500, "iscrowd": 1})
+    with open(path, "w") as f:
+        json.dump(content, f)
+    build_train_loader(data_cfg("instance", custom=(custom_entry("coco_instance", root, json=path),)))
+    assert "is of the classes unicorn." in caplog.text
+
+
+def test_nothing_labelled_is_told_when_training_starts(root, tmp_path, caplog):
+    for name in os.listdir(os.path.join(root, "semantic")):
+        Image.new("L", (64, 64), 255).save(tmp_path / name)
+    classes = [f"kind {i}" for i in range(12)]
+    entry = custom_entry("sem_seg", root, labels=str(tmp_path), classes=classes)
+    build_train_loader(data_cfg("semantic", custom=(entry,)))
+    (told,) = [x for x in caplog.messages if "is of the classes" in x]
+    assert "kind 0, kind 1" in told and "kind 9 and 2 more. Nothing is labelled" in told and "kind 10" not in told
+
+
+def test_label_maps_are_read_until_all_classes_are_found(root, monkeypatch, caplog):
+    """At most a stated number of them, from all parts of the data set; the warning says how many were read."""
+    read = []
+    from_file = KNetDatasetMapper.label_map_classes
+    monkeypatch.setattr(
+        KNetDatasetMapper, "label_map_classes", lambda self, x: read.append(x["file_name"]) or from_file(self, x)
+    )
+    monkeypatch.setattr("knet_d2.data.class_coverage._MOST_LABEL_MAPS", 3)
+    names = [*THING_CLASSES, *STUFF_CLASSES, "unicorn"]
+    entry = custom_entry("sem_seg", root, classes=names)
+    build_train_loader(data_cfg("semantic", custom=(entry,)))
+    assert [os.path.basename(x) for x in read] == ["000000.jpg", "000006.jpg", "000012.jpg"]
+    assert f"No pixel of data set {entry['name']} (3 of 13 label maps are read for this) is of" in caplog.text
+    assert caplog.messages[-1].endswith("unicorn.")
+    read.clear()
+    caplog.clear()
+    maps = [np.array(Image.open(os.path.join(root, "semantic", f"{i:06d}.png"))) for i in range(13)]
+    number = next(n for n in range(1, 14) if len(set(np.concatenate(maps[:n]).flat) - {255}) == len(names) - 1)
+    assert number < 13
+    monkeypatch.setattr("knet_d2.data.class_coverage._MOST_LABEL_MAPS", 300)
+    build_train_loader(data_cfg("semantic", custom=(custom_entry("sem_seg", root),)))
+    assert len(read) == number and "is of the classes" not in caplog.text
+
+
+def test_stuff_is_no_thing_of_a_model_of_many_classes(entries):
+    """A model for instances leaves out the stuff of panoptic PNGs, even if 255 is one of its classes."""
+    cfg = data_cfg("instance", custom=(entries["coco_panoptic"],))
+    record = load_dataset(cfg.DATASETS.TRAIN[0])[0]
+    expected = build_mapper(cfg, True)(record)["instances"].gt_classes
+    knet = cfg.MODEL.KNET
+    knet.NUM_THING_CLASSES, knet.THING_CATEGORY_IDS = 365, [*knet.THING_CATEGORY_IDS, *range(1000, 1365 - T_NUM)]
+    assert not all(x["isthing"] for x in record["segments_info"])
+    assert torch.equal(build_mapper(cfg, True)(record)["instances"].gt_classes, expected)
+
+
 def test_an_image_without_instances_has_empty_masks(entries):
     cfg = data_cfg("instance", custom=(entries["coco_instance"],))
     record = {**load_dataset(cfg.DATASETS.TRAIN[0])[0], "annotations": []}

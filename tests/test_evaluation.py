@@ -179,7 +179,18 @@ def test_panoptic_without_any_segment_is_nan_not_a_crash(tmp_path, caplog):
     empty = np.zeros((8, 8), int)
     name = _tiny_panoptic(tmp_path, [{"id": 1, "name": "a", "isthing": 1}], [(empty, [])])
     assert all(math.isnan(x) for x in _evaluate_panoptic(name, [(empty, [])]).values())
-    assert [x for x in caplog.messages if x.startswith("No segment of data set") and x.endswith("of the classes a.")]
+    assert f"No segment of data set {name} is of the classes a. Nothing is labelled" in caplog.text
+
+
+def test_a_class_with_crowds_alone_has_no_segment(tmp_path, caplog):
+    ids, categories = np.ones((8, 8), int), [{"id": i, "name": f"kind {i}", "isthing": 1} for i in (1, 2)]
+    ids[4:] = 2
+    name = _tiny_panoptic(tmp_path, categories, [(ids, [(1, 1), (2, 2)])])
+    content = json.loads((tmp_path / "panoptic.json").read_text())
+    content["annotations"][0]["segments_info"][1]["iscrowd"] = 1
+    (tmp_path / "panoptic.json").write_text(json.dumps(content))
+    assert _evaluate_panoptic(name, [(ids * (ids == 1), [(1, 0, True)])])["PQ"] == 100
+    assert f"No segment of data set {name} is of the classes kind 2." in caplog.text
 
 
 def test_equal_file_names_in_two_folders(tmp_path):
@@ -573,3 +584,20 @@ def test_classes_without_an_instance_are_told(tmp_path, caplog):
     _evaluate_instances(entry["name"])
     (told,) = [x for x in caplog.messages if "No instance of data set " in x]
     assert "classes kind 0, kind 1" in told and "kind 9 and 2 more." in told and "kind 10" not in told
+
+
+def test_classes_that_a_held_out_part_lacks_are_told(tmp_path, caplog):
+    """The whole JSON has an instance of each class, the part that is evaluated has one of the first class."""
+    entry = _squares(tmp_path, 1)
+    content = json.loads((tmp_path / "instances.json").read_text())
+    content["categories"].append({"id": 2, "name": "rare"})
+    content["images"] += [{**content["images"][0], "id": 2, "file_name": "b.png"}]
+    content["annotations"] += [{**content["annotations"][0], "id": 2, "image_id": 2, "category_id": 2}]
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "images" / "b.png")
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    data_cfg("instance", custom=(entry,))
+    _evaluate_instances(entry["name"])
+    assert "is of the classes" not in caplog.text
+    MetadataCatalog.get(entry["name"]).image_ids = [1]
+    _evaluate_instances(entry["name"])
+    assert f"No instance of data set {entry['name']} is of the classes rare." in caplog.text

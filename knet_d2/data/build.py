@@ -13,13 +13,14 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 
 from ..errors import ConfigError, KNetError
-from ..tasks import build_bank, get_task
+from ..tasks import build_bank
+from .class_coverage import warn_before_training
 from .coco_json import forget_large_files
 from .files import read_image
 from .ground_truth import CompactMapper
 from .mapper import build_loss_mapper, build_mapper
 from .pixels import PixelFormat
-from .records import load_datasets, warn_of_one_class
+from .records import load_datasets
 from .sampler import SampleKey, TrainingBatchSampler
 from .workers import ignore_stop_signals
 
@@ -60,9 +61,10 @@ def build_train_loader(
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             with_sizes=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         )
-        if "instances" not in get_task(cfg).annotations:
-            warn_of_one_class(dataset, cfg)
-        if mapper is None:  # find images of another format before the training starts
+        if mapper is None:
+            if comm.is_main_process():
+                warn_before_training(dataset, cfg)
+            # Find images of another format before the training starts.
             read_image(dataset[0]["file_name"], PixelFormat.from_config(cfg))
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     sampler = TrainingBatchSampler(

@@ -114,12 +114,50 @@ class KNetDatasetMapper:
         result.update(self._read_example(record, image))
         return result
 
+    def annotated_classes(self, record: dict[str, Any]) -> set[int]:
+        """Return the classes of the instances or segments of a record, without crowds that training ignores.
+
+        Classes of a label map are known only by reading it: see label_map_classes.
+
+        Raises:
+            DataError: a category_id is not among the model's.
+        """
+        learns_instances = "instances" in self.task.annotations
+        if self._is_read_from_png(record):
+            objects, classes = record["segments_info"], self._segment_classes(record)
+        elif learns_instances:
+            objects = record.get("annotations", ())
+            classes = [self._class_of(x, True, record) for x in objects]
+        else:
+            return set()
+        num_classes = len(self.thing_classes) + len(self.stuff_classes)
+        return {
+            k
+            for x, k in zip(objects, classes, strict=True)
+            if k < num_classes and not (learns_instances and x.get("iscrowd", 0))
+        }
+
+    def reads_label_map(self, record: dict[str, Any]) -> bool:
+        """Whether classes of this record stand only in a label map."""
+        needs = "sem_seg" in self.task.annotations and "sem_seg_file_name" in record
+        return needs and not self._is_read_from_png(record)
+
+    def label_map_classes(self, record: dict[str, Any]) -> set[int]:
+        """Return the classes of the pixels in the label map of a record."""
+        return set(np.unique(self._read_label_map(record, None)).tolist()) - {self.ignore_value}
+
+    def _has_own(self, record: dict[str, Any]) -> bool:
+        """Whether a record has all that the task learns from without a panoptic PNG."""
+        keys = {"instances": "annotations", "sem_seg": "sem_seg_file_name"}
+        return all(keys[x] in record for x in self.task.annotations)
+
+    def _is_read_from_png(self, record: dict[str, Any]) -> bool:
+        return "pan_seg_file_name" in record and (len(self.task.annotations) > 1 or not self._has_own(record))
+
     def _read_example(self, record: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
         needed, size = self.task.annotations, image.shape[:2]
-        keys = {"instances": "annotations", "sem_seg": "sem_seg_file_name"}
-        has_own = all(keys[x] in record for x in needed)
-        from_png = "pan_seg_file_name" in record and (len(needed) > 1 or not has_own)
-        if not (has_own or from_png):
+        from_png = self._is_read_from_png(record)
+        if not (self._has_own(record) or from_png):
             raise DataError(
                 f"Image {record['file_name']} has no ground truth for MODEL.KNET.TASK {self.task.name!r}, which needs "
                 f"{self.task.annotation_files}. Choose another data set (DATASETS.TRAIN) or task."
@@ -185,7 +223,7 @@ class KNetDatasetMapper:
             for x in record["segments_info"]
         ]
 
-    def _read_label_map(self, record: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    def _read_label_map(self, record: dict[str, Any], size: tuple[int, int] | None) -> np.ndarray:
         """Model classes of the stuff pixels, uint8 [H, W]; all other pixels (things, crowds, void) are ignored."""
         # Every id of the metadata is a valid label: those that the model has no stuff class for are things.
         labels = read_sem_seg(record, size, max(self.stuff_classes, default=0) + 1, self.ignore_value)
@@ -204,7 +242,7 @@ class KNetDatasetMapper:
         if category in classes:
             return classes[category]
         if not isthing and not self.stuff_classes:
-            return self.ignore_value
+            return max(self.ignore_value, len(self.thing_classes))
         known = f"{len(self.thing_classes)} thing and {len(self.stuff_classes)} stuff classes"
         raise DataError(
             f"The annotations of image {record['file_name']} have category_id {category} "
@@ -243,7 +281,9 @@ def build_loss_mapper(cfg: CfgNode) -> KNetDatasetMapper:
     return build_truth_mapper(cfg, build_augmentations(cfg, is_train=False))
 
 
-def read_sem_seg(record: dict[str, Any], size: tuple[int, int], num_classes: int, ignore_value: int) -> np.ndarray:
+def read_sem_seg(
+    record: dict[str, Any], size: tuple[int, int] | None, num_classes: int, ignore_value: int
+) -> np.ndarray:
     """Read "sem_seg_file_name" as labels 0..num_classes-1 and ignore_value: int64 [H, W].
 
     A record may have "sem_seg_label_map", an array: value in the file -> label, 255 where it is ignored, -1 where it

@@ -1,12 +1,9 @@
-"""The records of registered data sets, and warnings about what they hold."""
+"""The records of registered data sets."""
 
-import contextlib
 import difflib
 import logging
 from collections.abc import Sequence
 
-import numpy as np
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
 from detectron2.data.catalog import Metadata
@@ -14,18 +11,8 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError, KNetError
 from .coco_json import check_categories, read_coco_json
-from .mapper import build_truth_mapper
 
 logger = logging.getLogger(__name__)
-
-# Arguments: the name of the semantic data set, the name of the class.
-ONE_CLASS = (
-    "All labelled pixels of %s that were read are of the class %s. The model can't learn from one class, and mIoU has "
-    "no meaning for it. Give the other pixels a class, too: for masks with the values 0 and 255, set classes: "
-    "[background, object], label_values: [0, 255] and ignore: [] in DATASETS.CUSTOM."
-)
-# Number of label maps that are read for the warning ONE_CLASS when a training run starts.
-_SAMPLED_LABEL_MAPS = 32
 
 
 def load_datasets(
@@ -125,24 +112,3 @@ def _add_sizes(records: list[dict], metadata: Metadata) -> None:
         image = images.get(record.get("image_id"), {})
         if "height" in image and "width" in image:
             record.update(height=image["height"], width=image["width"])
-
-
-def warn_of_one_class(records: list[dict], cfg: CfgNode) -> None:
-    """Warn if all labelled pixels are of one class, in a sample of label maps from all parts of the data sets."""
-    mapper = build_truth_mapper(cfg, [])
-    seen: set[int] = set()
-    for i in np.unique(np.linspace(0, len(records) - 1, _SAMPLED_LABEL_MAPS).astype(int)):
-        with contextlib.suppress(KNetError):  # the loader raises this error when training reads the image
-            seen.update(mapper(records[i])["sem_seg"].unique().tolist())
-        if len(seen - {mapper.ignore_value}) > 1:
-            return
-    for label in seen - {mapper.ignore_value}:
-        names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).stuff_classes
-        logger.warning(ONE_CLASS, ", ".join(cfg.DATASETS.TRAIN), names[label])
-
-
-def warn_of_absent_classes(name: str, absent: Sequence[str], what: str) -> None:
-    """Warn of classes that do not occur in a data set; ``what`` is "pixel", "instance" or "segment"."""
-    if absent:
-        more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
-        logger.warning("No %s of data set %s is of the classes %s%s.", what, name, ", ".join(absent[:10]), more)

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from pycocotools.coco import COCO
 
+from ..data.class_coverage import warn_of_absent_classes
 from ..data.classes import ClassTable, loaded_metadata
 from ..data.coco_json import check_for_evaluation, read_coco_json
-from ..data.records import warn_of_absent_classes
 from ..errors import DataError
 from ..tasks import TASKS
 
@@ -99,9 +98,9 @@ class InstanceEvaluator(DatasetEvaluator):
         if "annotations" not in self._truth:
             logger.info("The data set has no annotations: the predictions are written, but not evaluated.")
             return None
-        of_class = Counter(x["category_id"] for x in self._truth["annotations"] if not x["iscrowd"])
-        absent = [name for i, name in zip(self._category_ids, self._names, strict=True) if not of_class[i]]
-        warn_of_absent_classes(self._metadata.name, absent, "instance")
+        there = {x["category_id"] for x in self._evaluated_instances()}
+        occurring = [i for i, category in enumerate(self._category_ids) if category in there]
+        warn_of_absent_classes(self._metadata.name, "instance", self._names, occurring)
         if not instances:  # COCO's program fails without predictions
             logger.warning("The model predicts no instance in the whole data set: AP is NaN.")
             return {kind: dict.fromkeys(_METRICS, float("nan")) for kind in ("bbox", "segm")}
@@ -113,10 +112,11 @@ class InstanceEvaluator(DatasetEvaluator):
         truth.createIndex()
         return {kind: self._average_precision(truth, instances, kind) for kind in ("bbox", "segm")}
 
-    def _most_instances(self, image_ids: Iterable[Any]) -> int:
-        """Return the largest number of instances in one image."""
-        counted = Counter(x["image_id"] for x in self._truth["annotations"] if not x["iscrowd"])
-        return max(counted[i] for i in image_ids)
+    def _evaluated_instances(self) -> list[dict[str, Any]]:
+        """Return the annotations of the images that are evaluated, without crowds."""
+        of_part = None if self._image_ids is None else set(self._image_ids)
+        annotations = self._truth["annotations"]
+        return [x for x in annotations if not x["iscrowd"] and (of_part is None or x["image_id"] in of_part)]
 
     def _average_precision(self, truth: COCO, instances: list[dict[str, Any]], kind: str) -> dict[str, float]:
         """Return the AP metrics of ``kind``, "bbox" or "segm", in percent."""
@@ -125,7 +125,7 @@ class InstanceEvaluator(DatasetEvaluator):
         evaluation = COCOeval_opt(truth, detections, kind)
         if self._image_ids is not None:
             evaluation.params.imgIds = self._image_ids
-        most = self._most_instances(evaluation.params.imgIds)
+        most = max(Counter(x["image_id"] for x in self._evaluated_instances()).values(), default=0)
         beyond = min(most, self._max_detections) > _MAX_DETECTIONS
         if beyond:
             evaluation.params.maxDets = [*evaluation.params.maxDets, self._max_detections]

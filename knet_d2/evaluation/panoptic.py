@@ -22,9 +22,9 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 from tabulate import tabulate
 
+from ..data.class_coverage import warn_of_absent_classes
 from ..data.coco_json import read_coco_json
 from ..data.files import read_panoptic
-from ..data.records import warn_of_absent_classes
 from ..data.segmentation import segment_index
 from ..errors import DataError
 
@@ -112,9 +112,11 @@ class PanopticEvaluator(DatasetEvaluator):
         if self._output_dir:
             with PathManager.open(os.path.join(self._output_dir, "predictions.json"), "w") as f:
                 json.dump({**ground_truth, "annotations": predictions}, f)
-        occurring = {segment["category_id"] for x in annotations.values() for segment in x["segments_info"]}
-        absent = [category["name"] for i, category in categories.items() if i not in occurring]
-        warn_of_absent_classes(self._metadata.name, absent, "segment")
+        segments = [segment for x in annotations.values() for segment in x["segments_info"]]
+        there = {segment["category_id"] for segment in segments if not segment["iscrowd"]}
+        occurring = [n for n, category in enumerate(categories) if category in there]
+        names = [category["name"] for category in categories.values()]
+        warn_of_absent_classes(self._metadata.name, "segment", names, occurring)
         return OrderedDict(panoptic_seg=_summary(statistics, categories))
 
     def _read_ground_truth(self) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
 from ..data import load_dataset
+from ..data.class_coverage import warn_of_absent_classes
 from ..data.mapper import read_sem_seg
-from ..data.records import ONE_CLASS, warn_of_absent_classes
 from ..errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -84,11 +84,7 @@ class SemanticEvaluator(DatasetEvaluator):
         right, of_class = confusion.diagonal(), confusion.sum(axis=0)
         there = of_class > 0
         names = self._metadata.stuff_classes
-        absent = [name for name, is_there in zip(names, there, strict=True) if not is_there]
-        if there.sum() == 1:
-            logger.warning(ONE_CLASS, self._dataset_name, names[there.argmax()])
-        else:
-            warn_of_absent_classes(self._dataset_name, absent, "pixel")
+        warn_of_absent_classes(self._dataset_name, "pixel", names, there.nonzero()[0].tolist())
         accuracy, iou = np.full((2, len(confusion)), np.nan)
         accuracy[there] = right[there] / of_class[there]
         iou[there] = right[there] / (of_class + confusion.sum(axis=1) - right)[there]

@@ -18,8 +18,8 @@ from .report import Use
 def read_json(path: str, use: Use, faults: list[Fault]) -> dict[str, Any] | None:
     """Read a COCO JSON with the lists images, annotations and categories; None if it can't be read.
 
-    A JSON without "annotations" lists images for prediction only, which is a fault only in a training set. If the data
-    set is a part of the JSON's images (Use.part), only these images and their annotations are returned.
+    A JSON without the key "annotations" lists images for prediction only, which is a fault only in a training set. If
+    the data set is a part of the JSON's images (Use.part), only these images and their annotations are returned.
 
     Args:
         path: path of the JSON.
@@ -42,13 +42,13 @@ def read_json(path: str, use: Use, faults: list[Fault]) -> dict[str, Any] | None
     if wrong:
         faults.append(Fault("wrong type", path, *wrong))
         return None
-    if "annotations" not in content and not use.is_training:
-        content = {**content, "annotations": []}
-    missing = [key for key in ("images", "annotations", "categories") if not isinstance(content.get(key), list)]
+    is_for_prediction = "annotations" not in content and not use.is_training
+    required = ("images", "categories") if is_for_prediction else ("images", "annotations", "categories")
+    missing = [key for key in required if not isinstance(content.get(key), list)]
     faults += [Fault("missing key", path, "", f"lacks the list {key!r}") for key in missing]
     if missing:
         return None
-    if use.is_training and not content["annotations"]:
+    if not (is_for_prediction or content["annotations"]):
         faults.append(Fault("no annotations", path, "", "has an empty list of annotations"))
     return content if use.part is None else _of_part(content, use.part)
 
@@ -57,8 +57,10 @@ def _of_part(content: dict[str, Any], part: Part) -> dict[str, Any]:
     selected = part.select(image["file_name"] for image in content["images"] if "file_name" in image)
     others = {image.get("id") for image in content["images"] if image.get("file_name", "") not in selected}
     images = [image for image in content["images"] if image.get("id") not in others]
-    annotations = [x for x in content["annotations"] if x.get("image_id") not in others]
-    return {**content, "images": images, "annotations": annotations}
+    lists = {"images": images}
+    if "annotations" in content:
+        lists["annotations"] = [x for x in content["annotations"] if x.get("image_id") not in others]
+    return {**content, **lists}
 
 
 def lacking(items: list[dict], keys: Iterable[str], path: str, what: str, faults: list[Fault]) -> list[dict]:

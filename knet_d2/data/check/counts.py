@@ -1,12 +1,39 @@
 """Counts the objects of a data set by class, image and size."""
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
-from .faults import Fault
+from .faults import ERROR, Fault
+from .report import Use
 
 # COCO's limits between small, medium and large objects: areas in pixels of the original image.
 _SMALL, _MEDIUM = 32**2, 96**2
+
+
+def find_absent_classes(
+    classes: dict[str, str], occurring: Collection[str], unit: str, path: str, use: Use, faults: list[Fault]
+) -> list[Fault]:
+    """Find classes that do not occur in a data set, or that nothing is labelled, or only one class of label maps.
+
+    Args:
+        classes: name of each class by its place in the file, such as "category 3".
+        occurring: places of the classes that occur.
+        unit: what the classes occur in, see knet_d2.data.class_coverage.unit_of.
+        path: path of the file or folder.
+        use: what the data set is for.
+        faults: other faults of the data set; an error explains why nothing is labelled.
+    """
+    if not occurring:
+        if any(fault.level == ERROR for fault in faults):
+            return []
+        return [Fault("no annotations", path, "", f"has no {unit} of any class")]
+    if unit == "pixel" and len(occurring) == 1:
+        return [Fault("only one class", path, "", f"all labelled pixels are {classes[next(iter(occurring))]!r}")]
+    kind = "unused class" if use.is_training else "class that is not evaluated"
+    return [
+        Fault(kind, path, place, f"{name!r} has no {unit}") for place, name in classes.items() if place not in occurring
+    ]
 
 
 class ObjectCounts:
@@ -66,14 +93,11 @@ class ObjectCounts:
             return []
         return [Fault("mostly crowds", self._path, "", f"has {crowds} crowds and {objects} instances")]
 
-    def find_unused_classes(self) -> list[Fault]:
-        if not any(self._counts.values()):
-            return []  # no object could be read; other faults say why
-        return [
-            Fault("unused class", self._path, f"category {i}", f"{category.get('name')!r} has no {self._unit}")
-            for i, category in self.categories.items()
-            if not self._counts[i]["objects"]
-        ]
+    def find_absent_classes(self, use: Use, faults: list[Fault]) -> list[Fault]:
+        """Find classes without an object, see the function of this name."""
+        names = {f"category {i}": category.get("name") for i, category in self.categories.items()}
+        occurring = {f"category {i}" for i, counts in self._counts.items() if counts["objects"]}
+        return find_absent_classes(names, occurring, self._unit, self._path, use, faults)
 
     def table(self) -> list[dict[str, Any]]:
         """Return one row per class: things first, then stuff, each sorted by id."""

@@ -10,11 +10,13 @@ from tqdm import tqdm
 
 from ...errors import KNetError
 from ...tasks import get_task
-from ..classes import resolve_classes
+from ..class_coverage import unit_of
+from ..classes import ClassTable, resolve_classes
 from ..mapper import build_mapper
 from ..pixels import PixelFormat
 from ..records import load_dataset
 from ..split import photo_of
+from .counts import find_absent_classes
 from .faults import ERROR, Fault
 from .instances import check_instances
 from .labels import check_labels
@@ -61,14 +63,7 @@ def _check_dataset(cfg: CfgNode, name: str) -> list[DatasetReport]:
 def _check_files(cfg: CfgNode, name: str, metadata: Metadata) -> list[DatasetReport]:
     """Run the checks for the format of a data set; returns no report if there is no check for its format."""
     kind = metadata.get("evaluator_type")
-    use = Use(
-        name in cfg.DATASETS.TRAIN,
-        get_task(cfg),
-        cfg.MODEL.KNET.NUM_KERNELS,
-        PixelFormat.from_config(cfg),
-        metadata.get("part"),
-    )
-    reports = []
+    use, reports = _use(cfg, name), []
     # Cityscapes also has a panoptic JSON, but its file names follow other rules.
     if metadata.get("panoptic_json") and kind == "coco_panoptic_seg":
         paths = (metadata.panoptic_json, metadata.image_root, metadata.panoptic_root)
@@ -82,6 +77,16 @@ def _check_files(cfg: CfgNode, name: str, metadata: Metadata) -> list[DatasetRep
     return reports
 
 
+def _use(cfg: CfgNode, name: str) -> Use:
+    return Use(
+        name in cfg.DATASETS.TRAIN,
+        get_task(cfg),
+        cfg.MODEL.KNET.NUM_KERNELS,
+        PixelFormat.from_config(cfg),
+        MetadataCatalog.get(name).get("part"),
+    )
+
+
 def _check_by_mapper(cfg: CfgNode, name: str, records: list[dict]) -> DatasetReport:
     """Check a data set of any other format: read each image with its ground truth as training does."""
     faults: list[Fault] = []
@@ -92,11 +97,21 @@ def _check_by_mapper(cfg: CfgNode, name: str, records: list[dict]) -> DatasetRep
         mapper.augmentations = AugmentationList([])
     except KNetError as error:
         return DatasetReport(name, [Fault("unusable", name, "", str(error))], len(records))
+    occurring: set[int] = set()
     for record in tqdm(records, f"Reading {name}", unit="image", mininterval=1):
         try:
-            mapper(record)
+            example = mapper(record)
         except KNetError as error:
             faults.append(Fault("unusable", record["file_name"], "", str(error)))
+            continue
+        if "instances" in example:
+            occurring |= set(example["instances"].gt_classes.tolist())
+        if "sem_seg" in example:
+            occurring |= set(example["sem_seg"].unique().tolist())
+    task = get_task(cfg)
+    names = {f"class {i}": x for i, x in enumerate(ClassTable.from_metadata(MetadataCatalog.get(name), task).names)}
+    places = {f"class {i}" for i in occurring} & names.keys()  # without the label of ignored pixels
+    faults += find_absent_classes(names, places, unit_of(task), name, _use(cfg, name), faults)
     return DatasetReport(name, faults, len(records))
 
 

@@ -55,7 +55,7 @@ KINDS: dict[str, Kind] = {
     "wrong type": Kind(ERROR, "Correct the value, or export the annotations again; then run the check again."),
     "unusable": Kind(ERROR, "Do as the message says."),
     # COCO JSON
-    "no annotations": Kind(ERROR, "The model can't learn from this file: check the export."),
+    "no annotations": Kind(ERROR, "Nothing can be learned or evaluated here: check the export, and what is ignored."),
     "image id twice": Kind(ERROR, "Only the last of these images would be read: give each image a different id."),
     "image file twice": Kind(
         ERROR, "The objects of one entry are background in the other entry: merge the two entries of the image."
@@ -68,6 +68,7 @@ KINDS: dict[str, Kind] = {
     "category id twice": Kind(ERROR, "Two classes would become one: give each category a different id."),
     "category name twice": Kind(WARNING, "These are separate classes: give them different names, or merge them."),
     "unused class": Kind(WARNING, "The model can't learn this class: remove it, or check the export."),
+    "class that is not evaluated": Kind(WARNING, "Its metrics are NaN: add an image that shows this class."),
     "unknown image": Kind(
         ERROR, "image_id must equal the id of an image in the JSON's images, and have the same type: correct it."
     ),

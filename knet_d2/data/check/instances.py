@@ -36,7 +36,7 @@ def check_instances(name: str, json_file: str, image_root: str, use: Use) -> Dat
     check_twice(categories, "category", "name", json_file, faults)
     check_twice(images, "image", "file_name", json_file, faults)
     facts, image_faults = check_images(image_entries(images, image_root), use.pixel_format)
-    annotations = _check_annotations(content["annotations"], json_file, faults)
+    annotations = _check_annotations(content.get("annotations", []), json_file, faults)
     by_id = {image["id"]: image for image in content["images"] if "id" in image}
     known = {category["id"]: {"name": category["name"]} for category in categories}
     counts, seen = ObjectCounts(known, json_file, "instance"), {}
@@ -55,8 +55,8 @@ def check_instances(name: str, json_file: str, image_root: str, use: Use) -> Dat
             counts.add(image["id"], category, bool(annotation.get("iscrowd")), area)
     faults += counts.find_crowded_images(use.num_kernels, {i: image.get("file_name") for i, image in by_id.items()})
     faults += counts.find_crowds()
-    if use.is_training:
-        faults += counts.find_unused_classes()
+    if "annotations" in content:
+        faults += counts.find_absent_classes(use, image_faults + faults)
     summary = f"{counts.summary()}, {len(by_id) - len(counts.per_image)} images without"
     return DatasetReport(name, image_faults + faults, len(images), counts.table(), summary, facts)
 

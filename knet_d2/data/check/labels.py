@@ -8,6 +8,7 @@ import numpy as np
 from ...errors import DataError
 from ..custom import IMAGE_SUFFIXES
 from ..files import files_below, read_labels
+from .counts import find_absent_classes
 from .faults import Fault
 from .images import ImageEntry, check_images, map_files
 from .report import DatasetReport, Use
@@ -52,8 +53,7 @@ def check_labels(
     sizes = [facts[images[stem]].size if images[stem] in facts else None for stem in stems]
     for path, size, found in zip(paths, sizes, map_files(_read_values, paths, "Reading label maps"), strict=True):
         faults += [found] if isinstance(found, Fault) else counts.add(path, size, *found)
-    if use.is_training:
-        faults += counts.find_unused_classes(label_root)
+    faults += counts.find_absent_classes(label_root, use, image_faults + faults)
     return DatasetReport(name, image_faults + faults, len(images), counts.table(), counts.summary(), facts)
 
 
@@ -107,18 +107,10 @@ class _Counts:
         self._pixels.update(found)
         return faults
 
-    def find_unused_classes(self, label_root: str) -> list[Fault]:
-        if not self._pixels:
-            return []  # no label map could be read; other faults say why
-        used = [i for i in range(len(self._classes)) if self._pixels[i]]
-        if len(used) == 1:
-            what = f"all labelled pixels are {self._classes[used[0]]!r}"
-            return [Fault("only one class", label_root, "", what)]
-        return [
-            Fault("unused class", label_root, f"class {i}", f"{name!r} has no pixel")
-            for i, name in enumerate(self._classes)
-            if i not in used
-        ]
+    def find_absent_classes(self, label_root: str, use: Use, faults: list[Fault]) -> list[Fault]:
+        names = {f"class {i}": name for i, name in enumerate(self._classes)}
+        occurring = [f"class {i}" for i in range(len(self._classes)) if self._pixels[i]]
+        return find_absent_classes(names, occurring, "pixel", label_root, use, faults)
 
     def table(self) -> list[dict]:
         total = sum(self._pixels[i] for i in range(len(self._classes))) or 1

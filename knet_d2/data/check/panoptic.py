@@ -54,9 +54,9 @@ def check_panoptic(name: str, json_file: str, image_root: str, panoptic_root: st
     facts, image_faults = check_images(image_entries(images, image_root), use.pixel_format)
     by_id = {image["id"]: image for image in images}
     keys = ("image_id", "file_name", "segments_info")
-    annotations = lacking(content["annotations"], keys, json_file, "annotation", faults)
+    annotations = lacking(content.get("annotations", []), keys, json_file, "annotation", faults)
     annotations = check_image_ids(annotations, by_id, json_file, faults)
-    unannotated = set(by_id) - {x["image_id"] for x in annotations} if content["annotations"] else ()
+    unannotated = set(by_id) - {x["image_id"] for x in annotations} if content.get("annotations") else ()
     for i in sorted(unannotated, key=str):
         what = f"{by_id[i]['file_name']} has no annotation"
         faults.append(Fault("image without annotation", json_file, f"image {i}", what))
@@ -71,8 +71,8 @@ def check_panoptic(name: str, json_file: str, image_root: str, panoptic_root: st
     for png, (found, areas) in zip(pngs, results, strict=True):
         faults += found + _check_segments(png.annotation, areas, counts, json_file)
     faults += counts.find_crowded_images(use.num_kernels, {i: image["file_name"] for i, image in by_id.items()})
-    if use.is_training:
-        faults += counts.find_unused_classes()
+    if "annotations" in content:
+        faults += counts.find_absent_classes(use, image_faults + faults)
     return DatasetReport(name, image_faults + faults, len(images), counts.table(), counts.summary(), facts)
 
 
