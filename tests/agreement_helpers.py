@@ -1,5 +1,6 @@
 """Tiny training runs of P processes; the processes of tests/test_agreement.py import this module."""
 
+import itertools
 import math
 import os
 
@@ -12,16 +13,16 @@ from toys import Interrupted, ToyNet, ToyTrainer, reset_toys, toy_cfg
 from knet_d2.errors import KNetError
 from knet_d2.modeling.layers import EvalBatchNorm2d, sync_batch_norm
 
-CASES = {
-    "BN": (nn.BatchNorm2d, {}),
-    "BN and EMA": (nn.BatchNorm2d, {"SOLVER__EMA_DECAY": 0.5}),
-    "SyncBN and EMA": (sync_batch_norm, {"SOLVER__EMA_DECAY": 0.5}),
-    "frozen BN": (EvalBatchNorm2d, {"SOLVER__EMA_DECAY": 0.5}),
-    "accumulation": (nn.BatchNorm2d, {"SOLVER__ACCUMULATE_GRADIENTS": 2, "SOLVER__EMA_DECAY": 0.5}),
-    "skipped step": (nn.BatchNorm2d, {"SOLVER__NON_FINITE_STEPS": 2, "SOLVER__EMA_DECAY": 0.5}),
-    "resume": (nn.BatchNorm2d, {"SOLVER__EMA_DECAY": 0.5}),
-    "resume of BN": (nn.BatchNorm2d, {}),
+NORMS = {"BN": nn.BatchNorm2d, "SyncBN": sync_batch_norm, "frozen BN": EvalBatchNorm2d}
+DECAYS = {"no EMA": 0.0, "EMA": 0.5}
+EVENTS = {
+    "no event": {},
+    "accumulation": {"SOLVER__ACCUMULATE_GRADIENTS": 2},
+    "skipped step": {"SOLVER__NON_FINITE_STEPS": 2},
+    "resume": {},
 }
+# Norm, average, event; the events with the average, which is one more state that they can spoil
+CASES = [x for x in itertools.product(NORMS, DECAYS, EVENTS) if x[1] == "EMA" or x[2] == "no event"]
 
 
 class OwnImages:
@@ -49,11 +50,15 @@ class NormTrainer(ToyTrainer):
         torch.manual_seed(100 + comm.get_rank())
         model = ToyNet(cfg)
         model.norm = cls.norm(4)
+        model.norm.running_mean.normal_()
         return model
 
     @classmethod
     def build_train_loader(cls, cfg, start_iter=0):
         return OwnImages(start_iter)
+
+    def build_writers(self):
+        return super().build_writers()[1:2]  # only metrics.json
 
     def evaluate(self):
         results = super().evaluate()
@@ -80,11 +85,18 @@ class Disturbance(HookBase):
                 next(self.trainer.model.parameters()).flatten()[0] += 0.5
 
 
+def folder_of(folder, case):
+    return os.path.join(folder, "_".join(case).replace(" ", "_"))
+
+
 def train(folder, case, resume=False):
-    """A training of 6 steps with an evaluation after the third and the last; returns the trainer."""
-    NormTrainer.norm, options = CASES[case]
-    cfg = toy_cfg(folder, **options, SOLVER__MAX_ITER=6, SOLVER__IMS_PER_BATCH=4, SOLVER__CHECKPOINT_PERIOD=2)
-    cfg.TEST.EVAL_PERIOD, cfg.SOLVER.STEPS, cfg.SOLVER.BASE_LR = 3, (), 0.1
+    """A training of 4 steps with an evaluation after the second and the last; returns the trainer."""
+    norm, decay, event = case
+    NormTrainer.norm = NORMS[norm]
+    os.makedirs(folder, exist_ok=True)
+    cfg = toy_cfg(folder, **EVENTS[event], SOLVER__EMA_DECAY=DECAYS[decay], SOLVER__MAX_ITER=4)
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.BASE_LR = 2 * comm.get_world_size(), 2, 0.1
+    cfg.TEST.EVAL_PERIOD, cfg.SOLVER.STEPS = 2, ()
     trainer = NormTrainer(cfg)
     trainer.evaluated = []
     trainer.resume_or_load(resume=resume)
@@ -93,28 +105,28 @@ def train(folder, case, resume=False):
 
 def run_case(folder, case):
     """Train one case; returns the contents of this process's model at every evaluation."""
-    os.makedirs(folder, exist_ok=True)
-    if case == "skipped step" and comm.get_rank() == comm.get_world_size() - 1:
+    event = case[-1]
+    if event == "skipped step" and comm.get_rank() == comm.get_world_size() - 1:
         ToyNet.fail_at = ("image1.png", math.nan)
-    resume = case.startswith("resume")
-    if resume:
-        ToyNet.fail_at = ("image5.png", Interrupted())
-        first = train(folder, case)
+    evaluated = []
+    if event == "resume":
+        ToyNet.fail_at = ("image3.png", Interrupted())
+        trainer = train(folder, case)
         try:
-            first.train()
+            trainer.train()
         except Interrupted:
             comm.synchronize()
+        evaluated += trainer.evaluated
         reset_toys()
-    trainer = train(folder, case, resume)
+    trainer = train(folder, case, resume=event == "resume")
     trainer.train()
     reset_toys()
-    return [*(first.evaluated if resume else []), *trainer.evaluated]
+    return [*evaluated, *trainer.evaluated]
 
 
 def find_disturbance(folder):
     """Change the weights of the last process; returns the message of the check."""
-    os.makedirs(folder, exist_ok=True)
-    trainer = train(folder, "BN")
+    trainer = train(folder, ("BN", "no EMA", "no event"))
     trainer.register_hooks([Disturbance()])
     try:
         trainer.train()
@@ -125,7 +137,7 @@ def find_disturbance(folder):
 
 def run_all(folder):
     """Run all cases; the main process saves the contents of all processes, by case."""
-    found = {case: comm.all_gather(run_case(os.path.join(folder, case), case)) for case in CASES}
+    found = {case: comm.all_gather(run_case(folder_of(folder, case), case)) for case in CASES}
     found["disturbance"] = comm.all_gather(find_disturbance(os.path.join(folder, "disturbance")))
     if comm.is_main_process():
         torch.save(found, os.path.join(folder, "found.pth"))

@@ -1,44 +1,61 @@
-"""All processes have equal parameters, buffers and averages at every evaluation, and these are in the file."""
+"""All processes have equal parameters, buffers and averages at every evaluation, and these are in the file.
+
+The processes start from different weights and statistics and see different images.
+"""
+
+from pathlib import Path
 
 import pytest
 import torch
-from agreement_helpers import CASES, run_all
+from agreement_helpers import CASES, NORMS, folder_of, run_all
 from detectron2.engine import launch
 from toys import assert_identical
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[1, 2, 4])
 def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("agreement")
     launch(run_all, request.param, dist_url="auto", args=(str(folder),))
     return request.param, folder, torch.load(folder / "found.pth", weights_only=True)
 
 
-@pytest.mark.parametrize("case", CASES)
+def _only(contents, kind):
+    """The entries of one kind, "trained" or "evaluated", by their names in the model."""
+    return {name.removeprefix(kind + " "): x for name, x in contents.items() if name.startswith(kind)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=", ".join)
 def test_processes_are_equal(found, case):
     world_size, folder, by_case = found
+    norm, decay, event = case
     of_processes = by_case[case]
     assert len(of_processes) == world_size and len(of_processes[0]) == 2
     for other in of_processes[1:]:
         assert_identical(of_processes[0], other)
+    saved = [torch.load(Path(folder_of(folder, case)) / f"model_{i:07d}.pth", weights_only=True) for i in (1, 3)]
+    for file, contents in zip(saved, of_processes[0]):
+        trained, evaluated = (_only(contents, kind) for kind in ("trained", "evaluated"))
+        assert_identical(dict(file["model"]), evaluated)
+        if decay == "EMA":
+            assert_identical(dict(file["trainer"]["hooks"]["WeightAverage"]["model"]), trained)
+        assert torch.equal(trained["head.weight"], evaluated["head.weight"]) == (decay == "no EMA")
     first, last = of_processes[0]
-    saved = torch.load(folder / case / "model_final.pth", weights_only=True)
-    evaluated = {name.removeprefix("evaluated "): x for name, x in last.items() if name.startswith("evaluated ")}
-    assert_identical(dict(saved["model"]), evaluated)
-    if CASES[case][1].get("SOLVER__EMA_DECAY"):
-        trained = {name.removeprefix("trained "): x for name, x in last.items() if name.startswith("trained ")}
-        assert_identical(dict(saved["trainer"]["hooks"]["WeightAverage"]["model"]), trained)
-        assert not torch.equal(trained["head.weight"], evaluated["head.weight"])
     moves = not torch.equal(first["trained norm.running_mean"], last["trained norm.running_mean"])
-    assert moves == (case != "frozen BN") and not torch.equal(first["trained head.weight"], last["trained head.weight"])
+    assert moves == (norm != "frozen BN") and not torch.equal(first["trained head.weight"], last["trained head.weight"])
 
 
-@pytest.mark.parametrize("case", ["resume", "resume of BN"])
-def test_resumed_processes_end_as_uninterrupted_ones(found, case):
-    plain = {"resume": "BN and EMA", "resume of BN": "BN"}[case]
+@pytest.mark.parametrize("norm", NORMS)
+def test_events_change_a_run_and_a_resumed_one_ends_as_if_it_was_not_interrupted(found, norm):
     _, folder, by_case = found
-    assert_identical(by_case[case][0][-1], by_case[plain][0][-1])
-    assert (folder / case / "metrics.json").read_bytes() == (folder / plain / "metrics.json").read_bytes()
+    plain, resumed = ((norm, "EMA", event) for event in ("no event", "resume"))
+    assert_identical(by_case[resumed][0][-1], by_case[plain][0][-1])
+    logs = [Path(folder_of(folder, x)) / "metrics.json" for x in (resumed, plain)]
+    assert logs[0].read_bytes() == logs[1].read_bytes()
+    for event in ("accumulation", "skipped step"):
+        weights = [by_case[norm, "EMA", x][0][-1]["trained head.weight"] for x in ("no event", event)]
+        # Without statistics of a batch, its parts have the gradients of the whole
+        is_equal = event == "accumulation" and norm == "frozen BN"
+        assert torch.allclose(*weights) == is_equal, event
 
 
 def test_different_weights_are_found(found):

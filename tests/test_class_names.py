@@ -272,6 +272,25 @@ def test_prediction_names_the_right_classes(runs, tmp_path):
         knet_d2.load(weights, device="cpu", config_file=configs["animals"])
 
 
+def test_names_of_the_weights_stand_in_for_those_of_a_data_set_that_is_not_there(runs, tmp_path):
+    configs, weights = runs
+    cfg = load_config(configs["own"])
+    expected = class_table(cfg)
+    cfg.DATASETS.CUSTOM, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], ["gone_train"], ["gone_val"]
+    elsewhere = tmp_path / "elsewhere.yaml"
+    elsewhere.write_text(cfg.dump())
+    assert not class_table(load_config(str(elsewhere))).has_names
+    opts = ["MODEL.KNET.TEST.OUTPUTS", "['instances']"]
+    args = {"device": "cpu", "confidence_threshold": 0.0, "opts": opts}
+    predictor = knet_d2.load(weights, config_file=str(elsewhere), **args)
+    assert predictor.classes.names == expected.names and predictor.classes.category_ids == expected.category_ids
+    image = str(next(tmp_path.glob("own_*/images/*")))
+    names = [x["category_name"] for x in predictor(image).to_coco()]
+    assert names and set(names) <= set(expected.thing_names)
+    # Names that fit another number of classes are not taken
+    assert expected._replace(names=list("0123456")).named_like(expected._replace(num_things=3)).names == list("0123456")
+
+
 def test_training_starts_from_rows_of_the_same_name_and_a_resumed_run_keeps_its_order(runs, tmp_path):
     configs, weights = runs
     out = ["OUTPUT_DIR", str(tmp_path / "run"), "SOLVER.BASE_LR", "1e-9", "MODEL.WEIGHTS", weights]

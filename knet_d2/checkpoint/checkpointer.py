@@ -63,6 +63,7 @@ class Checkpointer(DetectionCheckpointer):
         self.classes = classes
         self.report: LoadReport | None = None
         self.file_metadata: Any = None
+        self.file_classes: ClassTable | None = None
         self._options: dict[str, str] = {}
         self._restores_training = False
 
@@ -144,11 +145,12 @@ class Checkpointer(DetectionCheckpointer):
             state_dict = align_and_update_state_dicts(model_state, state_dict, c2_conversion=author == "Caffe2")
             layout = recognise(state_dict, model_state)
         self.file_metadata = checkpoint.get("metadata")
+        self.file_classes = described_classes(checkpoint, path)
         if self.partial:
             adapt_input_layer(layout, model_state)
         self.report = build_report(layout, state_dict, model_state)
         if not find_misfits(self.report._replace(other_shape=[]), layout, self.partial):  # else it is another model
-            layout = self._match_classes(path, checkpoint, layout, model_state)
+            layout = self._match_classes(path, layout, model_state)
             self.report = build_report(layout, state_dict, model_state)
         self._check_fit(path, layout)
         checkpoint["model"] = layout.translation.state_dict
@@ -158,11 +160,9 @@ class Checkpointer(DetectionCheckpointer):
         log = self.logger.warning if self.report.other_shape or self.report.missing else self.logger.info
         log(f"{path}\n{self.report.as_text()}")
 
-    def _match_classes(
-        self, path: str, checkpoint: dict[str, Any], layout: Layout, model_state: dict[str, torch.Tensor]
-    ) -> Layout:
+    def _match_classes(self, path: str, layout: Layout, model_state: dict[str, torch.Tensor]) -> Layout:
         """The layout with its classes in the model's order, see ``classes`` of the constructor."""
-        file_classes = described_classes(checkpoint, path)
+        file_classes = self.file_classes
         if self.classes is None or not self.classes.has_names or file_classes is None:
             return layout
         rows = match_rows(self.classes, file_classes)

@@ -77,6 +77,14 @@ class ClassTable(NamedTuple):
     def stuff_category_ids(self) -> list[int]:
         return self.category_ids[self.num_things :]
 
+    def named_like(self, other: ClassTable | None) -> ClassTable:
+        """This table; where no data set told its names, with those of a table with as many things and stuff classes."""
+        if self.has_names or other is None:
+            return self
+        if (len(other.names), other.num_things) != (len(self.names), self.num_things):
+            return self
+        return other._replace(category_ids=self.category_ids)
+
     def label_of(self, category_id: int, isthing: bool) -> int:
         """The index of a class in this table.
 

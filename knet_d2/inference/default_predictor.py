@@ -25,6 +25,7 @@ class Predictor(DefaultPredictor):
 
     Attributes:
         pixel_format: what the model takes.
+        classes: the names and ids of what it finds; the names are the data set's, else those of the weights file.
         network: the model without test-time augmentation, which is in ``model`` where TEST.AUG.ENABLED asks for it.
     """
 
@@ -32,7 +33,9 @@ class Predictor(DefaultPredictor):
         self.cfg = cfg = with_classes(cfg).clone()
         self.pixel_format = PixelFormat.from_config(cfg)
         self.network = self.model = build_model(cfg).eval()
-        Checkpointer(self.network, classes=class_table(cfg)).load(cfg.MODEL.WEIGHTS)
+        checkpointer = Checkpointer(self.network, classes=class_table(cfg))
+        checkpointer.load(cfg.MODEL.WEIGHTS)
+        self.classes = class_table(cfg).named_like(checkpointer.file_classes)
         shorter = cfg.INPUT.MIN_SIZE_TEST
         if cfg.TEST.AUG.ENABLED:
             self.model, shorter = KNetWithTTA(cfg, self.network).eval(), 0  # it resizes images itself

@@ -39,12 +39,13 @@ class ImagePredictor:
         """
         Args:
             cfg: with MODEL.WEIGHTS.
+            classes: of the model; those without names get the names of the weights file.
         """
         self._predictor = Predictor(cfg)
         self.cfg = cfg
         self.model = self._predictor.network
         self.pixel_format = self._predictor.pixel_format
-        self.classes = classes
+        self.classes = classes.named_like(self._predictor.classes)
         self.outputs = tuple(dict.fromkeys((*self.model.postprocessor.options.outputs, *get_task(cfg).outputs)))
 
     def __call__(
