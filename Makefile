@@ -19,6 +19,9 @@ $(INSTALLED): requirements.txt setup.py knet_d2/setup/install_detectron2.py knet
 	$(BIN)/python -m pip install --quiet pip==26.2
 	$(BIN)/python -m pip install -r requirements.txt
 	$(BIN)/python -m knet_d2.install_detectron2
+	# The evaluators of LVIS and Cityscapes declare another OpenCV and "typing", which would break the environment.
+	# Without them their tests are skipped.
+	-$(BIN)/python -m pip install --quiet --no-deps lvis==0.5.3 cityscapesscripts==2.3.0
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -28,6 +28,8 @@ setup(
         "opencv": ["opencv-python-headless>=4.5"],
         # Weights files that are no pickles at all
         "safetensors": ["safetensors"],
+        # TIFF files with many channels in one page, as most satellite images
+        "tiff": ["tifffile"],
         # demo/web.py
         "web": ["gradio>=6"],
         # tools/export_model.py
