@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import register_coco_panoptic, register_coco_panoptic_separated
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from PIL import Image
 
@@ -28,6 +29,7 @@ from knet_d2.data import (
 )
 from knet_d2.data.augmentation import build_augmentations
 from knet_d2.data.classes import class_table, has_classes
+from knet_d2.data.repeat_factors import repeat_factors
 from knet_d2.data.sampler import TrainingBatchSampler
 from knet_d2.data.segmentation import segment_index
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
@@ -592,6 +594,59 @@ def test_groups_are_not_mixed_and_get_their_share():
     assert np.abs(counts - 40).max() <= 4, "a sample is used more often than others"
 
 
+FACTORS = np.array([1.0, 2.25, 1.0, 3.0, 1.5, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("groups", [None, [0, 1, 0, 1, 0, 1, 0]])
+def test_repeated_samples_are_a_pure_function_of_seed_and_iteration(groups):
+    def sampler(**changes):
+        options = {"size": 7, "batch_size": 4, "seed": 3, "groups": groups, "repeat_factors": FACTORS}
+        return TrainingBatchSampler(**{**options, **changes})
+
+    whole = _batches(sampler(), 40)
+    assert _batches(sampler(start_iter=33), 7) == whole[33:]
+    assert [sampler().batch(i) for i in reversed(range(40))] == whole[::-1]
+    parts = [_batches(sampler(rank=rank, world_size=4), 40) for rank in range(4)]
+    assert [a + b + c + d for a, b, c, d in zip(*parts, strict=True)] == whole
+    # Factors of 1 change nothing
+    assert _batches(sampler(repeat_factors=np.ones(7)), 40) == _batches(sampler(repeat_factors=None), 40)
+
+
+@pytest.mark.parametrize("groups", [None, [0, 1, 0, 1, 0, 1, 0]])
+def test_samples_are_drawn_as_often_as_their_factors_say(groups):
+    sampler = TrainingBatchSampler(size=7, batch_size=5, seed=0, groups=groups, repeat_factors=FACTORS)
+    number = 2150  # 1,000 epochs of 10.75 samples on average
+    counts = np.bincount([key.index for batch in _batches(sampler, number) for key in batch])
+    # One fractional factor has a standard deviation of at most 0.016; the shares of groups are rounded.
+    assert np.abs(counts / 1000 - FACTORS).max() < (0.06 if groups is None else 0.15)
+
+
+def test_repeat_factors_are_detectron2s(entries):
+    """Of instances to the last digit; panoptic and semantic data have the same for the same classes."""
+    expected = {}
+    for task, kind in (("instance", "coco_instance"), ("panoptic", "coco_panoptic"), ("semantic", "sem_seg")):
+        cfg = data_cfg(task, custom=(entries[kind],))
+        cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD = "RepeatFactorTrainingSampler", 0.9
+        records = load_dataset(entries[kind]["name"])
+        factors = repeat_factors(records, cfg)
+        examples = [build_mapper(cfg, True)(record) for record in records]
+        present = [
+            {*x.get("sem_seg", torch.tensor([255])).unique().tolist()} - {255}
+            | ({*x["instances"].gt_classes.tolist()} if "instances" in x else set())
+            for x in examples
+        ]
+        share = [np.mean([k in x for x in present]) for k in range(T_NUM + S_NUM)]
+        expected = [max([max(1, (0.9 / share[k]) ** 0.5) for k in x], default=1) for x in present]
+        assert factors == pytest.approx(expected, rel=1e-6) and factors.max() > 1.1 and factors.min() >= 1
+        if task == "instance":
+            plain = [{"annotations": [x for x in record["annotations"] if not x["iscrowd"]]} for record in records]
+            theirs = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(plain, 0.9)
+            assert np.array_equal(factors, theirs.double().numpy())
+        indices = [x.index for x in build_train_loader(cfg).batch_sampler.batch(0)]
+        direct = TrainingBatchSampler(size=len(records), batch_size=4, seed=7, repeat_factors=factors)
+        assert indices == [x.index for x in direct.batch(0)]
+
+
 def _augmented_cfg(entries, **changes):
     cfg = data_cfg("panoptic", custom=(entries["coco_panoptic"],))
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (48, 56, 64), "horizontal"
@@ -704,12 +759,17 @@ def test_filter_empty_annotations(root):
     assert len(build_train_loader(cfg).dataset) == len(kept) < 13
 
 
-def test_unsupported_sampler_and_missing_names(entries):
+def test_unsupported_sampler_and_missing_names(entries, caplog):
     cfg = data_cfg("instance", custom=(entries["coco_instance"],))
-    cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    cfg.DATALOADER.SAMPLER_TRAIN = "RandomSubsetTrainingSampler"
     with pytest.raises(ConfigError, match="DATALOADER.SAMPLER_TRAIN"):
         build_train_loader(cfg)
-    cfg.DATALOADER.SAMPLER_TRAIN = "TrainingSampler"
+    cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    with pytest.raises(ConfigError, match="DATALOADER.REPEAT_THRESHOLD = 0.0: use a share"):
+        build_train_loader(cfg)
+    cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD = "TrainingSampler", 0.1
+    build_train_loader(cfg)
+    assert "REPEAT_THRESHOLD = 0.1 has no influence" in caplog.text
     cfg.DATASETS.TRAIN = ("shapes_instance_trian",)
     with pytest.raises(ConfigError, match="DATASETS.TRAIN.*shapes_instance_trian.*shapes_instance_train"):
         build_train_loader(cfg)

@@ -3,10 +3,14 @@
 import contextlib
 import io
 import json
+import re
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from data_helpers import data_cfg, unique_name
 from dataset_trees import (
     CLASSES,
@@ -26,6 +30,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_sem_seg, register_coco_panoptic, register_coco_panoptic_separated
 from detectron2.structures import Instances
 from helpers import SMALL
+from PIL import Image
 
 from knet_d2.config.files import get_config_file
 from knet_d2.data import load_dataset
@@ -222,6 +227,35 @@ def test_label_maps_as_detectron2_registers_ade20k(tmp_path):
     metadata = {"stuff_classes": list(CLASSES), "evaluator_type": "sem_seg", "ignore_label": 255}
     MetadataCatalog.get(name).set(**metadata, sem_seg_root=folders[0], image_root=folders[1])
     assert_perfect(scores("semantic", name), "sem_seg")
+
+
+def test_pascal_voc_by_the_recipe_in_the_docs(tmp_path, monkeypatch):
+    """VOCdevkit has images without a label map, and palette images whose colours are not the classes."""
+    text = (Path(__file__).parents[1] / "docs" / "DATASETS.md").read_text()
+    recipe = text[text.index("### Pascal VOC") :]
+    commands, config = (re.search(f"```{kind}\n(.*?)```", recipe, re.DOTALL).group(1) for kind in ("bash", "yaml"))
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    labels = np.array([[0, 255, 7], [20, 7, 0]], np.uint8).repeat(32, 0).repeat(32, 1)
+    for name in ("2007_000001", "2007_000002", "without_labels"):
+        Image.new("RGB", labels.shape[::-1], "gray").save(root / "JPEGImages" / f"{name}.jpg")
+    for split, name in (("train", "2007_000001"), ("val", "2007_000002")):
+        image = Image.fromarray(labels, "P")
+        image.putpalette([x for i in range(256) for x in (i * 67 % 256, i * 29 % 256, 9)])
+        image.save(root / "SegmentationClass" / f"{name}.png")
+        (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(name + "\n")
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["bash", "-ec", commands], check=True)
+    entries = yaml.safe_load(config)["DATASETS"]["CUSTOM"]
+    cfg = data_cfg("semantic", *(x["name"] for x in entries), custom=entries)
+    assert cfg.MODEL.KNET.NUM_STUFF_CLASSES == 21
+    for entry, number in zip(entries, (1, 2), strict=True):
+        (record,) = load_dataset(entry["name"])
+        assert record["file_name"].endswith(f"2007_{number:06d}.jpg")
+    seen = build_loss_mapper(cfg)(record)["sem_seg"]
+    assert set(seen.unique().tolist()) == {0, 7, 20, 255} and entries[0]["classes"][20] == "tv monitor"
+    assert_perfect(scores("semantic", "voc_val", entries), "sem_seg")
 
 
 # ---- Cityscapes and LVIS, in the layout that Detectron2 expects

@@ -12,7 +12,6 @@ logger = logging.getLogger(__name__)
 
 # Key, or the beginning of keys that ends in a point -> what to set instead. The longest one that fits counts.
 UNREAD = {
-    "DATALOADER.REPEAT_THRESHOLD": "",
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": "",
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN": "",
     "DATASETS.PROPOSAL_FILES_TEST": "",

@@ -21,6 +21,7 @@ from .ground_truth import CompactMapper
 from .mapper import build_loss_mapper, build_mapper
 from .pixels import PixelFormat
 from .records import load_datasets
+from .repeat_factors import repeat_factors
 from .sampler import SampleKey, TrainingBatchSampler
 from .workers import ignore_stop_signals
 
@@ -52,8 +53,6 @@ def build_train_loader(
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH = {batch_size}: use a positive multiple of the number of processes, {world_size}."
         )
-    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-        raise ConfigError(f"DATALOADER.SAMPLER_TRAIN = {cfg.DATALOADER.SAMPLER_TRAIN!r}: use 'TrainingSampler'.")
     if dataset is None:
         dataset = load_datasets(
             cfg.DATASETS.TRAIN,
@@ -75,6 +74,7 @@ def build_train_loader(
         world_size=world_size,
         start_iter=start_iter,
         groups=_aspect_groups(dataset) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
+        repeat_factors=repeat_factors(dataset, cfg),
     )
     mapped = MappedDataset(dataset, mapper or _compact(cfg, build_mapper(cfg, is_train=True)), seed)
     forget_large_files()

@@ -4,6 +4,7 @@ The selection does not depend on earlier iterations. A resumed run therefore get
 uninterrupted run, and a checkpoint needs no state of the loader.
 """
 
+import bisect
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -28,7 +29,8 @@ class TrainingBatchSampler(torch.utils.data.Sampler):
 
     Each epoch goes through the data set in a new random order. A batch may contain the end of one epoch and the start
     of the next. With groups, all samples of a batch are of one group: each group is a separate stream with its own
-    epochs, and gets a number of batches in proportion to its size.
+    epochs, and gets a number of batches in proportion to its size. With repeat factors, an epoch has each sample as
+    often as its factor says; the fraction of a factor is the probability of one more time.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class TrainingBatchSampler(torch.utils.data.Sampler):
         world_size: int = 1,
         start_iter: int = 0,
         groups: list[int] | None = None,
+        repeat_factors: np.ndarray | None = None,
     ) -> None:
         """
         Args:
@@ -50,6 +53,7 @@ class TrainingBatchSampler(torch.utils.data.Sampler):
             rank, world_size: number of this process, and of all processes.
             start_iter: the first iteration.
             groups: group number of each sample; None: all samples are one group.
+            repeat_factors: mean number of times that an epoch has each sample, at least 1; None: once.
         """
         if batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} is not divisible by world_size {world_size}")
@@ -60,7 +64,14 @@ class TrainingBatchSampler(torch.utils.data.Sampler):
         self.start_iter = start_iter
         labels = np.zeros(size, np.int64) if groups is None else np.asarray(groups)
         self._groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        self._repeat_factors = repeat_factors
+        # The share of a group in the batches: the number of samples in its epochs
+        self._sizes = [
+            len(group) if repeat_factors is None else round(repeat_factors[group].sum()) for group in self._groups
+        ]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        # First place of each epoch in the stream of a group, as far as it is known
+        self._starts = [[0] for _ in self._groups]
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         share = self.batch_size // self.world_size
@@ -84,19 +95,29 @@ class TrainingBatchSampler(torch.utils.data.Sampler):
         With two groups of a and b samples, the second group gets floor(i * b / (a + b)) of the first i iterations.
         With more groups, the same rule separates each group from all later groups.
         """
-        remaining = [len(group) for group in self._groups]
-        for group, size in enumerate(remaining[:-1]):
-            total = sum(remaining[group:])
+        for group, size in enumerate(self._sizes[:-1]):
+            total = sum(self._sizes[group:])
             later = iteration * (total - size) // total
             if (iteration + 1) * (total - size) // total == later:
                 return group, iteration - later
             iteration = later
-        return len(remaining) - 1, iteration
+        return len(self._sizes) - 1, iteration
 
     def _sample(self, group: int, place: int) -> int:
-        members = self._groups[group]
-        epoch, offset = divmod(place, len(members))
+        starts = self._starts[group]
+        while starts[-1] <= place:
+            starts.append(starts[-1] + len(self._members(group, len(starts) - 1)))
+        epoch = bisect.bisect_right(starts, place) - 1
         if self._orders.get(group, (None,))[0] != epoch:
-            order = np.random.default_rng([self.seed, group, epoch]).permutation(members)
-            self._orders[group] = (epoch, order)
-        return int(self._orders[group][1][offset])
+            members = self._members(group, epoch)
+            self._orders[group] = (epoch, np.random.default_rng([self.seed, group, epoch]).permutation(members))
+        return int(self._orders[group][1][place - starts[epoch]])
+
+    def _members(self, group: int, epoch: int) -> np.ndarray:
+        """Return the samples of an epoch of a group, by index; repeated ones follow each other."""
+        members = self._groups[group]
+        if self._repeat_factors is None:
+            return members
+        factors = self._repeat_factors[members]
+        more = np.random.default_rng([self.seed, group, epoch, 1]).random(len(members)) < factors % 1
+        return np.repeat(members, factors.astype(np.int64) + more)
