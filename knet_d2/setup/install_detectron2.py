@@ -1,4 +1,4 @@
-"""Install Detectron2 0.6 from the package registry, without a compiler: ``python -m knet_d2.install_detectron2``.
+"""Installs Detectron2 0.6 and panopticapi; :mod:`.install_program` is the program.
 
 The registry has Detectron2's Python sources as an sdist that pip can't build. This program downloads the sdist, checks
 its hash, applies substitutions for current versions of other packages, writes a pure Python wheel and installs it.
@@ -6,7 +6,6 @@ A Detectron2 that can be imported is not changed. The program can be interrupted
 It imports only the standard library, because it runs before any other package is installed.
 """
 
-import argparse
 import base64
 import csv
 import hashlib
@@ -231,15 +230,20 @@ def run_pip(arguments: Sequence[str], **environment: str) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode:
-        tail = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-12:])
-        raise InstallError(f"pip {' '.join(arguments)} failed:\n{tail}")
+        # The reasons of a conflict are on stdout
+        tail = "\n".join(f"{done.stdout}{done.stderr}".strip().splitlines()[-12:])
+        raise InstallError(f"pip {arguments[0]} failed:\n{tail}")
+
+
+def require(module: str, command: str) -> None:
+    """Raise an InstallError with the command if a module is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise InstallError(f"{module} is missing; install it first: {command}")
 
 
 def fetch_sdist(folder: Path) -> Path:
     """Download Detectron2's sdist from the package registry into ``folder``, with the pip version of SDIST_TOOLS."""
-    for module, command in (("pip", "python -m ensurepip --upgrade"), ("torch", TORCH_COMMAND)):
-        if importlib.util.find_spec(module) is None:
-            raise InstallError(f"{module} is missing; install it first: {command}")
+    require("pip", "python -m ensurepip --upgrade")
     tools = str(folder / "tools")
     path = os.pathsep.join([tools, *filter(None, [os.environ.get("PYTHONPATH")])])
     requirement = folder / "detectron2.txt"
@@ -315,6 +319,7 @@ def install_detectron2(sdist: Path | None = None) -> str:
     if folder is not None and is_complete(folder):
         done = f"detectron2: {WHEEL_VERSION} is already installed in {folder}"
     else:
+        require("torch", TORCH_COMMAND)
         with tempfile.TemporaryDirectory(prefix="knet_d2_") as temporary:
             wheel = build_wheel(sdist or fetch_sdist(Path(temporary)), Path(temporary))
             if folder is not None:
@@ -327,33 +332,31 @@ def install_detectron2(sdist: Path | None = None) -> str:
     return done
 
 
-def install_panopticapi() -> str:
-    """Install panopticapi unless it can already be imported; returns a sentence on what was done."""
+def _panopticapi_requirement(folder: Path) -> list[str]:
+    """Return pip's arguments for panopticapi with its hash.
+
+    It is installed without dependencies, because its metadata excludes numpy 2, although its code works with it.
+    """
+    requirement = folder / "panopticapi.txt"
+    requirement.write_text(f"{PANOPTICAPI_REQUIREMENT} --hash=sha256:{PANOPTICAPI_SHA256}\n")
+    return ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--requirement", str(requirement)]
+
+
+def download_panopticapi(folder: Path) -> None:
+    """Download the wheel of panopticapi into ``folder``."""
+    with tempfile.TemporaryDirectory(prefix="knet_d2_") as temporary:
+        run_pip(["download", "--dest", str(folder), *_panopticapi_requirement(Path(temporary))])
+
+
+def install_panopticapi(source: Sequence[str] = ()) -> str:
+    """Install panopticapi unless it can already be imported; returns a sentence on what was done.
+
+    Args:
+        source: pip's arguments that name where it comes from; none: the package registry.
+    """
     folder = package_folder("panopticapi")
     if folder is not None and import_error(PANOPTICAPI) is None:
         return f"panopticapi: {folder} can be imported and is not changed"
     with tempfile.TemporaryDirectory(prefix="knet_d2_") as temporary:
-        requirement = Path(temporary) / "panopticapi.txt"
-        requirement.write_text(f"{PANOPTICAPI_REQUIREMENT} --hash=sha256:{PANOPTICAPI_SHA256}\n")
-        # Installed without dependencies, because its metadata excludes numpy 2, although its code works with it.
-        arguments = ["install", "--no-deps", "--force-reinstall", "--only-binary", ":all:", "--require-hashes"]
-        run_pip([*arguments, "--requirement", str(requirement)])
+        run_pip(["install", "--force-reinstall", *source, *_panopticapi_requirement(Path(temporary))])
     return f"panopticapi: installed {PANOPTICAPI_REQUIREMENT}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m knet_d2.install_detectron2", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--sdist", type=Path, metavar="FILE", help=f"use this {SDIST_NAME}-{SDIST_VERSION}.tar.gz instead of a download"
-    )
-    arguments = parser.parse_args(argv)
-    try:
-        print(install_detectron2(arguments.sdist), flush=True)
-        print(install_panopticapi())
-    except InstallError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted. Run the same command again to continue.", file=sys.stderr)
-        return 130
-    return 0
