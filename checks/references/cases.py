@@ -122,13 +122,13 @@ def zoo_config(path: str, device: str = "cpu") -> CfgNode:
     return cfg
 
 
-def filled_model(architecture: str, shapes: dict[str, list[int]]) -> torch.nn.Module:
+def filled_model(architecture: str, shapes: dict[str, list[int]], device: str = "cpu") -> torch.nn.Module:
     """Build a model without dropout, with the weights of :func:`filled_state_dict`.
 
     Raises:
         ValueError: an official key can't be translated.
     """
-    cfg = zoo_config(CONFIGS[architecture])
+    cfg = zoo_config(CONFIGS[architecture], device)
     cfg.MODEL.KNET.DROPOUT = 0.0
     model = build_model(cfg)
     official = filled_state_dict(shapes)
@@ -141,7 +141,7 @@ def filled_model(architecture: str, shapes: dict[str, list[int]]) -> torch.nn.Mo
 
 def relative_difference(ours, recorded, scale: float | None = None) -> float:
     """Return the largest difference divided by the largest recorded value (or ``scale``); inf if the shapes differ."""
-    ours = ours.detach().double().numpy() if isinstance(ours, torch.Tensor) else np.asarray(ours, np.float64)
+    ours = ours.detach().cpu().double().numpy() if isinstance(ours, torch.Tensor) else np.asarray(ours, np.float64)
     recorded = np.asarray(recorded, np.float64)
     if ours.shape != recorded.shape:
         return float("inf")
@@ -154,6 +154,7 @@ def relative_difference(ours, recorded, scale: float | None = None) -> float:
 
 def share_of_different(ours, recorded) -> float:
     """Return the share of entries that differ, 0 to 1; 1 if the shapes differ."""
+    ours = ours.cpu() if isinstance(ours, torch.Tensor) else ours
     ours, recorded = np.asarray(ours), np.asarray(recorded)
     if ours.shape != recorded.shape:
         return 1.0

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.structures import Instances
 
 from knet_d2.modeling import postprocessing
 
@@ -56,7 +57,16 @@ def run_inference(model: torch.nn.Module, arrays: dict[str, Any]) -> dict[str, A
     for prefix in ("backbone", "neck"):
         for i, value in enumerate(outputs.get(prefix, {}).values()):
             tensors[f"{prefix}{i}"] = value
-    return {**tensors, "class_mask": model.postprocessor.class_mask, "result": outputs["result"]}
+    return _on_cpu({**tensors, "class_mask": model.postprocessor.class_mask, "result": outputs["result"]})
+
+
+def _on_cpu(value: Any) -> Any:
+    """Copy all tensors of a nested value to the CPU, where they are compared."""
+    if isinstance(value, (torch.Tensor, Instances)):
+        return value.to("cpu")
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return type(value)(map(_on_cpu, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _detection_tensors(model, outputs) -> dict[str, torch.Tensor]:

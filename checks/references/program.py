@@ -8,7 +8,7 @@ python -m checks.references --mutate all               # check that the comparis
 import argparse
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,16 +32,18 @@ from .state_dicts import check_state_dict
 from .training import check_training
 
 
-def check_case(folder: Path, case: str, model: torch.nn.Module) -> tuple[list[Result], list[str]]:
+def check_case(
+    folder: Path, case: str, model: torch.nn.Module, dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64)
+) -> tuple[list[Result], list[str]]:
     """Compare one reference file; returns the results, and the names of the recorded entries that are not compared.
 
-    The model is in float32 afterwards.
+    Training is compared in each of ``dtypes``. The model is in float32 afterwards.
     """
     arrays = load_case(folder, case)
     if case.startswith("ref_"):
         results = check_inference(model, case, arrays)
     else:
-        results = [r for dtype in (torch.float32, torch.float64) for r in check_training(model, case, arrays, dtype)]
+        results = [r for dtype in dtypes for r in check_training(model, case, arrays, dtype)]
         model.float()
     return results, not_compared(arrays, results)
 

@@ -192,11 +192,11 @@ def _check_targets(model, case: str, arrays, calls) -> list[Result]:
 def _check_kernel_targets(model, case: str, arrays, prefix: str, positives) -> list[Result]:
     """Class, class weights and mask area of every kernel of the batch."""
     bank, batch_size = model.bank, 2
-    index = positives.image_index * bank.num_kernels + positives.kernel_index
+    index = (positives.image_index * bank.num_kernels + positives.kernel_index).cpu()
     labels = torch.full((batch_size * bank.num_kernels,), bank.num_classes)
-    labels[index] = positives.classes
+    labels[index] = positives.classes.cpu()
     areas = torch.zeros(len(labels), dtype=positives.target_masks.dtype)
-    areas[index] = positives.target_masks.sum(dim=(1, 2))
+    areas[index] = positives.target_masks.sum(dim=(1, 2)).cpu()
     weights = model.postprocessor.class_mask.repeat(batch_size, 1)
     return [
         Result(case, prefix + "labels", share_of_different(labels, arrays[prefix + "labels"]), 0.0),

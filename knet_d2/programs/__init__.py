@@ -28,6 +28,7 @@ NAMES = (
     "convert_checkpoint",
     "visualize_kernels",
     "benchmark",
+    "device_report",
     "analyze_model",
     "verify_zoo",
 )

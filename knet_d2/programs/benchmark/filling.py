@@ -26,16 +26,21 @@ CLASS_LOGITS = (-4.0, 1.5)
 def fill(subject: Subject, inputs: list[dict[str, Any]]) -> None:
     """Set the weights and thresholds of a model so that it finds as many objects in these inputs as it may find."""
     model = subject.model
-    for block in model.modules():
-        if isinstance(block, (BasicBlock, BottleneckBlock)):
-            norm = (block.conv2 if isinstance(block, BasicBlock) else block.conv3).norm
-            nn.init.constant_(norm.weight, LAST_NORM_WEIGHT)
+    damp_residual_blocks(model)
     with torch.no_grad():
         if subject.is_knet:
             for stage in model.cascade.stages:
                 _fill_stage(model, stage, inputs)
         elif hasattr(model, "roi_heads"):
             _set_thresholds(subject, inputs)
+
+
+def damp_residual_blocks(model: nn.Module) -> None:
+    """Set the last norm of each residual block to LAST_NORM_WEIGHT."""
+    for block in model.modules():
+        if isinstance(block, (BasicBlock, BottleneckBlock)):
+            norm = (block.conv2 if isinstance(block, BasicBlock) else block.conv3).norm
+            nn.init.constant_(norm.weight, LAST_NORM_WEIGHT)
 
 
 def _fill_stage(model: nn.Module, stage: Any, inputs: list[dict[str, Any]]) -> None:
