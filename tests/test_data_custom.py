@@ -1,6 +1,5 @@
 """Data sets from the config, and errors for bad data, which name the file and the key."""
 
-import json
 import os
 import re
 import shutil
@@ -147,11 +146,11 @@ def test_records_are_those_of_detectron2(root):
 def test_files_are_parsed_once_until_they_change(root, monkeypatch):
     parsed = []
 
-    def load(file):
-        parsed.append(file.name)
-        return json.loads(file.read())
+    def mend(content, image_root):
+        parsed.append("panoptic.json" if "segments_info" in content["annotations"][0] else "instances.json")
+        return []
 
-    monkeypatch.setattr("knet_d2.data.coco_json.json.load", load)
+    monkeypatch.setattr("knet_d2.data.coco_json.mend_coco", mend)
     entry = custom_entry("coco_panoptic", root, instances_json=os.path.join(root, "instances.json"))
     cfg = data_cfg("panoptic", custom=(entry,))
     cfg.MODEL.KNET.TEST.OUTPUTS = ["panoptic_seg", "instances"]
@@ -161,7 +160,7 @@ def test_files_are_parsed_once_until_they_change(root, monkeypatch):
         for evaluator in build_evaluators(cfg, entry["name"]):
             evaluator.reset()
         check_datasets(cfg)
-    assert sorted(map(os.path.basename, parsed)) == ["instances.json", "panoptic.json"]
+    assert sorted(parsed) == ["instances.json", "panoptic.json"]
     edit_json(os.path.join(root, "panoptic.json"), lambda content: content["images"][0].update(width=49))
     assert load_dataset(entry["name"])[0]["width"] == 49
 

@@ -3,17 +3,24 @@
 Numbers of masks are checked as well, because wrong ones make mask decoders crash or use up the memory.
 """
 
+import codecs
+import contextlib
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from detectron2.utils.file_io import PathManager
 
 from ..errors import DataError
+from .coco_mending import Mend, mend_coco
 from .segmentation import SegmentationError, check_segmentation
 
+logger = logging.getLogger(__name__)
+
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _LARGEST_SIDE = 2**16
 # Largest total size of the files whose content is kept. In memory the content takes about five times as much.
 _KEPT_BYTES = 2**26
@@ -25,16 +32,21 @@ class _File:
 
     Attributes:
         stamp: (time of the last change in nanoseconds, size in bytes).
-        content: the parsed content.
+        content: the parsed content, mended.
+        mends: what was read as it is meant.
         is_checked: whether the content passed all checks.
     """
 
     stamp: tuple[int, int]
     content: Any
+    mends: list[Mend]
     is_checked: bool = False
 
 
-_files: dict[str, _File] = {}
+# By path of the file and folder of the images
+_files: dict[tuple[str, str | None], _File] = {}
+# Paths of files whose mends were logged
+_told: set[str] = set()
 
 
 class WrongType(NamedTuple):
@@ -95,10 +107,16 @@ _TYPES: dict[str, dict[str, Check]] = {
 }
 
 
-def read_coco_json(path: str) -> dict[str, Any]:
+def read_coco_json(path: str, image_root: str | None = None) -> dict[str, Any]:
     """Read and check a JSON in COCO's format for instances or panoptic segmentation.
 
-    The keys that are present must have the right types, and the masks must be decodable. Missing keys are allowed.
+    Values that differ from COCO's format but have one meaning are read as they are meant, and one warning for each kind
+    of them is logged; see :func:`mend_coco`. The keys that are present must have the right types, and the masks must be
+    decodable. Missing keys are allowed.
+
+    Args:
+        path: path of the JSON.
+        image_root: folder of the images; None: nothing is read from image files.
 
     Returns:
         The content. It is shared with other callers: do not change it.
@@ -107,40 +125,67 @@ def read_coco_json(path: str) -> dict[str, Any]:
         DataError: the file is not valid JSON, or a value is wrong; names the file and the place.
         OSError: the file can't be opened.
     """
-    content = parse_json(path)
-    if not _files[path].is_checked:
-        raise_wrong(find_wrong_type(content) or find_repeated_id(content) or find_wrong_mask(content), path)
-        _files[path].is_checked = True
+    content, mends = parse_json(path, image_root)
+    if path not in _told:
+        _told.add(path)
+        for mend in mends:
+            logger.warning("%s: %s.", path, mend)
+    file = _files[path, image_root]
+    if not file.is_checked:
+        check_content(content, path)
+        file.is_checked = True
     return content
 
 
-def parse_json(path: str) -> Any:
-    """Parse a JSON file; a file that has not changed is parsed only once.
+def check_content(content: Any, path: str) -> None:
+    """Raise a DataError unless the types of all values are right, ids differ, and masks can be decoded."""
+    raise_wrong(find_wrong_type(content) or find_repeated_id(content) or find_wrong_mask(content), path)
+
+
+def parse_json(path: str, image_root: str | None = None) -> tuple[Any, list[Mend]]:
+    """Parse a JSON file and mend its content; a file that has not changed is parsed only once.
 
     The last file is kept in memory even if it is large, because the classes and the records of a data set are read
     one after the other from the same file.
 
     Returns:
-        The content. It is shared with other callers: do not change it.
+        The content, which is shared with other callers: do not change it; and what was read as it is meant.
     """
     status = os.stat(PathManager.get_local_path(path))
     stamp = (status.st_mtime_ns, status.st_size)
-    if path not in _files or _files[path].stamp != stamp:
-        with PathManager.open(path) as f:
-            try:
-                _files[path] = _File(stamp, json.load(f))
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{path}: is not valid JSON ({error}). The file may be cut off: download it again."
-                ) from error
-        forget_large_files(but=path)
-    return _files[path].content
+    key = (path, image_root)
+    if key not in _files or _files[key].stamp != stamp:
+        if key in _files:
+            _told.discard(path)
+        with PathManager.open(path, "rb") as f:
+            text = f.read()
+        try:
+            content = json.loads(text)  # finds out whether the text is UTF-8, UTF-16 or UTF-32
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path}: is not valid JSON ({error}). The file may be cut off: download it again."
+            ) from error
+        marked = text.startswith(_MARKS) or b"\0" in text[:4]
+        mends = [Mend("the text has a byte order mark or is UTF-16; read as such", "", 1)] if marked else []
+        _files[key] = _File(stamp, content, mends + mend_coco(content, image_root))
+        forget_large_files(but=key)
+    return _files[key].content, _files[key].mends
 
 
-def forget_large_files(but: str | None = None) -> None:
+@contextlib.contextmanager
+def mends_not_logged() -> Iterator[None]:
+    """Do not log what is mended, because the caller reports it."""
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
+def forget_large_files(but: tuple[str, str | None] | None = None) -> None:
     """Free the content of the largest files until the rest takes at most _KEPT_BYTES; ``but`` is never freed."""
     while sum(file.stamp[1] for file in _files.values()) > _KEPT_BYTES and set(_files) - {but}:
-        del _files[max(set(_files) - {but}, key=lambda path: _files[path].stamp[1])]
+        del _files[max(set(_files) - {but}, key=lambda key: _files[key].stamp[1])]
 
 
 def check_for_evaluation(content: dict[str, Any], path: str) -> None:
@@ -236,6 +281,16 @@ def check_categories(content: dict[str, Any], path: str) -> None:
                     f"{path}: an annotation of image {annotation.get('image_id')} has category_id "
                     f"{part.get('category_id')}, which is not in categories. Add the category or correct the id."
                 )
+
+
+def check_keys(content: dict[str, Any], keys: dict[str, tuple[str, ...]], path: str) -> None:
+    """Raise a DataError unless all items of the lists of a JSON have the keys: {name of the list: keys}."""
+    for kind, required in keys.items():
+        for i, item in enumerate(content.get(kind, ())):
+            for key in required:
+                if key not in item:
+                    place = f"{kind}[{i}]" + (f" (id {item['id']})" if "id" in item else "")
+                    raise_wrong(WrongType(place, f"lacks {key!r}"), path)
 
 
 def _short(value: Any) -> str:

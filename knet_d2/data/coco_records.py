@@ -1,6 +1,7 @@
 """Makes records (Detectron2's standard dicts) from JSON in COCO's format, and writes the classes into the metadata."""
 
 import os
+from collections import defaultdict
 from typing import Any
 
 import pycocotools.mask as mask_util
@@ -8,7 +9,19 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ..errors import DataError
-from .coco_json import WrongType, check_categories, raise_wrong, read_coco_json
+from .coco_json import (
+    WrongType,
+    check_categories,
+    check_content,
+    check_for_evaluation,
+    check_keys,
+    parse_json,
+    raise_wrong,
+    read_coco_json,
+)
+
+_IMAGE_KEYS = ("id", "file_name", "height", "width")
+_ANNOTATION_KEYS = ("id", "image_id", "category_id")
 
 
 def instance_records(path: str, image_root: str, name: str) -> list[dict]:
@@ -19,8 +32,13 @@ def instance_records(path: str, image_root: str, name: str) -> list[dict]:
     Raises:
         DataError: the JSON is wrong; names the file and the place.
     """
-    content = read_coco_json(path)
+    return records_of_content(read_coco_json(path, image_root), path, image_root, name)
+
+
+def records_of_content(content: dict[str, Any], path: str, image_root: str, name: str) -> list[dict]:
+    """Do what :func:`instance_records` does, for the mended content of a JSON whose types are right."""
     check_categories(content, path)
+    check_keys(content, {"images": _IMAGE_KEYS, "categories": ("id", "name"), "annotations": _ANNOTATION_KEYS}, path)
     metadata = MetadataCatalog.get(name)
     ordered = sorted(content["categories"], key=lambda category: category["id"])
     contiguous = {category["id"]: i for i, category in enumerate(ordered)}
@@ -47,6 +65,35 @@ def instance_records(path: str, image_root: str, name: str) -> list[dict]:
         }
         for image in sorted(content["images"], key=lambda image: image["id"])
     ]
+
+
+def readable_records(path: str, image_root: str, name: str) -> list[dict]:
+    """Return the records of those images of a damaged instances JSON that can be read without the others.
+
+    Raises:
+        DataError: no image can be read.
+    """
+    content, _ = parse_json(path, image_root)
+    content = content if isinstance(content, dict) else {}
+    lists = {key: content.get(key) for key in ("images", "annotations", "categories")}
+    images, annotations, categories = (x if isinstance(x, list) else [] for x in lists.values())
+    of_image = defaultdict(list)
+    for annotation in annotations:
+        if isinstance(annotation, dict):
+            of_image[str(annotation.get("image_id"))].append(annotation)
+    records = []
+    for image in images:
+        alone = {"images": [image], "categories": categories}
+        alone["annotations"] = of_image[str(image.get("id"))] if isinstance(image, dict) else []
+        try:
+            check_content(alone, path)
+            check_for_evaluation(alone, path)
+            records += records_of_content(alone, path, image_root, name)
+        except DataError:
+            continue
+    if not records:
+        raise DataError(f"{path}: no image of this file can be read. Correct the errors that the check reports.")
+    return records
 
 
 def _instance(annotation: dict[str, Any], contiguous: dict[Any, int]) -> dict[str, Any] | None:
@@ -77,7 +124,7 @@ def panoptic_records(json_file: str, image_root: str, panoptic_root: str, name: 
     Raises:
         DataError: the JSON is wrong; names the file and the place.
     """
-    content = read_coco_json(json_file)
+    content = read_coco_json(json_file, image_root)
     contiguous, things = _set_panoptic_classes(content["categories"], json_file, name)
     images = {image["id"]: image for image in content["images"]}
     if "annotations" not in content:  # the JSON lists images for prediction only

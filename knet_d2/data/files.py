@@ -109,6 +109,24 @@ def read_image(path: str, pixel_format: PixelFormat | str) -> np.ndarray:
     return wanted.prepare(pixels, f"Image {path}")
 
 
+def image_size(path: str) -> tuple[int, int]:
+    """The (height, width) of an image as read_image gives it; only the head of the file is decoded.
+
+    Raises:
+        DataError: the file does not exist or can't be read.
+    """
+    _check_exists(path, "Image")
+    try:
+        if path.lower().endswith(ARRAY_TYPE):
+            shape = np.lib.format.open_memmap(PathManager.get_local_path(path), mode="r").shape
+            return shape[1:] if len(shape) == 3 and shape[0] < shape[2] else shape[:2]
+        with PathManager.open(path, "rb") as f:
+            image = _open_image(io.BytesIO(f.read()))
+        return image.size if _orientation(image) >= 5 else image.size[::-1]
+    except Exception as error:
+        raise DataError(f"Image {path} can't be read ({error}). Replace the file.") from error
+
+
 def read_picture(path: str, pixel_format: PixelFormat | str) -> np.ndarray:
     """Read an image to look at, uint8 RGB [H, W, 3]; see read_image and picture_of."""
     wanted = PixelFormat(pixel_format) if isinstance(pixel_format, str) else pixel_format

@@ -17,6 +17,8 @@ _LONGEST_OUTLINE = 1e7
 _MOST_BITS = 40
 # Correct tools, too, write polygons that reach this many pixels beyond the image.
 _ROUNDING = 3.0
+# Tolerance for the corners of a box, in pixels and as a fraction of the box's size, because tools round them.
+_BOX_PIXELS, _BOX_PART = 3.0, 0.1
 
 
 class SegmentationError(ValueError):
@@ -183,3 +185,12 @@ def segment_index(ids_rgb: np.ndarray, segment_ids: list[int]) -> np.ndarray:
     position = order[np.searchsorted(known[order], values).clip(max=len(known) - 1)]
     index = np.where(known[position] == values, position, len(known)).astype(np.min_scalar_type(len(known)))
     return np.repeat(index, lengths).reshape(ids.shape)
+
+
+def is_same_box(stated: Any, box: list[float]) -> bool:
+    """Return whether two boxes [x, y, width, height] are equal within the tolerance for rounding."""
+    if not isinstance(stated, (list, tuple)) or len(stated) != 4:
+        return False
+    tolerance = max(_BOX_PIXELS, _BOX_PART * max(box[2:]))
+    corners = [(x, y, x + width, y + height) for x, y, width, height in (stated, box)]
+    return all(abs(a - b) <= tolerance for a, b in zip(*corners, strict=True))

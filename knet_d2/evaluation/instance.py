@@ -50,7 +50,10 @@ class InstanceEvaluator(DatasetEvaluator):
         """
         metadata = loaded_metadata(dataset_name)
         json_file = metadata.get("json_file")
-        self._truth = read_coco_json(json_file) if json_file else _ground_truth_of_records(dataset_name)
+        if json_file:
+            self._truth = read_coco_json(json_file, metadata.get("image_root"))
+        else:
+            self._truth = _ground_truth_of_records(dataset_name)
         check_for_evaluation(self._truth, json_file or f"Data set {dataset_name}")
         self._metadata = metadata
         self._image_ids = metadata.get("image_ids")

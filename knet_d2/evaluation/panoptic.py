@@ -120,7 +120,7 @@ class PanopticEvaluator(DatasetEvaluator):
         return OrderedDict(panoptic_seg=_summary(statistics, categories))
 
     def _read_ground_truth(self) -> dict[str, Any]:
-        ground_truth = read_coco_json(self._metadata.panoptic_json)
+        ground_truth = read_coco_json(self._metadata.panoptic_json, self._metadata.get("image_root"))
         if "annotations" not in ground_truth:
             return ground_truth
         images = self._metadata.get("image_ids")  # set if the data set is a part of the JSON's images

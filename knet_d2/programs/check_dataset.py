@@ -3,7 +3,9 @@
     python tools/check_dataset.py --config-file my_config.yaml --output check
 
 This writes sample images with their ground truth (check/NAME.jpg for each data set) and all faults
-(check/report.json). The exit code is 1 if training or evaluation would fail or be wrong.
+(check/report.json). --draw draws the good images even if others have errors. --fix writes annotation files in COCO's
+format, with everything corrected that training reads as it is meant. The exit code is 1 if training or evaluation would
+fail or be wrong.
 """
 
 import argparse
@@ -12,15 +14,19 @@ import os
 
 import numpy as np
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from PIL import Image
 
 from ..config import get_knet_cfg
 from ..config.merging import merge_config
 from ..data import load_dataset, register_custom_datasets, resolve_classes
-from ..data.check import Fault, check_datasets
+from ..data.check import Fault, Report, check_datasets
+from ..data.coco_json import parse_json
+from ..data.coco_mending import for_other_programs
+from ..data.coco_records import readable_records
 from ..data.files import read_picture
 from ..data.pixels import PixelFormat
-from ..errors import KNetError
+from ..errors import ConfigError, DataError, KNetError
 from ..results.comparison import ground_truth, spread
 from ..results.pictures import picture_sheet
 
@@ -29,6 +35,14 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="path to config file")
     parser.add_argument("--output", metavar="FOLDER", help="folder for the pictures and report.json")
+    parser.add_argument(
+        "--draw", action="store_true", help="with --output: draw the good images even if others have errors"
+    )
+    parser.add_argument(
+        "--fix",
+        metavar="JSON",
+        help="write the annotations in COCO's format to this file, or for several annotation files to JSON_NAME.json",
+    )
     parser.add_argument("--number", type=int, default=12, help="number of images to draw for each data set")
     parser.add_argument("--columns", type=int, default=4, help="number of images side by side")
     parser.add_argument("--most", type=int, default=10, help="largest number of faults of one kind to print")
@@ -47,7 +61,7 @@ def draw_ground_truth(cfg: CfgNode, name: str, number: int, columns: int, faults
         faults: gets a fault for each image that can't be read for training.
     """
     pictures = []
-    for record in spread(load_dataset(name), number):
+    for record in spread(_drawable_records(name), number):
         path = record["file_name"]
         try:
             pictures.append(ground_truth(cfg, record).draw(read_picture(path, PixelFormat.from_config(cfg))))
@@ -56,24 +70,79 @@ def draw_ground_truth(cfg: CfgNode, name: str, number: int, columns: int, faults
     return picture_sheet(pictures, columns, f"{name}: ground truth") if pictures else None
 
 
+def _drawable_records(name: str) -> list[dict]:
+    """Return the records of a data set; if it can't be read as a whole, those of the images that can be read alone."""
+    try:
+        return load_dataset(name)
+    except DataError:
+        metadata = MetadataCatalog.get(name)
+        if not metadata.get("json_file") or metadata.get("panoptic_json"):
+            raise
+        return readable_records(metadata.json_file, metadata.image_root, name)
+
+
+def draw_datasets(cfg: CfgNode, args: argparse.Namespace, report: Report) -> list[str]:
+    """Draw the data sets into args.output; returns the paths of the pictures.
+
+    A data set of which nothing can be drawn is left out: the report says what is wrong with it.
+    """
+    sheets = []
+    for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
+        try:
+            _drawable_records(name)  # sets the classes in the metadata, where the whole data set can't be read
+            resolve_classes(cfg)
+            sheet = draw_ground_truth(cfg, name, args.number, args.columns, report.faults)
+        except KNetError as error:
+            print(f"{name} is not drawn: {error}")
+            continue
+        if sheet is not None:
+            sheets.append(os.path.join(args.output, f"{name}.jpg"))
+            Image.fromarray(sheet).save(sheets[-1])
+    return sheets
+
+
+def write_fixed(cfg: CfgNode, target: str) -> list[str]:
+    """Write the mended annotation files of all data sets in COCO's format; returns their paths.
+
+    Raises:
+        ConfigError: no data set has such a file, or the file would replace one of them.
+    """
+    sources: dict[str, str] = {}
+    for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
+        metadata = MetadataCatalog.get(name)
+        for path in (metadata.get("panoptic_json"), metadata.get("json_file")):
+            if path and os.path.isfile(path):
+                sources.setdefault(path, metadata.image_root)
+    if not sources:
+        raise ConfigError(f"--fix {target}: no data set has a JSON in COCO's format that can be read.")
+    stem, ending = os.path.splitext(target)
+    names = [os.path.splitext(os.path.basename(path))[0] for path in sources]
+    targets = [target] if len(sources) == 1 else [f"{stem}_{i}_{name}{ending}" for i, name in enumerate(names)]
+    for (path, image_root), written in zip(sources.items(), targets, strict=True):
+        if os.path.realpath(written) in map(os.path.realpath, sources):
+            raise ConfigError(f"--fix {target}: this would replace {written}. Use another name.")
+        content, _ = parse_json(path, image_root)
+        with open(written, "w", encoding="utf-8") as f:
+            json.dump(for_other_programs(content), f)
+    return targets
+
+
 def main(args: argparse.Namespace) -> int:
     cfg = get_knet_cfg()
     merge_config(cfg, args.config_file, args.opts)
     register_custom_datasets(cfg)
     report = check_datasets(cfg)
+    written = []
     if args.output:
         os.makedirs(args.output, exist_ok=True)
-        sheets = []
-        if not report.failed:
-            resolve_classes(cfg)
-            for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
-                sheet = draw_ground_truth(cfg, name, args.number, args.columns, report.faults)
-                if sheet is not None:
-                    sheets.append(os.path.join(args.output, f"{name}.jpg"))
-                    Image.fromarray(sheet).save(sheets[-1])
-        with open(os.path.join(args.output, "report.json"), "w") as f:
+        if args.draw or not report.failed:
+            written += draw_datasets(cfg, args, report)
+        written.append(os.path.join(args.output, "report.json"))
+        with open(written[-1], "w") as f:
             json.dump(report.as_json(), f, indent=1)
     print(report.text(args.most))
-    if args.output:
-        print(f"Wrote {', '.join([*sheets, os.path.join(args.output, 'report.json')])}")
+    if args.fix:
+        written += write_fixed(cfg, args.fix)
+    if written:
+        print(f"Wrote {', '.join(written)}")
     return int(report.failed)

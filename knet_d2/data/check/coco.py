@@ -15,7 +15,7 @@ from .images import ImageEntry
 from .report import Use
 
 
-def read_json(path: str, use: Use, faults: list[Fault]) -> dict[str, Any] | None:
+def read_json(path: str, image_root: str, use: Use, faults: list[Fault]) -> dict[str, Any] | None:
     """Read a COCO JSON with the lists images, annotations and categories; None if it can't be read.
 
     A JSON without the key "annotations" lists images for prediction only, which is a fault only in a training set. If
@@ -23,14 +23,15 @@ def read_json(path: str, use: Use, faults: list[Fault]) -> dict[str, Any] | None
 
     Args:
         path: path of the JSON.
+        image_root: folder of the images.
         use: what the data set is for.
-        faults: gets the faults that are found.
+        faults: gets the faults that are found, and what was read as it is meant.
     """
     if not PathManager.isfile(path):
         faults.append(Fault("missing file", path, "", "does not exist"))
         return None
     try:
-        content = parse_json(path)
+        content, mends = parse_json(path, image_root)
     except DataError as error:
         faults.append(Fault("broken JSON", path, "", f"is not valid JSON ({error.__cause__})"))
         return None
@@ -38,6 +39,7 @@ def read_json(path: str, use: Use, faults: list[Fault]) -> dict[str, Any] | None
         what = f"holds a {type(content).__name__}, but COCO's format is a mapping of lists"
         faults.append(Fault("missing key", path, "", what))
         return None
+    faults += [Fault("read as meant", path, "", str(mend)) for mend in mends]
     wrong = find_wrong_type({key: value for key, value in content.items() if isinstance(value, list)})
     if wrong:
         faults.append(Fault("wrong type", path, *wrong))

@@ -12,6 +12,7 @@ from ...errors import KNetError
 from ...tasks import get_task
 from ..class_coverage import unit_of
 from ..classes import ClassTable, resolve_classes
+from ..coco_json import mends_not_logged
 from ..mapper import build_mapper
 from ..pixels import PixelFormat
 from ..records import load_dataset
@@ -51,7 +52,8 @@ def _check_dataset(cfg: CfgNode, name: str) -> list[DatasetReport]:
     records: list[dict] = []
     try:
         # Loading creates the files of generated data sets, and sets the metadata that the checks read.
-        records = load_dataset(name)
+        with mends_not_logged():
+            records = load_dataset(name)
     except KNetError as error:
         problems.append(Fault("unusable", name, "", str(error)))
     reports = _check_files(cfg, name, MetadataCatalog.get(name)) or [_check_by_mapper(cfg, name, records)]

@@ -51,6 +51,11 @@ KINDS: dict[str, Kind] = {
     "missing file": Kind(ERROR, "Add the file, or correct the path in DATASETS.CUSTOM or DETECTRON2_DATASETS."),
     "missing folder": Kind(ERROR, "Add the folder, or correct the path in DATASETS.CUSTOM or DETECTRON2_DATASETS."),
     "broken JSON": Kind(ERROR, "The file may be cut off, or of another format: export or download it again."),
+    "read as meant": Kind(
+        WARNING,
+        "Training reads these values in the same way. tools/check_dataset.py --fix OUT.json writes them in COCO's "
+        "format, for other programs.",
+    ),
     "missing key": Kind(ERROR, "Training or evaluation reads this key: export the annotations again, or add the key."),
     "wrong type": Kind(ERROR, "Correct the value, or export the annotations again; then run the check again."),
     "unusable": Kind(ERROR, "Do as the message says."),

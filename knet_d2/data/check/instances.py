@@ -5,15 +5,13 @@ from typing import Any
 
 import pycocotools.mask as mask_util
 
-from ..segmentation import SegmentationError, find_outside, read_segmentation
+from ..segmentation import SegmentationError, find_outside, is_same_box, read_segmentation
 from .coco import check_image_ids, check_twice, image_entries, lacking, read_json
 from .counts import ObjectCounts
 from .faults import Fault
 from .images import check_images
 from .report import DatasetReport, Use
 
-# Tolerance for the corners of a box, in pixels and as a fraction of the box's size, because tools round them.
-_BOX_PIXELS, _BOX_PART = 3.0, 0.1
 # Tolerance for areas, as a factor and in pixels: the area of a small polygon differs from its number of pixels.
 _AREA_FACTOR, _AREA_PIXELS = 2.0, 32
 
@@ -28,7 +26,7 @@ def check_instances(name: str, json_file: str, image_root: str, use: Use) -> Dat
         use: what the data set is for.
     """
     faults: list[Fault] = []
-    content = read_json(json_file, use, faults)
+    content = read_json(json_file, image_root, use, faults)
     if content is None:
         return DatasetReport(name, faults)
     images = lacking(content["images"], ("id", "file_name", "height", "width"), json_file, "image", faults)
@@ -101,7 +99,7 @@ def _check_mask(annotation: dict, image: dict, seen: dict[tuple, Any]) -> tuple[
             problems.append(("empty mask", "its mask has no pixel"))
         return 0, problems
     stated, box = annotation.get("bbox"), mask_util.toBbox(rle).tolist()
-    if stated is not None and not _is_near(stated, box):
+    if stated is not None and not is_same_box(stated, box):
         problems.append(("wrong bbox", f"bbox is {stated}, but the box of its mask is {box}"))
     stated = annotation.get("area", area)
     ratio = max(stated / area, area / stated) if stated > 0 else float("inf")
@@ -111,12 +109,3 @@ def _check_mask(annotation: dict, image: dict, seen: dict[tuple, Any]) -> tuple[
     if first != annotation["id"]:
         problems.append(("annotation twice", f"has the same mask and class as annotation {first}"))
     return area, problems
-
-
-def _is_near(stated: Any, box: list[float]) -> bool:
-    """Return whether two boxes [x, y, width, height] are equal within the tolerance for rounding."""
-    if not isinstance(stated, (list, tuple)) or len(stated) != 4:
-        return False
-    tolerance = max(_BOX_PIXELS, _BOX_PART * max(box[2:]))
-    corners = [(x, y, x + width, y + height) for x, y, width, height in (stated, box)]
-    return all(abs(a - b) <= tolerance for a, b in zip(*corners, strict=True))

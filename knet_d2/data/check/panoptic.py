@@ -42,7 +42,7 @@ def check_panoptic(name: str, json_file: str, image_root: str, panoptic_root: st
         use: what the data set is for; its task determines whether things and stuff are needed.
     """
     faults: list[Fault] = []
-    content = read_json(json_file, use, faults)
+    content = read_json(json_file, image_root, use, faults)
     if content is None:
         return DatasetReport(name, faults)
     images = lacking(content["images"], ("id", "file_name"), json_file, "image", faults)
