@@ -154,10 +154,10 @@ def _edited(change):
 def test_training_reads_what_is_meant(tmp_path, name, caplog):
     change, what, places = MEANT[name]
     entry = _entry(tmp_path, _edited(change))
-    with caplog.at_level(logging.WARNING, "knet_d2.data.coco_json"):
+    with caplog.at_level(logging.WARNING, "knet_d2.data.coco_mending"):
         found = _by_image(_records(entry))
     assert found == _expected(tmp_path / "plain")
-    (warning,) = (x.getMessage() for x in caplog.records if x.name == "knet_d2.data.coco_json")
+    (warning,) = (x.getMessage() for x in caplog.records if x.name.endswith("data.coco_mending"))
     assert entry["json"] in warning and what in warning
     assert f"({places} place{'s' if places > 1 else ''}, the first is " in warning
 

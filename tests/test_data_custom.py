@@ -215,7 +215,7 @@ def test_ignore_value_of_the_config(root):
     [
         ({"labels": None}, r"CUSTOM\[0\]: add the key 'labels'"),
         ({"lables": "x"}, r"CUSTOM\[0\]: unknown key 'lables'"),
-        ({"type": "voc"}, r"CUSTOM\[0\]\.type = 'voc'.*coco_instance, coco_panoptic, sem_seg"),
+        ({"type": "coc"}, r"CUSTOM\[0\]\.type = 'coc'.*coco_instance, coco_panoptic, yolo_seg.*sem_seg"),
         ({"name": ""}, r"CUSTOM\[0\]\.name"),
         ({"images": 3}, r"CUSTOM\[0\]\.images = 3: .*str"),
         ({"classes": []}, "one or more different names"),
@@ -282,12 +282,15 @@ def test_what_the_docs_say_about_entries_is_true():
     assert {entry["type"] for entry in entries} == set(custom.FORMATS)
     for entry in entries:
         custom.checked_entry(entry, "docs")
-    rows = [line.split("|")[2:4] for line in text.splitlines() if re.match(r"\|[^|]*\| `\w+` \| (req|opt)", line)]
-    documented = {key.strip(" `"): necessity.strip() == "required" for key, necessity in rows}
-    keys = {}
-    for of_type in (custom.COMMON_KEYS, *(of_type.keys for of_type in custom.FORMATS.values())):
-        keys.update({key: required for key, (required, _) in of_type.items()})
-    assert documented == keys
+    rows = [line.split("|")[1:4] for line in text.splitlines() if re.match(r"\|[^|]*\| `\w+` \| (req|opt)", line)]
+    documented: dict[str, dict[str, bool]] = {}
+    for kind, key, necessity in ([cell.strip(" `") for cell in row] for row in rows):
+        kind = kind or next(reversed(documented))
+        documented.setdefault(kind, {})[key] = necessity == "required"
+    expected = {"all": custom.COMMON_KEYS, **{kind: of_type.keys for kind, of_type in custom.FORMATS.items()}}
+    assert documented == {
+        kind: {key: required for key, (required, _) in keys.items()} for kind, keys in expected.items()
+    }
 
 
 # ---- bad data ----

@@ -4,21 +4,17 @@ Numbers of masks are checked as well, because wrong ones make mask decoders cras
 """
 
 import codecs
-import contextlib
 import json
-import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from detectron2.utils.file_io import PathManager
 
 from ..errors import DataError
-from .coco_mending import Mend, mend_coco
+from .coco_mending import Mend, log_mends, mend_coco
 from .segmentation import SegmentationError, check_segmentation
-
-logger = logging.getLogger(__name__)
 
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _LARGEST_SIDE = 2**16
@@ -45,8 +41,6 @@ class _File:
 
 # By path of the file and folder of the images
 _files: dict[tuple[str, str | None], _File] = {}
-# Paths of files whose mends were logged
-_told: set[str] = set()
 
 
 class WrongType(NamedTuple):
@@ -126,10 +120,7 @@ def read_coco_json(path: str, image_root: str | None = None) -> dict[str, Any]:
         OSError: the file can't be opened.
     """
     content, mends = parse_json(path, image_root)
-    if path not in _told:
-        _told.add(path)
-        for mend in mends:
-            logger.warning("%s: %s.", path, mend)
+    log_mends(path, mends)
     file = _files[path, image_root]
     if not file.is_checked:
         check_content(content, path)
@@ -155,8 +146,6 @@ def parse_json(path: str, image_root: str | None = None) -> tuple[Any, list[Mend
     stamp = (status.st_mtime_ns, status.st_size)
     key = (path, image_root)
     if key not in _files or _files[key].stamp != stamp:
-        if key in _files:
-            _told.discard(path)
         with PathManager.open(path, "rb") as f:
             text = f.read()
         try:
@@ -170,16 +159,6 @@ def parse_json(path: str, image_root: str | None = None) -> tuple[Any, list[Mend
         _files[key] = _File(stamp, content, mends + mend_coco(content, image_root))
         forget_large_files(but=key)
     return _files[key].content, _files[key].mends
-
-
-@contextlib.contextmanager
-def mends_not_logged() -> Iterator[None]:
-    """Do not log what is mended, because the caller reports it."""
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = disabled
 
 
 def forget_large_files(but: tuple[str, str | None] | None = None) -> None:

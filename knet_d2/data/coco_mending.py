@@ -4,6 +4,9 @@ Training, evaluation and the check of data sets read JSON files with these chang
 Only what has one meaning is changed; everything else stays as it is and is an error of the reader.
 """
 
+import contextlib
+import contextvars
+import logging
 import math
 import os
 import re
@@ -19,6 +22,11 @@ from ..errors import DataError
 from .files import image_size
 from .segmentation import SegmentationError, check_segmentation, is_same_box, read_segmentation
 
+logger = logging.getLogger(__name__)
+
+_reported_by_caller = contextvars.ContextVar("_reported_by_caller", default=False)
+# Warnings that were logged
+_logged: set[tuple[str, str]] = set()
 # Digits of an id or a size that is text
 _WHOLE = re.compile(r"\d{1,15}", re.ASCII)
 _DRIVE = re.compile(r"[A-Za-z]:")
@@ -45,6 +53,24 @@ class Mend(NamedTuple):
             f", the first is {self.first}" if self.first else ""
         )
         return f"{self.what} ({number})"
+
+
+def log_mends(path: str, mends: Iterable[Mend]) -> None:
+    """Log a warning for each mend of a file, once in each process."""
+    for mend in mends:
+        if (path, str(mend)) not in _logged and not _reported_by_caller.get():
+            _logged.add((path, str(mend)))
+            logger.warning("%s: %s.", path, mend)
+
+
+@contextlib.contextmanager
+def mends_not_logged() -> Iterator[None]:
+    """Do not log what is mended, because the caller reports it."""
+    token = _reported_by_caller.set(True)
+    try:
+        yield
+    finally:
+        _reported_by_caller.reset(token)
 
 
 class _Log:

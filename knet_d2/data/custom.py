@@ -3,7 +3,7 @@
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +12,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError
-from .coco_records import instance_records, panoptic_records
-from .files import files_below
+from .coco_mending import log_mends
+from .coco_records import instance_records, panoptic_records, records_of_content
+from .files import color_code, files_below
+from .formats import READERS, Annotations, read_annotations, read_labelmap
 from .split import Part, load_part
 
 logger = logging.getLogger(__name__)
@@ -82,19 +84,33 @@ def _register_panoptic(name: str, entry: dict[str, Any]) -> Loader:
     return lambda: panoptic_records(*paths, name)
 
 
+def _register_annotations(name: str, entry: dict[str, Any]) -> Loader:
+    """Register one of the formats of label tools; the annotations are read once, when they are first needed."""
+    reader = READERS[entry["type"]]
+    source, images = reader.source(entry), reader.images(entry)
+    read = functools.cache(functools.partial(read_annotations, entry))
+    MetadataCatalog.get(name).set(annotations=source, read_annotations=read, image_root=images, evaluator_type="coco")
+    return lambda: annotation_records(read(), source, images, name)
+
+
 def _register_sem_seg(name: str, entry: dict[str, Any]) -> Loader:
     images, labels = entry["images"], entry["labels"]
     classes = _class_list(entry)
+    colors = _colors(entry, classes)
     label_map = _label_map(entry, len(classes))
+    if colors:
+        label_map = np.full(len(colors), IGNORE_LABEL, np.int16)
+        label_map[: len(classes)] = np.arange(len(classes))
     MetadataCatalog.get(name).set(
         stuff_classes=classes,
         image_root=images,
         sem_seg_root=labels,
         sem_seg_label_map=label_map,
+        sem_seg_colors=colors,
         evaluator_type="sem_seg",
         ignore_label=IGNORE_LABEL,
     )
-    return lambda: load_label_folder(images, labels, label_map)
+    return lambda: load_label_folder(images, labels, label_map, colors)
 
 
 # Key of an entry -> (whether it is required, its Python types). Paths may start with ~.
@@ -130,6 +146,7 @@ FORMATS: dict[str, Format] = {
             "instances_json": (False, _PATH),
         },
     ),
+    **{kind: Format(_register_annotations, reader.keys) for kind, reader in READERS.items()},
     "sem_seg": Format(
         _register_sem_seg,
         {
@@ -138,12 +155,23 @@ FORMATS: dict[str, Format] = {
             "classes": (True, (str, list, tuple)),
             "ignore": (False, (list, tuple)),
             "label_values": (False, (int, list, tuple)),
+            "colors": (False, (str, list, tuple)),
+            "ignore_colors": (False, (list, tuple)),
         },
     ),
 }
 
 
-def load_label_folder(image_root: str, label_root: str, label_map: np.ndarray) -> list[dict]:
+def annotation_records(annotations: Annotations, source: str, image_root: str, name: str) -> list[dict]:
+    """Make the records of annotations from a label tool; classes and notes as in instance_records."""
+    content = annotations.checked(source)
+    log_mends(source, annotations.notes)
+    return records_of_content(content, source, image_root, name)
+
+
+def load_label_folder(
+    image_root: str, label_root: str, label_map: np.ndarray, colors: Sequence[int] = ()
+) -> list[dict]:
     """Make records from a folder of images and a folder of label maps.
 
     An image and its label map have the same path below their folders, without the suffix.
@@ -152,6 +180,7 @@ def load_label_folder(image_root: str, label_root: str, label_map: np.ndarray) -
         image_root: folder of images; its sub-folders are searched, too.
         label_root: folder of PNGs that hold one class id per pixel.
         label_map: maps a value of the PNG to a label, see read_sem_seg.
+        colors: see read_labels.
 
     Raises:
         DataError: an image has no label map, or a folder is missing or empty.
@@ -167,10 +196,8 @@ def load_label_folder(image_root: str, label_root: str, label_map: np.ndarray) -
     if unused:
         first = labels[unused[0]]
         logger.warning("%d label maps have no image in %s. The first is %s.", len(unused), image_root, first)
-    return [
-        {"file_name": images[stem], "sem_seg_file_name": labels[stem], "sem_seg_label_map": label_map}
-        for stem in sorted(images)
-    ]
+    common = {"sem_seg_label_map": label_map, **({"sem_seg_colors": list(colors)} if len(colors) else {})}
+    return [{"file_name": images[stem], "sem_seg_file_name": labels[stem], **common} for stem in sorted(images)]
 
 
 def _by_stem(root: str, suffixes: tuple[str, ...]) -> dict[str, str]:
@@ -203,6 +230,37 @@ def _class_list(entry: dict[str, Any]) -> list[str]:
             f"DATASETS.CUSTOM, {entry['name']}: classes has {len(classes)} names: use at most {IGNORE_LABEL}."
         )
     return list(classes)
+
+
+def _colors(entry: dict[str, Any], classes: list[str]) -> list[int]:
+    """Return the colours of the classes, then the ignored ones, as color_code gives them; [] if values count.
+
+    "colors" is a list of [red, green, blue], or CVAT's labelmap.txt, whose other colours are ignored.
+    """
+    where = f"DATASETS.CUSTOM, {entry['name']}"
+    colors, ignored = entry.get("colors", []), list(entry.get("ignore_colors", []))
+    if not colors:
+        if ignored:
+            raise ConfigError(f"{where}: ignore_colors is for label maps in colour: add 'colors'.")
+        return []
+    if "label_values" in entry or "ignore" in entry:
+        raise ConfigError(f"{where}: colors replace label_values and ignore: use colors and ignore_colors alone.")
+    if isinstance(colors, str):
+        table = read_labelmap(colors)
+        missing = [name for name in classes if name not in table]
+        if missing:
+            raise ConfigError(f"{where}: classes has {missing[0]!r}, which {colors} lacks. Use its names.")
+        ignored += [color for name, color in table.items() if name not in classes]
+        colors = [table[name] for name in classes]
+    if len(colors) != len(classes):
+        raise ConfigError(f"{where}: colors has {len(colors)} entries: use one for each of {len(classes)} classes.")
+    for color in [*colors, *ignored]:
+        if not isinstance(color, (list, tuple)) or len(color) != 3 or not all(x in range(256) for x in color):
+            raise ConfigError(f"{where}: the colour {color!r} is not [red, green, blue] with numbers from 0 to 255.")
+    codes = [color_code(color) for color in [*colors, *ignored]]
+    if len(set(codes[: len(classes)])) < len(classes) or set(codes[: len(classes)]) & set(codes[len(classes) :]):
+        raise ConfigError(f"{where}: colors and ignore_colors must have each colour of a class only once.")
+    return codes
 
 
 def _label_map(entry: dict[str, Any], num_classes: int) -> np.ndarray:

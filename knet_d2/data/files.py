@@ -289,19 +289,58 @@ def _tiff_pages(content: bytes) -> list[ImageFileDirectory_v2]:
     return pages
 
 
-def read_labels(path: str, image_path: str = "", size: tuple[int, int] | None = None) -> np.ndarray:
+class UnknownColorError(DataError):
+    """A label map in colour has a colour without a meaning."""
+
+
+def read_labels(
+    path: str, image_path: str = "", size: tuple[int, int] | None = None, colors: Sequence[int] = ()
+) -> np.ndarray:
     """Read a label map: one channel of integers, or a palette image, whose indices count: int64 [H, W].
 
     Args:
         image_path, size: the image that it belongs to, and its (height, width), which is compared before anything is
             decoded; None: any.
+        colors: for label maps whose colours count, the colours as color_code gives them; the result is the position of
+            each pixel's colour in this list.
+
+    Raises:
+        UnknownColorError: a colour is not in colors.
+        DataError: the file can't be read.
     """
+    if len(colors):
+        return _positions(read_colors(path, image_path, size), np.asarray(colors, np.int64), path)
     labels = np.asarray(_open_labels(path, "Label map", image_path, size))
     if labels.ndim != 2:
         raise DataError(
             f"Label map {path} is a colour image of shape {labels.shape}. It must have one channel with class ids."
         )
     return labels.astype(np.int64)
+
+
+def _positions(codes: np.ndarray, colors: np.ndarray, path: str) -> np.ndarray:
+    order = np.argsort(colors)
+    found = order[np.searchsorted(colors[order], codes).clip(max=len(colors) - 1)]
+    unknown = colors[found] != codes
+    if unknown.any():
+        code = int(codes[unknown][0])
+        raise UnknownColorError(
+            f"Label map {path} has the colour {(code >> 16, code >> 8 & 255, code & 255)} in "
+            f"{np.count_nonzero(codes == code)} pixels, which is in neither colors nor ignore_colors. Add it there, or "
+            "correct the file; colours must not be resized or lossy."
+        )
+    return found
+
+
+def color_code(color: Sequence[int]) -> int:
+    """A colour (red, green, blue) as one number, as read_colors gives it."""
+    return int(color[0]) << 16 | int(color[1]) << 8 | int(color[2])
+
+
+def read_colors(path: str, image_path: str = "", size: tuple[int, int] | None = None) -> np.ndarray:
+    """Read a PNG whose colours have a meaning: color_code of each pixel, int64 [H, W]; arguments as of read_labels."""
+    pixels = np.asarray(_open_labels(path, "Label map", image_path, size).convert("RGB")).astype(np.int64)
+    return pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
 
 
 def read_panoptic(path: str, image_path: str = "", size: tuple[int, int] | None = None) -> np.ndarray:

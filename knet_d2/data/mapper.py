@@ -21,7 +21,14 @@ from .files import read_image, read_labels, read_panoptic
 from .pixels import PixelFormat
 from .segmentation import check_coordinates, read_rle, segment_index
 
-_ANNOTATION_KEYS = ("annotations", "segments_info", "sem_seg_file_name", "sem_seg_label_map", "pan_seg_file_name")
+_ANNOTATION_KEYS = (
+    "annotations",
+    "segments_info",
+    "sem_seg_file_name",
+    "sem_seg_label_map",
+    "sem_seg_colors",
+    "pan_seg_file_name",
+)
 
 
 class KNetDatasetMapper:
@@ -287,10 +294,10 @@ def read_sem_seg(
     """Read "sem_seg_file_name" as labels 0..num_classes-1 and ignore_value: int64 [H, W].
 
     A record may have "sem_seg_label_map", an array: value in the file -> label, 255 where it is ignored, -1 where it
-    must not occur.
+    must not occur; and "sem_seg_colors", see read_labels.
     """
     path = record["sem_seg_file_name"]
-    raw = read_labels(path, record["file_name"], size)
+    raw = read_labels(path, record["file_name"], size, record.get("sem_seg_colors", ()))
     lookup = record.get("sem_seg_label_map")
     if lookup is None:
         labels = raw

@@ -24,6 +24,7 @@ NAMES = (
     "compare",
     "web",
     "check_dataset",
+    "convert_dataset",
     "export_model",
     "convert_checkpoint",
     "visualize_kernels",

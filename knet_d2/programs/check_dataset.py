@@ -9,8 +9,11 @@ fail or be wrong.
 """
 
 import argparse
+import functools
 import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -25,6 +28,7 @@ from ..data.coco_json import parse_json
 from ..data.coco_mending import for_other_programs
 from ..data.coco_records import readable_records
 from ..data.files import read_picture
+from ..data.formats import Annotations
 from ..data.pixels import PixelFormat
 from ..errors import ConfigError, DataError, KNetError
 from ..results.comparison import ground_truth, spread
@@ -101,29 +105,38 @@ def draw_datasets(cfg: CfgNode, args: argparse.Namespace, report: Report) -> lis
     return sheets
 
 
+def _converted(read: Callable[[], Annotations]) -> dict[str, Any]:
+    return read().content
+
+
+def _mended(path: str, image_root: str) -> dict[str, Any]:
+    return parse_json(path, image_root)[0]
+
+
 def write_fixed(cfg: CfgNode, target: str) -> list[str]:
-    """Write the mended annotation files of all data sets in COCO's format; returns their paths.
+    """Write the annotations of all data sets in COCO's format, mended; returns the paths of the files.
 
     Raises:
-        ConfigError: no data set has such a file, or the file would replace one of them.
+        ConfigError: no data set has annotations that can be read, or a file would replace one of them.
     """
-    sources: dict[str, str] = {}
+    sources: dict[str, Callable[[], dict[str, Any]]] = {}
     for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
         metadata = MetadataCatalog.get(name)
+        if metadata.get("read_annotations"):
+            sources.setdefault(metadata.annotations, functools.partial(_converted, metadata.read_annotations))
         for path in (metadata.get("panoptic_json"), metadata.get("json_file")):
             if path and os.path.isfile(path):
-                sources.setdefault(path, metadata.image_root)
+                sources.setdefault(path, functools.partial(_mended, path, metadata.image_root))
     if not sources:
-        raise ConfigError(f"--fix {target}: no data set has a JSON in COCO's format that can be read.")
+        raise ConfigError(f"--fix {target}: no data set has annotations that can be written in COCO's format.")
     stem, ending = os.path.splitext(target)
-    names = [os.path.splitext(os.path.basename(path))[0] for path in sources]
+    names = [os.path.splitext(os.path.basename(path.rstrip(os.sep)))[0] for path in sources]
     targets = [target] if len(sources) == 1 else [f"{stem}_{i}_{name}{ending}" for i, name in enumerate(names)]
-    for (path, image_root), written in zip(sources.items(), targets, strict=True):
+    for written, read in zip(targets, sources.values(), strict=True):
         if os.path.realpath(written) in map(os.path.realpath, sources):
             raise ConfigError(f"--fix {target}: this would replace {written}. Use another name.")
-        content, _ = parse_json(path, image_root)
         with open(written, "w", encoding="utf-8") as f:
-            json.dump(for_other_programs(content), f)
+            json.dump(for_other_programs(read()), f)
     return targets
 
 

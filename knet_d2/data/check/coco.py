@@ -50,7 +50,12 @@ def read_json(path: str, image_root: str, use: Use, faults: list[Fault]) -> dict
     faults += [Fault("missing key", path, "", f"lacks the list {key!r}") for key in missing]
     if missing:
         return None
-    if not (is_for_prediction or content["annotations"]):
+    return restrict(content, use, path, faults)
+
+
+def restrict(content: dict[str, Any], use: Use, path: str, faults: list[Fault]) -> dict[str, Any]:
+    """Return the content for the part of the images that is used; a list of annotations must not be empty."""
+    if content.get("annotations") == []:
         faults.append(Fault("no annotations", path, "", "has an empty list of annotations"))
     return content if use.part is None else _of_part(content, use.part)
 

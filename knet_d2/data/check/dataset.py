@@ -12,14 +12,14 @@ from ...errors import KNetError
 from ...tasks import get_task
 from ..class_coverage import unit_of
 from ..classes import ClassTable, resolve_classes
-from ..coco_json import mends_not_logged
+from ..coco_mending import mends_not_logged
 from ..mapper import build_mapper
 from ..pixels import PixelFormat
 from ..records import load_dataset
 from ..split import photo_of
 from .counts import find_absent_classes
 from .faults import ERROR, Fault
-from .instances import check_instances
+from .instances import check_annotations, check_instances
 from .labels import check_labels
 from .panoptic import check_panoptic
 from .report import DatasetReport, Report, Use
@@ -70,12 +70,17 @@ def _check_files(cfg: CfgNode, name: str, metadata: Metadata) -> list[DatasetRep
     if metadata.get("panoptic_json") and kind == "coco_panoptic_seg":
         paths = (metadata.panoptic_json, metadata.image_root, metadata.panoptic_root)
         reports.append(check_panoptic(name, *paths, use))
+    if metadata.get("read_annotations"):
+        reports.append(
+            check_annotations(name, metadata.annotations, metadata.read_annotations, metadata.image_root, use)
+        )
     if metadata.get("json_file") and kind in ("coco", "coco_panoptic_seg"):
         reports.append(check_instances(name, metadata.json_file, metadata.image_root, use))
     if kind == "sem_seg" and metadata.get("sem_seg_root"):
         label_map = metadata.get("sem_seg_label_map")
         folders = (metadata.image_root, metadata.sem_seg_root)
-        reports.append(check_labels(name, *folders, metadata.stuff_classes, label_map, use))
+        colors = metadata.get("sem_seg_colors", [])
+        reports.append(check_labels(name, *folders, metadata.stuff_classes, label_map, use, colors))
     return reports
 
 

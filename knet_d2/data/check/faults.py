@@ -58,6 +58,7 @@ KINDS: dict[str, Kind] = {
     ),
     "missing key": Kind(ERROR, "Training or evaluation reads this key: export the annotations again, or add the key."),
     "wrong type": Kind(ERROR, "Correct the value, or export the annotations again; then run the check again."),
+    "unusable annotation": Kind(ERROR, "Correct or remove it; docs/DATASETS.md describes the format."),
     "unusable": Kind(ERROR, "Do as the message says."),
     # COCO JSON
     "no annotations": Kind(ERROR, "Nothing can be learned or evaluated here: check the export, and what is ignored."),

@@ -1,12 +1,15 @@
 """Checks a COCO instances JSON and its images."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pycocotools.mask as mask_util
 
+from ...errors import DataError
+from ..formats import Annotations
 from ..segmentation import SegmentationError, find_outside, is_same_box, read_segmentation
-from .coco import check_image_ids, check_twice, image_entries, lacking, read_json
+from .coco import check_image_ids, check_twice, image_entries, lacking, read_json, restrict
 from .counts import ObjectCounts
 from .faults import Fault
 from .images import check_images
@@ -29,6 +32,34 @@ def check_instances(name: str, json_file: str, image_root: str, use: Use) -> Dat
     content = read_json(json_file, image_root, use, faults)
     if content is None:
         return DatasetReport(name, faults)
+    return _check_content(name, content, json_file, image_root, use, faults)
+
+
+def check_annotations(
+    name: str, source: str, read: Callable[[], Annotations], image_root: str, use: Use
+) -> DatasetReport:
+    """Check annotations of a label tool, and their images.
+
+    Args:
+        name: name of the data set.
+        source: file or folder of the annotations.
+        read: reads them.
+        image_root: folder of the images.
+        use: what the data set is for.
+    """
+    try:
+        annotations = read()
+    except DataError as error:
+        return DatasetReport(name, [Fault("unusable", source, "", str(error))])
+    faults = [Fault("unusable annotation", *error) for error in annotations.errors]
+    faults += [Fault("read as meant", source, "", str(note)) for note in annotations.notes]
+    content = restrict(annotations.content, use, source, faults)
+    return _check_content(name, content, source, image_root, use, faults)
+
+
+def _check_content(
+    name: str, content: dict[str, Any], json_file: str, image_root: str, use: Use, faults: list[Fault]
+) -> DatasetReport:
     images = lacking(content["images"], ("id", "file_name", "height", "width"), json_file, "image", faults)
     categories = lacking(content["categories"], ("id", "name"), json_file, "category", faults)
     check_twice(categories, "category", "name", json_file, faults)

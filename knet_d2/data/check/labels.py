@@ -1,13 +1,15 @@
 """Checks a folder of label maps and the folder of their images."""
 
+import functools
 import os
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 from ...errors import DataError
 from ..custom import IMAGE_SUFFIXES
-from ..files import files_below, read_labels
+from ..files import UnknownColorError, files_below, read_labels
 from .counts import find_absent_classes
 from .faults import Fault
 from .images import ImageEntry, check_images, map_files
@@ -17,7 +19,13 @@ _IGNORED = 255
 
 
 def check_labels(
-    name: str, image_root: str, label_root: str, classes: list[str], label_map: np.ndarray | None, use: Use
+    name: str,
+    image_root: str,
+    label_root: str,
+    classes: list[str],
+    label_map: np.ndarray | None,
+    use: Use,
+    colors: Sequence[int] = (),
 ) -> DatasetReport:
     """Check all label maps of a folder, and the images that they belong to.
 
@@ -29,6 +37,7 @@ def check_labels(
         label_map: maps a value of a label map to its class, to 255 if it is ignored, or to -1 if it is not allowed.
             None: the values 0, 1, ... are the classes and 255 is ignored.
         use: what the data set is for.
+        colors: see read_labels.
     """
     faults: list[Fault] = []
     folders = (image_root, label_root)
@@ -51,16 +60,19 @@ def check_labels(
     stems = sorted(set(labels) & set(images))
     paths = [labels[stem] for stem in stems]
     sizes = [facts[images[stem]].size if images[stem] in facts else None for stem in stems]
-    for path, size, found in zip(paths, sizes, map_files(_read_values, paths, "Reading label maps"), strict=True):
+    read = functools.partial(_read_values, colors=colors)
+    for path, size, found in zip(paths, sizes, map_files(read, paths, "Reading label maps"), strict=True):
         faults += [found] if isinstance(found, Fault) else counts.add(path, size, *found)
     faults += counts.find_absent_classes(label_root, use, image_faults + faults)
     return DatasetReport(name, image_faults + faults, len(images), counts.table(), counts.summary(), facts)
 
 
-def _read_values(path: str) -> tuple[tuple[int, int], dict[int, int]] | Fault:
+def _read_values(path: str, colors: Sequence[int]) -> tuple[tuple[int, int], dict[int, int]] | Fault:
     """Read a label map; returns its (height, width) and the number of pixels of each value, or a fault."""
     try:
-        labels = read_labels(path)
+        labels = read_labels(path, colors=colors)
+    except UnknownColorError as error:
+        return Fault("value of no class", path, "", str(error))
     except DataError as error:
         if error.__cause__ is None:
             return Fault("label map in colour", path, "", "is a colour image")
