@@ -54,10 +54,10 @@ def test_parts_are_disjoint_and_complete_and_the_same_for_all_types(root, kind):
 
 def test_order_doesnt_matter_and_a_new_image_moves_at_most_one():
     names = [f"photos/{i}.jpg" for i in range(40)]
-    part = Part(0.25, True)
+    part = Part("val", 0.25)
     chosen = part.select(names)
     assert len(chosen) == 10 and part.select(names[::-1]) == chosen
-    assert Part(0.25, False).select(names) == set(names) - chosen
+    assert Part("train", 0.25).select(names) == set(names) - chosen
     for i in range(40, 80):
         added = part.select([*names, f"photos/{i}.jpg"])
         assert len(chosen - added) <= 1
@@ -67,22 +67,103 @@ def test_order_doesnt_matter_and_a_new_image_moves_at_most_one():
 
 def test_versions_of_a_photo_stay_together():
     names = [f"p{i}_jpg.rf.{version:032x}.jpg" for i in range(10) for version in range(3)]
-    chosen = Part(0.2, True).select(names)
+    chosen = Part("val", 0.2).select(names)
     assert len(chosen) == 6 and len({photo_of(x) for x in chosen}) == 2
-    assert Part(0.2, False).select(names) == set(names) - chosen
+    assert Part("train", 0.2).select(names) == set(names) - chosen
     assert photo_of("a/p0_jpg.rf.0123456789abcdef.jpg") == "a/p0_jpg.jpg" and photo_of("a.rf.jpg") == "a.rf.jpg"
 
 
 @pytest.mark.parametrize("fraction, number", [(0.001, 1), (0.5, 2), (0.999, 3)])
 def test_each_part_has_an_image(fraction, number):
     names = list("abcd")
-    assert [len(Part(fraction, x).select(names)) for x in (True, False)] == [number, 4 - number]
+    assert [len(Part(x, fraction).select(names)) for x in ("val", "train")] == [number, 4 - number]
 
 
+@pytest.mark.parametrize("validation, test, number", [(0.2, 0.1, 100), (0.001, 0.001, 3), (0.5, 0.4, 3), (0.1, 0.8, 4)])
+def test_three_parts_are_disjoint_and_complete_and_each_has_a_photo(validation, test, number):
+    names = {f"{i}.jpg" for i in range(number)}
+    parts = [Part(kind, validation, test).select(names) for kind in ("train", "val", "test")]
+    assert set.union(*parts) == names and sum(map(len, parts)) == number and all(parts)
+    if number == 100:
+        assert [len(x) for x in parts] == [70, 20, 10]
+        assert parts[1] == Part("val", validation).select(names)  # a test part takes nothing from validation
+
+
+@pytest.mark.parametrize("group_by", [r"^(patient\d+)_", r"patient\d+", "folder"])
+def test_groups_stay_together(group_by):
+    separator = "/" if group_by == "folder" else "_"
+    names = {f"patient{i}{separator}slice{k}.png" for i in range(20) for k in range(1 + i % 4)}
+    parts = [Part(kind, 0.2, 0.1, group_by).select(names) for kind in ("train", "val", "test")]
+    patients = [{x.split(separator)[0] for x in part} for part in parts]
+    assert set.union(*parts) == names and [len(x) for x in patients] == [14, 4, 2]
+    assert sum(map(len, patients)) == len(set.union(*patients)) == 20
+
+
+def test_a_name_without_a_group_is_an_error(root):
+    _, train, _ = split_cfg("coco_instance", root, group_by="^patient")
+    with pytest.raises(DataError, match=r"00000\d.jpg: group_by = '\^patient' is not found in this file name"):
+        load_dataset(train)
+    _, train, _ = split_cfg("coco_instance", root, group_by="folder")
+    with pytest.raises(DataError, match=f"{train} can't be split: it has images of 1 groups for 2 parts"):
+        load_dataset(train)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_test_part_of_every_type(root, kind):
+    _, train, val = split_cfg(kind, root, test=0.2)
+    parts = [set(files(x)) for x in (train, val, train.replace("_train", "_test"))]
+    assert [len(x) for x in parts] == [5, 3, 2] and len(set.union(*parts)) == NUM_IMAGES
+
+
+@pytest.mark.parametrize("key", ["validation", "test"])
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 20, "0.2"])
-def test_a_wrong_fraction_is_an_error_that_names_the_key(root, value):
-    with pytest.raises(ConfigError, match=r"CUSTOM\[0\]\.validation = "):
-        split_cfg("sem_seg", root, validation=value)
+def test_a_wrong_fraction_is_an_error_that_names_the_key(root, key, value):
+    with pytest.raises(ConfigError, match=rf"CUSTOM\[0\]\.{key} = "):
+        split_cfg("sem_seg", root, **{key: value})
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"validation": 0.5, "test": 0.5}, "leave nothing for training"),
+        ({"group_by": "("}, r"group_by = '\(': use 'folder' or a regular expression"),
+    ],
+)
+def test_other_wrong_splits(root, changes, what):
+    with pytest.raises(ConfigError, match=what):
+        split_cfg("sem_seg", root, **changes)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_limited_number_of_images(root, kind):
+    """Of whole data sets and of parts, in loading, the check and evaluation; the choice depends on names alone."""
+    whole, split = custom_entry(kind, root), custom_entry(kind, root, validation=0.3)
+    cfg = data_cfg(TASKS[kind], resolve=False)
+    cfg.DATASETS.CUSTOM, cfg.DATASETS.LIMIT = [whole, split], 2
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (whole["name"],), (f"{split['name']}_val",)
+    register_custom_datasets(cfg)
+    chosen = files(whole["name"])
+    assert len(chosen) == 2 and set(chosen) == Part("all", limit=2).select(f"{i:06d}.jpg" for i in range(10))
+    assert len(files(f"{split['name']}_val")) == len(files(f"{split['name']}_train")) == 2
+    assert set(files(f"{split['name']}_val")) < {"000001.jpg", "000005.jpg", "000009.jpg"}
+    assert {x.num_images for x in check_datasets(cfg).datasets} == {2}
+    if kind != "coco_panoptic":
+        assert len(MetadataCatalog.get(whole["name"]).get("image_ids", "12")) == 2
+
+
+@pytest.mark.parametrize("limit", [-1, 0.5, True])
+def test_a_wrong_limit(limit):
+    cfg = data_cfg("instance", resolve=False)
+    cfg.DATASETS.LIMIT = limit
+    with pytest.raises(ConfigError, match="DATASETS.LIMIT = "):
+        register_custom_datasets(cfg)
+
+
+def test_a_limit_is_for_custom_data_sets():
+    cfg = data_cfg("instance", resolve=False)
+    cfg.DATASETS.LIMIT, cfg.DATASETS.TRAIN = 5, ("coco_2017_train",)
+    with pytest.raises(ConfigError, match="DATASETS.LIMIT = 5: .* coco_2017_train is not one"):
+        register_custom_datasets(cfg)
 
 
 def test_one_image_is_too_few(tmp_path):

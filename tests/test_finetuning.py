@@ -42,6 +42,7 @@ def test_recipes(task):
         cfg_.MODEL.WEIGHTS = ""
     assert cfg.MODEL == official.MODEL
     assert cfg.TEST.EVAL_PERIOD < cfg.SOLVER.MAX_ITER and cfg.TEST.VALIDATION_LOSS and cfg.SOLVER.EMA_DECAY > 0
+    assert not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
 
 
 def test_a_recipe_without_data_says_so():

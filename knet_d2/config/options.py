@@ -154,6 +154,8 @@ def _add_input_config(cfg: CN) -> None:
 def _add_data_config(cfg: CN) -> None:
     # Custom data sets: a list of {name, type, ...} mappings, see docs/DATASETS.md.
     cfg.DATASETS.CUSTOM = []
+    # Largest number of images of each custom data set that are used, for a first try; 0 = all.
+    cfg.DATASETS.LIMIT = 0
 
 
 def _add_solver_config(cfg: CN) -> None:

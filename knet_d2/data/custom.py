@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from .coco_mending import log_mends
 from .coco_records import instance_records, panoptic_records, records_of_content
 from .files import color_code, files_below
 from .formats import READERS, Annotations, read_annotations, read_labelmap
-from .split import Part, load_part
+from .split import ALL, FOLDER, TEST, TRAIN, VAL, Part, load_part
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ _registered: dict[str, tuple] = {}
 def register_custom_datasets(cfg: CfgNode) -> None:
     """Register the data sets of DATASETS.CUSTOM; an entry that is already registered is skipped.
 
-    An entry with "validation" makes two data sets, NAME_train and NAME_val.
+    An entry with "validation" or "test" makes the data sets NAME_train, NAME_val and NAME_test. DATASETS.LIMIT takes a
+    subset of each.
 
     Raises:
         ConfigError: an entry lacks a key, has an unknown key or a value of a wrong type, or its name belongs to
@@ -39,29 +41,43 @@ def register_custom_datasets(cfg: CfgNode) -> None:
     entries = cfg.DATASETS.CUSTOM
     if not isinstance(entries, (list, tuple)):
         raise ConfigError(f"DATASETS.CUSTOM = {entries!r}: use a list of mappings.")
+    made: dict[str, tuple[dict[str, Any], Part | None]] = {}
     for i, entry in enumerate(entries):
         entry = checked_entry(entry, f"DATASETS.CUSTOM[{i}]")
-        for name, part in _parts(entry):
-            if _registered.get(name) == (entry, part):
-                continue
-            if name in DatasetCatalog:
+        for name, part in _parts(entry, cfg.DATASETS.LIMIT):
+            if name in DatasetCatalog and _registered.get(name) != (entry, part):
                 raise ConfigError(
                     f"DATASETS.CUSTOM[{i}].name: a data set {name!r} with other content exists; choose another name."
                 )
-            load = FORMATS[entry["type"]].register(name, entry)
-            if part is not None:
-                MetadataCatalog.get(name).part = part
-                load = functools.partial(load_part, load, name)
-            DatasetCatalog.register(name, load)
-            _registered[name] = (entry, part)
+            made[name] = (entry, part)
+    _check_limit(cfg, set(made))
+    for name, (entry, part) in made.items():
+        if name in _registered:
+            continue
+        load = FORMATS[entry["type"]].register(name, entry)
+        if part is not None:
+            MetadataCatalog.get(name).part = part
+            load = functools.partial(load_part, load, name)
+        DatasetCatalog.register(name, load)
+        _registered[name] = (entry, part)
 
 
-def _parts(entry: dict[str, Any]) -> list[tuple[str, Part | None]]:
+def _parts(entry: dict[str, Any], limit: int) -> list[tuple[str, Part | None]]:
     """Return the names of the data sets that an entry makes, and the part of the images of each (None: all)."""
-    name, fraction = entry["name"], entry.get("validation")
-    if fraction is None:
-        return [(name, None)]
-    return [(f"{name}_train", Part(fraction, False)), (f"{name}_val", Part(fraction, True))]
+    name, validation, test = entry["name"], entry.get("validation", 0.0), entry.get("test", 0.0)
+    if not (validation or test):
+        return [(name, Part(ALL, limit=limit) if limit else None)]
+    kinds = [TRAIN, *([VAL] if validation else []), *([TEST] if test else [])]
+    return [(f"{name}_{kind}", Part(kind, validation, test, entry.get("group_by", ""), limit)) for kind in kinds]
+
+
+def _check_limit(cfg: CfgNode, names: set[str]) -> None:
+    limit = cfg.DATASETS.LIMIT
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+        raise ConfigError(f"DATASETS.LIMIT = {limit!r}: use a number of images, or 0 for all.")
+    others = [x for x in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if x not in names]
+    if limit and others:
+        raise ConfigError(f"DATASETS.LIMIT = {limit}: is for data sets of DATASETS.CUSTOM, and {others[0]} is not one.")
 
 
 def _register_instance(name: str, entry: dict[str, Any]) -> Loader:
@@ -134,6 +150,8 @@ COMMON_KEYS: Keys = {
     "name": (True, (str,)),
     "type": (True, (str,)),
     "validation": (False, (float,)),
+    "test": (False, (float,)),
+    "group_by": (False, (str,)),
 }
 FORMATS: dict[str, Format] = {
     "coco_instance": Format(_register_instance, {"json": (True, _PATH), "images": (True, _PATH)}),
@@ -314,8 +332,27 @@ def checked_entry(entry: Any, where: str) -> dict[str, Any]:
             raise ConfigError(
                 f"{where}.{key} = {value!r}: use a value of type {' or '.join(t.__name__ for t in types)}."
             )
-        is_path = isinstance(value, str) and key not in ("name", "type")
+        is_path = isinstance(value, str) and key not in ("name", "type", "group_by", "attribute")
         checked[key] = os.path.expanduser(value) if is_path else value
-    if not 0 < checked.get("validation", 0.5) < 1:
-        raise ConfigError(f"{where}.validation = {checked['validation']}: use a number between 0 and 1, such as 0.2.")
+    for key in ("validation", "test"):
+        if not 0 < checked.get(key, 0.5) < 1:
+            raise ConfigError(f"{where}.{key} = {checked[key]}: use a number between 0 and 1, such as 0.2.")
+    shares = [checked.get(key, 0.0) for key in ("validation", "test")]
+    if sum(shares) >= 1:
+        raise ConfigError(f"{where}: validation = {shares[0]} and test = {shares[1]} leave nothing for training.")
+    _check_group_by(checked, where)
     return checked
+
+
+def _check_group_by(entry: dict[str, Any], where: str) -> None:
+    pattern = entry.get("group_by")
+    if pattern is None:
+        return
+    if "validation" not in entry and "test" not in entry:
+        raise ConfigError(f"{where}.group_by = {pattern!r}: is for a split: add 'validation' or 'test'.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"{where}.group_by = {pattern!r}: use {FOLDER!r} or a regular expression ({error})."
+        ) from error

@@ -1,4 +1,4 @@
-"""Splits a data set into two: a held-out part of its images for validation, and the other images for training."""
+"""Splits a data set into parts for training, validation and test, and takes a subset of it for a first try."""
 
 import hashlib
 import os
@@ -10,28 +10,77 @@ from detectron2.data import MetadataCatalog
 
 from ..errors import DataError
 
+ALL, TRAIN, VAL, TEST = "all", "train", "val", "test"
+# Value of group_by for the images of a folder
+FOLDER = "folder"
+
 
 class Part(NamedTuple):
-    """One of the two parts of a data set.
+    """A part of a data set.
 
-    The split depends only on the file names, so it is the same everywhere. Adding an image moves at most one other
-    image to the other part. All versions of a photo (see :func:`photo_of`) are in the same part.
+    The split depends only on the file names, so it is the same everywhere. Adding an image moves few others to another
+    part. All images of a group are in the same part; so are all versions of a photo (see :func:`photo_of`).
 
     Attributes:
-        fraction: share of the photos for validation, between 0 and 1; each part has at least one photo.
-        is_validation: whether this is the validation part.
+        kind: "train", "val" or "test"; "all" for the whole data set.
+        validation, test: share of the groups in these parts, 0 to 1; a part that is used has at least one group.
+        group_by: what the images of a group share: FOLDER, or a regular expression that is searched in the file name
+            and whose groups (or else whose match) name the group; "": each photo is a group.
+        limit: largest number of images; 0 = all. The images with the first hashes of their names are taken.
     """
 
-    fraction: float
-    is_validation: bool
+    kind: str
+    validation: float = 0.0
+    test: float = 0.0
+    group_by: str = ""
+    limit: int = 0
+
+    @property
+    def num_parts(self) -> int:
+        return 1 + (self.validation > 0) + (self.test > 0)
 
     def select(self, names: Iterable[str]) -> set[str]:
-        """Return the names that belong to this part."""
+        """Return the names that belong to this part.
+
+        Raises:
+            DataError: a name has no group.
+        """
         names = set(names)
-        ordered = sorted({photo_of(x) for x in names}, key=lambda name: hashlib.sha256(name.encode()).digest())
-        number = min(max(round(self.fraction * len(ordered)), 1), len(ordered) - 1)
-        photos = set(ordered[:number] if self.is_validation else ordered[number:])
-        return {name for name in names if photo_of(name) in photos}
+        if self.kind != ALL:
+            groups = {name: self.group_of(name) for name in names}
+            ordered = sorted(set(groups.values()), key=_hash)
+            spare = len(ordered) - self.num_parts
+            validation = self._number(self.validation, len(ordered), spare)
+            test = self._number(self.test, len(ordered), spare - max(validation - 1, 0))
+            parts = {VAL: ordered[:validation], TEST: ordered[validation : validation + test]}
+            chosen = set(parts.get(self.kind, ordered[validation + test :]))
+            names = {name for name in names if groups[name] in chosen}
+        return set(sorted(names, key=_hash)[: self.limit]) if self.limit else names
+
+    @staticmethod
+    def _number(fraction: float, number: int, spare: int) -> int:
+        """The number of groups of a part, if every part has one group and ``spare`` can be given to this one."""
+        return min(max(round(fraction * number), 1), 1 + max(spare, 0)) if fraction else 0
+
+    def group_of(self, name: str) -> str:
+        """Return the name of the group of an image.
+
+        Raises:
+            DataError: group_by is not found in the name.
+        """
+        photo = photo_of(name)
+        if not self.group_by:
+            return photo
+        if self.group_by == FOLDER:
+            return os.path.dirname(photo)
+        match = re.search(self.group_by, photo)
+        if match is None:
+            raise DataError(f"{name}: group_by = {self.group_by!r} is not found in this file name. Correct group_by.")
+        return "/".join(x or "" for x in match.groups()) or match[0]
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
 
 
 def photo_of(name: str) -> str:
@@ -53,16 +102,19 @@ def load_part(load: Callable[[], list[dict]], name: str) -> list[dict]:
         name: name of the part; its metadata has "part" and "image_root".
 
     Raises:
-        DataError: the data set has fewer than two photos.
+        DataError: the data set has fewer groups than parts.
     """
     metadata, records = MetadataCatalog.get(name), load()
     names = [os.path.relpath(record["file_name"], metadata.image_root).replace(os.sep, "/") for record in records]
-    photos = len({photo_of(x) for x in names})
-    if photos < 2:
+    part: Part = metadata.part
+    groups = len({part.group_of(x) for x in names}) if part.kind != ALL else part.num_parts
+    if groups < part.num_parts:
+        what = "groups" if part.group_by else "photos"
         raise DataError(
-            f"Data set {name} can't be split: it has images of {photos} photos. Remove 'validation' or add images."
+            f"Data set {name} can't be split: it has images of {groups} {what} for {part.num_parts} parts. Remove "
+            "'validation' or 'test', or add images."
         )
-    selected = metadata.part.select(names)
+    selected = part.select(names)
     records = [record for record, name_ in zip(records, names, strict=True) if name_ in selected]
     if all("image_id" in record for record in records):
         metadata.image_ids = [record["image_id"] for record in records]
