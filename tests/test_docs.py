@@ -186,6 +186,9 @@ def test_examples_from_python_run(text, tmp_path, monkeypatch, capsys):
     (tmp_path / "photos").mkdir()
     for name in ("image.jpg", "photo.jpg", "map.tif", "photos/a.jpg"):
         cv2.imwrite(str(tmp_path / name), picture)
+    writer = cv2.VideoWriter(str(tmp_path / "in.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10, (80, 60))
+    writer.write(picture)
+    writer.release()
     monkeypatch.chdir(tmp_path)
     before = "import cv2\nimport knet_d2\nimport numpy as np\nfrom PIL import Image\n"
     if "knet_d2.load" not in text:

@@ -47,7 +47,8 @@ KINDS = {
     "semantic": {"MODEL.SEM_SEG_HEAD.NAME": "PSPKernelHead"},
 }
 THRESHOLD = 0.7  # some of the scores are below it
-ALL_SEGMENTS = ["MODEL.KNET.TEST.OVERLAP_THRESHOLD", "0.0"]
+# Kernels of an untrained model are alike, but equal in equal frames
+ALL_SEGMENTS = ["MODEL.KNET.TEST.OVERLAP_THRESHOLD", "0.0", "MODEL.KNET.VIDEO.TEMPERATURE", "1e-4"]
 NAMES = ["cup", "fork", "spoon", "table", "wall"]
 
 
@@ -232,6 +233,23 @@ def test_runner(exported, tmp_path):
     assert [x for x in areas if x] == [x.mask.sum() for x in found]
     drawn = cv2.imread(str(tmp_path / "out.png"))
     assert drawn.shape == image.shape and (drawn != image).any(axis=2).mean() > 0.02
+
+
+def test_runner_follows_objects_as_the_predictor_does(exported):
+    """The same ids in the frames of a video, one of which is another scene."""
+    path, _ = exported.runners
+    runner = onnx_runner.OnnxRunner(path)
+    if runner.output == "sem_seg":
+        with pytest.raises(ValueError, match="semantic model"):
+            onnx_runner.OnnxTracker(runner)
+        return
+    images = [cv2.GaussianBlur(x.transpose(1, 2, 0), (0, 0), 2) for x in random_images(2, (75, 90))]
+    frames = [images[0], images[0], images[1], images[0]]
+    tracker, video = onnx_runner.OnnxTracker(runner), exported.predictor.video(frames, "BGR")
+    for frame, expected in zip(frames, video, strict=False):
+        names = expected.classes.names
+        found = [(x.name, x.track_id) for x in tracker(frame)]
+        assert found == [(names[x.label], x.track_id) for x in expected.segments] and found
 
 
 @pytest.mark.parametrize("size, new_size", [((90, 120), (96, 128)), ((300, 221), (130, 96)), ((70, 50), (350, 250))])

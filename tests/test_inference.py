@@ -21,6 +21,7 @@ from knet_d2.data.classes import ClassTable
 from knet_d2.errors import CheckpointError, ConfigError, DataError
 from knet_d2.export.graph import ExportableKNet
 from knet_d2.inference import Prediction, Segment
+from knet_d2.inference.sources import Video
 from knet_d2.inference.tiles import predict_tiles, tile_spans
 from knet_d2.programs import convert_checkpoint
 
@@ -380,3 +381,32 @@ def test_a_small_image_is_one_tile(described):
     assert large.size == (128, 160) and (large.masks().sum(axis=0) <= 1).all() and len(large.segments) > 1
     with pytest.raises(ConfigError, match="tile_overlap = 64.*1 to 63"):
         predictor(image, "BGR", tile_size=64, tile_overlap=64)
+
+
+def test_a_video_from_a_file_and_from_arrays(described, tmp_path):
+    """Frames of a file or a generator, in either order of channels: the same predictions, with ids that stay."""
+    _, save = described
+    options = ["MODEL.KNET.VIDEO.TEMPERATURE", "1e-5", "MODEL.KNET.VIDEO.NEW_TRACK_SCORE", "0.0"]
+    options += ["MODEL.KNET.VIDEO.MIN_SCORE", "0.0", "MODEL.KNET.TEST.OVERLAP_THRESHOLD", "0.0"]
+    predictor = knet_d2.load(save("m.pth"), device="cpu", confidence_threshold=0.0, opts=options)
+    writer = cv2.VideoWriter(str(tmp_path / "in.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (84, 60))
+    for _ in range(3):
+        writer.write(random_image((60, 84)))
+    writer.release()
+    frames = [frame.image for frame in Video(str(tmp_path / "in.avi"))]
+    assert len(frames) == 3
+    found = list(predictor.video(str(tmp_path / "in.avi")))
+    ids = [[(x.label, x.track_id) for x in prediction.segments] for prediction in found]
+    assert ids[0] == ids[1] == ids[2] and len({i for _, i in ids[0]}) == len(ids[0]) > 1
+    for arrays, order in ((frames, "RGB"), ((frame[:, :, ::-1] for frame in frames), "BGR")):
+        again = list(predictor.video(arrays, order))
+        assert [[x.track_id for x in p.segments] for p in again] == [[i for _, i in x] for x in ids]
+        assert all((a.masks() == b.masks()).all() for a, b in zip(found, again, strict=True))
+    still = predictor(frames[0], "RGB")
+    assert {x.track_id for x in still.segments} == {None}
+    with pytest.raises(DataError, match="order = None"):
+        next(predictor.video(frames))
+    with pytest.raises(DataError, match="absent.mp4"):
+        next(predictor.video(tmp_path / "absent.mp4"))
+    with pytest.raises(DataError, match="order = 'BGR' is for arrays"):
+        next(predictor.video(str(tmp_path / "in.avi"), "BGR"))

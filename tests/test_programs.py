@@ -24,6 +24,7 @@ from program_helpers import NUM_IMAGES, ROOT, SIZE, Program, shapes, write_confi
 from knet_d2.data.classes import class_table
 from knet_d2.engine import Predictor, Trainer, load_config, replay
 from knet_d2.errors import CheckpointError, ConfigError, DataError, KNetError, NonFiniteError
+from knet_d2.inference import ImagePredictor
 from knet_d2.inference.sources import Video
 from knet_d2.programs import compare, demo, train
 from knet_d2.results import Segment
@@ -270,24 +271,60 @@ def test_images_of_one_name_do_not_overwrite_each_other(tmp_path, models, shapes
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [image.name, f"{image.stem}_1.jpg"]
 
 
-@pytest.mark.parametrize("task", ["instance", "panoptic", "semantic"])
-def test_demo_on_a_video(tmp_path, models, shapes, task):
-    source = str(tmp_path / "in.mp4")
-    writer = cv2.VideoWriter(source, cv2.VideoWriter_fourcc(*"mp4v"), 10.0, (SIZE, SIZE))
-    frames = [cv2.imread(str(path)) for path in sorted((shapes / "images").iterdir())[:3]]
+def write_frames(path, shapes, count):
+    """A video of 10 frames a second from images, one after the other and again; returns its frames, BGR."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 10.0, (SIZE, SIZE))
+    images = sorted((shapes / "images").iterdir())
+    frames = [cv2.imread(str(images[i % len(images)])) for i in range(count)]
     for frame in frames:
         writer.write(frame)
     writer.release()
+    return frames
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic", "semantic"])
+def test_demo_on_a_video(tmp_path, models, shapes, task):
+    source = str(tmp_path / "in.mp4")
+    frames = write_frames(source, shapes, 3)
     (tmp_path / "out").mkdir()
     results = tmp_path / "r.json"
     assert run_demo(models, task, "--video-input", source, "--output", tmp_path / "out", "--json", results) == 0
     names = [image["file_name"] for image in json.loads(results.read_text())["images"]]
     assert names == [f"{source}#{i}" for i in range(3)]
+    tracks = json.loads((tmp_path / "r_tracks.json").read_text())
+    assert bool(tracks) is (task != "semantic") and all(len(x["segmentations"]) == 3 for x in tracks)
     video = Video(str(tmp_path / "out" / "in_knet.mp4"))
     drawn = [frame.image for frame in video]
     assert len(drawn) == 3 and drawn[0].shape == (SIZE, SIZE, 3) and video.rate == pytest.approx(10)
     if task == "semantic":  # every pixel is painted; few instances of an untrained model may be
         assert np.abs(drawn[0].astype(int) - frames[0][:, :, ::-1]).mean() > 5
+
+
+def test_interrupted_video_leaves_whole_files(tmp_path, models, shapes, monkeypatch):
+    """Ctrl+C at the fourth of 6 frames: video, results and tracks of three frames can be read."""
+    write_frames(tmp_path / "in.mp4", shapes, 6)
+    follower = ImagePredictor.follower
+
+    def interrupted(self):
+        follow, frames = follower(self), iter(range(3))
+
+        def follow_three(image):
+            if next(frames, None) is None:
+                raise KeyboardInterrupt
+            return follow(image)
+
+        return follow_three
+
+    monkeypatch.setattr(ImagePredictor, "follower", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(
+            *(models, "panoptic", "--video-input", tmp_path / "in.mp4", "--output", tmp_path / "out.mp4"),
+            *("--json", tmp_path / "r.json", "--trail", 5),
+        )
+    assert len(list(Video(str(tmp_path / "out.mp4")))) == 3
+    images = json.loads((tmp_path / "r.json").read_text())["images"]
+    assert len(images) == 3 and all("track_id" in x for image in images for x in image["panoptic"]["segments_info"])
+    assert {len(x["segmentations"]) for x in json.loads((tmp_path / "r_tracks.json").read_text())} == {3}
 
 
 def test_bad_input_of_the_demo(tmp_path, models, shapes):

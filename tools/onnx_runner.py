@@ -2,12 +2,17 @@
 """Segment images with an exported K-Net. It needs numpy, onnxruntime and OpenCV, and nothing else of this project.
 
     python onnx_runner.py model.onnx photo.jpg --output drawn.png
+    python onnx_runner.py model.onnx video.mp4 --video --output drawn.mp4
 
 As a module: OnnxRunner(path)(image) gives the segments of an image, colours in BGR order.
+OnnxTracker(OnnxRunner(path)) is called with the frames of a video one by one, and gives segments with track ids. It
+needs one more file, knet_d2/video/tracker.py, at its place in this project or beside this file.
 """
 
 import argparse
+import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,12 +34,14 @@ class Segment(NamedTuple):
         category_id, name: of its class.
         score: None for semantic segmentation.
         mask: bool [height, width] of the image.
+        track_id: the same for one object in all frames of a video; None for images.
     """
 
     category_id: int
     name: str
     score: float | None
     mask: np.ndarray
+    track_id: int | None = None
 
 
 class OnnxRunner:
@@ -55,13 +62,18 @@ class OnnxRunner:
         self.categories = json.loads(metadata["classes"])
         self.preprocessing = json.loads(metadata["preprocessing"])
         self.score_threshold = float(metadata["score_threshold"])
+        self.tracker_options = json.loads(metadata.get("tracker", "{}"))
 
     def __call__(self, image: np.ndarray) -> list[Segment]:
         """The segments of an image [H, W, channels] or [H, W] as files have it; colours in BGR order (cv2.imread)."""
+        return self.segments(self.outputs(image))
+
+    def outputs(self, image: np.ndarray) -> "dict[str, np.ndarray]":
+        """What the model gives for one image, by the names of its outputs."""
         padded, size = self.prepare(image)
         inputs = {"image": padded[None], "image_size": np.array(size), "output_size": np.array(image.shape[:2])}
         outputs = dict(zip((x.name for x in self.session.get_outputs()), self.session.run(None, inputs)))
-        return self.segments({name: value[0] for name, value in outputs.items()})
+        return {name: value[0] for name, value in outputs.items()}
 
     def prepare(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         """An image as the model wants it, [C, H, W] from 0 to 255, and its height and width in there."""
@@ -113,6 +125,52 @@ class OnnxRunner:
     def _segment(self, label: int, score: float | None, mask: np.ndarray) -> Segment:
         category = self.categories[label]
         return Segment(category["id"], category["name"], None if score is None else float(score), mask)
+
+
+class OnnxTracker:
+    """An exported instance or panoptic model with a memory; call it with the frames of a video in their order."""
+
+    def __init__(self, runner: OnnxRunner):
+        if runner.output == "sem_seg" or not runner.tracker_options:
+            raise ValueError("A semantic model, or an older file: export an instance or panoptic model to track with.")
+        self._tracker = _load_tracker()
+        self._runner, self._options = runner, self._tracker.TrackerOptions(**runner.tracker_options)
+        self._stuff_ids = {x["id"]: i for i, x in enumerate((x for x in runner.categories if not x["isthing"]), 1)}
+        self._state = self._tracker.new_state(1 + len(self._stuff_ids))
+
+    def __call__(self, image: np.ndarray) -> list[Segment]:
+        """The segments of the next frame, see :meth:`OnnxRunner.__call__`; things without a track are left out."""
+        outputs = self._runner.outputs(image)
+        segments = self._runner.segments(outputs)
+        labels, embeddings = outputs["labels"], outputs["embeddings"]
+        things = [i for i in range(len(segments)) if self._runner.categories[labels[i]]["isthing"]]
+        if self._runner.output == "instances":
+            likely = [i for i in things if segments[i].score > self._options.min_score]
+            masks = np.array([segments[i].mask for i in likely]).reshape(-1, *image.shape[:2])
+            scores = np.array([segments[i].score for i in likely])
+            kept, masks = self._tracker.one_owner(masks, scores, self._options.overlap_threshold)
+            things = [likely[i] for i in kept]
+            for i, mask in zip(things, masks):
+                segments[i] = segments[i]._replace(mask=mask)
+        scores = np.array([segments[i].score for i in things])
+        found = self._tracker.Detections(labels[things], scores, embeddings[things])
+        self._state, ids = self._tracker.step(self._state, found, self._options)
+        of_thing = dict(zip(things, ids.tolist()))
+        columns = ((x, of_thing.get(i) or self._stuff_ids.get(x.category_id)) for i, x in enumerate(segments))
+        return [x._replace(track_id=track_id) for x, track_id in columns if track_id]
+
+
+def _load_tracker():
+    """The module knet_d2/video/tracker.py, without the rest of its package."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    paths = [os.path.join(here, "tracker.py"), os.path.join(here, "..", "knet_d2", "video", "tracker.py")]
+    path = next((x for x in paths if os.path.isfile(x)), None)
+    if path is None:
+        raise ValueError(f"{paths[0]} does not exist: copy knet_d2/video/tracker.py there.")
+    spec = importlib.util.spec_from_file_location("knet_d2_tracker", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _resized(size: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:
@@ -180,6 +238,7 @@ def draw(image: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
     """The image with coloured masks, outlines and names."""
     drawn = image.copy()
     for number, segment in enumerate(segments):
+        number = number if segment.track_id is None else segment.track_id
         hue = np.uint8([[[(number * 47) % 180, 200, 230]]])
         color = cv2.cvtColor(hue, cv2.COLOR_HSV2BGR)[0, 0]
         drawn[segment.mask] = drawn[segment.mask] // 2 + color // 2
@@ -188,7 +247,8 @@ def draw(image: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
         cv2.drawContours(drawn, contours, -1, (255, 255, 255), 1)
         if segment.mask.any():
             y, x = (int(p.mean()) for p in segment.mask.nonzero())
-            cv2.putText(drawn, segment.name, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255))
+            name = segment.name if segment.track_id is None else f"{segment.name} {segment.track_id}"
+            cv2.putText(drawn, name, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255))
     return drawn
 
 
@@ -209,13 +269,36 @@ def read(path: str, image_format: str) -> np.ndarray:
     return image
 
 
+def run_video(runner: OnnxRunner, path: str, output: "str | None") -> None:
+    """Follow the objects of a video: print the ids of each frame, and draw them into a video."""
+    tracker, video, writer, number = OnnxTracker(runner), cv2.VideoCapture(path), None, 0
+    while True:
+        success, frame = video.read()
+        if not success:
+            break
+        segments = tracker(frame)
+        print(f"frame {number}: " + ", ".join(f"{x.name} {x.track_id}" for x in segments))
+        if output:
+            code = cv2.VideoWriter.fourcc(*"mp4v")
+            writer = writer or cv2.VideoWriter(output, code, video.get(cv2.CAP_PROP_FPS) or 25, frame.shape[1::-1])
+            writer.write(draw(runner.picture(frame), segments))
+        number += 1
+    if writer is not None:
+        writer.release()
+    if not number:
+        raise SystemExit(f"Error: {path} can't be read as a video.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the .onnx file")
     parser.add_argument("image")
-    parser.add_argument("--output", help="picture to write")
+    parser.add_argument("--output", help="picture, or video, to write")
+    parser.add_argument("--video", action="store_true", help="the input is a video, whose objects are followed")
     args = parser.parse_args()
     runner = OnnxRunner(args.model)
+    if args.video:
+        return run_video(runner, args.image, args.output)
     image = read(args.image, runner.preprocessing["format"])
     segments = runner(image)
     for segment in segments:

@@ -112,6 +112,22 @@ def _add_model_config(cfg: CN) -> None:
     # Panoptic: a segment is dropped if it wins less than this share of its own mask's area.
     knet.TEST.OVERLAP_THRESHOLD = 0.6
 
+    knet.VIDEO = CN()
+    # Things of a frame with a score of at most this do not take part in tracking.
+    knet.VIDEO.MIN_SCORE = 0.3
+    # Things without a match start a track above this score.
+    knet.VIDEO.NEW_TRACK_SCORE = 0.35
+    # A thing joins a track only if the mean of the two softmaxes over their cosines is above this.
+    knet.VIDEO.MATCH_THRESHOLD = 0.5
+    # A thing joins a track only if the cosine of their kernels is above this.
+    knet.VIDEO.MIN_COSINE = 0.5
+    # What cosines are divided by before the softmaxes.
+    knet.VIDEO.TEMPERATURE = 0.05
+    # Weight of the new kernel in the running mean of a track's kernels.
+    knet.VIDEO.MOMENTUM = 0.8
+    # Number of successive frames that an object may be missing and still keep its track.
+    knet.VIDEO.MEMORY = 4
+
 
 def _add_backbone_config(cfg: CN) -> None:
     # Of Detectron2's MODEL.RESNETS.NORM and MODEL.FPN.NORM, two names are ours: "EvalBN" (eval mode, affine weights

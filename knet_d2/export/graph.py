@@ -16,8 +16,8 @@ from ..modeling.postprocessing import ImageGeometry, dense
 INPUT_NAMES = ("image", "image_size", "output_size")
 # A model's main output -> names of the tensors that stand for it
 OUTPUT_NAMES = {
-    "instances": ("scores", "labels", "boxes", "masks"),
-    "panoptic_seg": ("segment_map", "scores", "labels", "areas"),
+    "instances": ("scores", "labels", "boxes", "masks", "embeddings"),
+    "panoptic_seg": ("segment_map", "scores", "labels", "areas", "embeddings"),
     "sem_seg": ("label_map",),
 }
 
@@ -32,6 +32,8 @@ class ExportableKNet(nn.Module):
     * "panoptic_seg": segment_map int32 [B, h, w], 1 + the row of each pixel's segment, 0 is void; scores, labels and
       areas (pixels), [B, N] by falling score. The segments that were kept come first, the area of other rows is 0.
     * "sem_seg": label_map int32 [B, h, w], the best class.
+
+    The first two also have embeddings [B, n or N, C], the kernel of each row, by which a tracker follows objects.
     """
 
     def __init__(self, model: KNet):
@@ -79,9 +81,13 @@ class ExportableKNet(nn.Module):
         model, results = self.model, self.model.postprocessor
         options = results.options._replace(score_threshold=None)
         geometry = _checked_geometry(image, image_size, output_size)
-        _, mask_logits, class_logits = select_stage(model.network(self._normalise(image, geometry)), options.stage)
+        stage = select_stage(model.network(self._normalise(image, geometry)), options.stage)
+        kernels, mask_logits, class_logits = stage
         found = results.tensors(self.main_output, class_logits, mask_logits, geometry, options, dense)
-        return (found[0].argmax(dim=1).int(),) if self.main_output == "sem_seg" else found
+        if self.main_output == "sem_seg":
+            return (found[0].argmax(dim=1).int(),)
+        *columns, rows = found
+        return *columns, kernels.gather(1, rows[..., None].expand(-1, -1, kernels.shape[-1]))
 
     def _normalise(self, image: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
         """Normalised pixels, and 0 around the image."""

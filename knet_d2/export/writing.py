@@ -11,6 +11,7 @@ from ..checkpoint import describe_model, write_atomically
 from ..data.classes import ClassTable
 from ..errors import ConfigError
 from ..modeling.meta_arch import KNet
+from ..video.model import tracker_options
 from .graph import INPUT_NAMES, OUTPUT_NAMES, ExportableKNet, example_inputs
 
 ONNX_COMMAND = "install what it needs with: python -m pip install onnx onnxscript onnxruntime"
@@ -75,6 +76,7 @@ def export_metadata(cfg: CfgNode, classes: ClassTable, model: KNet, image_type: 
         "output": model.postprocessor.options.outputs[0],
         "preprocessing": json.dumps(preprocessing),
         "score_threshold": str(cfg.MODEL.KNET.TEST.SCORE_THRESHOLD),
+        "tracker": json.dumps(tracker_options(cfg)._asdict()),
     }
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 
 from ..data.classes import ClassTable
@@ -15,8 +16,10 @@ from ..errors import ConfigError, DataError
 from ..results.outputs import main_prediction, predictions_of
 from ..results.prediction import Prediction
 from ..tasks import get_task
+from ..video.model import TrackingKNet
+from ..video.reading import read_ahead
 from .default_predictor import Predictor
-from .sources import ImageFiles
+from .sources import ImageFiles, Video
 from .tiles import predict_tiles
 from .trace import Trace
 
@@ -112,6 +115,51 @@ class ImagePredictor:
         for name, image in ImageFiles([paths] if isinstance(paths, str) else paths, self.pixel_format):
             if image is not None:
                 yield name, self._tiled(self._arranged(image), **options)
+
+    def video(
+        self, frames: str | os.PathLike[str] | Iterable[np.ndarray], order: str | None = None
+    ) -> Iterator[Prediction]:
+        """The predictions of a video's frames, one by one; segments of one object have the same track_id.
+
+        Memory does not grow with the video. Frames are read while others are computed.
+
+        Args:
+            frames: a video file, or arrays as :meth:`__call__` takes them.
+            order: of the channels of arrays, see there.
+
+        Raises:
+            DataError: the file can't be read as a video, or an array is no image.
+            ConfigError: the config asks for test-time augmentation.
+        """
+        follow = self._follower()
+        if isinstance(frames, (str, os.PathLike)):
+            if order is not None:
+                raise DataError(f"{frames}: order = {order!r} is for arrays; that of a file is known. Leave it out.")
+            images = (self._arranged(frame.picture) for frame in Video(os.fspath(frames)))
+        else:
+            images = (self._pixels(frame, order) for frame in frames)
+        for image in read_ahead(images):
+            yield next(iter(follow(image).values()))
+
+    def follower(self) -> Callable[[np.ndarray], dict[str, Prediction]]:
+        """A function like :meth:`predict` for the frames of one video in their order; it gives segments track ids.
+
+        Raises:
+            ConfigError: the config asks for test-time augmentation.
+        """
+        follow = self._follower()
+        return lambda image: follow(self._arranged(image))
+
+    def _follower(self) -> Callable[[np.ndarray], dict[str, Prediction]]:
+        """The same for images of pixel_format."""
+        model = TrackingKNet(self.cfg, self.model)
+
+        @torch.no_grad()
+        def follow(image: np.ndarray) -> dict[str, Prediction]:
+            sample = {**self._predictor.sample(image), "video_id": 0}
+            return predictions_of(model([sample])[0], self.classes)
+
+        return follow
 
     def _tiled(self, pixels: np.ndarray, tile_size: int | None = None, tile_overlap: int | None = None) -> Prediction:
         if tile_size is None:

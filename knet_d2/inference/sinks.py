@@ -17,6 +17,7 @@ from ..errors import ConfigError, DataError
 from ..results.prediction import Prediction
 from ..results.video import VideoDrawer
 from ..results.writers import JsonWriter
+from ..video.tracks import TrackWriter
 from .sources import Frame, Video
 
 _ESCAPE = 27
@@ -96,6 +97,19 @@ class JsonFile:
         self._writer.close()
 
 
+class TrackFile:
+    """A :class:`Sink` that writes the tracks of a video into one file, see :class:`TrackWriter`."""
+
+    def __init__(self, path: str):
+        self._writer = TrackWriter(path)
+
+    def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
+        self._writer.write(next(iter(predictions.values())))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 class Window:
     """A :class:`Sink` that shows pictures; Esc ends."""
 
@@ -127,21 +141,26 @@ class Window:
 class VideoWindow(Window):
     """A :class:`Window` in which an object keeps its colour from frame to frame."""
 
-    def __init__(self, classes: ClassTable):
+    def __init__(self, classes: ClassTable, trail: int = 0):
+        """
+        Args:
+            trail: see :class:`VideoDrawer`.
+        """
         super().__init__(milliseconds=1)
-        self._drawer = VideoDrawer(classes)
+        self._drawer = VideoDrawer(classes, trail)
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
-        self.show(self._drawer.draw(frame.picture, *next(iter(predictions.items()))))
+        self.show(self._drawer.draw(frame.picture, next(iter(predictions.values()))))
 
 
 class VideoFile:
     """A :class:`Sink` that draws into the frames of an MP4 file."""
 
-    def __init__(self, path: str, source: Video, classes: ClassTable):
+    def __init__(self, path: str, source: Video, classes: ClassTable, trail: int = 0):
         """
         Args:
             path: the file; its size and rate are the source's.
+            trail: see :class:`VideoDrawer`.
 
         Raises:
             ConfigError: no video can be written there, or it would replace the source.
@@ -149,7 +168,7 @@ class VideoFile:
         if os.path.realpath(path) == os.path.realpath(source.name):
             raise ConfigError(f"--output {path}: the video would replace its source. Use another name.")
         self._path, self._count = path, 0
-        self._drawer = VideoDrawer(classes)
+        self._drawer = VideoDrawer(classes, trail)
         height, width = source.size
         self._writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), source.rate, (width, height))
         if not self._writer.isOpened():
@@ -158,7 +177,7 @@ class VideoFile:
             )
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
-        picture = self._drawer.draw(frame.picture, *next(iter(predictions.items())))
+        picture = self._drawer.draw(frame.picture, next(iter(predictions.values())))
         self._writer.write(picture[:, :, ::-1])
         self._count += 1
 

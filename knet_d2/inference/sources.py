@@ -101,7 +101,7 @@ class Video:
             DataError: there is no such file, or no frame can be read from it.
         """
         if path is not None and not os.path.isfile(path):
-            raise DataError(f"--video-input {path}: there is no such file.")
+            raise DataError(f"{path}: there is no such video file. Correct the path.")
         self.name = path or "webcam"
         self._capture = cv2.VideoCapture(0 if path is None else path)
         success, self._first = self._capture.read()

@@ -193,5 +193,5 @@ class KNet(nn.Module):
             output_size = (x.get("height", image_size[0]), x.get("width", image_size[1]))
             geometry = ImageGeometry(tuple(images.tensor.shape[-2:]), image_size, output_size)
             class_logits = None if shown.class_logits is None else shown.class_logits[i]
-            predictions.append(ImageLogits(class_logits, shown.mask_logits[i], geometry))
+            predictions.append(ImageLogits(class_logits, shown.mask_logits[i], geometry, shown.kernels[i]))
         return predictions

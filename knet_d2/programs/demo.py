@@ -8,9 +8,10 @@ import tqdm
 
 from ..inference.predictor import ImagePredictor
 from ..inference.resolve import resolve_model, threshold_options
-from ..inference.sinks import JsonFile, PictureFiles, Sink, Stop, VideoFile, VideoWindow, Window
+from ..inference.sinks import JsonFile, PictureFiles, Sink, Stop, TrackFile, VideoFile, VideoWindow, Window
 from ..inference.sources import ImageFiles, Video
 from ..results.writers import JsonWriter
+from ..video.reading import read_ahead
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -24,6 +25,9 @@ def get_parser() -> argparse.ArgumentParser:
     source.add_argument("--webcam", action="store_true", help="use the webcam")
     parser.add_argument("--output", help="folder or file for the pictures; default: show them in a window")
     parser.add_argument("--json", metavar="FILE", help="write the results of all images or frames to this file")
+    parser.add_argument(
+        "--trail", type=int, default=0, metavar="FRAMES", help="video: draw the path of objects in the last frames"
+    )
     parser.add_argument(
         "--confidence-threshold", type=float, default=0.3, help="lowest score of an instance or thing segment"
     )
@@ -47,10 +51,12 @@ def build_sinks(args: argparse.Namespace, source: ImageFiles | Video, predictor:
         info = {"task": predictor.cfg.MODEL.KNET.TASK, "weights": predictor.cfg.MODEL.WEIGHTS}
         sinks.append(JsonFile(JsonWriter(args.json, info, predictor.classes)))
     if isinstance(source, Video):
+        if args.json:
+            sinks.append(TrackFile(os.path.splitext(args.json)[0] + "_tracks.json"))
         if args.output:
-            sinks.append(VideoFile(video_path(args.output, source.name), source, predictor.classes))
+            sinks.append(VideoFile(video_path(args.output, source.name), source, predictor.classes, args.trail))
         else:
-            sinks.append(VideoWindow(predictor.classes))
+            sinks.append(VideoWindow(predictor.classes, args.trail))
     elif args.output:
         sinks.append(PictureFiles(args.output, source.paths))
     elif not sinks:
@@ -74,10 +80,12 @@ def main(args: argparse.Namespace) -> int:
         for sink in sinks:
             stack.callback(sink.close)
         stack.enter_context(contextlib.suppress(Stop))
-        for frame in tqdm.tqdm(source, total=source.count, unit=source.unit, disable=source.count == 1):
+        predict = predictor.follower() if isinstance(source, Video) else predictor.predict
+        frames = read_ahead(source)
+        for frame in tqdm.tqdm(frames, total=source.count, unit=source.unit, disable=source.count == 1):
             if frame.image is None:
                 continue
-            predictions = predictor.predict(frame.image)
+            predictions = predict(frame.image)
             for sink in sinks:
                 sink.write(frame, predictions)
     return 1 if source.failed else 0

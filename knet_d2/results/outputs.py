@@ -18,24 +18,25 @@ class Output(NamedTuple):
 
     Attributes:
         title: name in JSON files and for the user.
-        masks: function (output, classes) -> (bool mask [H, W], label, score) of each segment.
+        masks: function (output, classes) -> (bool mask [H, W], label, score, and of videos track id) of each segment.
         size: function output -> (height, width).
     """
 
     title: str
-    masks: Callable[[Any, ClassTable], Iterator[tuple[np.ndarray, int, float | None]]]
+    masks: Callable[[Any, ClassTable], Iterator[tuple[Any, ...]]]
     size: Callable[[Any], tuple[int, int]]
 
 
 def _panoptic_masks(output: tuple[torch.Tensor, list[dict[str, Any]]], classes: ClassTable):
     ids, segments = output[0].cpu().numpy(), output[1]
     for x in segments:
-        yield ids == x["id"], classes.label_of(x["category_id"], x["isthing"]), x["score"]
+        yield ids == x["id"], classes.label_of(x["category_id"], x["isthing"]), x["score"], x.get("track_id")
 
 
 def _instance_masks(output: Instances, classes: ClassTable):
     output = output.to("cpu")
-    yield from zip(output.pred_masks.numpy(), output.pred_classes.tolist(), output.scores.tolist())
+    columns = [output.pred_masks.numpy(), output.pred_classes.tolist(), output.scores.tolist()]
+    yield from zip(*columns, *([output.track_ids.tolist()] if output.has("track_ids") else []))
 
 
 def _semantic_masks(output: torch.Tensor, classes: ClassTable):

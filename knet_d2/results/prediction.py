@@ -24,6 +24,7 @@ class Segment(NamedTuple):
         crop: mask inside its tight bounding box, bool [h, w].
         corner: (top, left) of the bounding box in the image.
         size: (height, width) of the image.
+        track_id: the same for one object in all frames of a video; None for images.
     """
 
     label: int
@@ -31,6 +32,7 @@ class Segment(NamedTuple):
     crop: np.ndarray
     corner: tuple[int, int]
     size: tuple[int, int]
+    track_id: int | None = None
 
     @classmethod
     def from_mask(
@@ -38,6 +40,7 @@ class Segment(NamedTuple):
         mask: np.ndarray,
         label: int,
         score: float | None = None,
+        track_id: int | None = None,
         *,
         corner: tuple[int, int] = (0, 0),
         size: tuple[int, int] | None = None,
@@ -46,7 +49,7 @@ class Segment(NamedTuple):
 
         Args:
             mask: bool [h, w], a part of the image or the whole image.
-            label, score: see the class.
+            label, score, track_id: see the class.
             corner: (top, left) of the mask in the image.
             size: (height, width) of the image; None: size of the mask.
         """
@@ -55,7 +58,7 @@ class Segment(NamedTuple):
             return None
         top, left = rows[0], columns[0]
         crop = mask[top : rows[-1] + 1, left : columns[-1] + 1].copy()
-        return cls(label, score, crop, (corner[0] + int(top), corner[1] + int(left)), size or mask.shape)
+        return cls(label, score, crop, (corner[0] + int(top), corner[1] + int(left)), size or mask.shape, track_id)
 
     @property
     def mask(self) -> np.ndarray:

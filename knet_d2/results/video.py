@@ -2,68 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import colorsys
+import os
+from collections import deque
 
+import cv2
+import matplotlib
 import numpy as np
-import torch
-from detectron2.data import Metadata
-from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.video_visualizer import VideoVisualizer
+from PIL import Image, ImageDraw, ImageFont
 
 from ..data.classes import ClassTable
 from .pictures import drawable_text
-from .prediction import Prediction
+from .prediction import Prediction, Segment
+
+_FONT = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+_SMALLEST_TEXT, _TEXT_PART = 9, 0.02  # height of letters: pixels, and part of the frame's shorter side
+_GOLDEN_RATIO = 0.618
 
 
 class VideoDrawer:
-    """Draws predictions by Detectron2's VideoVisualizer."""
+    """Draws things in the colours of their tracks, and stuff and things without a track in those of their classes."""
 
-    def __init__(self, classes: ClassTable):
-        names, colors = [drawable_text(name) for name in classes.names], classes.colors
-        metadata = Metadata().set(thing_classes=names, stuff_classes=names, thing_colors=colors, stuff_colors=colors)
-        self._visualizer = VideoVisualizer(metadata)
-
-    def draw(self, frame: np.ndarray, key: str, prediction: Prediction) -> np.ndarray:
-        """Paint the segments over a frame, uint8 RGB [H, W, 3].
-
-        Args:
-            frame: the frame.
-            key: key of the model's output from which the prediction was made.
-            prediction: the segments.
+    def __init__(self, classes: ClassTable, trail: int = 0):
         """
-        return _DRAW[key](self._visualizer, frame, prediction).get_image()
+        Args:
+            trail: number of frames for which the path of a thing's centre is drawn; 0: no path.
+        """
+        self._classes, self._trail = classes, trail
+        self._frame = 0
+        self._paths: dict[int, deque[tuple[int, tuple[int, int]]]] = {}
+
+    def draw(self, frame: np.ndarray, prediction: Prediction) -> np.ndarray:
+        """Paint the segments over a frame, uint8 RGB [H, W, 3], small segments over large ones."""
+        drawn = frame.copy()
+        segments = sorted(prediction.segments, key=lambda x: -x.area)
+        for segment in segments:
+            pixels, color = drawn[segment.window], self._color(segment)
+            pixels[segment.crop] = pixels[segment.crop] // 2 + color // 2
+            if self._is_thing(segment):
+                outlines, _ = cv2.findContours(segment.crop.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+                cv2.drawContours(drawn, outlines, -1, (255, 255, 255), 1, offset=segment.corner[::-1])
+        self._draw_paths(drawn, segments)
+        return self._with_text(drawn, segments)
+
+    def _is_thing(self, segment: Segment) -> bool:
+        return segment.label < self._classes.num_things
+
+    def _color(self, segment: Segment) -> np.ndarray:
+        if segment.track_id is None or not self._is_thing(segment):
+            return np.array(self._classes.colors[segment.label], np.uint8)
+        return track_color(segment.track_id)
+
+    def _draw_paths(self, drawn: np.ndarray, segments: list[Segment]) -> None:
+        for segment in segments if self._trail else ():
+            if segment.track_id is not None and self._is_thing(segment):
+                path = self._paths.setdefault(segment.track_id, deque())
+                path.append((self._frame, _center(segment)))
+        for track_id, path in list(self._paths.items()):
+            while path and path[0][0] <= self._frame - self._trail:
+                path.popleft()
+            if not path:
+                del self._paths[track_id]
+            points = np.array([point for _, point in path], np.int32).reshape(-1, 1, 2)
+            cv2.polylines(drawn, [points], False, track_color(track_id).tolist(), 2)
+        self._frame += 1
+
+    def _with_text(self, drawn: np.ndarray, segments: list[Segment]) -> np.ndarray:
+        picture = Image.fromarray(drawn)
+        canvas = ImageDraw.Draw(picture)
+        font = ImageFont.truetype(_FONT, max(_SMALLEST_TEXT, round(_TEXT_PART * min(drawn.shape[:2]))))
+        for segment in segments:
+            text = drawable_text(self._classes.names[segment.label])
+            if segment.track_id is not None and self._is_thing(segment):
+                text += f" {segment.track_id}"
+            canvas.text(_center(segment), text, "white", font, "mm", stroke_width=1, stroke_fill="black")
+        return np.asarray(picture)
 
 
-def _draw_instances(visualizer: VideoVisualizer, frame: np.ndarray, prediction: Prediction) -> Any:
-    segments = prediction.segments
-    boxes = torch.tensor([x.box for x in segments], dtype=torch.float).reshape(-1, 4)
-    instances = Instances(
-        prediction.size,
-        pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
-        scores=torch.tensor([x.score for x in segments]),
-        pred_classes=torch.tensor([x.label for x in segments], dtype=torch.int64),
-        pred_masks=torch.from_numpy(prediction.masks()),
-    )
-    return visualizer.draw_instance_predictions(frame, instances)
+def track_color(track_id: int) -> np.ndarray:
+    """The colour of a track, uint8 RGB [3]; those of successive ids differ."""
+    color = colorsys.hsv_to_rgb(track_id * _GOLDEN_RATIO % 1, 0.75, 1.0)
+    return (255 * np.array(color)).round().astype(np.uint8)
 
 
-def _draw_panoptic(visualizer: VideoVisualizer, frame: np.ndarray, prediction: Prediction) -> Any:
-    infos = [
-        {"id": i, "category_id": x.label, "isthing": x.label < prediction.classes.num_things, "area": x.area}
-        for i, x in enumerate(prediction.segments, start=1)
-    ]
-    return visualizer.draw_panoptic_seg_predictions(frame, torch.from_numpy(prediction.segment_map()), infos)
-
-
-def _draw_semantic(visualizer: VideoVisualizer, frame: np.ndarray, prediction: Prediction) -> Any:
-    nothing = len(prediction.classes.names)
-    labels = np.array([nothing, *(x.label for x in prediction.segments)])[prediction.segment_map()]
-    return visualizer.draw_sem_seg(frame, torch.from_numpy(labels))
-
-
-_DRAW: dict[str, Callable[[VideoVisualizer, np.ndarray, Prediction], Any]] = {
-    "instances": _draw_instances,
-    "panoptic_seg": _draw_panoptic,
-    "sem_seg": _draw_semantic,
-}
+def _center(segment: Segment) -> tuple[int, int]:
+    """(x, y), the mean of the pixels."""
+    rows, columns = segment.crop.nonzero()
+    return segment.corner[1] + int(columns.mean()), segment.corner[0] + int(rows.mean())

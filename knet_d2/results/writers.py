@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..data.classes import ClassTable, categories
 from .outputs import OUTPUTS
-from .prediction import Prediction
+from .prediction import Prediction, Segment
 
 
 def panoptic_png(segment_map: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ class JsonWriter:
     def _instances(self, prediction: Prediction) -> list[dict[str, Any]]:
         ids = prediction.classes.category_ids
         return [
-            {"category_id": ids[x.label], "score": x.score, "bbox": list(x.box), "segmentation": x.rle()}
+            {"category_id": ids[x.label], "score": x.score, "bbox": list(x.box), "segmentation": x.rle(), **_track(x)}
             for x in prediction.segments
         ]
 
@@ -77,6 +77,7 @@ class JsonWriter:
                 "isthing": x.label < classes.num_things,
                 "score": x.score,
                 "area": x.area,
+                **_track(x),
             }
             for i, x in enumerate(prediction.segments, start=1)
         ]
@@ -85,6 +86,11 @@ class JsonWriter:
     def _semantic(self, prediction: Prediction) -> list[dict[str, Any]]:
         ids = prediction.classes.category_ids
         return [{"category_id": ids[x.label], "area": x.area, "segmentation": x.rle()} for x in prediction.segments]
+
+
+def _track(segment: Segment) -> dict[str, int]:
+    """The id of a segment in a video."""
+    return {} if segment.track_id is None else {"track_id": segment.track_id}
 
 
 _RECORDS: dict[str, Callable[[JsonWriter, Prediction], Any]] = {

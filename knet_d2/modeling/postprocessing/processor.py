@@ -23,11 +23,13 @@ class ImageLogits(NamedTuple):
         class_logits: [N, K], or None without a class branch.
         mask_logits: [N, h, w], at the head's resolution.
         geometry: sizes of the image.
+        kernels: [N, C], or None of merged views.
     """
 
     class_logits: torch.Tensor | None
     mask_logits: torch.Tensor
     geometry: ImageGeometry
+    kernels: torch.Tensor | None = None
 
 
 class ResultOptions(NamedTuple):
@@ -97,14 +99,26 @@ class PostProcessor(nn.Module):
             options: other ones than the model's own; their ``stage`` is not read here.
         """
         options = options or self.options
+        return {key: self._result(key, prediction, options)[0] for key in options.outputs}
+
+    def with_kernels(self, output: str, prediction: ImageLogits) -> tuple[Any, torch.Tensor]:
+        """One result of an image, "instances" or "panoptic_seg", with the kernels of its segments, [n, C].
+
+        They are in the order of the instances, or of the list of segments.
+        """
+        result, rows = self._result(output, prediction, self.options)
+        count = len(result) if output == "instances" else len(result[1])
+        assert prediction.kernels is not None
+        return result, prediction.kernels[rows[:count]]
+
+    def _result(self, output: str, prediction: ImageLogits, options: ResultOptions) -> tuple[Any, torch.Tensor]:
+        """A result in Detectron2's form, and the last one of the tensors that it was made of."""
         forms: dict[str, Callable[..., Any]]
         forms = {"instances": self._instances, "panoptic_seg": self._panoptic_seg, "sem_seg": self._sem_seg}
-        pixels = pixel_functions(prediction.mask_logits)
-        with no_autocast(prediction.mask_logits):
-            return {
-                key: forms[key](prediction.geometry, *self.tensors(key, *prediction, options, pixels))
-                for key in options.outputs
-            }
+        class_logits, mask_logits, geometry, _ = prediction
+        with no_autocast(mask_logits):
+            found = self.tensors(output, class_logits, mask_logits, geometry, options, pixel_functions(mask_logits))
+            return forms[output](geometry, *found), found[-1]
 
     def tensors(
         self,
@@ -125,8 +139,9 @@ class PostProcessor(nn.Module):
             mask_logits: [..., N, h, w].
 
         Returns:
-            "instances": scores [..., n], falling; labels int64 [..., n]; boxes [..., n, 4]; masks bool [..., n, H, W].
-            "panoptic_seg": segment map, scores, classes and areas, see :func:`.rules.panoptic`.
+            "instances": scores [..., n], falling; labels int64 [..., n]; boxes [..., n, 4]; masks bool [..., n, H, W];
+                kernels int64 [..., n], which kernel each is from.
+            "panoptic_seg": segment map, scores, classes, areas and kernels, see :func:`.rules.panoptic`.
             "sem_seg": scores [..., K, H, W]; with class logits, of one image only.
         """
         if class_logits is None:
@@ -150,19 +165,21 @@ class PostProcessor(nn.Module):
             kept = (scores >= options.score_threshold).nonzero()[:, 0]
             scores, kernels, labels = scores[kept], kernels[kept], labels[kept]
         masks = pixels.binary_masks(mask_logits[..., matched, :, :], kernels, geometry)
-        return scores, labels, masks_to_boxes(masks), masks
+        return scores, labels, masks_to_boxes(masks), masks, kernels
 
-    def _instances(self, geometry: ImageGeometry, scores, labels, boxes, masks) -> Instances:
+    def _instances(self, geometry: ImageGeometry, scores, labels, boxes, masks, kernels) -> Instances:
         """Instances of the output size: pred_boxes, scores (falling), pred_classes, bool pred_masks, maybe empty."""
         fields = {"pred_boxes": Boxes(boxes), "scores": scores, "pred_classes": labels, "pred_masks": masks}
         return Instances(geometry.output, **fields)
 
-    def _panoptic_seg(self, geometry: ImageGeometry, segment_map, *columns) -> tuple[torch.Tensor, list[dict]]:
+    def _panoptic_seg(
+        self, geometry: ImageGeometry, segment_map, scores, labels, areas, kernels
+    ) -> tuple[torch.Tensor, list[dict]]:
         """int32 [H, W] map of segment ids (0: void), and per segment id, isthing, category_id, score and area."""
         num_things, ids = self.bank.num_things, self.category_ids
         segments = [
             {"id": i, "isthing": c < num_things, "category_id": ids[c], "score": score, "area": area}
-            for i, (score, c, area) in enumerate(zip(*(x.tolist() for x in columns)), start=1)
+            for i, (score, c, area) in enumerate(zip(scores.tolist(), labels.tolist(), areas.tolist()), start=1)
             if area
         ]
         return segment_map, segments

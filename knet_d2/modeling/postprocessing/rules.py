@@ -88,7 +88,7 @@ def panoptic(
     num_things: int,
     thing_score_threshold: float,
     overlap_threshold: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Merge all kernels' masks into one map without overlaps (paper, Sec. 3.3).
 
     Args:
@@ -101,8 +101,8 @@ def panoptic(
         overlap_threshold: a kernel that wins a smaller part of its own mask's area is dropped.
 
     Returns:
-        segment map int32 [..., H, W], 1 + the row of each pixel's segment, 0: void; scores, classes and areas
-        (pixels), [..., N]: the kept segments first, by falling score; the area of other rows is 0.
+        segment map int32 [..., H, W], 1 + the row of each pixel's segment, 0: void; scores, classes, areas (pixels)
+        and kernels, [..., N]: the kept segments first, by falling score; the area of other rows is 0.
     """
     scores, classes = class_logits.sigmoid().masked_fill(~class_mask, -1).max(dim=-1)
     candidates = (classes >= num_things) | (scores >= thing_score_threshold)
@@ -117,7 +117,7 @@ def panoptic(
     rows = ((other > key) | ((other == key) & (index < index[:, None]))).sum(dim=-1)
     order = torch.zeros_like(rows).scatter(-1, rows, index.expand_as(rows))
     segment_map = ((rows + 1) * kept).int().gather(-1, owners.flatten(-2)).unflatten(-1, geometry.output)
-    return segment_map, scores.gather(-1, order), classes.gather(-1, order), (areas * kept).gather(-1, order)
+    return segment_map, scores.gather(-1, order), classes.gather(-1, order), (areas * kept).gather(-1, order), order
 
 
 @torch.no_grad()
