@@ -67,6 +67,8 @@ TASKS = {
     "panoptic": DETECTION,
     "semantic": SEMANTIC,
 }
+# Added to the options of an instance or panoptic model
+IMAGE_KERNELS = {"MODEL.SEM_SEG_HEAD.NAME": "ImageKernelHead", "MODEL.KNET.LOSS.CENTER_WEIGHT": 1.0}
 
 
 def set_options(cfg, options):

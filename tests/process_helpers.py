@@ -12,7 +12,7 @@ from detectron2.engine import create_ddp_model
 from detectron2.structures import BitMasks, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from helpers import make_example, tiny_config, tiny_model
+from helpers import IMAGE_KERNELS, make_example, tiny_config, tiny_model
 from torch import distributed
 from torch.nn.functional import one_hot
 
@@ -27,7 +27,7 @@ COUNTS = ([2, 3, 0, 0], [0, 0, 0, 0], [1, 0, 2, 4], [0, 0, 1, 0], [3, 1, 1, 2])
 PARTS_STEP = 2
 SIZE = (64, 64)
 OPTIONS = {
-    "instance": {"MODEL.RESNETS.NORM": "EvalBN"},
+    "instance": {"MODEL.RESNETS.NORM": "EvalBN", **IMAGE_KERNELS},
     "panoptic": {"MODEL.RESNETS.NORM": "EvalBN"},
     "semantic": {"MODEL.RESNETS.NORM": "SyncBN", "MODEL.SEM_SEG_HEAD.NORM": "SyncBN", "MODEL.KNET.DROPOUT": 0.0},
 }

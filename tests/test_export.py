@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_helpers import ROOT
-from helpers import spread_scores, tiny_config, tiny_model
+from helpers import IMAGE_KERNELS, spread_scores, tiny_config, tiny_model
 from PIL import Image
 
 import knet_d2
@@ -40,10 +40,10 @@ OPTIONS = {
     "INPUT.MAX_SIZE_TEST": 160,
     "INPUT.FORMAT": "RGB",
 }
-# What makes a graph harder than the tiny model's: coordinates, pyramid pooling
+# What makes a graph harder than the tiny model's: coordinates, peaks of a map, pyramid pooling
 KINDS = {
     "instance": {"MODEL.KNET.POSITION_ENCODING": "coordinates"},
-    "panoptic": {},
+    "panoptic": IMAGE_KERNELS,
     "semantic": {"MODEL.SEM_SEG_HEAD.NAME": "PSPKernelHead"},
 }
 THRESHOLD = 0.7  # some of the scores are below it

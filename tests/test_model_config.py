@@ -90,9 +90,10 @@ def default_behaviour():
 
 
 def test_all_nodes_are_tested():
-    of_several_processes = {"LOSS.GLOBAL_NORMALIZERS"}  # see test_processes.py
+    # See test_processes.py and test_image_kernels.py
+    elsewhere = {"LOSS.GLOBAL_NORMALIZERS", "LOSS.CENTER_WEIGHT"}
     names = {name for name in node_names(tiny_config("panoptic").MODEL.KNET) if not name.startswith("VIDEO.")}
-    assert names == set(NODES) | of_several_processes  # those of videos: test_video_model.py
+    assert names == set(NODES) | elsewhere  # those of videos: test_video_model.py
 
 
 def test_behaviour_is_a_function_of_config_and_seed(default_behaviour):
@@ -135,6 +136,8 @@ def test_all_arguments_come_from_the_config():
         ("panoptic", {"MODEL.SEM_SEG_HEAD.IN_FEATURES": ["p2", "p9"]}, r"IN_FEATURES has \['p9'\].*p5"),
         ("panoptic", {"MODEL.SEM_SEG_HEAD.NAME": "SemSegFPNHead"}, "'SemSegFPNHead'.*'SemanticFPNKernelHead'"),
         ("semantic", {"MODEL.SEM_SEG_HEAD.NAME": "FCNHead"}, "SEM_SEG_HEAD.NAME = 'FCNHead'.*'FCNKernelHead'"),
+        ("panoptic", {"MODEL.SEM_SEG_HEAD.NAME": "ImageKernelHead"}, "CENTER_WEIGHT = 0.0.*'ImageKernelHead'.*above 0"),
+        ("panoptic", {"MODEL.KNET.LOSS.CENTER_WEIGHT": 1.0}, "CENTER_WEIGHT = 1.0.*'SemanticFPNKernelHead': use 0"),
         ("panoptic", {"MODEL.KNET.NUM_THING_CLASSES": 0}, "NUM_THING_CLASSES"),
         ("instance", {"TEST.DETECTIONS_PER_IMAGE": -1}, "TEST.DETECTIONS_PER_IMAGE = -1"),
     ],

@@ -79,7 +79,7 @@ def test_evaluation(shared, configs, task, group):
 
 
 def test_local_normalizers(shared):
-    """As in the official release, each process normalises its losses; class losses use the mean number of positives."""
+    """As in the official release, each process normalises its losses; class and centre losses use the mean count."""
     world_size = len(shared["local"])
     share = len(COUNTS[0]) // world_size
     positives = [sum(COUNTS[0][rank * share : (rank + 1) * share]) for rank in range(world_size)]
@@ -89,7 +89,7 @@ def test_local_normalizers(shared):
         model, _ = make_model("instance", is_global=False)
         expected = numbers(model(share_of_batch(0, rank, world_size)))
         for name in expected:
-            if name.startswith("loss_class"):
+            if name.startswith(("loss_class", "loss_center")):
                 expected[name] *= max(positives[rank], 1) / max(mean, 1)
         assert found == pytest.approx(expected, rel=1e-12)
     if world_size > 1:

@@ -142,7 +142,11 @@ def test_iou_of_tracks_is_of_whole_videos():
     """30 pixels right, then 10 missed: IoU 0.75, not 0.5: found at the thresholds 0.5 to 0.75, 6 of 10."""
     video = [(tracks((0, 4, 30), size=40), tracks((0, 0, 30), size=40)), (tracks((0, 4, 10), size=40), tracks(size=40))]
     metrics, of_class = precision(video)
-    assert metrics["AP"] == pytest.approx(0.6) and metrics["AP75"] == pytest.approx(1.0) and metrics["AR1"] == pytest.approx(0.6)
+    assert (
+        metrics["AP"] == pytest.approx(0.6)
+        and metrics["AP75"] == pytest.approx(1.0)
+        and metrics["AR1"] == pytest.approx(0.6)
+    )
     assert of_class[0] == pytest.approx(0.6) and math.isnan(of_class[1])
     assert metrics["APs"] == pytest.approx(0.6) and math.isnan(metrics["APl"])
 

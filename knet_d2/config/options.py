@@ -75,6 +75,8 @@ def _add_model_config(cfg: CN) -> None:
     knet.LOSS.RANK_WEIGHT = 0.1
     # Weight of the per-pixel class loss on the static semantic logits.
     knet.LOSS.DENSE_WEIGHT = 1.0
+    # Weight of the focal loss on the map of centres, which MODEL.SEM_SEG_HEAD.NAME "ImageKernelHead" has; 0 = none.
+    knet.LOSS.CENTER_WEIGHT = 0.0
     # Weight of the auxiliary FCN head's cross entropy; 0 = no auxiliary head.
     knet.LOSS.AUXILIARY_WEIGHT = 0.0
     # Focal alpha: weight of positive samples, in the loss and in the matching cost.

@@ -81,8 +81,8 @@ class ExportableKNet(nn.Module):
         model, results = self.model, self.model.postprocessor
         options = results.options._replace(score_threshold=None)
         geometry = _checked_geometry(image, image_size, output_size)
-        stage = select_stage(model.network(self._normalise(image, geometry)), options.stage)
-        kernels, mask_logits, class_logits = stage
+        output = model.network(self._normalise(image, geometry), image_size[None])
+        kernels, mask_logits, class_logits = select_stage(output, options.stage)
         found = results.tensors(self.main_output, class_logits, mask_logits, geometry, options, dense)
         if self.main_output == "sem_seg":
             return (found[0].argmax(dim=1).int(),)

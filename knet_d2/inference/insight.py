@@ -70,7 +70,7 @@ def stage_masks(model: KNet, sample: dict[str, Any], output_size: tuple[int, int
             "MODEL.KNET.TEST.STAGE gives those of each stage. Use a model for instances or panoptic segmentation."
         )
     images = model.preprocess_image([sample])
-    output = model.network(images.tensor)
+    output = model.network(images.tensor, torch.tensor(images.image_sizes))
     sized = {**sample, "height": output_size[0], "width": output_size[1]}
     found = []
     with no_autocast(images.tensor):

@@ -29,7 +29,7 @@ class Trace:
         """
         self._model, self._sample, self._classes, self._outputs = model, sample, classes, tuple(outputs)
         self._images = model.preprocess_image([sample])
-        self._network_output = model.network(self._images.tensor)
+        self._network_output = model.network(self._images.tensor, torch.tensor(self._images.image_sizes))
         self.num_stages = len(self._network_output.stages)
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.utils import comm
 from torch import distributed, nn
@@ -15,7 +16,7 @@ from torch import distributed, nn
 from ..errors import ConfigError, NonFiniteError
 from ..tasks import KernelBank, get_task
 from .layers import full_precision, no_autocast, send
-from .losses import dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
+from .losses import center_focal_loss, dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
 from .matcher import Candidates, HungarianMatcher
 from .resize import upsample_masks
 from .structures import KernelState, Match, StageOutput, Targets
@@ -24,6 +25,11 @@ from .structures import KernelState, Match, StageOutput, Targets
 Value = tuple[torch.Tensor, int | torch.Tensor]
 # Pixels of the rank loss's targets that no kernel owns
 UNOWNED = -1
+# The Gaussian of an instance in the map of centres: sigma in cells per square root of the area in cells, and the least
+CENTER_SPREAD = 0.12
+CENTER_LEAST_SIGMA = 0.8
+# Keeps the centroid of an instance without a pixel finite
+CENTER_EPS = 1e-6
 
 
 class Positives(NamedTuple):
@@ -324,6 +330,13 @@ def _dense_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weigh
     return weight * total / count.clamp(min=1), count
 
 
+def _center_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
+    """Focal loss on the map of the instances' centres, per instance."""
+    logits = full_precision(batch.state.center_logits)
+    maps = torch.stack([center_map(target.masks, *logits.shape[-2:]) for target in batch.targets])
+    return weight * center_focal_loss(logits, maps), sum(len(target.masks) for target in batch.targets)
+
+
 def _label_map_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
     """Cross entropy over kernels that each stand for a class, whose target is the label map itself."""
     loss = kernel_cross_entropy(batch.mask_logits(stage), batch.labels, criterion.ignore_value)
@@ -363,6 +376,7 @@ TERMS: dict[str, Term] = {
     "dice": Term("dice", "DICE_WEIGHT", _dice_term, is_optional=True),
     "rank": Term("rank", "RANK_WEIGHT", _rank_term, is_optional=True),
     "dense": Term("dense", "DENSE_WEIGHT", _dense_term, at_updates=False),
+    "center": Term("center", "CENTER_WEIGHT", _center_term, at_updates=False, is_optional=True, is_sum=True),
     # The same cross entropy as "rank", with the label map as target, and under the same name in the log
     "label_map": Term("rank", "RANK_WEIGHT", _label_map_term),
 }
@@ -411,3 +425,37 @@ def dense_labels(targets: Targets, match: Match, background: int) -> torch.Tenso
     masks = torch.cat([targets.stuff_masks, targets.masks[instances]])
     classes = torch.cat([targets.stuff_classes, targets.classes[instances]])
     return last_nonzero(masks, classes, background)
+
+
+def center_map(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """What a map of centres has to show for the instances of an image.
+
+    Each instance gives a Gaussian, 1 at that of its cells which is closest to its centroid; the map is their maximum.
+
+    Args:
+        masks: [G, h, w], instances; those without a pixel give nothing.
+        height, width: of the map.
+
+    Returns:
+        [height, width].
+    """
+    if len(masks) == 0:
+        return masks.new_zeros(height, width)
+    covered = F.adaptive_avg_pool2d(masks, (height, width))
+    areas, most = covered.sum(dim=(1, 2)), covered.amax(dim=(1, 2))
+    rows, columns = (torch.arange(length, dtype=masks.dtype, device=masks.device) for length in (height, width))
+    weights = covered / areas.clamp(min=CENTER_EPS)[:, None, None]
+    centroids = (weights.sum(2) @ rows)[:, None], (weights.sum(1) @ columns)[:, None]
+    squares = _squared_distances(rows, columns, *centroids)
+    # Cells at the border of a mask are no centre, unless it has no others
+    own = covered >= 0.5 * most[:, None, None]
+    places = torch.where(own, squares, torch.inf).flatten(1).argmin(dim=1)[:, None]
+    squares = _squared_distances(rows, columns, places // width, places % width)
+    sigmas = (CENTER_SPREAD * areas.sqrt()).clamp(min=CENTER_LEAST_SIGMA)
+    gaussians = torch.exp(-squares / (2 * sigmas.square())[:, None, None])
+    return (gaussians * (most > 0)[:, None, None]).amax(dim=0)
+
+
+def _squared_distances(rows: torch.Tensor, columns: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Of all cells to the points (y, x), [G, 1] each: [G, H, W]."""
+    return (rows - y).square()[:, :, None] + (columns - x).square()[:, None, :]

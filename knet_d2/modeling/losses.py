@@ -40,6 +40,18 @@ def _focal_term(logits: torch.Tensor, gamma: float) -> torch.Tensor:
     return logits.sigmoid() ** gamma * -F.logsigmoid(-logits)
 
 
+def center_focal_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of CenterNet's focal loss on a map of centres (arXiv:1904.07850, Eq. 1; exponents 2 and 4).
+
+    Args:
+        logits, targets: any one shape; targets are 1 at a centre and fall to 0 around it.
+    """
+    probs = logits.sigmoid()
+    centers = (1 - probs).square() * -F.logsigmoid(logits)
+    others = (1 - targets) ** 4 * probs.square() * -F.logsigmoid(-logits)
+    return torch.where(targets == 1, centers, others).sum()
+
+
 def mask_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Binary cross entropy, mean over all pixels of all masks: both [P, h, w], soft targets allowed."""
     total = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")

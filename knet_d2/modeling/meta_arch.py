@@ -132,19 +132,21 @@ class KNet(nn.Module):
             return [self.postprocessor(prediction) for prediction in predictions] if do_postprocess else predictions
         images = self.preprocess_image(batched_inputs)
         truths = self.send_ground_truth(batched_inputs)  # before the network, so that the copies run beside it
-        output = self.network(images.tensor)
+        output = self.network(images.tensor, torch.tensor(images.image_sizes))
         auxiliary_logits = None if self.auxiliary_head is None else self.auxiliary_head(output.features)
         targets = self.prepare_targets(truths, images, output.state)
         return self.criterion(output.state, output.stages, targets, auxiliary_logits)
 
-    def network(self, images: torch.Tensor) -> NetworkOutput:
+    def network(self, images: torch.Tensor, image_sizes: torch.Tensor | None = None) -> NetworkOutput:
         """The one way through the network: backbone -> static kernels -> cascade.
 
         Args:
             images: normalised and padded, [B, C, H, W]; H and W multiples of ``size_divisibility``.
+            image_sizes: int64 [B, 2], height and width of the images without padding (one may stand for all), on any
+                device; None: there is no padding.
         """
         features = self.backbone(channels_last(images))
-        state = self.sem_seg_head(features)
+        state = self.sem_seg_head(features, image_sizes)
         return NetworkOutput(features, state, self.cascade(state))
 
     def predict_logits(self, batched_inputs: list[dict[str, Any]]) -> list[ImageLogits]:
@@ -153,7 +155,9 @@ class KNet(nn.Module):
             # An image's result must not depend on the sizes of its neighbours
             return [prediction for x in batched_inputs for prediction in self.predict_logits([x])]
         images = self.preprocess_image(batched_inputs)
-        return self.image_predictions(self.network(images.tensor), batched_inputs, images)
+        return self.image_predictions(
+            self.network(images.tensor, torch.tensor(images.image_sizes)), batched_inputs, images
+        )
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Normalise, then pad with 0 at the right and bottom."""

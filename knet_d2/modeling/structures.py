@@ -19,12 +19,14 @@ class KernelState(NamedTuple):
         kernels: K_0, [B, N, C].
         mask_logits: M_0, [B, N, H, W].
         semantic_logits: S_0, [B, K, H, W], or None where M_0 are the semantic logits themselves.
+        center_logits: of a map of the instances' centres, [B, H, W], which learns by the term "center", or None.
     """
 
     feature: torch.Tensor
     kernels: torch.Tensor
     mask_logits: torch.Tensor
     semantic_logits: torch.Tensor | None = None
+    center_logits: torch.Tensor | None = None
 
 
 class StageOutput(NamedTuple):

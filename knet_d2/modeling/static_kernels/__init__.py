@@ -2,6 +2,7 @@
 
 from .build import build_auxiliary_head, build_static_kernels
 from .decode_heads import ASPPKernelHead, AuxiliaryHead, DecodeKernelHead, FCNKernelHead, PSPKernelHead, UPerKernelHead
+from .image_kernels import ImageKernelHead
 from .semantic_fpn import SemanticFPN, SemanticFPNKernelHead
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "AuxiliaryHead",
     "DecodeKernelHead",
     "FCNKernelHead",
+    "ImageKernelHead",
     "PSPKernelHead",
     "SemanticFPN",
     "SemanticFPNKernelHead",

@@ -7,6 +7,7 @@ from torch import nn
 from ...errors import ConfigError
 from ...tasks import KernelBank
 from .decode_heads import AuxiliaryHead
+from .image_kernels import ImageKernelHead
 
 
 def build_static_kernels(cfg, input_shape: dict[str, ShapeSpec], bank: KernelBank) -> nn.Module:
@@ -23,6 +24,13 @@ def build_static_kernels(cfg, input_shape: dict[str, ShapeSpec], bank: KernelBan
     if name not in producers:
         raise ConfigError(
             f"MODEL.SEM_SEG_HEAD.NAME = {name!r} gives no static kernels: use one of {sorted(producers)}."
+        )
+    learns_centers = issubclass(producers[name], ImageKernelHead)
+    if (cfg.MODEL.KNET.LOSS.CENTER_WEIGHT != 0) != learns_centers:
+        weight = "a value above 0, such as 1.0" if learns_centers else "0, or the head 'ImageKernelHead'"
+        raise ConfigError(
+            f"MODEL.KNET.LOSS.CENTER_WEIGHT = {cfg.MODEL.KNET.LOSS.CENTER_WEIGHT} with MODEL.SEM_SEG_HEAD.NAME = "
+            f"{name!r}: use {weight}."
         )
     missing = [feature for feature in in_features if feature not in input_shape]
     if missing:

@@ -132,8 +132,8 @@ class DecodeKernelHead(nn.Module):
         """Feature maps in the order of ``self.in_features`` -> [B, C, H, W]."""
         raise TypeError(f"{type(self).__name__} has to define decode")
 
-    def forward(self, features: dict[str, torch.Tensor]) -> KernelState:
-        """The classifier's weights as kernels, its logits as their masks."""
+    def forward(self, features: dict[str, torch.Tensor], image_sizes: torch.Tensor | None = None) -> KernelState:
+        """The classifier's weights as kernels, its logits as their masks; padding is not told from the images."""
         feature = self.decode([features[name] for name in self.in_features])
         kernels = self.classifier.conv.weight.flatten(1).expand(feature.shape[0], -1, -1)
         return KernelState(feature, kernels, self.classifier(feature))

@@ -1,6 +1,8 @@
 """Static kernels for instance and panoptic segmentation: semantic FPN and learned kernels (paper, Sec. 3.3)."""
 
 import math
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +68,7 @@ def _coordinates(length: int, x: torch.Tensor) -> torch.Tensor:
     return 2 * index / index.amax(dim=0).clamp(min=1) - 1
 
 
-def _conv_norm_relu(in_channels: int, out_channels: int, norm: str, *, kernel_size: int = 3, stride: int = 1) -> Conv2d:
+def conv_norm_relu(in_channels: int, out_channels: int, norm: str, *, kernel_size: int = 3, stride: int = 1) -> Conv2d:
     return Conv2d(
         in_channels,
         out_channels,
@@ -114,13 +116,13 @@ class SemanticFPN(nn.Module):
     @staticmethod
     def _build_level(channels: int, stride: int, conv_dim: int, common_stride: int, norm: str) -> nn.Sequential:
         if stride <= common_stride:
-            return nn.Sequential(_conv_norm_relu(channels, conv_dim, norm, stride=common_stride // stride))
+            return nn.Sequential(conv_norm_relu(channels, conv_dim, norm, stride=common_stride // stride))
         layers: list[nn.Module] = []
         for _ in range(int(math.log2(stride // common_stride))):
-            layers.append(_conv_norm_relu(channels, conv_dim, norm))
+            layers.append(conv_norm_relu(channels, conv_dim, norm))
             layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
             channels = conv_dim
-        layers.append(_conv_norm_relu(channels, conv_dim, norm))
+        layers.append(conv_norm_relu(channels, conv_dim, norm))
         return nn.Sequential(*layers)
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -141,6 +143,51 @@ class SemanticFPN(nn.Module):
         return x
 
 
+class InstanceKernels(Protocol):
+    """The N instance kernels of a semantic FPN head: a module, built from (C, N, norm of convolutions, stride of F)."""
+
+    def init_weights(self) -> None:
+        """Initialise what differs from the head's other convolutions."""
+
+    def localize(self, localization_feature: torch.Tensor) -> torch.Tensor:
+        """What is added to the localization branch's result, F_loc: [B, C, H, W] -> [B, C, H, W]."""
+
+    def first_masks(
+        self, fused: torch.Tensor, localization_feature: torch.Tensor, image_sizes: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            fused: the semantic FPN's sum, [B, C, H, W].
+            localization_feature: F_loc, [B, C, H, W].
+            image_sizes: see :meth:`SemanticFPNKernelHead.forward`.
+
+        Returns:
+            kernels [N, C] or [B, N, C]; their mask logits M_0 [B, N, H, W]; logits of a map of centres [B, H, W], which
+            learns by the term "center", or None.
+        """
+
+
+class LearnedKernels(nn.Conv2d):
+    """The same N kernels for every image, which are parameters (paper, Sec. 3.3)."""
+
+    def __init__(self, dim: int, num_kernels: int, norm: str, stride: int):
+        super().__init__(dim, num_kernels, 1, bias=False)
+
+    def init_weights(self) -> None:
+        """See :class:`InstanceKernels`."""
+        nn.init.normal_(self.weight, std=1.0)
+
+    def localize(self, localization_feature: torch.Tensor) -> torch.Tensor:
+        """See :class:`InstanceKernels`."""
+        return localization_feature
+
+    def first_masks(
+        self, fused: torch.Tensor, localization_feature: torch.Tensor, image_sizes: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """See :class:`InstanceKernels`."""
+        return self.weight.flatten(1), self(localization_feature), None
+
+
 @SEM_SEG_HEADS_REGISTRY.register()
 class SemanticFPNKernelHead(nn.Module):
     """Learned instance kernels and, for panoptic segmentation, the semantic classifier's stuff kernels.
@@ -150,21 +197,36 @@ class SemanticFPNKernelHead(nn.Module):
 
     @configurable
     def __init__(
-        self, input_shape: dict[str, ShapeSpec], *, bank: KernelBank, conv_dim: int, norm: str, **semantic_fpn_arguments
+        self,
+        input_shape: dict[str, ShapeSpec],
+        *,
+        bank: KernelBank,
+        conv_dim: int,
+        common_stride: int,
+        norm: str,
+        instance_kernels: Callable[[int, int, str, int], InstanceKernels] = LearnedKernels,
+        position_encoding: str = "sine",
     ):
         """
         Args:
             input_shape: channels and strides of the FPN levels.
             bank: the kernels to provide.
             conv_dim: C.
+            common_stride, position_encoding: see :class:`SemanticFPN`.
             norm: normalisation of all convolutions.
-            semantic_fpn_arguments: further arguments of :class:`SemanticFPN`.
+            instance_kernels: builds the instance kernels.
         """
         super().__init__()
-        self.semantic_fpn = SemanticFPN(input_shape, conv_dim=conv_dim, norm=norm, **semantic_fpn_arguments)
+        self.semantic_fpn = SemanticFPN(
+            input_shape,
+            conv_dim=conv_dim,
+            common_stride=common_stride,
+            norm=norm,
+            position_encoding=position_encoding,
+        )
         self.localization_branch = self._branch(conv_dim, norm)
         self.semantic_branch = self._branch(conv_dim, norm)
-        self.instance_kernels = nn.Conv2d(conv_dim, bank.num_matched, 1, bias=False)
+        self.instance_kernels = instance_kernels(conv_dim, bank.num_matched, norm, common_stride)
         self.classifier = nn.Conv2d(conv_dim, bank.num_classes, 1)
         # A list as index would be copied to the device every time
         self.register_buffer("fixed_class_ids", torch.tensor(bank.fixed_class_ids, dtype=torch.int64), persistent=False)
@@ -172,7 +234,7 @@ class SemanticFPNKernelHead(nn.Module):
 
     @staticmethod
     def _branch(conv_dim: int, norm: str) -> nn.Sequential:
-        return nn.Sequential(*(_conv_norm_relu(conv_dim, conv_dim, norm, kernel_size=1) for _ in range(2)))
+        return nn.Sequential(*(conv_norm_relu(conv_dim, conv_dim, norm, kernel_size=1) for _ in range(2)))
 
     def _init_weights(self) -> None:
         for module in self.modules():
@@ -180,7 +242,7 @@ class SemanticFPNKernelHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.instance_kernels.weight, std=1.0)
+        self.instance_kernels.init_weights()
         nn.init.constant_(self.classifier.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
 
     @classmethod
@@ -189,7 +251,7 @@ class SemanticFPNKernelHead(nn.Module):
         if encoding not in POSITION_ENCODINGS:
             raise ConfigError(f"MODEL.KNET.POSITION_ENCODING = {encoding!r}: use one of {POSITION_ENCODINGS}.")
         if bank.num_matched == 0:
-            raise ConfigError("MODEL.SEM_SEG_HEAD.NAME = 'SemanticFPNKernelHead' is for instance and panoptic tasks.")
+            raise ConfigError(f"MODEL.SEM_SEG_HEAD.NAME = {head.NAME!r} is for instance and panoptic tasks.")
         return {
             "input_shape": {name: input_shape[name] for name in head.IN_FEATURES},
             "bank": bank,
@@ -204,22 +266,29 @@ class SemanticFPNKernelHead(nn.Module):
         """Image sides must be multiples of this for the levels to add up."""
         return self.semantic_fpn.coarsest_stride
 
-    def forward(self, features: dict[str, torch.Tensor]) -> KernelState:
-        """The static kernels, their masks, and the semantic logits of all classes."""
+    def forward(self, features: dict[str, torch.Tensor], image_sizes: torch.Tensor | None = None) -> KernelState:
+        """The static kernels, their masks, and the semantic logits of all classes.
+
+        Args:
+            features: the backbone's.
+            image_sizes: see :meth:`knet_d2.modeling.meta_arch.KNet.network`.
+        """
         fused = self.semantic_fpn(features)
-        localization_feature = self.localization_branch(fused)
+        localization_feature = self.instance_kernels.localize(self.localization_branch(fused))
         semantic_feature = self.semantic_branch(fused)
         feature = localization_feature + semantic_feature
-        mask_logits = self.instance_kernels(localization_feature)
+        first_kernels, mask_logits, center_logits = self.instance_kernels.first_masks(
+            fused, localization_feature, image_sizes
+        )
         semantic_logits = self.classifier(semantic_feature)
 
         with no_autocast(feature):
             masks = (mask_logits > 0).to(full_precision(feature).dtype)
             kernels = gather_group_features(masks, full_precision(feature))
-            kernels = self.instance_kernels.weight.flatten(1) + kernels
+            kernels = first_kernels + kernels
             fixed = self.fixed_class_ids
             if len(fixed):
                 stuff_kernels = self.classifier.weight[fixed].flatten(1).expand(kernels.shape[0], -1, -1)
                 kernels = torch.cat([kernels, stuff_kernels], dim=1)
                 mask_logits = torch.cat([mask_logits, semantic_logits[:, fixed]], dim=1)
-        return KernelState(feature, kernels, mask_logits, semantic_logits)
+        return KernelState(feature, kernels, mask_logits, semantic_logits, center_logits)
