@@ -430,6 +430,8 @@ def test_instances_and_semantic_maps_have_the_figures_and_files_of_detectron2(ro
             evaluator.process(records, predictions)
             results.append(evaluator.evaluate())
         assert results[0].keys() == results[1].keys()
+        if predictions is outputs:
+            assert results[0]["segm"].pop("masks_per_object") >= 1
         for kind, metrics in results[1].items():
             assert results[0][kind].keys() == metrics.keys()
             assert results[0][kind] == pytest.approx(metrics, abs=1e-9, nan_ok=True)
@@ -487,6 +489,23 @@ def test_more_instances_than_coco_counts_have_a_second_figure(tmp_path, caplog, 
     assert results["AP"] == pytest.approx(100 * 67 / 101)
     assert results.get("AP@200") == (100 if maximum == 200 else None)
     assert ("An image has 150 instances" in caplog.text) == (maximum == 200)
+
+
+def test_masks_per_object_counts_twins_of_half_the_score(tmp_path):
+    entry = _squares(tmp_path, 4)
+    data_cfg("instance", custom=(entry,))
+
+    def predictions(record):
+        """Of the first object three masks (one with too low a score), of the second two, of the third a shifted one."""
+        masks = [_decode(x, record) for x in record["annotations"]]
+        chosen = [(0, 0.8, 0), (0, 0.4, 0), (0, 0.39, 0), (1, 0.1, 0), (1, 0.06, 0), (2, 0.9, 1), (3, 0.9, 0)]
+        moved = [np.roll(masks[i], shift, axis=0) for i, _, shift in chosen]
+        return _instances(record, moved, [0] * len(chosen), [score for _, score, _ in chosen])
+
+    results = _evaluate_instances(entry["name"], predictions)
+    assert results["segm"]["masks_per_object"] == pytest.approx((2 + 2 + 1) / 3)
+    assert "masks_per_object" not in results["bbox"]
+    assert _evaluate_instances(entry["name"])["segm"]["masks_per_object"] == 1
 
 
 def test_annotation_ids_from_0_and_masks_of_another_size(tmp_path):

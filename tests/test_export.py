@@ -40,10 +40,11 @@ OPTIONS = {
     "INPUT.MAX_SIZE_TEST": 160,
     "INPUT.FORMAT": "RGB",
 }
-# What makes a graph harder than the tiny model's: coordinates, peaks of a map, pyramid pooling
+# What makes a graph harder than the tiny model's: coordinates, peaks of a map, scores by masks, pyramid pooling
+SCORES_BY_MASKS = {"MODEL.KNET.TEST.SCORE_EXPONENT": 2.0, "MODEL.KNET.TEST.MASK_NMS": 0.5}
 KINDS = {
-    "instance": {"MODEL.KNET.POSITION_ENCODING": "coordinates"},
-    "panoptic": IMAGE_KERNELS,
+    "instance": {"MODEL.KNET.POSITION_ENCODING": "coordinates", **SCORES_BY_MASKS},
+    "panoptic": {**IMAGE_KERNELS, **SCORES_BY_MASKS},
     "semantic": {"MODEL.SEM_SEG_HEAD.NAME": "PSPKernelHead"},
 }
 THRESHOLD = 0.7  # some of the scores are below it

@@ -45,6 +45,8 @@ NODES = {
     "TEST.SCORE_THRESHOLD": ("instance", 0.9),
     "TEST.THING_SCORE_THRESHOLD": ("panoptic", 0.99),
     "TEST.OVERLAP_THRESHOLD": ("panoptic", 0.0),
+    "TEST.SCORE_EXPONENT": ("instance", 2.0),
+    "TEST.MASK_NMS": ("instance", 0.3),
 }
 
 
@@ -139,6 +141,8 @@ def test_all_arguments_come_from_the_config():
         ("panoptic", {"MODEL.SEM_SEG_HEAD.NAME": "ImageKernelHead"}, "CENTER_WEIGHT = 0.0.*'ImageKernelHead'.*above 0"),
         ("panoptic", {"MODEL.KNET.LOSS.CENTER_WEIGHT": 1.0}, "CENTER_WEIGHT = 1.0.*'SemanticFPNKernelHead': use 0"),
         ("panoptic", {"MODEL.KNET.NUM_THING_CLASSES": 0}, "NUM_THING_CLASSES"),
+        ("instance", {"MODEL.KNET.TEST.MASK_NMS": 0.0}, "MODEL.KNET.TEST.MASK_NMS = 0.0: .* up to 1"),
+        ("instance", {"MODEL.KNET.TEST.SCORE_EXPONENT": -1.0}, "MODEL.KNET.TEST.SCORE_EXPONENT = -1.0: use 0"),
         ("instance", {"TEST.DETECTIONS_PER_IMAGE": -1}, "TEST.DETECTIONS_PER_IMAGE = -1"),
     ],
 )

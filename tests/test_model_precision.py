@@ -198,13 +198,13 @@ def test_results_take_few_launches_on_accelerators_and_wait_at_the_end_only(monk
     with FakeTensorMode(), Launches() as launches, Transfers() as transfers:
         class_logits, mask_logits = torch.zeros(153, 133, device="cuda"), torch.zeros(153, 100, 152, device="cuda")
         bank = TASKS["panoptic"].bank(num_matched=100, num_things=80, num_stuff=53)
-        options = ResultOptions(("panoptic_seg",), -1, 100, 0.0, 0.3, 0.6)
+        options = ResultOptions(("panoptic_seg",), -1, 100, 0.0, 0.3, 0.6, 1.0, 0.7)
         postprocessor = PostProcessor(bank=bank, category_ids=list(range(133)), options=options).to("cuda")
         segment_map, _ = postprocessor(ImageLogits(class_logits, mask_logits, geometry))["panoptic_seg"]
         assert segment_map.device == CUDA
         assert launches.count <= 160 and read == [(153,)] * 3 and transfers.waits == []
         launches.count = 0
-        _, kernels, _ = best_pairs(class_logits[:100, :80], 100)
+        _, kernels, _ = best_pairs(class_logits[:100, :80].sigmoid(), 100)
         masks = dense.binary_masks(mask_logits[:100], kernels, geometry)
         assert masks_to_boxes(masks).device == CUDA
     assert launches.count <= 70 and transfers.waits == []

@@ -22,6 +22,7 @@ from knet_d2.modeling.postprocessing import (
 )
 from knet_d2.modeling.postprocessing.cells import Cells
 from knet_d2.modeling.postprocessing.rules import masks_to_boxes, semantic_scores
+from knet_d2.modeling.postprocessing.scores import SUPPRESSED, not_suppressed, thing_scores
 from knet_d2.tasks import TASKS
 
 # Head 4 x 6, masks 8 x 12, network input 16 x 24, of which the image is 14 x 19, shown at 9 x 31
@@ -111,7 +112,7 @@ def run(postprocessor, class_logits, mask_logits, geometry):
 def result_options(output, **options):
     """The defaults of the config, but for the given ones."""
     defaults = {"stage": -1, "max_instances": 100, "score_threshold": 0.0}
-    thresholds = {"thing_score_threshold": 0.3, "overlap_threshold": 0.6}
+    thresholds = {"thing_score_threshold": 0.3, "overlap_threshold": 0.6, "score_exponent": 0.0, "mask_nms": 1.0}
     return ResultOptions((output,), **{**defaults, **thresholds, **options})
 
 
@@ -548,3 +549,91 @@ def test_predictions_that_are_not_finite_do_not_stop_the_merging(value):
     class_logits = torch.full((4, THINGS + STUFF), value, dtype=torch.float64)
     for segment_map, _ in run(panoptic_processor(4), class_logits, mask_logits, LARGE):
         assert segment_map.shape == LARGE.output
+
+
+# Scores that take the masks into account
+
+
+def slow_thing_scores(class_logits, mask_logits, geometry, exponent, max_iou):
+    """(kernel, class) -> score of all pairs that are left, by loops."""
+    (height, width), (padded, image, _) = mask_logits.shape[1:], geometry
+    pixels = [
+        (i, j)
+        for i, j in np.ndindex(height, width)
+        if (i + 0.5) * padded[0] / height < image[0] and (j + 0.5) * padded[1] / width < image[1]
+    ]
+    masks = [{x for x in pixels if mask[x] > 0} for mask in mask_logits.numpy()]
+    scores = {}
+    for k, logits in enumerate(class_logits.tolist()):
+        probs = [sigmoid(float(mask_logits[(k, *x)])) for x in masks[k]]
+        factor = (sum(probs) / max(len(probs), 1)) ** exponent
+        scores.update({(k, c): sigmoid(v) * factor for c, v in enumerate(logits)})
+    if max_iou == 1:
+        return scores
+    kept = {}
+    for (k, c), score in sorted(scores.items(), key=lambda item: -item[1]):
+        if all(len(masks[k] & masks[j]) <= max_iou * len(masks[k] | masks[j]) for j, _ in kept) and all(
+            j != k for j, _ in kept
+        ):
+            kept[k, c] = score
+    return kept
+
+
+@pytest.mark.parametrize("exponent, max_iou", [(0.0, 1.0), (2.0, 1.0), (0.0, 0.3), (0.5, 0.6)])
+def test_scores_of_things_match_a_loop(exponent, max_iou):
+    class_logits, mask_logits = random(7, 3), random(7, *HEAD, seed=1)
+    mask_logits[3:5] = mask_logits[:2] + 0.3 * random(2, *HEAD, seed=2)  # twins
+    mask_logits[6] = -1  # an empty mask
+    expected = slow_thing_scores(class_logits, mask_logits, GEOMETRY, exponent, max_iou)
+    options = {"exponent": exponent, "max_iou": max_iou}
+    found = thing_scores(class_logits.sigmoid(), mask_logits, GEOMETRY, **options)
+    assert max_iou == 1 or 2 < len(expected) < 7
+    for k, c in np.ndindex(7, 3):
+        assert found[k, c].item() == pytest.approx(expected.get((k, c), SUPPRESSED), rel=1e-9)
+    batch = thing_scores(
+        torch.stack([class_logits, -class_logits]).sigmoid(),
+        torch.stack([mask_logits, mask_logits]),
+        GEOMETRY,
+        **options,
+    )
+    torch.testing.assert_close(batch[0], found)
+
+
+def test_suppression_is_greedy_along_a_chain():
+    """Each mask overlaps the next one: the first suppresses the second, which then spares the third."""
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])[[3, 0, 4, 1, 2]]
+    order = torch.tensor([3, 0, 4, 1, 2])
+    overlaps = (order[:, None] - order).abs() <= 1
+    assert not_suppressed(scores, overlaps).tolist() == [bool(rank % 2 == 0) for rank in order]
+
+
+def test_of_equal_scores_the_first_kernel_is_kept():
+    assert not_suppressed(torch.tensor([0.5, 0.5]), torch.ones(2, 2, dtype=torch.bool)).tolist() == [True, False]
+
+
+def test_suppressed_instances_are_not_returned_and_leave_room_for_others():
+    masks = torch.full((3, 5, 5), -9.0)
+    masks[:2, :3], masks[2, 4] = 9.0, 9.0
+    class_logits = torch.tensor([[2.0, 1.5], [1.0, 1.8], [-1.0, -2.0]])
+    everything = run_instances(class_logits, masks, PLAIN, max_instances=3)
+    assert everything.pred_masks.flatten(1).any(dim=0).sum() == everything.pred_masks[0].sum()
+    result = run_instances(class_logits, masks, PLAIN, max_instances=3, mask_nms=0.7)
+    assert result.pred_classes.tolist() == [0, 0]
+    torch.testing.assert_close(result.scores, torch.tensor([sigmoid(2.0), sigmoid(-1.0)]))
+    assert torch.equal(result.pred_masks[0], everything.pred_masks[0]) and result.pred_masks[1].any()
+
+
+def test_twins_of_a_thing_void_its_pixels_unless_one_is_suppressed():
+    masks = torch.full((4, 5, 5), -9.0)
+    masks[0, :, :3] = masks[1, :, :3] = 3.0
+    masks[0, 0:2, :3] = masks[1, 3:5, :3] = 4.0
+    masks[2:] = -1.0
+    class_logits = torch.full((4, 4), -3.0)
+    class_logits[0, 0], class_logits[1, 1], class_logits[2, 2] = 1.0, 1.0, 1.0
+    segment_map, _ = run_panoptic(class_logits, masks, PLAIN)
+    assert not segment_map[:, :10].any()
+    segment_map, segments = run_panoptic(class_logits, masks, PLAIN, mask_nms=0.7)
+    assert segments[0]["category_id"] == CATEGORIES[0] and (segment_map[:, :10] == 1).all()
+    _, segments = run_panoptic(class_logits, masks, PLAIN, mask_nms=0.7, score_exponent=2.0)
+    sureness = (9 * sigmoid(3.0) + 6 * sigmoid(4.0)) / 15
+    assert segments[0]["score"] == pytest.approx(sigmoid(1.0) * sureness**2, rel=1e-5)

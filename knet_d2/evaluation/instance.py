@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # COCO's AP counts at most this many detections per image.
 _MAX_DETECTIONS = 100
+# Above this IoU a mask is an object's, in "masks_per_object".
+_SAME_OBJECT = 0.7
 
 
 class InstanceEvaluator(DatasetEvaluator):
@@ -38,7 +40,8 @@ class InstanceEvaluator(DatasetEvaluator):
     - panoptic data sets are supported, whose "thing_classes" also contain the stuff classes;
     - if a data set is a part of a JSON's images, only these images are evaluated;
     - data sets that were registered in Python need no JSON;
-    - if an image has more instances than the 100 that AP counts, the metric "AP@<maximum>" is added.
+    - if an image has more instances than the 100 that AP counts, the metric "AP@<maximum>" is added;
+    - "masks_per_object" of "segm" tells twins, see :func:`masks_per_object`.
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None, max_detections: int = _MAX_DETECTIONS) -> None:
@@ -145,12 +148,39 @@ class InstanceEvaluator(DatasetEvaluator):
                 "image (TEST.DETECTIONS_PER_IMAGE), the AP of %s is %.3f.",
                 *(most, _MAX_DETECTIONS, self._max_detections, kind, _mean(precisions[..., -1])),
             )
+        if kind == "segm":
+            metrics["masks_per_object"] = masks_per_object(evaluation)
+            logger.info("Masks per object that was found: %.3f (1 is best).", metrics["masks_per_object"])
         if len(self._names) > 1:
             precision = precisions[..., 2]
             of_class = {f"AP-{name}": _mean(precision[..., i]) for i, name in enumerate(self._names)}
             logger.info("AP of %s per class: %s", kind, ", ".join(f"{k[3:]} {v:.1f}" for k, v in of_class.items()))
             metrics.update(of_class)
         return metrics
+
+
+def masks_per_object(evaluation: COCOeval_opt) -> float:
+    """Mean number of masks on an object that was found; above 1, several kernels segment the same object.
+
+    The masks of an object are those of its class with an IoU above 0.7 and at least half the score of the best of them.
+
+    Args:
+        evaluation: after evaluate().
+    """
+    counts = []
+    for (image_id, category_id), ious in evaluation.ious.items():
+        if not len(ious):
+            continue
+        found, truth = (
+            coco.loadAnns(coco.getAnnIds(imgIds=[image_id], catIds=[category_id]))
+            for coco in (evaluation.cocoDt, evaluation.cocoGt)
+        )
+        scores = np.sort([x["score"] for x in found])[::-1][: len(ious)]  # in the order of COCO's IoUs
+        for iou, x in zip(np.asarray(ious).T, truth, strict=True):
+            own = scores[iou > _SAME_OBJECT]
+            if len(own) and not x["iscrowd"]:
+                counts.append((own >= own[0] / 2).sum())
+    return float(np.mean(counts)) if counts else float("nan")
 
 
 def _ground_truth_of_records(name: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
 from torch import nn
@@ -14,6 +15,7 @@ from ..layers import no_autocast
 from ..resize import ImageGeometry, resize
 from . import cells, dense
 from .rules import PixelFunctions, best_pairs, masks_to_boxes, panoptic, semantic_scores
+from .scores import SUPPRESSED, thing_scores
 
 
 class ImageLogits(NamedTuple):
@@ -41,6 +43,7 @@ class ResultOptions(NamedTuple):
         max_instances: number of (kernel, class) pairs that become instances.
         score_threshold: pairs with a lower score are left out; None keeps all of them, for graphs and batches.
         thing_score_threshold, overlap_threshold: see :func:`.rules.panoptic`.
+        score_exponent, mask_nms: ``exponent`` and ``max_iou`` of :func:`.scores.thing_scores`.
     """
 
     outputs: tuple[str, ...]
@@ -49,6 +52,8 @@ class ResultOptions(NamedTuple):
     score_threshold: float | None
     thing_score_threshold: float
     overlap_threshold: float
+    score_exponent: float
+    mask_nms: float
 
 
 class PostProcessor(nn.Module):
@@ -78,6 +83,10 @@ class PostProcessor(nn.Module):
             raise ConfigError(f"MODEL.KNET.TEST.STAGE = {test.STAGE}: use {stages}.")
         if cfg.TEST.DETECTIONS_PER_IMAGE < 0:
             raise ConfigError(f"TEST.DETECTIONS_PER_IMAGE = {cfg.TEST.DETECTIONS_PER_IMAGE}: use 0 or more.")
+        if not 0 < test.MASK_NMS <= 1:
+            raise ConfigError(f"MODEL.KNET.TEST.MASK_NMS = {test.MASK_NMS}: use an IoU above 0, up to 1 (off).")
+        if not test.SCORE_EXPONENT >= 0:
+            raise ConfigError(f"MODEL.KNET.TEST.SCORE_EXPONENT = {test.SCORE_EXPONENT}: use 0 (off) or more.")
         options = ResultOptions(
             outputs=get_task(cfg).checked_outputs(test.OUTPUTS),
             stage=test.STAGE,
@@ -85,6 +94,8 @@ class PostProcessor(nn.Module):
             score_threshold=test.SCORE_THRESHOLD,
             thing_score_threshold=test.THING_SCORE_THRESHOLD,
             overlap_threshold=test.OVERLAP_THRESHOLD,
+            score_exponent=test.SCORE_EXPONENT,
+            mask_nms=test.MASK_NMS,
         )
         return {
             "bank": bank,
@@ -139,8 +150,8 @@ class PostProcessor(nn.Module):
             mask_logits: [..., N, h, w].
 
         Returns:
-            "instances": scores [..., n], falling; labels int64 [..., n]; boxes [..., n, 4]; masks bool [..., n, H, W];
-                kernels int64 [..., n], which kernel each is from.
+            "instances": scores [..., n], falling, SUPPRESSED for rows to leave out; labels int64 [..., n]; boxes
+                [..., n, 4]; masks bool [..., n, H, W]; kernels int64 [..., n], which kernel each is from.
             "panoptic_seg": segment map, scores, classes, areas and kernels, see :func:`.rules.panoptic`.
             "sem_seg": scores [..., K, H, W]; with class logits, of one image only.
         """
@@ -148,23 +159,34 @@ class PostProcessor(nn.Module):
             return (resize(mask_logits.flatten(0, -3), geometry).unflatten(0, mask_logits.shape[:-2]),)
         if output == "sem_seg":
             return (semantic_scores(class_logits, mask_logits, self.class_mask, geometry),)
+        num_matched, num_things = self.bank.num_matched, self.bank.num_things
+        class_scores, matched_logits = class_logits.sigmoid(), mask_logits[..., :num_matched, :, :]
+        scores = thing_scores(
+            class_scores[..., :num_matched, :num_things],
+            matched_logits,
+            geometry,
+            exponent=options.score_exponent,
+            max_iou=options.mask_nms,
+        )
         if output == "panoptic_seg":
+            # Suppressed kernels claim no pixel; the stuff classes of the matched kernels are not read
+            of_things = F.pad(scores.clamp(min=0), (0, class_scores.shape[-1] - num_things))
+            class_scores = torch.cat([of_things, class_scores[..., num_matched:, :]], dim=-2)
             return panoptic(
-                class_logits,
+                class_scores,
                 mask_logits,
                 self.class_mask,
                 geometry,
                 pixels,
-                num_things=self.bank.num_things,
+                num_things=num_things,
                 thing_score_threshold=options.thing_score_threshold,
                 overlap_threshold=options.overlap_threshold,
             )
-        matched, things = slice(self.bank.num_matched), slice(self.bank.num_things)
-        scores, kernels, labels = best_pairs(class_logits[..., matched, things], options.max_instances)
+        scores, kernels, labels = best_pairs(scores, options.max_instances)
         if options.score_threshold is not None:
-            kept = (scores >= options.score_threshold).nonzero()[:, 0]
+            kept = ((scores >= options.score_threshold) & (scores > SUPPRESSED)).nonzero()[:, 0]
             scores, kernels, labels = scores[kept], kernels[kept], labels[kept]
-        masks = pixels.binary_masks(mask_logits[..., matched, :, :], kernels, geometry)
+        masks = pixels.binary_masks(matched_logits, kernels, geometry)
         return scores, labels, masks_to_boxes(masks), masks, kernels
 
     def _instances(self, geometry: ImageGeometry, scores, labels, boxes, masks, kernels) -> Instances:

@@ -47,18 +47,18 @@ class PixelFunctions(Protocol):
         """
 
 
-def best_pairs(class_logits: torch.Tensor, max_instances: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def best_pairs(scores: torch.Tensor, max_instances: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The best (kernel, class) pairs, which become instances; one kernel can appear with several classes.
 
     Args:
-        class_logits: [..., N, T].
+        scores: [..., N, T].
         max_instances: number of pairs.
 
     Returns:
         scores, falling, kernels and classes, [..., n] each.
     """
-    num_kernels, num_classes = class_logits.shape[-2:]
-    scores, pairs = class_logits.sigmoid().flatten(-2).topk(min(max_instances, num_kernels * num_classes))
+    num_kernels, num_classes = scores.shape[-2:]
+    scores, pairs = scores.flatten(-2).topk(min(max_instances, num_kernels * num_classes))
     return scores, pairs // num_classes, pairs % num_classes
 
 
@@ -79,7 +79,7 @@ def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
 
 
 def panoptic(
-    class_logits: torch.Tensor,
+    class_scores: torch.Tensor,
     mask_logits: torch.Tensor,
     class_mask: torch.Tensor,
     geometry: ImageGeometry,
@@ -92,7 +92,7 @@ def panoptic(
     """Merge all kernels' masks into one map without overlaps (paper, Sec. 3.3).
 
     Args:
-        class_logits: [..., N, K].
+        class_scores: [..., N, K], 0 to 1.
         mask_logits: [..., N, h, w].
         class_mask: bool [N, K], the classes that each kernel can take.
         num_things: classes below this are things.
@@ -104,7 +104,7 @@ def panoptic(
         segment map int32 [..., H, W], 1 + the row of each pixel's segment, 0: void; scores, classes, areas (pixels)
         and kernels, [..., N]: the kept segments first, by falling score; the area of other rows is 0.
     """
-    scores, classes = class_logits.sigmoid().masked_fill(~class_mask, -1).max(dim=-1)
+    scores, classes = class_scores.masked_fill(~class_mask, -1).max(dim=-1)
     candidates = (classes >= num_things) | (scores >= thing_score_threshold)
     owners, areas, mask_areas = pixels.assign_pixels(scores, mask_logits, candidates, geometry)
     # A quotient, as float32 rounds threshold * area such that a part of exactly the threshold may seem smaller
