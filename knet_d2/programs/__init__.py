@@ -31,6 +31,7 @@ NAMES = (
     "benchmark",
     "device_report",
     "analyze_model",
+    "compare_training",
     "verify_zoo",
 )
 
@@ -47,7 +48,7 @@ def run_program(name: str, arguments: Sequence[str] | None = None, prog: str | N
         The exit code.
     """
     program = importlib.import_module(f"{__name__}.{name}")
-    if name not in ("train", "verify_zoo"):  # these set up logging in each of their processes
+    if name not in ("train", "compare_training", "verify_zoo"):  # these set up logging in each of their processes
         setup_logger(name="fvcore")
         setup_logger(name="knet_d2", abbrev_name="knet")
     parser = program.get_parser()
