@@ -542,8 +542,9 @@ def test_color_augmentation_changes_colours_only(entries):
     plain = next(iter(build_train_loader(cfg)))
     cfg.INPUT.COLOR_AUG_SSD = True
     colored = next(iter(build_train_loader(cfg)))
-    assert all(torch.equal(a["sem_seg"], b["sem_seg"]) for a, b in zip(plain, colored, strict=True))
-    assert not any(torch.equal(a["image"], b["image"]) for a, b in zip(plain, colored, strict=True))
+    pairs = list(zip(plain, colored, strict=True))
+    assert all(torch.equal(a["ground_truth"].labels, b["ground_truth"].labels) for a, b in pairs)
+    assert not any(torch.equal(a["image"], b["image"]) for a, b in pairs)
 
 
 def test_channel_order_follows_input_format(entries):
