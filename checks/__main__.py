@@ -30,6 +30,8 @@ CHECKS = {
     "exports": [
         "tools/export_model.py {weights} {folder}/model.onnx {folder}/model.pt2",
         "-m checks.exports {weights} {folder}/model.onnx {folder}/model.pt2 --images datasets/shapes/v1/val/images",
+        # Models of 16 bits and floats, of one channel and of five
+        "-m pytest -q tests/test_pixels.py -k from_training_to_onnxruntime",
     ],
     "kills": ["-m checks.kills --runs 25"],
     "faults": ["-m checks.faults"],

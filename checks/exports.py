@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from knet_d2.data.files import find_images, read_image
+from knet_d2.data.pixels import PixelFormat
 from knet_d2.errors import ConfigError
-from knet_d2.export import OUTPUT_NAMES
+from knet_d2.export import OUTPUT_NAMES, default_image_type
 from knet_d2.inference.resolve import load
 from knet_d2.modeling.meta_arch import KNet
 from knet_d2.programs import run
@@ -65,6 +66,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", nargs="+", required=True, help="image files, folders, or quoted patterns")
     parser.add_argument("--number", type=int, default=20, help="number of images at each size")
     parser.add_argument("--sizes", nargs="+", metavar="HxW", default=[f"{h}x{w}" for h, w in SIZES])
+    parser.add_argument("--image-type", choices=("uint8", "float32"), help="the same as in the export")
     parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
     parser.add_argument("--confidence-threshold", type=float, default=0.3, help="the same as in the export")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
@@ -99,7 +101,7 @@ def open_exported(path: str, output: str) -> Runner:
 
 
 def run_model(model: KNet, images: np.ndarray, output_size: tuple[int, int]) -> list[Tensors]:
-    """Run the PyTorch model on images [B, 3, H, W]; returns the outputs of each image in the format of the graph."""
+    """Run the PyTorch model on images [B, C, H, W]; returns the outputs of each image in the format of the graph."""
     height, width = map(int, output_size)
     inputs = [{"image": torch.from_numpy(image), "height": height, "width": width} for image in images]
     with torch.inference_mode():
@@ -189,9 +191,12 @@ def _gating_logits(model: KNet, image: np.ndarray) -> list[torch.Tensor]:
     return [x.mask_logits.double() for x in (state, *stages[:-1])]
 
 
-def read_images(files: Sequence[str], size: tuple[int, int], order: str) -> np.ndarray:
-    """Read images and resize them to one size; returns uint8 [n, 3, H, W]."""
-    return np.stack([cv2.resize(read_image(path, order), size[::-1]).transpose(2, 0, 1) for path in files])
+def read_images(files: Sequence[str], size: tuple[int, int], pixel_format: PixelFormat, image_type: str) -> np.ndarray:
+    """Read images and resize them to one size; returns [n, channels, H, W] of image_type, "uint8" or "float32"."""
+    resized = [cv2.resize(read_image(path, pixel_format), size[::-1]) for path in files]
+    # OpenCV drops the axis of a single channel.
+    images = np.stack([x.reshape(*size, pixel_format.channels).transpose(2, 0, 1) for x in resized])
+    return np.rint(images).astype(image_type) if image_type == "uint8" else images.astype(image_type)
 
 
 def padded(images: np.ndarray, step: int) -> np.ndarray:
@@ -250,7 +255,7 @@ def worst(results: Sequence[Agreement]) -> Agreement:
 def compare(
     model: KNet, runners: dict[str, Runner], images: np.ndarray, at_gate: Sequence[bool], batch: int, threshold: float
 ) -> Iterator[Row]:
-    """Run all models on images of one size, [n, 3, H, W], and request results of another size.
+    """Run all models on images of one size, [n, C, H, W], and request results of another size.
 
     Args:
         model: the PyTorch model.
@@ -295,14 +300,15 @@ def main(args: argparse.Namespace) -> int:
         config_file=args.config_file,
         opts=args.opts,
     )
-    model, order = predictor.model, predictor.cfg.INPUT.FORMAT
+    model, pixel_format = predictor.model, predictor.pixel_format
+    image_type = args.image_type or default_image_type(predictor.cfg)
     exact = copy.deepcopy(model).double()
     runners = {path: open_exported(path, model.postprocessor.options.outputs[0]) for path in args.exported}
     files = find_images(args.images)[: args.number]
     print(f"{predictor.cfg.MODEL.KNET.TASK} model, {model.postprocessor.options.outputs[0]}\n{HEADER}")
     rows = []
     for text in args.sizes:
-        images = read_images(files, tuple(map(int, text.split("x"))), order)
+        images = read_images(files, tuple(map(int, text.split("x"))), pixel_format, image_type)
         at_gate = [is_at_a_gate(model, exact, image) for image in images]
         for batch in BATCHES:
             for row in compare(model, runners, images, at_gate, batch, args.confidence_threshold):

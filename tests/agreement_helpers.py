@@ -94,9 +94,9 @@ def train(folder, case, resume=False):
     norm, decay, event = case
     NormTrainer.norm = NORMS[norm]
     os.makedirs(folder, exist_ok=True)
-    cfg = toy_cfg(folder, **EVENTS[event], SOLVER__EMA_DECAY=DECAYS[decay], SOLVER__MAX_ITER=4)
+    cfg = toy_cfg(folder, **EVENTS[event], SOLVER__EMA_DECAY=DECAYS[decay], SOLVER__WARMUP_ITERS=0)
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.BASE_LR = 2 * comm.get_world_size(), 2, 0.1
-    cfg.TEST.EVAL_PERIOD, cfg.SOLVER.STEPS = 2, ()
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.TEST.EVAL_PERIOD = 4, (), 2
     trainer = NormTrainer(cfg)
     trainer.evaluated = []
     trainer.resume_or_load(resume=resume)
@@ -107,7 +107,7 @@ def run_case(folder, case):
     """Train one case; returns the contents of this process's model at every evaluation."""
     event = case[-1]
     if event == "skipped step" and comm.get_rank() == comm.get_world_size() - 1:
-        ToyNet.fail_at = ("image1.png", math.nan)
+        ToyNet.fail_at = ("image0.png", math.nan)
     evaluated = []
     if event == "resume":
         ToyNet.fail_at = ("image3.png", Interrupted())

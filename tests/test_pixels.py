@@ -18,6 +18,7 @@ from PIL import Image
 from program_helpers import write_config
 
 import knet_d2
+from checks import exports
 from knet_d2.checkpoint import Checkpointer, describe_model
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.data import files, resolve_classes
@@ -466,7 +467,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_data_set_from_training_to_onnxruntime(tmp_path, kind):
-    """Checked, trained, evaluated, drawn, predicted and exported."""
+    """Checked, trained, evaluated, drawn, predicted, and exported with the same results at other sizes, too."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     task, name, value_range, conversions = KINDS[kind]
@@ -516,6 +517,8 @@ def test_a_data_set_from_training_to_onnxruntime(tmp_path, kind):
     exported = str(tmp_path / "model.onnx")
     opts = ["--image-type", "float32", "--confidence-threshold", "0"]
     export_model.main(export_model.get_parser().parse_args([weights, exported, *opts]))
+    arguments = [weights, exported, "--images", str(tmp_path / "images"), "--sizes", "64x64", "50x70", *opts]
+    assert exports.main(exports.get_parser().parse_args(arguments)) == 0
     runner = onnx_runner.OnnxRunner(exported)
     seen = {}
     runner.session = _Spy(runner.session, seen)

@@ -1,5 +1,6 @@
 """Fuzzing of annotations, panoptic PNGs, label maps and images."""
 
+import io
 import itertools
 import json
 import os
@@ -210,30 +211,36 @@ class Images:
 
     def __init__(self, folder: str) -> None:
         files = Files(folder)
-        image = Image.fromarray(files.pixels[0])
-        self._valid: dict[str, bytes] = {}
-        for suffix, options in {
-            "jpg": {"quality": 90, "exif": _exif()},
-            "png": {},
-            "bmp": {},
-            "gif": {},
-            "tif": {"compression": "tiff_lzw"},
-            "tiff": {},
-            "webp": {},
-            "ppm": {},
-        }.items():
-            path = files.path(f"valid.{suffix}")
-            image.save(path, **options)
-            with open(path, "rb") as f:
-                self._valid[suffix] = f.read()
+        pixels, self._valid = files.pixels[0], []
+        photo, deep = Image.fromarray(pixels), Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 257)
+        for image, suffix, options in (
+            (photo, "jpg", {"quality": 90, "exif": _exif()}),
+            (photo, "png", {}),
+            (photo, "bmp", {}),
+            (photo, "gif", {}),
+            (photo, "tif", {"compression": "tiff_lzw"}),
+            (photo, "tiff", {}),
+            (photo, "webp", {}),
+            (photo, "ppm", {}),
+            (deep, "png", {}),
+            (deep, "tif", {"compression": "tiff_adobe_deflate"}),
+            (deep, "tif", {"save_all": True, "append_images": [deep, deep]}),
+            (Image.fromarray(pixels[:, :, 0].astype(np.float32) / 255), "tif", {}),
+        ):
+            stream = io.BytesIO()
+            image.save(stream, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper()), **options)
+            self._valid.append((suffix, stream.getvalue()))
+        for array in (pixels, pixels[:, :, 0].astype(np.uint16), pixels.transpose(2, 0, 1).astype(np.float32) / 255):
+            stream = io.BytesIO()
+            np.save(stream, array)
+            self._valid.append(("npy", stream.getvalue()))
         cfg = default_config()
         cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TRAIN = SIZE, (SIZE,)
         self._mapper = build_mapper(cfg, is_train=False)
         self._folder = folder
 
     def make(self, draw: random.Random) -> None:
-        suffix = draw.choice(list(self._valid))
-        content = self._valid[suffix]
+        suffix, content = draw.choice(self._valid)
         content = mutate_png(content, draw) if suffix == "png" and draw.random() < 0.7 else mutate_bytes(content, draw)
         self._path = os.path.join(self._folder, f"image.{suffix}")
         with open(self._path, "wb") as f:

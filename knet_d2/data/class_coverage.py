@@ -62,12 +62,12 @@ def warn_before_training(records: list[dict[str, Any]], cfg: CfgNode) -> None:
     mapper, task, knet = build_mapper(cfg, is_train=True), get_task(cfg), cfg.MODEL.KNET
     num_classes = knet.NUM_THING_CLASSES + knet.NUM_STUFF_CLASSES
     occurring: set[int] = set()
-    with_label_maps = []
     for record in records:
+        if len(occurring) == num_classes:
+            break
         with contextlib.suppress(KNetError):  # the loader raises this error when training reads the image
             occurring |= mapper.annotated_classes(record)
-        if mapper.reads_label_map(record):
-            with_label_maps.append(record)
+    with_label_maps = [record for record in records if mapper.reads_label_map(record)]
     data, number = ", ".join(cfg.DATASETS.TRAIN), min(len(with_label_maps), _MOST_LABEL_MAPS)
     if number < len(with_label_maps):
         data += f" ({number} of {len(with_label_maps)} label maps are read for this)"
