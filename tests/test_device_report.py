@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 # Of Detectron2's main branch it needs pkg_resources, which setuptools has no more
 pytest.importorskip("detectron2.model_zoo", exc_type=ModuleNotFoundError)
@@ -14,7 +15,7 @@ pytest.importorskip("detectron2.model_zoo", exc_type=ModuleNotFoundError)
 from checks.references import device as recordings
 from checks.references.cases import COMMITTED
 from knet_d2.programs import device_report
-from knet_d2.programs.device_report import page, profile, program
+from knet_d2.programs.device_report import equality, page, profile, program
 from knet_d2.programs.device_report.plan import Step
 from knet_d2.programs.device_report.program import Part
 
@@ -78,6 +79,15 @@ def test_a_wrong_reference_is_found(tmp_path, monkeypatch):
     assert code == 1 and not row["passed"] and row["difference"] == pytest.approx(1e-3, rel=0.1)
     assert "1 out of tolerance, nearest to it: total_scores" in row["detail"]
     assert "0 of 1 equalities are within their tolerance." in text and "**out of tolerance**" in text
+
+
+def test_differences_of_tensors():
+    expected = torch.tensor([1.0, -4.0])
+    assert equality.relative_difference(torch.tensor([1.0, -4.1]), expected) == pytest.approx(0.025)
+    assert equality.relative_difference(torch.tensor([1.0, float("nan")]), expected) == float("inf")
+    assert equality.relative_difference(expected[:1], expected) == float("inf")
+    assert equality.share_of_different(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
+    assert not equality.row("a", "float32", float("nan"), 1.0)["passed"]
 
 
 def fail():

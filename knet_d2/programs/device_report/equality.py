@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,9 +25,11 @@ MODELS = {
     "semantic": "ade20k/semantic/knet_fcn_r50_d8_80k.yaml",
 }
 # Largest relative differences from the CPU in float64. A hard gate makes rounding of a logit near 0 visible in all that
-# follows, and a gradient norm in float32 has up to 2e-2 of rounding in the recordings of the official release.
+# follows.
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-GRADIENT_TOLERANCE = {torch.float32: 5e-2, torch.float64: 1e-5}
+GRADIENT_TOLERANCE = {torch.float32: 5e-3, torch.float64: 1e-5}
+# Batch norm of few pixels per channel amplifies rounding
+SEMANTIC_GRADIENT_TOLERANCE = {torch.float32: 5e-2, torch.float64: 1e-5}
 OPERATOR_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 # Share of pixels or entries that may differ: of masks near their threshold, and of matches with nearly equal costs
 PIXEL_TOLERANCE = 1e-3
@@ -63,14 +66,15 @@ def precisions(device: torch.device) -> list[torch.dtype]:
 
 
 def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest difference, relative to the largest expected value; inf if the shapes differ."""
+    """Return the largest difference, relative to the largest expected value; inf for NaN and for other shapes."""
     found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     if found.shape != expected.shape:
         return float("inf")
     if expected.numel() == 0:
         return 0.0
     scale = float(expected.abs().max()) or 1.0
-    return float((found - expected).abs().max()) / scale
+    difference = float((found - expected).abs().max()) / scale
+    return float("inf") if math.isnan(difference) else difference
 
 
 def share_of_different(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -149,9 +153,9 @@ def compare_training_step(setup: Setup, task: str) -> list[Row]:
             losses, matches, gradients = run(dtype, setup.device)
             rows.append(_worst(f"{task}: losses", dtype, losses, expected[0], LOSS_TOLERANCE[dtype]))
             if expected[1]:
-                check = row(f"{task}: matches", dtype, *_different(matches, expected[1]), MATCH_TOLERANCE[dtype])
-                rows.append(check)
-            rows.append(_gradient_row(f"{task}: gradients", dtype, gradients, expected[2]))
+                rows.append(_match_row(f"{task}: matches", dtype, matches, expected[1]))
+            tolerances = SEMANTIC_GRADIENT_TOLERANCE if task == "semantic" else GRADIENT_TOLERANCE
+            rows.append(_gradient_row(f"{task}: gradients", dtype, gradients, expected[2], tolerances[dtype]))
     return rows
 
 
@@ -172,13 +176,12 @@ def _record_matches(model: Any) -> list[torch.Tensor]:
     return found
 
 
-def _different(found: dict, expected: dict) -> tuple[float]:
-    if found.keys() != expected.keys():
-        return (1.0,)
-    pairs = [(found[key], expected[key]) for key in expected]
-    if any(x.shape != y.shape for x, y in pairs):
-        return (1.0,)
-    return (share_of_different(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])),)
+def _match_row(check: str, dtype: torch.dtype, found: dict, expected: dict) -> Row:
+    """Compare the kernels that the instances of all images and stages are matched with."""
+    shapes = [{name: x.shape for name, x in matches.items()} for matches in (found, expected)]
+    kernels = torch.cat(list(expected.values()))
+    share = share_of_different(torch.cat(list(found.values())), kernels) if shapes[0] == shapes[1] else 1.0
+    return row(check, dtype, share, MATCH_TOLERANCE[dtype], f"kernels of {len(kernels)} instances, all stages")
 
 
 def _worst(check: str, dtype: torch.dtype, found: dict, expected: dict, tolerance: float) -> Row:
@@ -190,9 +193,8 @@ def _worst(check: str, dtype: torch.dtype, found: dict, expected: dict, toleranc
     return row(check, dtype, differences[name], tolerance, f"{len(expected)} compared, worst: {name}")
 
 
-def _gradient_row(check: str, dtype: torch.dtype, found: dict, expected: dict) -> Row:
+def _gradient_row(check: str, dtype: torch.dtype, found: dict, expected: dict, tolerance: float) -> Row:
     """Compare all gradients as one vector, by the length of the difference."""
-    tolerance = GRADIENT_TOLERANCE[dtype]
     if found.keys() != expected.keys():
         return row(check, dtype, float("inf"), tolerance, "other parameters have a gradient")
     length = sum(float(x.double().square().sum()) for x in expected.values()) ** 0.5

@@ -61,7 +61,7 @@ _SMALL_MODELS = (
 _SOME_RECORDINGS = ("ref_pan_r50_c", "ref_seg_uper_swint_b", "train_pan_r50_two")
 SIZES = {
     "tiny": Size(_SMALL_MODELS, (64, 96), (64, 96), ("semantic",), ("ref_pan_r50_c",), False, 4, 8, 4, 64, 2, 1),
-    "small": Size((), (320, 480), (128, 192), ("panoptic",), _SOME_RECORDINGS, False, 40, 100, 20, 128, 4, 3),
+    "small": Size((), (320, 480), (128, 192), ("semantic",), _SOME_RECORDINGS, False, 20, 50, 10, 128, 4, 3),
     "full": Size(
         (), (800, 1216), (256, 384), ("panoptic", "instance", "semantic"), (), True, 150, 1000, 100, 128, 8, 10
     ),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
+from detectron2.utils.env import seed_all_rng
 
 from ...config.files import get_config_file
 from ...data.shapes import write_shapes
@@ -120,15 +121,23 @@ class _StopAfter(HookBase):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _trainer(cfg: CfgNode, hook: HookBase, *, resume: bool) -> Trainer:
+    """Build a trainer whose initial weights depend on the seed of the config alone."""
+    seed_all_rng(cfg.SEED)
+    trainer = Trainer(cfg)
+    trainer.register_hooks([hook])
+    trainer.resume_or_load(resume=resume)
+    return trainer
+
+
 def train(setup: Setup, task: str, precision: str) -> list[Row]:
     """Train and evaluate once; a precision that the device does not support gives a line that says so."""
     try:
         amp_dtype(precision != "fp32", PRECISIONS[precision], setup.device)
     except ConfigError as error:
         return [{"run": f"{task}, {precision}", "note": str(error)}]
-    trainer, loss = Trainer(config(setup, task, precision, f"{task}_{precision}")), _FinalLoss()
-    trainer.register_hooks([loss])
-    trainer.resume_or_load(resume=False)
+    loss = _FinalLoss()
+    trainer = _trainer(config(setup, task, precision, f"{task}_{precision}"), loss, resume=False)
     start = time.perf_counter()
     results = trainer.train()
     return [_row(setup, f"{task}, {precision}", task, loss, results, time.perf_counter() - start)]
@@ -139,17 +148,13 @@ def resume(setup: Setup, task: str, precision: str) -> list[Row]:
     name = f"{task}_{precision}_resumed"
     cfg, loss = config(setup, task, precision, name), _FinalLoss()
     start = time.perf_counter()
-    stopped = Trainer(cfg)
-    stopped.register_hooks([_StopAfter(max(1, setup.size.iterations // 2))])
-    stopped.resume_or_load(resume=False)
+    stopped = _trainer(cfg, _StopAfter(max(1, setup.size.iterations // 2)), resume=False)
     try:
         stopped.train()
         raise RuntimeError("SIGTERM did not stop the training run")
     except Preempted:
         pass
-    trainer = Trainer(cfg)
-    trainer.register_hooks([loss])
-    trainer.resume_or_load(resume=True)
+    trainer = _trainer(cfg, loss, resume=True)
     if trainer.start_iter != stopped.iter + 1:
         raise RuntimeError(f"resumed at iteration {trainer.start_iter}, stopped after {stopped.iter}")
     results = trainer.train()
