@@ -149,6 +149,13 @@ def test_pictures_never_replace_their_inputs(tmp_path):
     assert os.listdir(tmp_path / "new") == ["c.png"]
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which nobody can create files")
+def test_a_folder_that_takes_no_files_is_told_at_once(tmp_path):
+    """The folder exists, so only trying to write there shows it."""
+    with pytest.raises(OSError):
+        PictureFiles("/proc/self", [str(tmp_path / "a.png"), str(tmp_path / "b.png")])
+
+
 def test_a_json_file_is_tried_at_once(tmp_path):
     with pytest.raises(OSError):
         JsonWriter(str(tmp_path / "absent" / "r.json"), {}, table(["a"]))
