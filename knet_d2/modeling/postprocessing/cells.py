@@ -10,11 +10,10 @@ Shapes: N kernels, h x w up-sampled probabilities, H x W the result, in J x K ce
 window a x b probabilities. The last cells may extend past the result; probabilities are 0 there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ..resize import ImageGeometry, upsampled_probabilities
 from .rules import MASK_THRESHOLD
@@ -23,8 +22,10 @@ from .rules import MASK_THRESHOLD
 # but need more comparisons of bounds
 CELL_STEP = 4
 CELL_PIXELS = 24
-# Bounds the float maps of the cells that are computed at once, so that they stay in the cache (1 MB in float32)
+# Numbers in the maps of the cells that are computed at once, and in the up-sampled maps whose lowest and highest
+# values are searched at once: they stay in the cache (1 and 2 MB in float32)
 CHUNK_ELEMENTS = 1 << 18
+BOUNDS_ELEMENTS = 1 << 19
 
 
 @torch.no_grad()
@@ -34,10 +35,11 @@ def binary_masks(mask_logits: torch.Tensor, kernels: torch.Tensor, geometry: Ima
     cells = Cells(mask_logits[distinct], geometry)
     masks = cells.zeros(len(copies), np.dtype(bool))
     full = cells.low > MASK_THRESHOLD
-    shown, rows, columns = full[copies].nonzero(as_tuple=True)
-    masks[shown, rows, :, columns] = True
-    mixed = ((cells.high > MASK_THRESHOLD) & ~full).nonzero(as_tuple=True)
-    for some, rows, columns in cells.chunks(1, *mixed):
+    shown, rows = full[copies].any(dim=2).nonzero(as_tuple=True)
+    masks.flatten(3)[shown, rows] = cells.widen(full[copies[shown], rows])[:, None]
+    mixed = ((cells.high > MASK_THRESHOLD) & ~full).nonzero()
+    for part in mixed.split(cells.chunk_length(1)):
+        some, rows, columns = part.unbind(1)
         computed = cells.resize(some[:, None], rows, columns)[:, 0] > MASK_THRESHOLD
         shown, chosen = (copies[:, None] == some).nonzero(as_tuple=True)
         masks[shown, rows[chosen], :, columns[chosen]] = computed[chosen]
@@ -50,18 +52,23 @@ def assign_pixels(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :meth:`.rules.PixelFunctions.assign_pixels`."""
     cells = Cells(mask_logits, geometry)
-    owners = cells.zeros(1, np.dtype("int32"))
     best, worst = (scores[:, None, None] * bound for bound in (cells.high, cells.low))
     # A kernel wins nothing in a cell if another kernel's lowest claim there exceeds its highest one. Negated, so that a
     # kernel with NaN still competes
-    competes = (~(best < worst.amax(dim=0))).permute(1, 2, 0)
-    counts = competes.sum(dim=2)
-    for count in counts.unique().tolist():
-        places = (counts == count).nonzero(as_tuple=True)
-        kernels = competes[places].nonzero()[:, 1].view(-1, count)
-        for some, rows, columns in cells.chunks(count, kernels, *places):
-            owners[0, rows, :, columns] = _winners(cells, scores, some, rows, columns)
-    pixels = cells.crop(owners)[0].long()
+    competes = ~(best < worst.amax(dim=0)).flatten(1)
+    counts = competes.sum(dim=0)
+    kernels = competes.T.nonzero()[:, 1]  # of all cells, one cell after the other
+    last = counts.cumsum(0) - 1
+    first = last - counts + 1
+    owners = cells.zeros(1, np.dtype("int64"))
+    # Right where one kernel competes; the pixels of the other cells are computed below
+    owners.flatten(3)[0] = cells.widen(kernels[last].view(owners.shape[1], -1))[:, None]
+    for count, chosen in cells.chunks(counts):
+        # A cell with fewer kernels repeats its last one, which changes no maximum
+        places = (first[chosen, None] + torch.arange(count)).minimum(last[chosen, None])
+        rows, columns = chosen // owners.shape[3], chosen % owners.shape[3]
+        owners[0, rows, :, columns] = _winners(cells, scores, kernels[places], rows, columns)
+    pixels = cells.crop(owners)[0]
     areas = pixels.flatten().bincount(minlength=len(scores))
     return pixels, areas, _mask_areas(cells, candidates & (areas > 0))
 
@@ -76,25 +83,24 @@ def _winners(
         rows, columns: int64 [m], the cells.
 
     Returns:
-        int32 [m, p, q], kernels; [m, 1, 1] if only one competes.
+        int64 [m, p, q], kernels.
     """
     count = kernels.shape[1]
-    if count == 1:
-        return kernels[:, :, None].int()
     claims = cells.resize(kernels, rows, columns, scores[kernels])
     # Descending codes make amax() pick the first kernel on ties; amax() is ten times as fast as max() with indices
     codes = torch.arange(count, 0, -1, dtype=torch.float)[:, None, None]
     winning = claims.ge_(claims.amax(dim=1, keepdim=True)).float()
     winners = count - winning.mul_(codes).amax(dim=1).clamp_(min=1)  # where something is NaN nobody wins
-    return kernels.gather(1, winners.long().flatten(1)).int().view(winners.shape)
+    return kernels.gather(1, winners.long().flatten(1)).view(winners.shape)
 
 
 def _mask_areas(cells: "Cells", wanted: torch.Tensor) -> torch.Tensor:
     """Pixels where a kernel's own probability is at least MASK_THRESHOLD: bool [N] -> int64 [N], 0 for the others."""
     full = (cells.low >= MASK_THRESHOLD) & wanted[:, None, None]
     areas = (full * cells.areas).sum(dim=(1, 2))
-    mixed = (cells.high >= MASK_THRESHOLD) & ~full & wanted[:, None, None]
-    for kernels, rows, columns in cells.chunks(1, *mixed.nonzero(as_tuple=True)):
+    mixed = ((cells.high >= MASK_THRESHOLD) & ~full & wanted[:, None, None]).nonzero()
+    for part in mixed.split(cells.chunk_length(1)):
+        kernels, rows, columns = part.unbind(1)
         covered = cells.resize(kernels[:, None], rows, columns) >= MASK_THRESHOLD
         # Counting in floats, which are exact here, is five times as fast as in integers
         areas.index_add_(0, kernels, covered.flatten(1).sum(dim=1, dtype=torch.float).long())
@@ -116,11 +122,21 @@ class Cells:
         """
         self._output = geometry.output
         self._probs = upsampled_probabilities(mask_logits)
-        self._rows, self._columns = (_Axis(self._probs, *sizes) for sizes in zip(self._probs.shape[1:], *geometry))
-        self.low, self.high = (
-            self._columns.pool(self._rows.pool(self._probs, reduce), reduce) for reduce in (torch.amin, torch.amax)
+        self._rows, self._columns = (
+            _Axis(mask_logits.dtype, *sizes) for sizes in zip(self._probs.shape[1:], *geometry)
         )
         self.areas = torch.outer(self._rows.sizes, self._columns.sizes)
+        _, height, width = self._probs.shape
+        low, high = [], []
+        for probs in self._probs.split(max(1, BOUNDS_ELEMENTS // (height * width))):
+            bands = self._rows.windows(probs)
+            low.append(self._columns.windows(bands.amin(2).mT).amin(2).mT)
+            high.append(self._columns.windows(bands.amax(2).mT).amax(2).mT)
+        self.low, self.high = torch.cat(low), torch.cat(high)
+        # Where in a flat map a window begins, and from there its probabilities: [J, K] and [a, 1, b]
+        self._corners = self._rows.starts[:, None] * width + self._columns.starts
+        a, b = self._rows.weights.shape[2], self._columns.weights.shape[2]
+        self._window = (torch.arange(a)[:, None] * width + torch.arange(b))[:, None]
 
     def resize(
         self, kernels: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, factors: torch.Tensor | None = None
@@ -137,26 +153,44 @@ class Cells:
         """
         _, height, width = self._probs.shape
         down, across = self._rows.weights[rows], self._columns.weights[columns]
-        (m, n), (_, p, a), (_, q, b) = kernels.shape, down.shape, across.shape
-        corners = self._rows.starts[rows] * width + self._columns.starts[columns]
-        corners = corners[:, None] + kernels * (height * width)
-        index = corners[:, None, :, None] + torch.arange(a)[:, None, None] * width + torch.arange(b)  # [m, a, n, b]
+        (m, n), (_, p, _), (_, q, b) = kernels.shape, down.shape, across.shape
+        corners = self._corners[rows, columns, None] + kernels * (height * width)
+        index = corners[:, None, :, None] + self._window  # [m, a, n, b]
         windows = self._probs.view(-1).index_select(0, index.view(-1)).view(index.shape)
         if factors is not None:
             windows *= factors[:, None, :, None]
-        tall = (down @ windows.flatten(2)).view(m, p * n, b)
-        return (tall @ across.transpose(1, 2)).view(m, p, n, q).transpose(1, 2).contiguous()
+        tall = torch.bmm(down, windows.flatten(2)).view(m, p * n, b)
+        return torch.bmm(tall, across.mT).view(m, p, n, q).transpose(1, 2).contiguous()
 
-    def chunks(self, count: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Parts of tensors [m, ...] of cells that are computed together; ``count`` kernels are in each cell."""
+    def chunk_length(self, count: int) -> int:
+        """Number of cells that are computed at once for ``count`` kernels each."""
         (_, p, a), (_, q, b) = self._rows.weights.shape, self._columns.weights.shape
-        length = max(1, CHUNK_ELEMENTS // (count * max(p * q, a * b)))
-        return zip(*(x.split(length) for x in tensors))
+        return max(1, CHUNK_ELEMENTS // (count * max(p * q, a * b)))
+
+    def chunks(self, counts: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Divide the cells with more than one kernel into those that are computed at once.
+
+        Args:
+            counts: int64 [J K], number of kernels in each cell.
+
+        Yields:
+            the largest number of kernels of some cells, and the cells, int64 [m].
+        """
+        falling, cells = counts[counts > 1].sort(descending=True)[0].tolist(), counts.argsort(descending=True)
+        start = 0
+        while start < len(falling):
+            stop = start + self.chunk_length(falling[start])
+            yield falling[start], cells[start : min(stop, len(falling))]
+            start = stop
 
     def zeros(self, count: int, dtype: np.dtype) -> torch.Tensor:
         """Empty maps by cells: [count, J, p, K, q]. NumPy asks for huge pages, up to 4 times as fast as torch.zeros."""
         sizes = (*self._rows.weights.shape[:2], *self._columns.weights.shape[:2])
         return torch.from_numpy(np.zeros((count, *sizes), dtype))
+
+    def widen(self, values: torch.Tensor) -> torch.Tensor:
+        """Repeat the value of a cell for each of its columns of pixels: [..., K] -> [..., K q]."""
+        return values.repeat_interleave(self._columns.weights.shape[1], dim=-1)
 
     def crop(self, maps: torch.Tensor) -> torch.Tensor:
         """[M, J, p, K, q] -> [M, H, W], a view."""
@@ -173,25 +207,37 @@ class _Axis:
         sizes: int64 [J], pixels that are in the result.
     """
 
-    def __init__(self, probs: torch.Tensor, length: int, padded: int, image: int, output: int):
-        matrix = F.interpolate(torch.eye(length, dtype=torch.float64)[None], padded, mode="linear")
-        matrix = F.interpolate(matrix[..., :image], output, mode="linear")[0].T  # [output, length]
+    def __init__(self, dtype: torch.dtype, length: int, padded: int, image: int, output: int):
         pixels = round(CELL_STEP * (output * padded) / (image * length))
         pixels = max(1, min(pixels, CELL_PIXELS))
-        count = -(-output // pixels)
-        matrix = F.pad(matrix, (0, 0, 0, count * pixels - output)).view(count, pixels, length)
-        used = (matrix != 0).any(dim=1).byte()
-        first, last = used.argmax(dim=1), length - 1 - used.flip(1).argmax(dim=1)
-        self._window = int((last - first).max()) + 1
-        self.starts = first.clamp(max=length - self._window)
-        index = self.starts[:, None, None] + torch.arange(self._window)
-        self.weights = matrix.gather(2, index.expand(-1, pixels, -1)).to(probs.dtype)
-        self.sizes = (output - pixels * torch.arange(count)).clamp(max=pixels)
+        cell, place = np.divmod(np.arange(output), pixels)
+        index, weight = _taps(length, padded, image, output)
+        starts = index[::pixels, 0]
+        window = int((index - starts[cell, None]).max()) + 1
+        starts = starts.clip(max=length - window)
+        weights = np.zeros((len(starts), pixels, window))
+        np.add.at(weights, (cell[:, None], place[:, None], index - starts[cell, None]), weight)
+        self.starts, self.weights = torch.from_numpy(starts), torch.from_numpy(weights).to(dtype)
+        self.sizes = torch.from_numpy(np.bincount(cell))
+        self._index = (self.starts[:, None] + torch.arange(window)).flatten()
 
-    def pool(self, maps: torch.Tensor, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """Reduce (torch.amin or amax) the windows along dimension 1, which moves to the end: [N, L, M] -> [N, M, J].
+    def windows(self, maps: torch.Tensor) -> torch.Tensor:
+        """The windows along dimension 1: [n, L, M] -> [n, J, a, M]."""
+        return maps.index_select(1, self._index).unflatten(1, (len(self.starts), -1))
 
-        One call for each axis gives [N, J, K].
-        """
-        pooled = [reduce(maps.narrow(1, start, self._window), 1) for start in self.starts.tolist()]
-        return torch.stack(pooled, dim=1).transpose(1, 2).contiguous()
+
+def _taps(length: int, padded: int, image: int, output: int) -> tuple[np.ndarray, np.ndarray]:
+    """The probabilities of which a pixel of the result is a weighted mean: indices and weights, [output, 4] each."""
+    inner, inner_weight = _neighbours(length, padded)
+    outer, outer_weight = _neighbours(image, output)
+    index, weight = inner[outer].reshape(output, 4), outer_weight[..., None] * inner_weight[outer]
+    weight = weight.reshape(output, 4)
+    return np.where(weight > 0, index, index[:, :1]), weight
+
+
+def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """What F.interpolate(mode="bilinear", align_corners=False) reads: indices and weights, [target, 2] each."""
+    position = ((np.arange(target) + 0.5) * (source / target) - 0.5).clip(min=0)
+    low = position.astype(np.int64)
+    high = (low + 1).clip(max=source - 1)
+    return np.stack([low, high], axis=1), np.stack([1 - (position - low), position - low], axis=1)
