@@ -27,7 +27,7 @@ from knet_d2.data.files import find_images, read_image
 from knet_d2.data.pixels import PixelFormat
 from knet_d2.errors import ConfigError
 from knet_d2.export import OUTPUT_NAMES, default_image_type
-from knet_d2.inference.resolve import load
+from knet_d2.inference.from_file import load
 from knet_d2.modeling.meta_arch import KNet
 from knet_d2.programs import run
 

@@ -212,6 +212,6 @@ def predict_on_fake_cuda(model, task, output):
     assert mask_probabilities(output.stages[-1].mask_logits[0], geometry).device == CUDA
     if task != "instance":
         images = ImageList(torch.zeros(2, 3, 64, 96), [(60, 90)] * 2)
-        prediction = model.image_predictions(output, [{"height": 30, "width": 45}] * 2, images)[1]
+        prediction = model.image_logits(output, [{"height": 30, "width": 45}] * 2, images)[1]
         options = model.postprocessor.options._replace(outputs=("sem_seg",))
         assert model.postprocessor(prediction, options)["sem_seg"].device == CUDA

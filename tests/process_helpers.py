@@ -18,8 +18,8 @@ from torch.nn.functional import one_hot
 
 from knet_d2.data import build_mapper, load_dataset
 from knet_d2.engine import Trainer, load_config
-from knet_d2.engine.launch import StopSignals
 from knet_d2.engine.optimizer import build_gradient_clipper
+from knet_d2.engine.stop_signals import StopSignals
 from knet_d2.engine.train_step import TrainStep
 
 # Instances of the images of every step's batch: none on the second half of the processes, none at all, all over

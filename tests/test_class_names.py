@@ -22,9 +22,10 @@ from knet_d2.data.classes import ClassTable, class_table
 from knet_d2.data.shapes import write_shapes
 from knet_d2.engine import load_config
 from knet_d2.errors import CheckpointError
-from knet_d2.inference.resolve import resolve_model
+from knet_d2.inference.from_file import resolve_model
 from knet_d2.programs import train
-from knet_d2.results.prediction import Prediction, Segment
+from knet_d2.results.prediction import Prediction
+from knet_d2.results.segment import Segment
 from knet_d2.tasks import TASKS
 
 NAMES = {

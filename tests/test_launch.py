@@ -23,7 +23,10 @@ from toys import assert_identical
 from knet_d2.checkpoint import Checkpointer
 from knet_d2.data.workers import STOP_SIGNALS, ignore_stop_signals
 from knet_d2.engine import Trainer, load_config
-from knet_d2.engine.launch import EXIT_PREEMPTED, Placement, StopSignals, explain, find_placement, first_host, run
+from knet_d2.engine.failures import explain
+from knet_d2.engine.launch import run
+from knet_d2.engine.placement import Placement, find_placement, first_host
+from knet_d2.engine.stop_signals import EXIT_PREEMPTED, StopSignals
 from knet_d2.errors import ConfigError, DataError
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "7", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -116,7 +119,7 @@ def test_what_a_person_can_mend_is_one_line(outcome, monkeypatch, error, message
     def fail():
         raise error
 
-    monkeypatch.setattr("knet_d2.engine.launch._GRACE_PERIOD", 0)
+    monkeypatch.setattr("knet_d2.engine.failures._GRACE_PERIOD", 0)
     code, text = outcome(fail)
     assert code == 1 and text.startswith(message) and text.count("\n") == 1
 
@@ -143,7 +146,7 @@ class Killed(torch.utils.data.Dataset):
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_killed_loader_is_one_line(outcome, monkeypatch, num_workers):
     """The main process gets a broken connection, or an error of PyTorch's handler of SIGCHLD at any place."""
-    monkeypatch.setattr("knet_d2.engine.launch._GRACE_PERIOD", 0)
+    monkeypatch.setattr("knet_d2.engine.failures._GRACE_PERIOD", 0)
     code, text = outcome(lambda: list(DataLoader(Killed(), num_workers=num_workers)))
     assert code == 1 and text.startswith("Error: A process of this run") and text.count("\n") == 1
     assert "DATALOADER.NUM_WORKERS" in text and "--resume" in text

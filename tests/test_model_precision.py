@@ -96,7 +96,7 @@ def test_semantic_output_of_a_panoptic_model_is_not_rounded_under_autocast():
         images = model.preprocess_image([x])
         result = model([x])[0]["sem_seg"]
     output = NetworkOutput({}, None, seen[0])  # outside of autocast
-    expected = model.postprocessor(model.image_predictions(output, [x], images)[0])["sem_seg"]
+    expected = model.postprocessor(model.image_logits(output, [x], images)[0])["sem_seg"]
     assert torch.equal(result, expected)
 
 

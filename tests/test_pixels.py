@@ -30,7 +30,7 @@ from knet_d2.data.mapper import KNetDatasetMapper
 from knet_d2.data.pixels import PixelFormat
 from knet_d2.data.shapes.writer import write_shapes
 from knet_d2.errors import CheckpointError, ConfigError, DataError
-from knet_d2.inference.default_predictor import Predictor
+from knet_d2.inference.detectron2_predictor import Predictor
 from knet_d2.programs import check_dataset, demo, export_model, train, web
 from tools import onnx_runner
 

@@ -99,7 +99,7 @@ def test_names_are_drawn_and_written_as_they_are(name, tmp_path):
     assert picture.shape[0] >= 320
     assert VideoDrawer(classes).draw(noise(), prediction).shape == (*SIZE, 3)
     writer = JsonWriter(str(tmp_path / "r.json"), {}, classes)
-    writer.write(name or "x", {"instances": prediction})
+    writer.add(name or "x", {"instances": prediction})
     writer.close()
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["categories"][0]["name"] == name and prediction.to_coco()[0]["category_name"] == name
@@ -111,7 +111,7 @@ def test_json_is_valid_after_every_image(tmp_path):
     writer = JsonWriter(str(path), {"task": "panoptic"}, classes)
     assert json.loads(path.read_text())["images"] == []
     for count in (1, 2, 3):
-        writer.write(f"{count}.jpg", {"panoptic_seg": prediction, "sem_seg": prediction})
+        writer.add(f"{count}.jpg", {"panoptic_seg": prediction, "sem_seg": prediction})
         images = json.loads(path.read_text())["images"]
         assert [x["file_name"] for x in images] == [f"{i}.jpg" for i in range(1, count + 1)]
     writer.close()

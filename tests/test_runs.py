@@ -31,8 +31,9 @@ from toys import (
 
 from knet_d2.engine import setup
 from knet_d2.engine import trainer as trainer_module
-from knet_d2.engine.launch import Preempted, explain
+from knet_d2.engine.failures import explain
 from knet_d2.engine.output_dir import lock_output_dir
+from knet_d2.engine.stop_signals import Preempted
 from knet_d2.engine.writers import ConsoleWriter, TensorBoardWriter, bounded_storage, cut_metrics, scalar_tag
 from knet_d2.errors import CheckpointError, ConfigError, NonFiniteError
 from knet_d2.evaluation import best_metric

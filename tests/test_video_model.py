@@ -10,7 +10,8 @@ from helpers import make_example, spread_scores, tiny_config, tiny_model
 from knet_d2.data.classes import ClassTable
 from knet_d2.errors import ConfigError, DataError
 from knet_d2.results.outputs import main_prediction, predictions_of
-from knet_d2.results.prediction import Prediction, Segment
+from knet_d2.results.prediction import Prediction
+from knet_d2.results.segment import Segment
 from knet_d2.results.video import VideoDrawer, track_color
 from knet_d2.video.model import TrackingKNet, tracker_options
 from knet_d2.video.reading import read_ahead

@@ -1,4 +1,4 @@
-"""Detectron2's checkpointer with atomic writing, safe reading and errors instead of warnings where nothing fits."""
+"""Detectron2's checkpointer with atomic writing, safe reading, and errors for files that do not fit the model."""
 
 import os
 from collections.abc import Sequence
@@ -52,9 +52,9 @@ class Checkpointer(DetectionCheckpointer):
                 everything around a pretrained backbone, keep their initialisation where they do not fit. False: each
                 parameter must be in the file.
             metadata: written into every file, see :func:`describe_model`.
-            classes: the model's. The same classes in another order in a file are re-ordered by name. Where there are
-                others, a partial load keeps those of the same name and lets the rest start anew, and any other load
-                raises a CheckpointError. None, or a table without names: the file's classes are taken as they are.
+            classes: the model's classes. If a file has them in another order, its rows are re-ordered by name. If it
+                has other classes, a partial load keeps the rows of classes with the same name and re-initialises the
+                rest; any other load raises a CheckpointError. None, or a table without names: no comparison.
             save_dir, save_to_disk, checkpointables: see Detectron2's.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
@@ -217,7 +217,7 @@ class Checkpointer(DetectionCheckpointer):
         )
 
     def _changed_model(self) -> str:
-        """For messages: options of the model that a resumed run has otherwise than before, as a sentence."""
+        """Return a sentence on the model's options that differ from those of the resumed run; "" if there are none."""
         if not self._restores_training or not has_description({"metadata": self.file_metadata}):
             return ""
         changed = changed_options(self.metadata, self.file_metadata)
@@ -226,14 +226,14 @@ class Checkpointer(DetectionCheckpointer):
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Names for a message, the first ones of many."""
+    """Join names for a message; of many, only the first ones."""
     shown = [" ".join(name.split())[:60] for name in names[:_MOST_LISTED]]
     rest = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     return ", ".join(shown) + rest or "none"
 
 
 def _check_values(path: str, name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raise a CheckpointError where a parameter would not be numbers, or not those of the file, in the model."""
+    """Raise a CheckpointError if a parameter is not finite, or changes its value in the model's type."""
     ours = value.to(dtype)
     if dtype.is_floating_point:
         fault = "" if torch.isfinite(ours).all() else "has NaN or infinite values"

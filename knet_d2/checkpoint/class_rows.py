@@ -1,4 +1,4 @@
-"""Whose rows are whose: a model's classes and those of its weights file, matched by name.
+"""Matches the classes of a model with those of its weights file by name, and re-orders their rows of parameters.
 
 Parameters with one row per class are the semantic classifier, whose rows are also the fixed kernels, the auxiliary
 head's, and the last layer of every class branch. Nothing else in a K-Net depends on the order of the classes.
@@ -17,7 +17,7 @@ _CLASS_BRANCH = re.compile(r"(.*\.class_branch\.)(\d+)\.(?:weight|bias)$")
 
 
 def class_parameters(names: Iterable[str]) -> list[str]:
-    """Those of a model's parameters that have one row per class."""
+    """Return the names of the parameters that have one row per class."""
     names = list(names)
     branches = [match for match in map(_CLASS_BRANCH.match, names) if match]
     last = {branch[1]: max(int(other[2]) for other in branches if other[1] == branch[1]) for branch in branches}
@@ -28,7 +28,7 @@ def class_parameters(names: Iterable[str]) -> list[str]:
 def match_rows(classes: ClassTable, file_classes: ClassTable) -> list[int | None]:
     """For each class of a model its index in the file, by name and kind (thing, stuff); None where it isn't there.
 
-    Where several classes have one name, the first is the first, and so on.
+    Classes of the same name are matched in their order.
     """
     rows = {key: row for row, key in enumerate(_keys(file_classes))}
     return [rows.get(key) for key in _keys(classes)]
@@ -47,13 +47,13 @@ def _keys(classes: ClassTable) -> list[tuple[bool, str, int]]:
 def take_rows(
     state_dict: Mapping[str, torch.Tensor], rows: Sequence[int | None], initial: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """A state dict whose classes are in another order or other ones.
+    """Re-order the rows of a state dict to the classes of a model.
 
     Args:
-        state_dict: our names; it is not changed.
-        rows: for each class its row in the state dict; None: take that of ``initial``.
-        initial: values for the other classes, by name, one row for each of ``rows``. A parameter that is not in it, or
-            differs in more than its number of rows, stays as it is.
+        state_dict: parameters by our names; it is not changed.
+        rows: for each class of the model its row in the state dict; None: use the row in ``initial``.
+        initial: the model's parameters by name, one row for each of ``rows``. A parameter of the state dict stays
+            unchanged if it is missing here, or if the shapes differ in more than the number of rows.
     """
     result = dict(state_dict)
     kept = [i for i, row in enumerate(rows) if row is not None]

@@ -1,4 +1,4 @@
-"""What a weights file says about its model, so that the file alone is enough to use it.
+"""The description of a model in its weights file, with which the file can be used alone.
 
 The description is a mapping of strings, as safetensors has room for: "config" (YAML: what differs from the defaults),
 "classes" (JSON: COCO's categories, in the order of the model's classes) and "knet_d2_version".
@@ -20,11 +20,11 @@ from .load_report import build_report, find_misfits, recognise
 from .loading import as_checkpoint
 from .zoo import build_on_meta
 
-# Places on the machine that wrote the file, and data that the reader need not have.
+# Left out of a description: paths of the machine that wrote the file, and data sets that a reader does not need.
 _LEFT_OUT = ("OUTPUT_DIR", "DATASETS", "MODEL.WEIGHTS", "MODEL.DEVICE")
-# What a reader takes over; the rest tells how the model was trained.
+# Sections that a reader uses; the other sections document the training run.
 _MODEL_SECTIONS = ("MODEL", "INPUT", "TEST")
-# A description that was written here has a few thousand letters, no alias and at most 4 levels.
+# Limits against hostile files. Our own descriptions have a few thousand letters, no alias and at most 4 levels.
 _MOST_LETTERS, _MOST_ALIASES, _MOST_LEVELS = 100_000, 20, 20
 _MOST_CLASS_LETTERS = 4_000_000
 _LARGEST_SIZE = 16_384
@@ -48,16 +48,16 @@ def describe_model(cfg: CfgNode, classes: ClassTable | None = None) -> dict[str,
 
 
 def has_description(content: Any) -> bool:
-    """Whether what :func:`load_file` gave describes its model."""
+    """Return whether the result of :func:`load_file` contains a description."""
     metadata = content.get("metadata") if isinstance(content, dict) else None
     return isinstance(metadata, dict) and {"config", "classes"} <= set(metadata)
 
 
 def read_description(content: Any, path: str) -> ModelDescription:
-    """The model that a weights file describes.
+    """Read the description in a weights file.
 
     Args:
-        content: what :func:`load_file` gave.
+        content: result of :func:`load_file`.
         path: the file's name, for messages.
 
     Raises:
@@ -82,7 +82,7 @@ def read_description(content: Any, path: str) -> ModelDescription:
         model_state = build_on_meta(cfg, most_modules=10 * len(parameters) + 1000).state_dict()
         layout = recognise(parameters, model_state)
         misfits = find_misfits(build_report(layout, parameters, model_state), layout, partial=False)
-    except (Exception, MemoryError) as e:  # what a strange config makes of a model raises nearly anything
+    except (Exception, MemoryError) as e:  # a model of an arbitrary config can raise almost any exception
         reason, version = " ".join(str(e).split())[:500], str(metadata.get("knet_d2_version", "(unknown)"))[:40]
         other_version = "" if version == VERSION else f", or install knet_d2 {version}, which wrote it"
         raise CheckpointError(
@@ -97,10 +97,10 @@ def read_description(content: Any, path: str) -> ModelDescription:
 
 
 def described_classes(content: Mapping[str, Any], path: str) -> ClassTable | None:
-    """The classes that a weights file names; None where it names none, as official checkpoints.
+    """Return the classes in a weights file; None if it has none, like official checkpoints.
 
     Args:
-        content: what :func:`load_file` gave.
+        content: result of :func:`load_file`.
         path: the file's name, for messages.
 
     Raises:
@@ -110,7 +110,7 @@ def described_classes(content: Mapping[str, Any], path: str) -> ClassTable | Non
         return None
     try:
         classes = from_categories(_parse_classes(content["metadata"]["classes"]))
-    except Exception as e:  # a list from a stranger raises nearly anything
+    except Exception as e:  # an arbitrary list can raise almost any exception
         reason = " ".join(str(e).split())[:500] or type(e).__name__
         raise CheckpointError(f"{path}: its list of classes can't be read ({reason}). Get the file again.") from e
     return classes if classes.has_names else None
@@ -144,7 +144,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _parse_config(text: str) -> dict[str, Any]:
-    """A YAML text without what takes time or memory out of proportion to its length.
+    """Parse a YAML text; refuses texts that need time or memory out of proportion to their length.
 
     Raises:
         ValueError, yaml.YAMLError: it is no such text.
@@ -197,7 +197,7 @@ def _check_numbers(cfg: CfgNode, classes: ClassTable) -> None:
 
 
 def _differences(cfg: CfgNode, defaults: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested plain values of ``cfg`` that are not the default's."""
+    """Return the values of ``cfg`` that differ from the defaults, as nested dicts."""
     found: dict[str, Any] = {}
     for key, value in cfg.items():
         if prefix + key in _LEFT_OUT:

@@ -1,4 +1,4 @@
-"""Whose names a weights file has, what becomes of every parameter of the file and of a model, and whether they fit."""
+"""The layout of a weights file, a report on every parameter of the file and the model, and the reasons of a misfit."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,9 +16,9 @@ Shape = tuple[int, ...]
 _OFFICIAL_HEADS = ("rpn_head.localization_fpn.", "decode_head.kernel_generate_head.")
 _OUR_HEADS = ("sem_seg_head.", "cascade.")
 
-# Their first dimension counts classes or instance kernels
+# Parameters whose first dimension is the number of classes or of instance kernels
 _COUNTED = re.compile(r"sem_seg_head\.instance_kernels\.|(^|\.)classifier\.|\.class_branch\.")
-# What pretrained backbones lack: offsets of deformable convolutions, Swin's norms of the outputs
+# Parameters that pretrained backbones lack: offsets of deformable convolutions, Swin's norms of the outputs
 _NEW_IN_BACKBONE = re.compile(r"\.conv_offset\.|\.out_norms\.")
 _TRAINING_ONLY = "auxiliary_head."
 _MOST_NAMES = 4
@@ -30,14 +30,14 @@ class Layout(NamedTuple):
     name: str
     """For people."""
     scope: str
-    """What it should fill: "model" (a whole K-Net), "backbone" (pretrained), or "unknown"."""
+    """The part of the model in the file: "model" (a whole K-Net), "backbone" (pretrained), or "unknown"."""
     translation: Translation
     backbone_prefix: str
-    """What our names of the (bottom-up) backbone begin with."""
+    """Prefix of our names of the (bottom-up) backbone."""
 
 
 def recognise(state_dict: Mapping[str, torch.Tensor], model_keys: Collection[str]) -> Layout:
-    """Tell the layout of a state dict by its names and translate it for a model.
+    """Detect the layout of a state dict by its names, and translate the names to ours.
 
     Args:
         state_dict: name -> tensor.
@@ -83,13 +83,13 @@ class LoadReport(NamedTuple):
     """Every name of the file and of the model is in exactly one of the lists (``reshaped`` is a part of ``loaded``)."""
 
     layout: str
-    """Whose names the file has."""
+    """Name of the layout."""
     loaded: list[str]
-    """Our names of what the model takes over."""
+    """Our names of the loaded parameters."""
     reshaped: list[ShapePair]
-    """Those of them that the layout stores in another shape."""
+    """Loaded parameters that the layout stores in another shape."""
     other_shape: list[ShapePair]
-    """Not loaded: the model has another number of classes or kernels, say; they keep their initialisation."""
+    """Not loaded, for example because the number of classes differs; they keep their initialisation."""
     missing: list[str]
     """In the model only; they keep their initialisation. Counters of batch norms, which nothing uses, are left out."""
     unexpected: list[str]

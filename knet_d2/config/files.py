@@ -1,4 +1,4 @@
-"""Where the config files are, in a checkout and in an installed wheel."""
+"""Finds the config files, in a checkout and in an installed wheel."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from ..errors import ConfigError
 
 
 def config_folder() -> Path:
-    """Folder of the config files: packaged in a wheel, beside the package in a checkout."""
+    """Return the folder of the config files: in the package of a wheel, beside the package in a checkout."""
     package = Path(__file__).resolve().parent.parent
     packaged = package / "configs"
     return packaged if packaged.is_dir() else package.parent / "configs"

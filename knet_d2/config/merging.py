@@ -59,7 +59,7 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> No
 
 
 def _with_floats(value: Any, default: Any) -> Any:
-    """A value, or a tree of values, with floats in place of whole numbers where the default is a float."""
+    """Return a value, or a tree of values, with integers converted to floats where the default is a float."""
     if isinstance(value, dict) and isinstance(default, CfgNode):
         return {key: _with_floats(x, default.get(key)) for key, x in value.items()}
     if isinstance(default, float) and re.fullmatch(r"[+-]?\d+", str(value)):
@@ -68,7 +68,7 @@ def _with_floats(value: Any, default: Any) -> Any:
 
 
 def _refuse_null(cfg: CfgNode, defaults: dict[str, Any]) -> None:
-    """Raise a ValueError where yacs has taken null for a value of a type that it isn't of."""
+    """Raise a ValueError if null has replaced another default, which yacs allows."""
     for key, value in _flat_items(cfg).items():
         if value is None and defaults[key] is not None:
             raise ValueError(f"{key} is null; its default is {str(defaults[key])[:60]}.")
@@ -76,7 +76,7 @@ def _refuse_null(cfg: CfgNode, defaults: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _clear_errors(source: str, known: list[str]) -> Iterator[None]:
-    """Turn what yacs and the YAML reader raise into a ConfigError that names the key and the nearest known one."""
+    """Convert the errors of yacs and the YAML reader to a ConfigError with the key and the most similar known key."""
     yacs_logger = logging.getLogger("yacs.config")  # logs each failed assertion before it is raised
     level = yacs_logger.level
     yacs_logger.setLevel(logging.CRITICAL)
@@ -98,10 +98,10 @@ def _clear_errors(source: str, known: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def config_to_blame(what: str) -> Iterator[None]:
-    """Turn whatever libraries raise when something is built from a config into a ConfigError.
+    """Convert any error of a library, while something is built from a config, to a ConfigError.
 
     Args:
-        what: is built, for the message.
+        what: name of what is built, for the message.
     """
     try:
         yield
@@ -129,7 +129,7 @@ def _suggestion(key: str, known: list[str]) -> str:
 
 
 def _flat_items(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
-    """Values, and the nodes that hold them, by their whole key."""
+    """Return all values and nodes by their full keys."""
     items = {}
     for key, value in cfg.items():
         items[prefix + key] = value
@@ -139,7 +139,11 @@ def _flat_items(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
 
 
 def choose_device(device: str, explicit: bool) -> str:
-    """``device``, or another one when it is a GPU that isn't there and nobody asked for it on the command line."""
+    """Return ``device``; without a CUDA GPU, MPS or the CPU in its place.
+
+    Raises:
+        ConfigError: there is no CUDA GPU, although the command line names one (``explicit``).
+    """
     if not device.startswith("cuda") or torch.cuda.is_available():
         return device
     if explicit:

@@ -1,6 +1,6 @@
-"""Options of Detectron2 that a K-Net doesn't read, and which option does it instead.
+"""Options of Detectron2 that K-Net ignores, and the options that replace them.
 
-tests/test_options.py records what training, evaluation and prediction read, and compares it with this list.
+tests/test_options.py records which options training, evaluation and prediction read, and compares them with this list.
 """
 
 import logging
@@ -10,7 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 
 logger = logging.getLogger(__name__)
 
-# Key, or the beginning of keys that ends in a point -> what to set instead. The longest one that fits counts.
+# Key, or a prefix of keys that ends in "." -> the option to set instead ("": none). The longest matching entry holds.
 UNREAD = {
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": "",
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN": "",
@@ -49,13 +49,13 @@ UNREAD = {
 
 
 def find_unread(key: str) -> str | None:
-    """The entry of ``UNREAD`` for a key; None where the key is read."""
+    """Return the entry of ``UNREAD`` for a key; None if K-Net reads the key."""
     fitting = [entry for entry in UNREAD if key == entry or (entry.endswith(".") and key.startswith(entry))]
     return max(fitting, key=len, default=None)
 
 
 def warn_of_unread_options(cfg: CfgNode) -> None:
-    """Log one warning that names the options that were changed and have no influence on a K-Net."""
+    """Log one warning that names the changed options that have no effect on a K-Net."""
     if cfg.MODEL.META_ARCHITECTURE != "KNet":
         return
     found = []
@@ -68,7 +68,7 @@ def warn_of_unread_options(cfg: CfgNode) -> None:
 
 
 def changed_leaves(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> Iterator[str]:
-    """Whole keys of the values in ``defaults`` that ``cfg`` has otherwise."""
+    """Yield the full keys of the options whose values in ``cfg`` differ from ``defaults``."""
     for key, value in defaults.items():
         if isinstance(value, CfgNode):
             yield from changed_leaves(cfg[key], value, f"{prefix}{key}.")

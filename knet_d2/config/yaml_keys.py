@@ -1,4 +1,4 @@
-"""Keys that stand twice in a config file, of which YAML's reader would take the last one without a word."""
+"""Refuses config files in which a key occurs twice; YAML's reader would silently take its last value."""
 
 import os
 
@@ -6,7 +6,7 @@ import yaml
 
 
 def refuse_repeated_keys(path: str) -> None:
-    """Check a config file and those that its ``_BASE_`` names.
+    """Check a config file and the files that it is based on (``_BASE_``).
 
     Raises:
         ValueError: a mapping has a key twice; names both lines.

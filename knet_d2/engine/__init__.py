@@ -1,7 +1,7 @@
 """Training runs: trainer, training step, optimiser, hooks, writers and processes."""
 
 from ..config.merging import choose_device, load_config, merge_config
-from ..inference.default_predictor import Predictor
+from ..inference.detectron2_predictor import Predictor
 from .output_dir import setup
 from .trainer import Trainer
 

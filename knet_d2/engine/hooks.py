@@ -21,7 +21,7 @@ from torch import distributed, nn
 
 from ..checkpoint import Checkpointer, periodic_checkpoints
 from ..errors import KNetError
-from .launch import EXIT_PREEMPTED, Preempted, StopSignals
+from .stop_signals import EXIT_PREEMPTED, Preempted, StopSignals
 from .train_step import TrainStep
 from .writers import TIMINGS, WINDOW, read_metrics
 

@@ -17,8 +17,8 @@ from torch import distributed, nn
 
 from ..errors import ConfigError, NonFiniteError
 from ..modeling.layers import send
-from .launch import StopSignals
 from .optimizer import load_optimizer_state
+from .stop_signals import StopSignals
 from .writers import split_stage
 
 logger = logging.getLogger(__name__)

@@ -43,8 +43,8 @@ from .hooks import (
     ProcessAgreement,
     StopHook,
 )
-from .launch import StopSignals
 from .output_dir import lock_output_dir, release_output_dir, resolve_seed
+from .stop_signals import StopSignals
 from .train_step import TrainStep, amp_dtype
 from .validation import mean_loss
 from .writers import ConsoleWriter, MetricsWriter, TensorBoardWriter, bounded_storage, cut_metrics

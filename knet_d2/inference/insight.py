@@ -1,4 +1,4 @@
-"""What single kernels do, as in the paper's Figure 4: their average masks, and their masks from stage to stage.
+"""Shows single kernels, as in the paper's Figure 4: their average masks, and their masks at every stage.
 
 Shapes: N kernels, of which the first M are matched to instances; K classes; pictures are uint8 RGB [H, W, 3].
 """
@@ -39,12 +39,12 @@ class KernelMasks(NamedTuple):
 
 
 class AverageMasks(NamedTuple):
-    """What the instance kernels did in many images.
+    """Average masks of the instance kernels over many images.
 
     Attributes:
         masks: mean probabilities, float64 [M, SIDE, SIDE].
         num_objects: int64 [M], images in which the kernel's score reached the threshold.
-        num_images: all of them.
+        num_images: number of images.
     """
 
     masks: np.ndarray
@@ -66,8 +66,8 @@ def stage_masks(model: KNet, sample: dict[str, Any], output_size: tuple[int, int
     """
     if not model.bank.num_matched:
         raise ConfigError(
-            "MODEL.KNET.TASK = 'semantic': its kernels are the classes, so that its results show what they do; "
-            "MODEL.KNET.TEST.STAGE gives those of each stage. Use a model for instances or panoptic segmentation."
+            "MODEL.KNET.TASK = 'semantic': each kernel is a class, so its results show its mask; MODEL.KNET.TEST.STAGE "
+            "selects the stage. Use a model for instance or panoptic segmentation."
         )
     images = model.preprocess_image([sample])
     output = model.network(images.tensor, torch.tensor(images.image_sizes))
@@ -75,7 +75,7 @@ def stage_masks(model: KNet, sample: dict[str, Any], output_size: tuple[int, int
     found = []
     with no_autocast(images.tensor):
         for stage in range(len(output.stages) + 1):
-            class_logits, mask_logits, geometry, _ = model.image_predictions(output, [sized], images, stage)[0]
+            class_logits, mask_logits, geometry, _ = model.image_logits(output, [sized], images, stage)[0]
             scores, labels = class_logits.sigmoid().masked_fill(~model.postprocessor.class_mask, -1).max(dim=1)
             masks = mask_probabilities(mask_logits, geometry)
             found.append(KernelMasks(*(x.cpu().numpy() for x in (masks, scores, labels))))
@@ -87,7 +87,7 @@ def average_masks(model: KNet, samples: Iterable[dict[str, Any]], score_threshol
 
     Args:
         model, samples: see :func:`stage_masks`.
-        score_threshold: from which score on a kernel has found an object.
+        score_threshold: lowest score of a kernel that has found an object.
 
     Raises:
         DataError: there are no samples.
@@ -105,7 +105,7 @@ def average_masks(model: KNet, samples: Iterable[dict[str, Any]], score_threshol
 
 
 def draw_average_masks(average: AverageMasks) -> np.ndarray:
-    """All kernels on one sheet, those with the largest masks first; each one's colours end at its own maximum."""
+    """Draw all kernels on one sheet, the largest masks first; the colours of a mask are scaled to its own maximum."""
     sizes = average.masks.mean(axis=(1, 2))
     colors = matplotlib.colormaps["viridis"]
     cells = []
@@ -119,11 +119,11 @@ def draw_average_masks(average: AverageMasks) -> np.ndarray:
 
 
 def draw_stages(image: np.ndarray, stages: list[KernelMasks], classes: ClassTable, number: int) -> np.ndarray:
-    """The kernels with the best scores in the end: a row for each, a column for each stage.
+    """Draw the kernels with the best final scores: one row per kernel, one column per stage.
 
     Args:
         image: of the size of the masks.
-        number: of rows at most.
+        number: largest number of kernels.
     """
     best = np.argsort(-stages[-1].scores, kind="stable")[:number]
     cells = []
@@ -136,7 +136,7 @@ def draw_stages(image: np.ndarray, stages: list[KernelMasks], classes: ClassTabl
 
 
 def _lit(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The image as bright as the mask is probable, SIDE pixels wide."""
+    """Darken the image where the mask's probability is low; the result is SIDE pixels wide."""
     lit = (image * (0.2 + 0.8 * mask[..., None])).astype(np.uint8)
     height = round(SIDE * image.shape[0] / image.shape[1])
     return np.asarray(Image.fromarray(lit).resize((SIDE, height), Image.Resampling.BILINEAR))

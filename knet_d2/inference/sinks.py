@@ -1,4 +1,4 @@
-"""Where predictions go: pictures in a folder, a window, a video file, a JSON file."""
+"""Writes predictions to pictures in a folder, a window, a video file or a JSON file."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Stop(Exception):
 
 
 class Sink(Protocol):
-    """Takes the predictions of one frame after the other, by the keys of the model's outputs, the main one first.
+    """Takes the predictions of one frame after the other, by output; the main output comes first.
 
     Raises:
-        Stop: no more are wanted.
+        Stop: the user wants no more frames.
     """
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None: ...
@@ -46,7 +46,7 @@ class PictureFiles:
         """
         Args:
             path: a folder; for one input also the name of an image file.
-            inputs: the images that are going to be written; their names are those of the pictures.
+            inputs: the image files; the pictures get their names.
 
         Raises:
             ConfigError: a picture would replace one of the inputs.
@@ -84,17 +84,11 @@ def _picture_paths(folder: str, inputs: Sequence[str]) -> dict[str, str]:
     return paths
 
 
-class JsonFile:
-    """A :class:`Sink` that writes all results into one file, see :class:`JsonWriter`."""
-
-    def __init__(self, writer: JsonWriter):
-        self._writer = writer
+class JsonFile(JsonWriter):
+    """A :class:`Sink` that writes all results into one file."""
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
-        self._writer.write(frame.name, predictions)
-
-    def close(self) -> None:
-        self._writer.close()
+        self.add(frame.name, predictions)
 
 
 class TrackFile:

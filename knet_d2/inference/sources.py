@@ -1,4 +1,4 @@
-"""Where images to be segmented come from: files, folders, videos, a webcam."""
+"""Reads the images to segment from files, folders, a video or a webcam."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# Counts in the headers of whole videos are too large by up to so many frames, or this part of them
+# The frame count in the header of an intact video may be too high by this number, or by this share of the frames
 _FEW_FRAMES, _FEW_PART = 3, 0.05
 
 
@@ -25,8 +25,8 @@ class Frame(NamedTuple):
 
     Attributes:
         name: its file, or its video with the number of the frame behind "#".
-        image: [H, W, C] from 0 to 255, uint8 or float32, colours in RGB order; None where it can't be read, which has
-            been logged.
+        image: [H, W, C] from 0 to 255, uint8 or float32, colours in RGB order; None if it can't be read; the reason is
+            then logged.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Frame(NamedTuple):
 
     @property
     def picture(self) -> np.ndarray:
-        """The image to look at, uint8 RGB [H, W, 3]; see picture_of."""
+        """The image as uint8 RGB [H, W, 3] for display; see picture_of."""
         return picture_of(self.image)
 
 
@@ -42,9 +42,9 @@ class Source(Protocol):
     """Gives frames one by one.
 
     Attributes:
-        unit: what one of them is called.
-        count: how many there are; None: that is not known.
-        failed: how many could not be read so far.
+        unit: name of one frame, "image" or "frame".
+        count: number of frames; None: unknown.
+        failed: number of frames that could not be read so far.
     """
 
     unit: str

@@ -1,7 +1,7 @@
-"""Large images in tiles.
+"""Segments large images in tiles.
 
-Each pixel's result comes from the one tile in which it is farthest from the border, so tiles share out the image.
-What neighbouring tiles see in the strip that they share tells which of their objects are the same.
+The result of a pixel comes from the tile in which the pixel is farthest from the border. Objects of neighbouring tiles
+are joined if their masks agree in the strip where the tiles overlap.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,15 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from ..errors import ConfigError
-from ..results.prediction import Prediction, Segment
+from ..results.prediction import Prediction
+from ..results.segment import Segment
 
-# Objects of two tiles are the same one if their masks agree at least so much where the tiles overlap.
+# Smallest IoU of the masks of one object in the strip where two tiles overlap
 MIN_IOU = 0.5
 
 
 class Span(NamedTuple):
-    """A tile along one axis: pixels [start, stop), of which it gives the result of [own_start, own_stop)."""
+    """A tile along one axis: it covers pixels [start, stop), and gives the result of pixels [own_start, own_stop)."""
 
     start: int
     stop: int
@@ -28,7 +29,7 @@ class Span(NamedTuple):
 
 
 def tile_spans(length: int, tile_size: int, overlap: int) -> list[Span]:
-    """The fewest equal tiles that cover ``length`` pixels, neighbours sharing at least ``overlap``."""
+    """Return the fewest tiles that cover ``length`` pixels, with neighbours that overlap by at least ``overlap``."""
     if length <= tile_size:
         return [Span(0, length, 0, length)]
     count = -(-(length - overlap) // (tile_size - overlap))
@@ -38,7 +39,7 @@ def tile_spans(length: int, tile_size: int, overlap: int) -> list[Span]:
 
 
 class _Part(NamedTuple):
-    """What one tile sees of a segment: the whole of it, and the part whose pixels are the tile's own."""
+    """A segment of one tile: ``seen`` is its whole mask, ``own`` the part in the pixels that the tile gives."""
 
     seen: Segment
     own: Segment | None
@@ -47,10 +48,10 @@ class _Part(NamedTuple):
 def predict_tiles(
     predict: Callable[[np.ndarray], Prediction], image: np.ndarray, tile_size: int, overlap: int
 ) -> Prediction:
-    """The prediction for an image, joined from those for its tiles.
+    """Predict an image tile by tile, and join the predictions.
 
     Args:
-        predict: gives the prediction for an image.
+        predict: function from an image to its prediction.
         image: [H, W, 3].
         tile_size, overlap: in pixels.
     """
@@ -74,7 +75,7 @@ def _place(segment: Segment, y: Span, x: Span, size: tuple[int, int]) -> _Part:
 
 
 def _clip(segment: Segment, y: tuple[int, int], x: tuple[int, int]) -> Segment | None:
-    """The part of a segment in the rectangle of rows and columns [start, stop); None where it has none there."""
+    """Return the part of a segment in a rectangle of rows and columns [start, stop); None if it is empty."""
     (top, left), (height, width) = segment.corner, segment.crop.shape
     first, last = (max(y[0], top), max(x[0], left)), (min(y[1], top + height), min(x[1], left + width))
     if first[0] >= last[0] or first[1] >= last[1]:
@@ -84,7 +85,7 @@ def _clip(segment: Segment, y: tuple[int, int], x: tuple[int, int]) -> Segment |
 
 
 def _join(tiles: list[tuple[Span, Span]], parts: list[list[_Part]], num_things: int) -> list[Segment]:
-    """One segment for all parts of an object, and for all parts of a stuff class; by falling score."""
+    """Return one segment per object and per stuff class, in descending order of score."""
     owner = {(t, i): (t, i) for t, found in enumerate(parts) for i in range(len(found))}
 
     def root(key: tuple[int, int]) -> tuple[int, int]:
@@ -113,7 +114,7 @@ def _join(tiles: list[tuple[Span, Span]], parts: list[list[_Part]], num_things: 
 def _same_objects(
     a: list[_Part], b: list[_Part], strip: list[tuple[int, int]], num_things: int
 ) -> list[tuple[int, int]]:
-    """Pairs of things of two tiles with the same class and masks that agree in the strip that both tiles see."""
+    """Return pairs of things of one class in two tiles whose masks agree where the tiles overlap."""
     clipped = [[(i, _clip(part.seen, *strip)) for i, part in enumerate(found)] for found in (a, b)]
     rows, columns = ([(i, s) for i, s in found if s is not None and s.label < num_things] for found in clipped)
     ious = np.array([[_iou(p, q) if p.label == q.label else 0.0 for _, q in columns] for _, p in rows])
@@ -133,7 +134,7 @@ def _iou(a: Segment, b: Segment) -> float:
 
 
 def _union(group: list[_Part]) -> Segment:
-    """The own parts of a group in one segment, with the best score."""
+    """Join the own parts of a group to one segment with the best score."""
     own = [part.own for part in group if part.own is not None]
     top, left = (min(segment.corner[axis] for segment in own) for axis in (0, 1))
     bottom, right = (max(segment.window[axis].stop for segment in own) for axis in (0, 1))

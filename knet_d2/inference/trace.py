@@ -1,4 +1,4 @@
-"""One image's pass through the network, kept, so that the results of every stage can be looked at."""
+"""Keeps the network output for one image, so that the results of every stage can be inspected."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from ..results.prediction import Prediction
 
 
 class Trace:
-    """What the network computed for one image: the static kernels and the predictions of the S stages.
+    """The network output for one image: the static kernels and the S stages.
 
     Attributes:
         num_stages: S.
@@ -34,11 +34,11 @@ class Trace:
 
     @torch.no_grad()
     def prediction(self, confidence_threshold: float, *, stage: int = -1, output: str = "") -> Prediction:
-        """The segments that one stage sees.
+        """Return the segments at one stage.
 
         Args:
             confidence_threshold: instances and thing segments with a lower score are left out.
-            stage: 0 the static kernels, before any update; 1 to S a stage; -1 the last one.
+            stage: 0 for the static kernels, before any update; 1 to S for a stage; -1 for the last stage.
             output: "instances", "panoptic_seg" or "sem_seg"; "" for the main one.
 
         Raises:
@@ -49,11 +49,11 @@ class Trace:
         if output and output not in self._outputs:
             raise ConfigError(f"output = {output!r}: this model gives {' and '.join(self._outputs)}.")
         model, sample = self._model, self._sample
-        predictions = model.image_predictions(self._network_output, [sample], self._images, stage)
+        logits = model.image_logits(self._network_output, [sample], self._images, stage)
         options = model.postprocessor.options._replace(
             outputs=(output or self._outputs[0],),
             score_threshold=confidence_threshold,
             thing_score_threshold=confidence_threshold,
         )
-        results = model.postprocessor(predictions[0], options)
+        results = model.postprocessor(logits[0], options)
         return main_prediction(results, self._classes)

@@ -52,7 +52,7 @@ class KNet(nn.Module):
         Args:
             sem_seg_head: producer of the static kernels.
             auxiliary_head: a second semantic head for training only, or None.
-            postprocessor: makes the results of an image from what the network predicts.
+            postprocessor: makes the results of an image from its logits.
             pixel_mean, pixel_std: per channel, in the order of ``input_format``.
             pads_images: whether images of several sizes may share a padded batch in evaluation.
         """
@@ -128,8 +128,8 @@ class KNet(nn.Module):
             * "sem_seg": [K, H, W] scores.
         """
         if not self.training:
-            predictions = self.predict_logits(batched_inputs)
-            return [self.postprocessor(prediction) for prediction in predictions] if do_postprocess else predictions
+            logits = self.predict_logits(batched_inputs)
+            return [self.postprocessor(image_logits) for image_logits in logits] if do_postprocess else logits
         images = self.preprocess_image(batched_inputs)
         truths = self.send_ground_truth(batched_inputs)  # before the network, so that the copies run beside it
         output = self.network(images.tensor, torch.tensor(images.image_sizes))
@@ -150,14 +150,13 @@ class KNet(nn.Module):
         return NetworkOutput(features, state, self.cascade(state))
 
     def predict_logits(self, batched_inputs: list[dict[str, Any]]) -> list[ImageLogits]:
-        """What the stage that MODEL.KNET.TEST.STAGE names predicts for each image, before post-processing."""
+        """The logits of each image from the stage that MODEL.KNET.TEST.STAGE names, before post-processing."""
         if not self.pads_images and len({x["image"].shape for x in batched_inputs}) > 1:
             # An image's result must not depend on the sizes of its neighbours
-            return [prediction for x in batched_inputs for prediction in self.predict_logits([x])]
+            return [logits for x in batched_inputs for logits in self.predict_logits([x])]
         images = self.preprocess_image(batched_inputs)
-        return self.image_predictions(
-            self.network(images.tensor, torch.tensor(images.image_sizes)), batched_inputs, images
-        )
+        output = self.network(images.tensor, torch.tensor(images.image_sizes))
+        return self.image_logits(output, batched_inputs, images)
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Normalise, then pad with 0 at the right and bottom."""
@@ -182,20 +181,20 @@ class KNet(nn.Module):
         mask_size = upsampled_size(state.mask_logits)
         return [build_targets(truth, images.tensor, mask_size, self.criterion.ignore_value) for truth in truths]
 
-    def image_predictions(
+    def image_logits(
         self, output: NetworkOutput, batched_inputs: list[dict[str, Any]], images: ImageList, stage: int | None = None
     ) -> list[ImageLogits]:
-        """One stage's predictions, image by image.
+        """The logits of one stage, image by image.
 
         Args:
             stage: see :func:`select_stage`; None: the one that MODEL.KNET.TEST.STAGE names.
         """
         shown = select_stage(output, self.postprocessor.options.stage if stage is None else stage)
-        predictions = []
+        logits = []
         for i, x in enumerate(batched_inputs):
             image_size = tuple(images.image_sizes[i])
             output_size = (x.get("height", image_size[0]), x.get("width", image_size[1]))
             geometry = ImageGeometry(tuple(images.tensor.shape[-2:]), image_size, output_size)
             class_logits = None if shown.class_logits is None else shown.class_logits[i]
-            predictions.append(ImageLogits(class_logits, shown.mask_logits[i], geometry, shown.kernels[i]))
-        return predictions
+            logits.append(ImageLogits(class_logits, shown.mask_logits[i], geometry, shown.kernels[i]))
+        return logits

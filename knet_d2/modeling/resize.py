@@ -1,4 +1,4 @@
-"""The way of a mask from the head's resolution to that of the losses, and to that of the result."""
+"""Resizes masks from the head's resolution to that of the losses, and to that of the result."""
 
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ def upsampled_size(mask_logits: torch.Tensor) -> tuple[int, int]:
 
 
 def upsampled_probabilities(mask_logits: torch.Tensor) -> torch.Tensor:
-    """[N, h, w] logits of the head -> [N, 2h, 2w]: what masks of the result are resized from."""
+    """[N, h, w] logits of the head -> [N, 2h, 2w] probabilities, from which the masks of the result are resized."""
     # The masks are the batch, since interpolate() takes a batch of 0 maps, but not 0 channels
     return upsample_masks(mask_logits[:, None])[:, 0].sigmoid_()
 

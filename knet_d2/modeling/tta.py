@@ -33,7 +33,7 @@ MIN_IOU = 0.5
 
 
 class View(NamedTuple):
-    """One way to show an image to the model.
+    """The size and orientation in which the model gets an image.
 
     Attributes:
         size: (height, width) that the image is resized to.
@@ -87,23 +87,23 @@ class KNetWithTTA(nn.Module):
         return [plain, *sorted(others, key=lambda view: (-view.size[0] * view.size[1], view))]
 
     def _predict(self, x: dict[str, Any]) -> dict[str, Any]:
-        # As it was read: what Detectron2's predictor gives is float
+        # Images are resized in the type of their file; Detectron2's own predictor passes floats
         pixels = whole_as_bytes(x["image"].permute(1, 2, 0).cpu().numpy())
         height, width = pixels.shape[:2]
         output_size = {"height": x.get("height", height), "width": x.get("width", width)}
         views = self.views(height, width)
         shown = ({**x, **output_size, "image": _show(pixels, view)} for view in views)
-        predictions = (self.model([sample], do_postprocess=False)[0] for sample in shown)
+        logits = (self.model([sample], do_postprocess=False)[0] for sample in shown)
         flips = [view.flipped for view in views]
         if not self._merges_kernels:
-            return {"sem_seg": self._mean_probabilities(predictions, flips)}
-        return self.model.postprocessor(merge_views(predictions, flips, self.model.bank))
+            return {"sem_seg": self._mean_probabilities(logits, flips)}
+        return self.model.postprocessor(merge_views(logits, flips, self.model.bank))
 
-    def _mean_probabilities(self, predictions: Iterator[ImageLogits], flips: list[bool]) -> torch.Tensor:
+    def _mean_probabilities(self, logits: Iterator[ImageLogits], flips: list[bool]) -> torch.Tensor:
         """[K, H, W]."""
         total: Any = 0.0
-        for prediction, flipped in zip(predictions, flips):
-            probs = self.model.postprocessor(prediction)["sem_seg"].softmax(dim=0)
+        for view, flipped in zip(logits, flips):
+            probs = self.model.postprocessor(view)["sem_seg"].softmax(dim=0)
             total += probs.flip(-1) if flipped else probs
         return total / len(flips)
 
@@ -124,30 +124,30 @@ def _show(pixels: np.ndarray, view: View) -> torch.Tensor:
 # ---- instance and panoptic models ------------------------------------------------------------------------------
 
 
-def merge_views(predictions: Iterator[ImageLogits], flips: list[bool], bank: KernelBank) -> ImageLogits:
-    """The mean of an image's views.
+def merge_views(views: Iterator[ImageLogits], flips: list[bool], bank: KernelBank) -> ImageLogits:
+    """The mean of the views of an image.
 
     Args:
-        predictions: the plain one first, which is not flipped; of the others, the largest first.
-        flips: which of them are of a mirrored image.
+        views: their logits; the plain view first, which is not flipped, then the others, the largest first.
+        flips: which views show the mirrored image.
 
     Returns:
         The plain view's kernels, with masks as fine as the finest view's. Kernels without a match in any other view
         stay as they are.
     """
-    plain = next(predictions)
+    plain = next(views)
     merged = None
-    for prediction, flipped in zip(predictions, flips[1:]):
+    for view, flipped in zip(views, flips[1:]):
         with no_autocast(plain.mask_logits):
             if merged is None:
-                finest = max(plain, prediction, key=lambda x: x.mask_logits[0].numel())
+                finest = max(plain, view, key=lambda x: x.mask_logits[0].numel())
                 merged = _MergedViews(plain, finest, bank)
-            merged.add(prediction, flipped)
-    return plain if merged is None else merged.prediction()
+            merged.add(view, flipped)
+    return plain if merged is None else merged.mean()
 
 
 class _MergedViews:
-    """Sums over the views of what the plain view's kernels were matched to."""
+    """Sums over the views: for each kernel of the plain view, the classes and masks of the kernels matched to it."""
 
     def __init__(self, plain: ImageLogits, finest: ImageLogits, bank: KernelBank):
         self._bank = bank
@@ -170,18 +170,18 @@ class _MergedViews:
         self._classes.add(view.class_logits[columns], rows)
         self._masks.add(mask_logits[columns], rows)
 
-    def prediction(self) -> ImageLogits:
+    def mean(self) -> ImageLogits:
         return ImageLogits(self._classes.logits(), self._masks.logits(), self._geometry)
 
     def _thing_scores(self, view: ImageLogits) -> torch.Tensor:
         return view.class_logits[: self._bank.num_matched, : self._bank.num_things].sigmoid()
 
     def _on_grid(self, view: ImageLogits, flipped: bool) -> torch.Tensor:
-        """[N, *size], also of where the image is not: there it is not meaningful."""
+        """[N, *size]; the values outside of the image have no meaning."""
         return resample_masks(view.mask_logits, view.geometry, self._size, self._geometry, flipped)
 
     def _inside(self, masks: torch.Tensor) -> torch.Tensor:
-        """[N, P], of the pixels of the grid in which the image is."""
+        """[N, P], only the pixels of the grid that are in the image."""
         height, width = (
             -(-count * image // padded)
             for count, image, padded in zip(self._size, self._geometry.image, self._geometry.padded)
@@ -190,9 +190,9 @@ class _MergedViews:
 
 
 class _LogitMean:
-    """Mean of probabilities, given and returned as logits: without the rounding of probabilities near 0 and 1.
+    """Mean of probabilities that are given and returned as logits, because probabilities near 0 and 1 are rounded.
 
-    Sums are of log p and log (1 - p); their difference is the mean's logit, whatever the number of summands is.
+    It adds up p and 1 - p as logarithms. Their difference is the logit of the mean for any number of summands.
     """
 
     def __init__(self, logits: torch.Tensor):
@@ -241,10 +241,10 @@ def resample_masks(
 
     Args:
         mask_logits: [N, h, w].
-        source: what they are of.
+        source: sizes of the view of the masks.
         size: (height, width) of the grid.
-        target: what the grid is of.
-        flipped: whether the source is mirrored.
+        target: sizes of the view of the grid.
+        flipped: whether the masks are of the mirrored image.
 
     Returns:
         [N, *size], bilinear.
@@ -253,11 +253,11 @@ def resample_masks(
         return mask_logits
     axes = []
     for axis, mirrored in enumerate((False, flipped)):
-        # Where the grid's points are in the image, which goes from 0 to 1, ...
+        # Positions of the grid's points in the image, whose sides are 0 to 1
         points = (torch.arange(size[axis], dtype=torch.float64) + 0.5) / size[axis]
         points = points * target.padded[axis] / target.image[axis]
         points = 1 - points if mirrored else points
-        # ... and in the source's grid, which goes from -1 to 1
+        # Positions in the grid of the masks, whose sides are -1 to 1
         axes.append(2 * points * source.image[axis] / source.padded[axis] - 1)
     y, x = torch.meshgrid(*axes, indexing="ij")
     grid = torch.stack([x, y], dim=-1).to(mask_logits)

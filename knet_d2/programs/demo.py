@@ -6,11 +6,10 @@ import os
 
 import tqdm
 
-from ..inference.predictor import ImagePredictor
-from ..inference.resolve import resolve_model, threshold_options
+from ..inference.from_file import resolve_model, threshold_options
+from ..inference.image_predictor import ImagePredictor
 from ..inference.sinks import JsonFile, PictureFiles, Sink, Stop, TrackFile, VideoFile, VideoWindow, Window
 from ..inference.sources import ImageFiles, Video
-from ..results.writers import JsonWriter
 from ..video.reading import read_ahead
 
 
@@ -49,7 +48,7 @@ def build_sinks(args: argparse.Namespace, source: ImageFiles | Video, predictor:
     sinks: list[Sink] = []
     if args.json:
         info = {"task": predictor.cfg.MODEL.KNET.TASK, "weights": predictor.cfg.MODEL.WEIGHTS}
-        sinks.append(JsonFile(JsonWriter(args.json, info, predictor.classes)))
+        sinks.append(JsonFile(args.json, info, predictor.classes))
     if isinstance(source, Video):
         if args.json:
             sinks.append(TrackFile(os.path.splitext(args.json)[0] + "_tracks.json"))

@@ -9,7 +9,7 @@ import os
 
 from ..errors import ConfigError
 from ..export import default_image_type, export_metadata, halve, save_onnx, save_pt2, trace
-from ..inference.resolve import load
+from ..inference.from_file import load
 
 logger = logging.getLogger("knet_d2")
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from ..data import build_mapper
 from ..data.files import find_images, read_picture
+from ..inference.from_file import load
 from ..inference.insight import average_masks, draw_average_masks, draw_stages, stage_masks
-from ..inference.resolve import load
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""A web page on which one uploads an image and looks at what K-Net finds, stage by stage. See docs/DEPLOYMENT.md."""
+"""A web page that segments uploaded images and shows the segments of every stage. See docs/DEPLOYMENT.md."""
 
 import argparse
 import functools
@@ -22,9 +22,9 @@ from ..inference import ImagePredictor, Prediction, Trace, load
 from ..results.outputs import OUTPUTS
 
 COLUMNS = ("class", "score", "pixels", "x", "y", "width", "height")
-# Images whose passes through the network are kept, for those who move the sliders
+# Number of images whose network outputs are kept, so that moving a slider does not run the network again
 NUM_KEPT = 4
-# Size of an upload, and how many requests may wait for the model
+# Largest upload, and largest number of requests that wait for the model
 MAX_FILE_SIZE = "64mb"
 MAX_WAITING = 32
 # Seconds after which files of visitors are deleted
@@ -36,23 +36,23 @@ logger = logging.getLogger("knet_d2.demo")
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Show a page on which K-Net segments images.")
     parser.add_argument("--weights", nargs="+", required=True, metavar="FILE", help="weights of one or more models")
-    parser.add_argument("--config-file", metavar="FILE", help="config of weights that bring none")
+    parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on")
-    parser.add_argument("--max-megapixels", type=float, default=2, help="larger images are made smaller")
+    parser.add_argument("--max-megapixels", type=float, default=2, help="larger images are shrunk to this size")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
     return parser
 
 
 class View(NamedTuple):
-    """What the page shows.
+    """The content of the page for one request.
 
     Attributes:
-        message: a line of text: what is seen, or what is wrong.
+        message: one line of text: the number of segments, or an error.
         picture: uint8 RGB [h, w, 3], the segments over the image.
-        rows: for each segment, what COLUMNS says.
+        rows: the table's row for each segment, see COLUMNS.
         coco: a COCO file, see :meth:`Prediction.to_coco_file`.
-        num_stages: of the model.
+        num_stages: number of stages of the model.
     """
 
     message: str
@@ -63,20 +63,20 @@ class View(NamedTuple):
 
 
 class Viewer:
-    """What the page does, without the page."""
+    """The logic of the page without its user interface."""
 
     def __init__(self, models: dict[str, ImagePredictor], max_megapixels: float):
         """
         Args:
-            models: by the names that visitors see.
-            max_megapixels: larger images are made smaller.
+            models: predictors by the names that visitors see.
+            max_megapixels: larger images are shrunk to this size.
         """
         self._models = models
         self._max_megapixels = max_megapixels
         self._trace = functools.lru_cache(maxsize=NUM_KEPT)(self._new_trace)
 
     def choices(self) -> dict[str, tuple[str, str]]:
-        """Name of a model and one of its outputs, by what visitors see."""
+        """Return (name of a model, one of its outputs) by the text of the choice on the page."""
         return {
             OUTPUTS[output].title + (f" ({name})" if len(self._models) > 1 else ""): (name, output)
             for name, model in self._models.items()
@@ -84,17 +84,17 @@ class Viewer:
         }
 
     def num_stages(self, choice: str) -> int:
-        """S of the model behind a choice."""
+        """Return the number of stages of a choice's model."""
         return len(self._models[self.choices()[choice][0]].model.cascade.stages)
 
     def view(self, path: str | None, choice: str, threshold: float, stage: int) -> View:
-        """What is to be seen; whatever is wrong with the file is a message, too.
+        """Return the content of the page; errors of the file become its message.
 
         Args:
-            path: of an uploaded file; None: there is none.
+            path: path of the uploaded file; None: nothing was uploaded.
             choice: one of :meth:`choices`.
             threshold: lowest score of an instance or thing segment.
-            stage: 0 is the static kernels; the last one stands in for those that the model has not.
+            stage: 0 for the static kernels; numbers above the last stage mean the last stage.
         """
         name, output = self.choices()[choice]
         num_stages = self.num_stages(choice)
@@ -104,7 +104,7 @@ class Viewer:
             image, trace = self._trace(path, name)
         except DataError as error:
             return View(f"**Error:** {error}", None, [], None, num_stages)
-        except Exception:  # no memory for it, an image one pixel high: the page goes on
+        except Exception:  # for example too little memory; the page must continue
             logger.exception("An uploaded image could not be segmented")
             return View("**Error:** this image can't be segmented; the log says why.", None, [], None, num_stages)
         stage = min(stage, num_stages)
@@ -122,14 +122,14 @@ class Viewer:
 
 
 def read_upload(path: str, max_megapixels: float, pixel_format: PixelFormat) -> np.ndarray:
-    """The image that somebody uploaded, [H, W, C] from 0 to 255, colours in RGB order.
+    """Read an uploaded image: [H, W, C] from 0 to 255, colours in RGB order.
 
     Args:
-        max_megapixels: a larger one is made smaller, as masks of many pixels take long.
-        pixel_format: what the model takes.
+        max_megapixels: a larger image is shrunk to this size, because large masks take long.
+        pixel_format: the model's format of images.
 
     Raises:
-        DataError: see read_image. The message tells no folder.
+        DataError: see read_image. The message does not contain the folder.
     """
     try:
         image = read_image(path, pixel_format.as_rgb)
@@ -145,7 +145,7 @@ def read_upload(path: str, max_megapixels: float, pixel_format: PixelFormat) -> 
 
 
 def table(prediction: Prediction) -> list[list[Any]]:
-    """A row of COLUMNS for each segment; the score of a semantic class is empty."""
+    """Return a row of COLUMNS for each segment; the score of a semantic class is empty."""
     return [
         [prediction.classes.names[x.label], "" if x.score is None else round(x.score, 3), x.area, *x.box]
         for x in prediction.segments
@@ -153,7 +153,7 @@ def table(prediction: Prediction) -> list[list[Any]]:
 
 
 def load_models(paths: Sequence[str], config_file: str | None, opts: Sequence[str]) -> dict[str, ImagePredictor]:
-    """The models by the last two parts of their paths, which tell enough; where these are the same, with a number."""
+    """Load models; returns them by the last two parts of their paths, with a number if these are equal."""
     models: dict[str, ImagePredictor] = {}
     for path in paths:
         short = "/".join(PurePath(path).parts[-2:])
@@ -166,15 +166,15 @@ def load_models(paths: Sequence[str], config_file: str | None, opts: Sequence[st
 
 
 def build_page(viewer: Viewer, folder: str) -> Any:
-    """The page, a gradio.Blocks.
+    """Build the page, a gradio.Blocks.
 
     Args:
-        folder: for what visitors upload and download; the only one whose files can be asked for.
+        folder: folder of uploads and downloads; the page serves files of no other folder.
 
     Raises:
         ConfigError: Gradio is missing.
     """
-    # It reads these when it is imported; it sends messages home unless told not to.
+    # Gradio reads these variables when it is imported; the first two turn off its telemetry.
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=folder)
     try:
         import gradio
@@ -201,7 +201,7 @@ def build_page(viewer: Viewer, folder: str) -> Any:
                 stage = gradio.Slider(0, last, last, step=1, label="Stage")
             with gradio.Column(scale=2):
                 message = gradio.Markdown()
-                # Without the button that would send the picture to a server elsewhere
+                # Omit the share button, which would send the picture to another server
                 picture = gradio.Image(label="Segments", format="png", buttons=["download", "fullscreen"])
                 download = gradio.DownloadButton("Download masks (COCO JSON)", interactive=False)
                 rows = gradio.Dataframe(headers=list(COLUMNS), label="List of segments", interactive=False)
@@ -232,10 +232,10 @@ def _download(gradio: Any, view: View, folder: str) -> Any:
 
 
 def serve(page: Any, host: str, port: int) -> str:
-    """Begin to show the page; returns its address.
+    """Start to serve the page; returns its address.
 
     Raises:
-        ConfigError: the port is taken, or can't be had.
+        ConfigError: the port is in use or not allowed.
     """
     try:
         _, address, _ = page.queue(max_size=MAX_WAITING).launch(
@@ -258,7 +258,7 @@ def serve(page: Any, host: str, port: int) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    # As service managers stop it: the folder with the uploads goes as after Ctrl+C
+    # Service managers stop the page by SIGTERM; exit as after Ctrl+C, so that the uploads are deleted
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     viewer = Viewer(load_models(args.weights, args.config_file, args.opts), args.max_megapixels)
     with tempfile.TemporaryDirectory(prefix="knet_d2_web_") as folder:

@@ -17,7 +17,8 @@ from ..data.classes import class_table
 from ..data.files import read_picture
 from ..data.mapper import build_truth_mapper
 from .outputs import label_masks, main_prediction
-from .prediction import Prediction, Segment
+from .prediction import Prediction
+from .segment import Segment
 
 _GAP = 4
 # Validation pictures do not show things below this score.

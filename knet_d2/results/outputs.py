@@ -1,4 +1,4 @@
-"""Converts the outputs of a model ("instances", "panoptic_seg", "sem_seg") to predictions."""
+"""Converts the results of a model to predictions, by output ("instances", "panoptic_seg", "sem_seg")."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch
 from detectron2.structures import Instances
 
 from ..data.classes import ClassTable
-from .prediction import Prediction, Segment
+from .prediction import Prediction
+from .segment import Segment
 
 
 class Output(NamedTuple):
-    """One kind of output that a model can have.
+    """A kind of result.
 
     Attributes:
         title: name in JSON files and for the user.
-        masks: function (output, classes) -> (bool mask [H, W], label, score, and of videos track id) of each segment.
-        size: function output -> (height, width).
+        masks: function (result, classes) -> (bool mask [H, W], label, score, and of videos track id) of each segment.
+        size: function result -> (height, width).
     """
 
     title: str
@@ -27,21 +28,21 @@ class Output(NamedTuple):
     size: Callable[[Any], tuple[int, int]]
 
 
-def _panoptic_masks(output: tuple[torch.Tensor, list[dict[str, Any]]], classes: ClassTable):
-    ids, segments = output[0].cpu().numpy(), output[1]
+def _panoptic_masks(result: tuple[torch.Tensor, list[dict[str, Any]]], classes: ClassTable):
+    ids, segments = result[0].cpu().numpy(), result[1]
     for x in segments:
         yield ids == x["id"], classes.label_of(x["category_id"], x["isthing"]), x["score"], x.get("track_id")
 
 
-def _instance_masks(output: Instances, classes: ClassTable):
-    output = output.to("cpu")
-    columns = [output.pred_masks.numpy(), output.pred_classes.tolist(), output.scores.tolist()]
-    yield from zip(*columns, *([output.track_ids.tolist()] if output.has("track_ids") else []))
+def _instance_masks(result: Instances, classes: ClassTable):
+    result = result.to("cpu")
+    columns = [result.pred_masks.numpy(), result.pred_classes.tolist(), result.scores.tolist()]
+    yield from zip(*columns, *([result.track_ids.tolist()] if result.has("track_ids") else []))
 
 
-def _semantic_masks(output: torch.Tensor, classes: ClassTable):
+def _semantic_masks(result: torch.Tensor, classes: ClassTable):
     # Channels after the classes, such as the background, are not segments; label_masks leaves them out.
-    yield from label_masks(output.argmax(dim=0).cpu().numpy(), len(classes.names))
+    yield from label_masks(result.argmax(dim=0).cpu().numpy(), len(classes.names))
 
 
 def label_masks(labels: np.ndarray, num_classes: int) -> Iterator[tuple[np.ndarray, int, None]]:
@@ -52,27 +53,27 @@ def label_masks(labels: np.ndarray, num_classes: int) -> Iterator[tuple[np.ndarr
 
 
 OUTPUTS: dict[str, Output] = {
-    "panoptic_seg": Output("panoptic", _panoptic_masks, lambda output: tuple(output[0].shape)),
-    "instances": Output("instances", _instance_masks, lambda output: output.image_size),
-    "sem_seg": Output("semantic", _semantic_masks, lambda output: tuple(output.shape[-2:])),
+    "panoptic_seg": Output("panoptic", _panoptic_masks, lambda result: tuple(result[0].shape)),
+    "instances": Output("instances", _instance_masks, lambda result: result.image_size),
+    "sem_seg": Output("semantic", _semantic_masks, lambda result: tuple(result.shape[-2:])),
 }
 
 
-def predictions_of(outputs: Mapping[str, Any], classes: ClassTable) -> dict[str, Prediction]:
-    """Convert the outputs for one image to predictions, by key, in the order of MODEL.KNET.TEST.OUTPUTS."""
-    return {key: _prediction(key, output, classes) for key, output in outputs.items()}
+def predictions_of(results: Mapping[str, Any], classes: ClassTable) -> dict[str, Prediction]:
+    """Convert the results for one image to predictions, by output, in the order of MODEL.KNET.TEST.OUTPUTS."""
+    return {output: _prediction(output, result, classes) for output, result in results.items()}
 
 
-def main_prediction(outputs: Mapping[str, Any], classes: ClassTable) -> Prediction:
+def main_prediction(results: Mapping[str, Any], classes: ClassTable) -> Prediction:
     """Return the prediction of the main output, which is the first one of MODEL.KNET.TEST.OUTPUTS."""
-    return _prediction(*next(iter(outputs.items())), classes)
+    return _prediction(*next(iter(results.items())), classes)
 
 
-def _prediction(key: str, output: Any, classes: ClassTable) -> Prediction:
-    segments = (Segment.from_mask(*item) for item in OUTPUTS[key].masks(output, classes))
-    return Prediction(OUTPUTS[key].size(output), [segment for segment in segments if segment is not None], classes)
+def _prediction(output: str, result: Any, classes: ClassTable) -> Prediction:
+    segments = (Segment.from_mask(*item) for item in OUTPUTS[output].masks(result, classes))
+    return Prediction(OUTPUTS[output].size(result), [segment for segment in segments if segment is not None], classes)
 
 
-def draw_prediction(image: np.ndarray, outputs: Mapping[str, Any], classes: ClassTable) -> np.ndarray:
-    """Draw the outputs for one image over it, uint8 RGB [H, W, 3]; see :func:`main_prediction`."""
-    return main_prediction(outputs, classes).draw(image)
+def draw_prediction(image: np.ndarray, results: Mapping[str, Any], classes: ClassTable) -> np.ndarray:
+    """Draw the main result for an image over it, uint8 RGB [H, W, 3]; see :func:`main_prediction`."""
+    return main_prediction(results, classes).draw(image)

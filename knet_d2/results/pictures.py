@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw
 
 from ..data.classes import ClassTable
+from .segment import Segment
 
 # Pictures whose shorter side is smaller are enlarged, because the text would not be readable.
 _READABLE_SIZE = 320
@@ -18,20 +18,7 @@ _TITLE_HEIGHT = 20
 _LONGEST_TEXT = 40
 
 
-class Drawable(Protocol):
-    """A mask, bool [H, W], with its class and score, such as :class:`knet_d2.results.prediction.Segment`."""
-
-    @property
-    def mask(self) -> np.ndarray: ...
-
-    @property
-    def label(self) -> int: ...
-
-    @property
-    def score(self) -> float | None: ...
-
-
-def draw_segments(image: np.ndarray, segments: Sequence[Drawable], classes: ClassTable) -> np.ndarray:
+def draw_segments(image: np.ndarray, segments: Sequence[Segment], classes: ClassTable) -> np.ndarray:
     """Paint segments with class names and scores over an image, small segments over large ones.
 
     The result is a multiple of the image's size if the image is small.

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..data.classes import ClassTable
 from .pictures import drawable_text
-from .prediction import Prediction, Segment
+from .prediction import Prediction
+from .segment import Segment
 
 _FONT = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 _SMALLEST_TEXT, _TEXT_PART = 9, 0.02  # height of letters: pixels, and part of the frame's shorter side

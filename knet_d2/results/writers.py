@@ -12,7 +12,8 @@ from PIL import Image
 
 from ..data.classes import ClassTable, categories
 from .outputs import OUTPUTS
-from .prediction import Prediction, Segment
+from .prediction import Prediction
+from .segment import Segment
 
 
 def panoptic_png(segment_map: np.ndarray) -> np.ndarray:
@@ -42,8 +43,8 @@ class JsonWriter:
         self._file.flush()
         self._end = len(head) - len("]}")  # json.dumps writes ASCII, so one character is one byte
 
-    def write(self, file_name: str, predictions: Mapping[str, Prediction]) -> None:
-        """Add the predictions of one image, by the keys of the model's outputs."""
+    def add(self, file_name: str, predictions: Mapping[str, Prediction]) -> None:
+        """Write the predictions of one image, by output."""
         height, width = next(iter(predictions.values())).size
         record: dict[str, Any] = {"file_name": file_name, "height": height, "width": width}
         for key, prediction in predictions.items():

@@ -19,13 +19,13 @@ from .scores import SUPPRESSED, thing_scores
 
 
 class ImageLogits(NamedTuple):
-    """What the network says of one image, before post-processing.
+    """The network's output for one image at one stage, before post-processing.
 
     Attributes:
         class_logits: [N, K], or None without a class branch.
         mask_logits: [N, h, w], at the head's resolution.
         geometry: sizes of the image.
-        kernels: [N, C], or None of merged views.
+        kernels: [N, C]; None for the mean of several views (test-time augmentation).
     """
 
     class_logits: torch.Tensor | None
@@ -35,11 +35,11 @@ class ImageLogits(NamedTuple):
 
 
 class ResultOptions(NamedTuple):
-    """Which results are made of a prediction, and how.
+    """Which results are made from logits, and how.
 
     Attributes:
         outputs: keys of the results: "instances", "panoptic_seg", "sem_seg".
-        stage: whose predictions these are, see :func:`knet_d2.modeling.cascade.select_stage`.
+        stage: the stage whose logits are used, see :func:`knet_d2.modeling.cascade.select_stage`.
         max_instances: number of (kernel, class) pairs that become instances.
         score_threshold: pairs with a lower score are left out; None keeps all of them, for graphs and batches.
         thing_score_threshold, overlap_threshold: see :func:`.rules.panoptic`.
@@ -57,7 +57,7 @@ class ResultOptions(NamedTuple):
 
 
 class PostProcessor(nn.Module):
-    """Makes the results of an image from what the network predicts for it."""
+    """Makes the results of an image from its logits."""
 
     class_mask: torch.Tensor
 
@@ -66,8 +66,8 @@ class PostProcessor(nn.Module):
         """
         Args:
             bank: groups of the kernels.
-            category_ids: what the data set's metadata calls each of the K classes in panoptic results.
-            options: those of results that are asked for without any.
+            category_ids: contiguous ids of the K classes in the data set's metadata, for panoptic results.
+            options: the options of a call without any.
         """
         super().__init__()
         self.bank = bank
@@ -103,33 +103,31 @@ class PostProcessor(nn.Module):
             "options": options,
         }
 
-    def forward(self, prediction: ImageLogits, options: ResultOptions | None = None) -> dict[str, Any]:
+    def forward(self, logits: ImageLogits, options: ResultOptions | None = None) -> dict[str, Any]:
         """The results of one image by their keys, see :meth:`knet_d2.modeling.meta_arch.KNet.forward`.
 
         Args:
-            options: other ones than the model's own; their ``stage`` is not read here.
+            options: replace the model's own options; their ``stage`` is not read here.
         """
         options = options or self.options
-        return {key: self._result(key, prediction, options)[0] for key in options.outputs}
+        return {output: self._result(output, logits, options)[0] for output in options.outputs}
 
-    def with_kernels(self, output: str, prediction: ImageLogits) -> tuple[Any, torch.Tensor]:
-        """One result of an image, "instances" or "panoptic_seg", with the kernels of its segments, [n, C].
+    def with_kernels(self, output: str, logits: ImageLogits) -> tuple[Any, torch.Tensor]:
+        """Return one result, "instances" or "panoptic_seg", with the kernels of its segments, [n, C].
 
-        They are in the order of the instances, or of the list of segments.
+        The kernels are in the order of the instances, or of the list of segments.
         """
-        result, rows = self._result(output, prediction, self.options)
+        result, rows = self._result(output, logits, self.options)
         count = len(result) if output == "instances" else len(result[1])
-        assert prediction.kernels is not None
-        return result, prediction.kernels[rows[:count]]
+        assert logits.kernels is not None
+        return result, logits.kernels[rows[:count]]
 
-    def _result(self, output: str, prediction: ImageLogits, options: ResultOptions) -> tuple[Any, torch.Tensor]:
-        """A result in Detectron2's form, and the last one of the tensors that it was made of."""
-        forms: dict[str, Callable[..., Any]]
-        forms = {"instances": self._instances, "panoptic_seg": self._panoptic_seg, "sem_seg": self._sem_seg}
-        class_logits, mask_logits, geometry, _ = prediction
+    def _result(self, output: str, logits: ImageLogits, options: ResultOptions) -> tuple[Any, torch.Tensor]:
+        """Return a result in Detectron2's form, and the last of the tensors from which it is made."""
+        class_logits, mask_logits, geometry, _ = logits
         with no_autocast(mask_logits):
             found = self.tensors(output, class_logits, mask_logits, geometry, options, pixel_functions(mask_logits))
-            return forms[output](geometry, *found), found[-1]
+            return _OUTPUTS[output].result(self, geometry, *found), found[-1]
 
     def tensors(
         self,
@@ -155,44 +153,48 @@ class PostProcessor(nn.Module):
             "panoptic_seg": segment map, scores, classes, areas and kernels, see :func:`.rules.panoptic`.
             "sem_seg": scores [..., K, H, W]; with class logits, of one image only.
         """
-        if class_logits is None:
-            return (resize(mask_logits.flatten(0, -3), geometry).unflatten(0, mask_logits.shape[:-2]),)
-        if output == "sem_seg":
-            return (semantic_scores(class_logits, mask_logits, self.class_mask, geometry),)
-        num_matched, num_things = self.bank.num_matched, self.bank.num_things
-        class_scores, matched_logits = class_logits.sigmoid(), mask_logits[..., :num_matched, :, :]
-        scores = thing_scores(
-            class_scores[..., :num_matched, :num_things],
-            matched_logits,
+        return _OUTPUTS[output].tensors(self, class_logits, mask_logits, geometry, options, pixels)
+
+    def _thing_scores(self, class_scores, mask_logits, geometry, options) -> torch.Tensor:
+        matched, things = slice(self.bank.num_matched), slice(self.bank.num_things)
+        return thing_scores(
+            class_scores[..., matched, things],
+            mask_logits[..., matched, :, :],
             geometry,
             exponent=options.score_exponent,
             max_iou=options.mask_nms,
         )
-        if output == "panoptic_seg":
-            # Suppressed kernels claim no pixel; the stuff classes of the matched kernels are not read
-            of_things = F.pad(scores.clamp(min=0), (0, class_scores.shape[-1] - num_things))
-            class_scores = torch.cat([of_things, class_scores[..., num_matched:, :]], dim=-2)
-            return panoptic(
-                class_scores,
-                mask_logits,
-                self.class_mask,
-                geometry,
-                pixels,
-                num_things=num_things,
-                thing_score_threshold=options.thing_score_threshold,
-                overlap_threshold=options.overlap_threshold,
-            )
+
+    def _instance_tensors(self, class_logits, mask_logits, geometry, options, pixels) -> tuple[torch.Tensor, ...]:
+        scores = self._thing_scores(class_logits.sigmoid(), mask_logits, geometry, options)
         scores, kernels, labels = best_pairs(scores, options.max_instances)
         if options.score_threshold is not None:
             kept = ((scores >= options.score_threshold) & (scores > SUPPRESSED)).nonzero()[:, 0]
             scores, kernels, labels = scores[kept], kernels[kept], labels[kept]
-        masks = pixels.binary_masks(matched_logits, kernels, geometry)
+        masks = pixels.binary_masks(mask_logits[..., : self.bank.num_matched, :, :], kernels, geometry)
         return scores, labels, masks_to_boxes(masks), masks, kernels
 
     def _instances(self, geometry: ImageGeometry, scores, labels, boxes, masks, kernels) -> Instances:
         """Instances of the output size: pred_boxes, scores (falling), pred_classes, bool pred_masks, maybe empty."""
         fields = {"pred_boxes": Boxes(boxes), "scores": scores, "pred_classes": labels, "pred_masks": masks}
         return Instances(geometry.output, **fields)
+
+    def _panoptic_tensors(self, class_logits, mask_logits, geometry, options, pixels) -> tuple[torch.Tensor, ...]:
+        class_scores = class_logits.sigmoid()
+        scores = self._thing_scores(class_scores, mask_logits, geometry, options)
+        # Suppressed kernels claim no pixel; the stuff classes of the matched kernels are not read
+        of_things = F.pad(scores.clamp(min=0), (0, self.bank.num_classes - self.bank.num_things))
+        class_scores = torch.cat([of_things, class_scores[..., self.bank.num_matched :, :]], dim=-2)
+        return panoptic(
+            class_scores,
+            mask_logits,
+            self.class_mask,
+            geometry,
+            pixels,
+            num_things=self.bank.num_things,
+            thing_score_threshold=options.thing_score_threshold,
+            overlap_threshold=options.overlap_threshold,
+        )
 
     def _panoptic_seg(
         self, geometry: ImageGeometry, segment_map, scores, labels, areas, kernels
@@ -206,11 +208,33 @@ class PostProcessor(nn.Module):
         ]
         return segment_map, segments
 
+    def _semantic_tensors(self, class_logits, mask_logits, geometry, options, pixels) -> tuple[torch.Tensor, ...]:
+        if class_logits is None:  # each kernel is a class
+            return (resize(mask_logits.flatten(0, -3), geometry).unflatten(0, mask_logits.shape[:-2]),)
+        return (semantic_scores(class_logits, mask_logits, self.class_mask, geometry),)
+
     def _sem_seg(self, geometry: ImageGeometry, scores: torch.Tensor) -> torch.Tensor:
         """[K, H, W] scores."""
         return scores
 
 
+class _Output(NamedTuple):
+    """How an output is made: its tensors from logits, and from them the result in Detectron2's form."""
+
+    tensors: Callable[..., tuple[torch.Tensor, ...]]
+    result: Callable[..., Any]
+
+
+_OUTPUTS = {
+    "instances": _Output(PostProcessor._instance_tensors, PostProcessor._instances),
+    "panoptic_seg": _Output(PostProcessor._panoptic_tensors, PostProcessor._panoptic_seg),
+    "sem_seg": _Output(PostProcessor._semantic_tensors, PostProcessor._sem_seg),
+}
+
+
 def pixel_functions(mask_logits: torch.Tensor) -> PixelFunctions:
-    """Those for the masks' device: on a CPU computing little is fast, on accelerators launching few operations."""
+    """The fastest implementation for the masks' device.
+
+    A CPU is fast where few pixels are computed; an accelerator where few operations are launched.
+    """
     return cells if mask_logits.device.type == "cpu" else dense

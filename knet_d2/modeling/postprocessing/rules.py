@@ -16,10 +16,10 @@ CLASSES_AT_ONCE = 8
 
 
 class PixelFunctions(Protocol):
-    """What :mod:`.dense` and :mod:`.cells` both have. Cells take one image only."""
+    """The interface of :mod:`.dense`, and of :mod:`.cells`, which takes one image only."""
 
     def binary_masks(self, mask_logits: torch.Tensor, kernels: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
-        """Where probabilities are above MASK_THRESHOLD.
+        """Masks of the pixels whose probability is above MASK_THRESHOLD.
 
         Args:
             mask_logits: [..., N, h, w].
@@ -107,11 +107,11 @@ def panoptic(
     scores, classes = class_scores.masked_fill(~class_mask, -1).max(dim=-1)
     candidates = (classes >= num_things) | (scores >= thing_score_threshold)
     owners, areas, mask_areas = pixels.assign_pixels(scores, mask_logits, candidates, geometry)
-    # A quotient, as float32 rounds threshold * area such that a part of exactly the threshold may seem smaller
+    # Divide: in float32, threshold * area may be rounded up, and drop a share of exactly the threshold
     kept = candidates & (areas > 0) & (mask_areas > 0) & (areas / mask_areas >= overlap_threshold)
 
-    # Each kernel counts the kernels that come before it, because ONNX has no stable sort. Scores are in -1 .. 1, so
-    # that subtracting 4 puts all dropped kernels behind the kept ones
+    # The row of a kernel is the number of kernels before it: ONNX has no stable sort. Scores are in -1 .. 1, so
+    # subtracting 4 sorts all dropped kernels after the kept ones
     keys, index = torch.where(kept, scores, scores - 4), torch.arange(scores.shape[-1], device=scores.device)
     key, other = keys[..., :, None], keys[..., None, :]
     rows = ((other > key) | ((other == key) & (index < index[:, None]))).sum(dim=-1)
@@ -136,7 +136,7 @@ def semantic_scores(
     """
     scores = class_logits.sigmoid().masked_fill(~class_mask, 0)
     probs = upsampled_probabilities(mask_logits)
-    # Resizing is linear, so that sums take the place of masks
+    # Resizing is linear, so K sums are resized instead of N masks
     sums = (scores.T @ probs.flatten(1)).unflatten(1, probs.shape[1:])
     total = mask_logits.new_empty(len(sums), *geometry.output)
     for few, part in zip(sums.split(CLASSES_AT_ONCE), total.split(CLASSES_AT_ONCE)):

@@ -16,7 +16,7 @@ from detectron2.utils.env import seed_all_rng
 from ...config.files import get_config_file
 from ...data.shapes import write_shapes
 from ...engine import Trainer, load_config
-from ...engine.launch import Preempted
+from ...engine.stop_signals import Preempted
 from ...engine.train_step import amp_dtype
 from ...errors import ConfigError
 from .plan import Row, Setup, Step

@@ -1,4 +1,4 @@
-"""From one file to a predictor."""
+"""Makes a predictor from one weights file."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from ..config.merging import choose_device, load_config, merge_config
 from ..config.unread import warn_of_unread_options
 from ..data.classes import ClassTable, class_table
 from ..errors import ConfigError
-from .predictor import ImagePredictor
+from .image_predictor import ImagePredictor
 
 
 def load(
@@ -24,14 +24,14 @@ def load(
     config_file: str | None = None,
     opts: Sequence[str] = (),
 ) -> ImagePredictor:
-    """A predictor from a weights file, which brings its config and its class names.
+    """Make a predictor from a weights file, which contains its config and class names.
 
     Args:
-        path: a ``.pth`` of a training, a ``.safetensors`` of tools/convert_checkpoint.py, or ``knet://<name>`` for an
+        path: the ``.pth`` file of a training run, a file of tools/convert_checkpoint.py, or ``knet://<name>`` for an
             official model.
         confidence_threshold: instances and thing segments with a lower score are left out.
         device: "cpu", "cuda", ...; None takes a GPU if there is one.
-        config_file: for weights that bring no config, the config file that they were trained with.
+        config_file: config file of weights that contain none.
         opts: further config options, KEY VALUE ...
 
     Raises:
@@ -43,21 +43,21 @@ def load(
 
 
 def threshold_options(confidence_threshold: float) -> list[str]:
-    """The options, KEY VALUE ..., that leave out instances and thing segments with a lower score."""
+    """Return the options, KEY VALUE ..., that drop instances and thing segments with a lower score."""
     threshold = str(confidence_threshold)
     return ["MODEL.KNET.TEST.SCORE_THRESHOLD", threshold, "MODEL.KNET.TEST.THING_SCORE_THRESHOLD", threshold]
 
 
 def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode, ClassTable]:
-    """The config and the classes of a model.
+    """Return the config and the classes of a model.
 
     Args:
-        config_file: None takes both from the weights, or from the zoo where these are an official model's.
+        config_file: None: read both from the weights file, or from the model zoo for an official model.
         opts: KEY VALUE ...; without a config file, MODEL.WEIGHTS is one of the keys.
 
     Raises:
         ConfigError: there are no weights; or see :func:`load_config`.
-        CheckpointError: the weights bring no config.
+        CheckpointError: the weights file contains no config.
     """
     weights = dict(zip(opts[0::2], opts[1::2])).get("MODEL.WEIGHTS", "")
     if not config_file and weights.startswith(PREFIX):
@@ -66,7 +66,7 @@ def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode
         cfg = load_config(config_file, opts)
         classes = class_table(cfg)
     elif weights:
-        # The predictor reads the file again: it needs nothing but a config, as Detectron2's DefaultPredictor
+        # Like Detectron2's DefaultPredictor, the predictor is built from a config alone, so it reads the file again
         cfg, classes = read_description(load_file(weights), weights)
         merge_config(cfg, "", opts)
         cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, explicit="MODEL.DEVICE" in opts[0::2])

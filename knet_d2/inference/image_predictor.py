@@ -1,4 +1,4 @@
-"""A model with its classes, ready for image files, folders and arrays."""
+"""Segments image files, folders and arrays with a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..results.prediction import Prediction
 from ..tasks import get_task
 from ..video.model import TrackingKNet
 from ..video.reading import read_ahead
-from .default_predictor import Predictor
+from .detectron2_predictor import Predictor
 from .sources import ImageFiles, Video
 from .tiles import predict_tiles
 from .trace import Trace
@@ -27,10 +27,10 @@ ORDERS = ("RGB", "BGR")
 
 
 class ImagePredictor:
-    """Segments images; made by :func:`knet_d2.load`.
+    """Segments images; :func:`knet_d2.load` makes it.
 
     Attributes:
-        classes: the names and ids of what it finds.
+        classes: the model's classes.
         model: the network, in evaluation mode.
         cfg: its config.
         pixel_format: the images that the model takes.
@@ -66,9 +66,10 @@ class ImagePredictor:
             order: of an array's three channels that are colours: "RGB" (as from Pillow, imageio, matplotlib) or "BGR"
                 (as from OpenCV). It can't be told from an array, and the wrong one gives worse results without a sign,
                 so it has no default.
-            tile_size: cut images that are larger into tiles of this many pixels a side, and join what is found in
-                them; so big images take no more memory than small ones, and small objects keep their size.
-            tile_overlap: pixels that neighbouring tiles share, by default a quarter of them; objects are joined by it.
+            tile_size: side length in pixels of the tiles into which larger images are cut. Large images then need no
+                more memory than small ones, and small objects keep their size.
+            tile_overlap: pixels that neighbouring tiles share; None: a quarter of ``tile_size``. Objects that cross a
+                border are joined there.
 
         Raises:
             DataError: the file can't be read, or the array is no image.
@@ -76,18 +77,18 @@ class ImagePredictor:
         return self._tiled(self._pixels(image, order), tile_size, tile_overlap)
 
     def predict(self, image: np.ndarray) -> dict[str, Prediction]:
-        """All results that MODEL.KNET.TEST.OUTPUTS asks for, by the keys of the model's outputs.
+        """Predict every output of MODEL.KNET.TEST.OUTPUTS; returns the predictions by output.
 
         Args:
             image: [H, W, C] from 0 to 255, uint8 or float32, colours in RGB order.
 
         Returns:
-            The main one comes first.
+            The main output comes first.
         """
         return predictions_of(self._predictor.predict(self._arranged(image)), self.classes)
 
     def trace(self, image: str | os.PathLike[str] | np.ndarray, order: str | None = None) -> Trace:
-        """Send an image through the network once, to look at the results of every stage.
+        """Run an image through the network once, to inspect the results of every stage.
 
         Args:
             image, order: see :meth:`__call__`.
@@ -103,14 +104,14 @@ class ImagePredictor:
         return self._trace(self._arranged(image))
 
     def images(self, paths: str | Sequence[str], **options: Any) -> Iterator[tuple[str, Prediction]]:
-        """The predictions of many files, one by one; those that can't be read are logged and left out.
+        """Predict many files one by one; files that can't be read are logged and left out.
 
         Args:
             paths: files, folders (whose images are taken, not those of folders in them), or patterns as "a/*.jpg".
             options: tile_size and tile_overlap, see :meth:`__call__`.
 
         Yields:
-            path of the file, and what is in it.
+            path of the file, and its prediction.
         """
         for name, image in ImageFiles([paths] if isinstance(paths, str) else paths, self.pixel_format):
             if image is not None:
@@ -179,7 +180,7 @@ class ImagePredictor:
         return self.pixel_format.arrange(image, "The image")
 
     def _pixels(self, image: str | os.PathLike[str] | np.ndarray, order: str | None) -> np.ndarray:
-        """A file or an array as the model takes it."""
+        """Convert a file or an array to the model's format of images."""
         if isinstance(image, np.ndarray):
             has_colors = self.pixel_format.is_named and image.ndim == 3 and image.shape[2] == 3
             if has_colors and order not in ORDERS:

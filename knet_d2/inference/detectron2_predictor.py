@@ -1,4 +1,4 @@
-"""From a config and weights to a function that segments one image, as Detectron2's DefaultPredictor does."""
+"""Detectron2's DefaultPredictor for a K-Net: it is made from a config, and returns Detectron2's results."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Predictor(DefaultPredictor):
     """Detectron2's DefaultPredictor, with weights read by K-Net's checkpointer.
 
     Call it with an image as files have it, uint8, uint16 or floats [H, W, C] (see PixelFormat); three channels that are
-    colours in BGR order, whatever INPUT.FORMAT is. It returns the model's outputs.
+    colours in BGR order, whatever INPUT.FORMAT is. It returns the model's results.
 
     Attributes:
-        pixel_format: what the model takes.
-        classes: the names and ids of what it finds; the names are the data set's, else those of the weights file.
-        network: the model without test-time augmentation, which is in ``model`` where TEST.AUG.ENABLED asks for it.
+        pixel_format: the model's format of images.
+        classes: the model's classes; their names are the data set's, else those of the weights file.
+        network: the model without test-time augmentation; ``model`` includes it if TEST.AUG.ENABLED is True.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -42,17 +42,17 @@ class Predictor(DefaultPredictor):
         self.aug = Resize([shorter, shorter], cfg.INPUT.MAX_SIZE_TEST)
 
     def __call__(self, original_image: np.ndarray) -> dict[str, Any]:
-        """The model's outputs for one image, BGR."""
+        """The model's results for one image, BGR."""
         return self.predict(self.pixel_format.prepare(original_image, "The image", "BGR"))
 
     @torch.no_grad()
     def predict(self, image: np.ndarray) -> dict[str, Any]:
-        """The model's outputs for one image of pixel_format."""
+        """The model's results for one image of pixel_format."""
         return self.model([self.sample(image)])[0]
 
     def sample(self, image: np.ndarray) -> dict[str, Any]:
         """The model's input for one image of pixel_format; results have the size of that image."""
         height, width = image.shape[:2]
         image = self.aug.get_transform(image).apply_image(image)
-        tensor = torch.as_tensor(image.astype("float32").transpose(2, 0, 1))
+        tensor = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
         return {"image": tensor, "height": height, "width": width}
