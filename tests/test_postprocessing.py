@@ -490,6 +490,7 @@ def test_size_of_cells_does_not_change_results(monkeypatch, step, most, elements
     monkeypatch.setattr(cells, "CELL_STEP", step)
     monkeypatch.setattr(cells, "CELL_PIXELS", most)
     monkeypatch.setattr(cells, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(cells, "BOUNDS_ELEMENTS", elements)
     shapes = record_computed(monkeypatch)
 
     chosen = torch.tensor([5, 0, 6, 3, 0])
@@ -531,6 +532,15 @@ def test_kernels_that_cannot_win_a_cell_are_not_computed_there(monkeypatch):
     assert (owners == 4).all()
     assert mask_areas.sum() == mask_areas[4] == 150 * 203  # all of it full
     assert sum(math.prod(shape) for shape in shapes) == 0
+
+
+def test_cells_with_other_numbers_of_kernels_are_computed_together(monkeypatch):
+    """1 to 17 kernels compete in a cell; cells with few of them repeat one, and are computed in few calls."""
+    mask_logits, scores = blobs(20, offset=0), torch.linspace(0.5, 0.9, 20, dtype=torch.float64)
+    shapes = record_computed(monkeypatch)
+    owners, _, _ = cells.assign_pixels(scores, mask_logits, scores < 0, LARGE)
+    assert torch.equal(owners, dense.assign_pixels(scores, mask_logits, scores < 0, LARGE)[0])
+    assert [kernels for count, kernels, _ in shapes if count] == [17, 4]
 
 
 def test_areas_are_counted_only_where_a_mask_is_uncertain(monkeypatch):
