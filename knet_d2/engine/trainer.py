@@ -66,6 +66,8 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         device = next(model.parameters()).device
         dtype = amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
+        if dtype is not None and device.type == "cuda":
+            model.to(memory_format=torch.channels_last)  # as the feature maps, see modeling/layers.py
         optimizer = self.build_optimizer(cfg, model)
         device_ids = [torch.cuda.current_device()] if device.type == "cuda" else None
         ddp_model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)

@@ -1,8 +1,11 @@
 """Layers and tensor helpers that all parts of the network share: precision, batch norm, fast convolutions."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,9 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.utils import comm
 from torch import distributed, nn
 
+from ..setup.compat import tensor_version
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 # ---- precision: sums over thousands of pixels overflow float16, and round too much in bfloat16 -----------------
@@ -17,7 +23,7 @@ BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 def full_precision(x: torch.Tensor | None) -> torch.Tensor | None:
     """x in float32 if it is of a half type; float64 stays float64, None stays None."""
-    if x is None or x.dtype not in (torch.float16, torch.bfloat16):
+    if x is None or x.dtype not in HALF_TYPES:
         return x
     return x.float()
 
@@ -36,6 +42,21 @@ def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.to(device, non_blocking=True)
 
 
+def mask_convolution(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A 1x1 convolution whose result are mask logits: [B, C, H, W] -> [B, N, H, W].
+
+    The signs of mask logits are hard gates, which amplify rounding. On CUDA the convolution is a matrix product, since
+    PyTorch computes convolutions in TF32 by default, but matrix products only if the user allows it
+    (torch.set_float32_matmul_precision).
+    """
+    if x.device.type != "cuda":
+        return conv(x)
+    masks = conv.weight.flatten(1) @ x.flatten(2)
+    if conv.bias is not None:
+        masks = masks + conv.bias[:, None]
+    return masks.unflatten(2, x.shape[-2:])
+
+
 # ---- batch norm ------------------------------------------------------------------------------------------------
 
 
@@ -49,7 +70,7 @@ class EvalBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features, **kwargs)
         self.eval()
 
-    def train(self, mode: bool = True) -> "EvalBatchNorm2d":
+    def train(self, mode: bool = True) -> EvalBatchNorm2d:
         """Stays in eval mode, whatever mode the model is in."""
         return super().train(False)
 
@@ -78,11 +99,27 @@ def resolve_norm(name: str) -> str | Callable[[int], nn.Module]:
 # ---- faster convolutions, with the same results up to rounding -------------------------------------------------
 
 
+def half_type(x: torch.Tensor) -> torch.dtype | None:
+    """The half type in which convolutions of x are computed: its own, or that of autocast; None if there is none."""
+    if x.dtype in HALF_TYPES:
+        return x.dtype
+    device = x.device.type
+    if x.dtype != torch.float32 or not torch.amp.is_autocast_available(device):  # autocast leaves float64
+        return None
+    if not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def channels_last(images: torch.Tensor) -> torch.Tensor:
-    """[B, C, H, W] in the channels_last memory format on a CPU, where it is faster; all feature maps inherit it."""
-    if images.device.type != "cpu":
-        return images
-    return images.contiguous(memory_format=torch.channels_last)
+    """[B, C, H, W] in the channels_last memory format where it is faster; all feature maps inherit it.
+
+    That is on a CPU, and on CUDA in half precision, whose tensor cores read this format.
+    """
+    device = images.device.type
+    if device == "cpu" or device == "cuda" and half_type(images) is not None:
+        return images.contiguous(memory_format=torch.channels_last)
+    return images
 
 
 def is_affine(norm: nn.Module | None) -> bool:
@@ -100,15 +137,32 @@ def folded_weights(conv: Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
     return conv.weight * scale[:, None, None, None], norm.bias - mean * scale
 
 
+class FoldedWeights(NamedTuple):
+    """Folded weights, and by what it is seen that they are still right.
+
+    Attributes:
+        sources: the tensors that they were made of. A reference to each, so that no new tensor gets its id.
+        state: of each source when it was read: version, type and device; and the type of the folded weights.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    sources: list[torch.Tensor]
+    state: list[tuple]
+
+
 class FoldedConv2d(Conv2d):
     """A convolution that folds its batch norm into its weights in evaluation, which saves a pass over the map.
 
-    The parameters and their names are those of the convolution and its norm; the folded weights are not stored. In
-    training it is an ordinary convolution, so that gradients equal the official ones to the last bit.
+    The parameters and their names are those of the convolution and its norm; the folded weights are in no state dict.
+    They are kept as long as the tensors they were made of stay unchanged; each call of train() or eval() discards them.
+    In training it is an ordinary convolution, so that gradients equal the official ones to the last bit.
     """
 
+    _kept: FoldedWeights | None = None
+
     @classmethod
-    def share(cls, conv: Conv2d) -> "FoldedConv2d":
+    def share(cls, conv: Conv2d) -> FoldedConv2d:
         """A folded convolution that shares the parameters and the norm of an existing one."""
         with torch.device("meta"):
             folded = cls(
@@ -130,8 +184,34 @@ class FoldedConv2d(Conv2d):
         """[B, C_in, H, W] -> [B, C_out, H', W']."""
         if self.training or not is_affine(self.norm):
             return super().forward(x)
-        x = F.conv2d(x, *folded_weights(self), self.stride, self.padding, self.dilation, self.groups)
+        x = F.conv2d(x, *self._folded(x), self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
+
+    def train(self, mode: bool = True) -> FoldedConv2d:
+        """Set the mode, and fold anew when the weights are needed again."""
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: without the folded weights."""
+        return {**self.__dict__, "_kept": None}
+
+    def _folded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The folded weights in the type in which x is convolved, from the last call where nothing has changed."""
+        norm, dtype = self.norm, half_type(x)
+        tensors = (self.weight, self.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        sources = [t for t in tensors if t is not None]
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if torch.is_grad_enabled() or is_traced or any(t.is_inference() for t in sources):
+            return folded_weights(self)
+        state = [(tensor_version(t), t.dtype, t.device, dtype) for t in sources]
+        kept = self._kept
+        if kept is None or kept.state != state or any(a is not b for a, b in zip(kept.sources, sources)):
+            weight, bias = (t if dtype is None else t.to(dtype) for t in folded_weights(self))
+            if x.device.type == "cuda" and dtype is not None:
+                weight = weight.contiguous(memory_format=torch.channels_last)
+            kept = self._kept = FoldedWeights(weight, bias, sources, state)
+        return kept.weight, kept.bias
 
 
 def use_folded_convolutions(module: nn.Module) -> None:

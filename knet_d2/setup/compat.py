@@ -8,7 +8,14 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["create_local_process_group", "default_store", "quiet_torchscript", "replaced", "stored_images"]
+__all__ = [
+    "create_local_process_group",
+    "default_store",
+    "quiet_torchscript",
+    "replaced",
+    "stored_images",
+    "tensor_version",
+]
 
 
 def create_local_process_group(size: int) -> None:
@@ -38,6 +45,14 @@ def default_store() -> Any:
     from torch import distributed
 
     return distributed.distributed_c10d._get_default_store()
+
+
+def tensor_version(tensor: Any) -> int:
+    """Return a number that grows with each change of a tensor in place; tensors made in inference mode have none.
+
+    Reason: torch has no public function for it.
+    """
+    return tensor._version
 
 
 def stored_images(storage: Any) -> list[tuple[str, Any, int]]:

@@ -14,7 +14,7 @@ from torch import nn
 from ...errors import ConfigError
 from ...tasks import KernelBank
 from ..cascade import PRIOR_PROBABILITY, gather_group_features
-from ..layers import full_precision, no_autocast, resolve_norm
+from ..layers import full_precision, mask_convolution, no_autocast, resolve_norm
 from ..structures import KernelState
 
 POSITION_ENCODINGS = ("sine", "coordinates", "none")
@@ -185,7 +185,7 @@ class LearnedKernels(nn.Conv2d):
         self, fused: torch.Tensor, localization_feature: torch.Tensor, image_sizes: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
         """See :class:`InstanceKernels`."""
-        return self.weight.flatten(1), self(localization_feature), None
+        return self.weight.flatten(1), mask_convolution(self, localization_feature), None
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -280,7 +280,7 @@ class SemanticFPNKernelHead(nn.Module):
         first_kernels, mask_logits, center_logits = self.instance_kernels.first_masks(
             fused, localization_feature, image_sizes
         )
-        semantic_logits = self.classifier(semantic_feature)
+        semantic_logits = mask_convolution(self.classifier, semantic_feature)
 
         with no_autocast(feature):
             masks = (mask_logits > 0).to(full_precision(feature).dtype)
