@@ -316,6 +316,14 @@ def test_non_finite_steps_are_skipped(failure, scale, caplog):
         assert not torch.equal(step.model.head.weight, before[0]["head.weight"])
 
 
+def test_running_statistics_are_copied_together():
+    """For each type one operation, however many layers there are."""
+    step = with_batch_norm(limit=2)
+    assert [[x.shape for x in buffers] for buffers in step._statistics] in ([[(4,), (4,)], [()]], [[()], [(4,), (4,)]])
+    step = step_of(tiny_model("panoptic"))
+    assert len(step._statistics) == 2 and sum(map(len, step._statistics)) > 150
+
+
 @pytest.mark.parametrize("failure", [math.nan, NonFiniteError("Cost class of stage 1 is not finite.")])
 def test_part_that_is_not_finite_skips_its_batch(failure):
     """The gradients and running statistics of the earlier parts are discarded before the next step."""

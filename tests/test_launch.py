@@ -124,6 +124,14 @@ def test_what_a_person_can_mend_is_one_line(outcome, monkeypatch, error, message
     assert code == 1 and text.startswith(message) and text.count("\n") == 1
 
 
+def test_the_process_group_ends_with_the_work(outcome, tmp_path):
+    def work():
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+
+    assert outcome(work)[0] == 0
+    assert not torch.distributed.is_initialized()
+
+
 def test_other_failures_keep_their_traceback():
     assert explain(KeyError("bug")) is None and explain(RuntimeError("shape mismatch")) is None
 

@@ -63,6 +63,8 @@ def run_guarded(work: Callable, *args: Any) -> int:
     logging.raiseExceptions, threading.excepthook = False, _print_unexplained
     try:
         work(*args)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # NCCL warns of resources that leak otherwise
         return 0
     except Exception as error:
         if hasattr(signal, "SIGCHLD"):  # PyTorch's handler could raise another error while this one is reported

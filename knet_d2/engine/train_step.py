@@ -101,12 +101,14 @@ class TrainStep(TrainerBase):
         self._non_finite_limit = non_finite_limit
         self._non_finite_steps = 0
         self._gradients_are_complete = False
-        self._statistics = [
+        buffers = [
             buffer
             for module in model.modules()
             if getattr(module, "track_running_stats", False) and module.training
             for buffer in module.buffers(recurse=False)
         ]
+        # By type, so that they can be copied together
+        self._statistics = [[x for x in buffers if x.dtype == dtype] for dtype in {x.dtype for x in buffers}]
         self.last_batch: list[dict[str, Any]] = []
         self.stop_signal: str | None = None
         self._signals = signals or StopSignals()
@@ -121,13 +123,15 @@ class TrainStep(TrainerBase):
         data_time = time.perf_counter() - start
 
         self.last_batch = data
-        statistics = [buffer.clone() for buffer in self._statistics]
+        # One operation for each type, not for each layer
+        statistics = [torch.cat([x.flatten() for x in buffers]) for buffers in self._statistics]
         try:
             metrics = self._update(data, data_time)
         except NonFiniteError as error:
             self.optimizer.zero_grad()
-            for buffer, before in zip(self._statistics, statistics):
-                buffer.copy_(before)
+            for buffers, kept in zip(self._statistics, statistics):
+                for buffer, before in zip(buffers, kept.split([x.numel() for x in buffers])):
+                    buffer.copy_(before.view_as(buffer))
             self._non_finite_steps += 1
             if self._non_finite_steps >= self._non_finite_limit:
                 raise
@@ -192,19 +196,18 @@ class TrainStep(TrainerBase):
             the metrics of every process, with "data_time" in seconds.
         """
         received = signal.Signals[self._signals.received].value if self._signals.received else 0
+        host = [data_time, float(received)]
         own = torch.stack([value.detach().float() for value in metrics.values()])
         if comm.get_world_size() == 1:
-            rows, on_cpu = [own.tolist()], [[data_time, received]]
+            rows = [[*own.tolist(), *host]]
         else:
-            own = torch.cat([own, send(torch.tensor([data_time, received]), self._device)])
+            own = torch.cat([own, send(torch.tensor(host), self._device)])
             gathered = own.new_empty(comm.get_world_size(), len(own))
             distributed.all_gather(list(gathered.unbind()), own)
             rows = gathered.tolist()
-            on_cpu = [row[len(metrics) :] for row in rows]
-        number = max(int(row[1]) for row in on_cpu)
+        number = int(max(row[-1] for row in rows))
         self.stop_signal = signal.Signals(number).name if number else None
-        names = [*metrics, "data_time"]
-        return [dict(zip(names, [*row[: len(metrics)], host[0]])) for row, host in zip(rows, on_cpu)]
+        return [dict(zip([*metrics, "data_time"], row)) for row in rows]
 
     def _check_gradients(self) -> None:
         """Raise on all ranks if a trainable parameter has no gradient: DistributedDataParallel would fail later."""
