@@ -18,7 +18,15 @@ from knet_d2.engine import Predictor, Trainer
 from knet_d2.errors import ConfigError
 from knet_d2.modeling.meta_arch import KNet
 from knet_d2.modeling.postprocessing import ImageGeometry, ImageLogits
-from knet_d2.modeling.tta import KNetWithTTA, View, match_kernels, merge_views, resample_masks
+from knet_d2.modeling.tta import (
+    KNetWithTTA,
+    View,
+    clamped_grid,
+    match_kernels,
+    merge_views,
+    resample_masks,
+    sample_with_border,
+)
 from knet_d2.programs import train
 from knet_d2.tasks import TASKS
 
@@ -298,3 +306,14 @@ def test_in_a_run(tmp_path):
     again = train.evaluate(cfg, resume=False)
     for key in ("panoptic_seg", "panoptic_seg_TTA"):
         assert again[key] == pytest.approx(results[key], nan_ok=True)
+
+
+def test_border_of_resampling_without_the_padding_mode():
+    """MPS has no padding mode "border": points beyond the outermost pixels are moved there."""
+    generator = torch.Generator().manual_seed(0)
+    maps, grid = torch.randn(1, 3, 5, 7, generator=generator), 3 * torch.rand(1, 40, 40, 2, generator=generator) - 1.5
+    expected = sample_with_border(maps, grid)
+    found = torch.nn.functional.grid_sample(maps, clamped_grid(grid, 5, 7), align_corners=False)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    zeros = torch.nn.functional.grid_sample(maps, grid, align_corners=False)
+    assert (zeros - expected).abs().max() > 0.5

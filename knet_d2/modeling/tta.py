@@ -261,4 +261,25 @@ def resample_masks(
         axes.append(2 * points * source.image[axis] / source.padded[axis] - 1)
     y, x = torch.meshgrid(*axes, indexing="ij")
     grid = torch.stack([x, y], dim=-1).to(mask_logits)
-    return F.grid_sample(mask_logits[None], grid[None], padding_mode="border", align_corners=False)[0]
+    return sample_with_border(mask_logits[None], grid[None])[0]
+
+
+def sample_with_border(maps: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """F.grid_sample, bilinear and with the padding mode "border", also on MPS, which lacks that mode.
+
+    Args:
+        maps: [B, N, h, w].
+        grid: [B, H, W, 2], x and y; the maps' outer edges are -1 and 1.
+
+    Returns:
+        [B, N, H, W].
+    """
+    if maps.device.type != "mps":
+        return F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(maps, clamped_grid(grid, *maps.shape[-2:]), align_corners=False)
+
+
+def clamped_grid(grid: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The grid with points beyond the centers of the outermost pixels moved to these: what "border" means."""
+    limits = grid.new_tensor([1 - 1 / width, 1 - 1 / height])
+    return torch.minimum(torch.maximum(grid, -limits), limits)

@@ -3,6 +3,7 @@
 For accelerators and exported graphs; see :class:`.rules.PixelFunctions`.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,8 @@ from .rules import MASK_THRESHOLD
 # Masks of full resolution, of an image, that are in memory together as numbers. A constant, so that a tracer can unroll
 # the loop
 MASKS_AT_ONCE = 16
+# On an accelerator as many more as have this number of pixels together (256 MB in float32): launches cost more there
+PIXELS_AT_ONCE = 1 << 26
 
 
 def binary_masks(mask_logits: torch.Tensor, kernels: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
@@ -42,9 +45,12 @@ def assign_pixels(
 
 
 def _chunks(mask_logits: torch.Tensor, geometry: ImageGeometry) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Some of the masks at a time, and their probabilities: [..., N, h, w] -> [..., MASKS_AT_ONCE or less, H, W]."""
-    count = mask_logits.shape[-3]
-    for start in range(0, max(count, 1), MASKS_AT_ONCE):
-        chunk = slice(start, min(start + MASKS_AT_ONCE, count))
+    """Some of the masks at a time, and their probabilities: [..., N, h, w] -> [..., n, H, W]."""
+    count, at_once = mask_logits.shape[-3], MASKS_AT_ONCE
+    if mask_logits.device.type != "cpu" and not torch.compiler.is_exporting():
+        pixels = max(math.prod(size) for size in geometry) * math.prod(mask_logits.shape[:-3])
+        at_once = max(at_once, PIXELS_AT_ONCE // pixels)
+    for start in range(0, max(count, 1), at_once):
+        chunk = slice(start, min(start + at_once, count))
         some = mask_logits[..., chunk, :, :]
         yield chunk, mask_probabilities(some.flatten(0, -3), geometry).unflatten(0, some.shape[:-2])
