@@ -20,8 +20,8 @@ from .load_report import build_report, find_misfits, recognise
 from .loading import as_checkpoint
 from .zoo import build_on_meta
 
-# Left out of a description: paths of the machine that wrote the file, and data sets that a reader does not need.
-_LEFT_OUT = ("OUTPUT_DIR", "DATASETS", "MODEL.WEIGHTS", "MODEL.DEVICE")
+# Left out of a description: what belongs to the machine that wrote the file, and data sets that a reader does not need.
+_LEFT_OUT = ("OUTPUT_DIR", "DATASETS", "MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.COMPILE")
 # Sections that a reader uses; the other sections document the training run.
 _MODEL_SECTIONS = ("MODEL", "INPUT", "TEST")
 # Limits against hostile files. Our own descriptions have a few thousand letters, no alias and at most 4 levels.
@@ -74,7 +74,7 @@ def read_description(content: Any, path: str) -> ModelDescription:
     parameters = as_checkpoint(content, path)["model"]
     try:
         config = _parse_config(metadata["config"])
-        for key in ("WEIGHTS", "DEVICE"):
+        for key in ("WEIGHTS", "DEVICE", "COMPILE"):
             config.get("MODEL", {}).pop(key, None)
         cfg.merge_from_other_cfg(CfgNode({key: config[key] for key in _MODEL_SECTIONS if key in config}))
         classes = from_categories(_parse_classes(metadata["classes"]))

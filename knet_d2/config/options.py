@@ -26,6 +26,8 @@ def add_knet_config(cfg: CN) -> None:
 
 
 def _add_model_config(cfg: CN) -> None:
+    # Whether torch.compile compiles backbone, static kernels and cascade, for up to 8 sizes of batches.
+    cfg.MODEL.COMPILE = False
     cfg.MODEL.KNET = CN()
     knet = cfg.MODEL.KNET
     # Task: "instance", "panoptic" or "semantic"; see knet_d2/tasks.py for what it selects.

@@ -17,6 +17,7 @@ from ..data.pixels import PixelFormat
 from ..errors import ConfigError, DataError, NonFiniteError
 from ..tasks import build_bank, get_task
 from .cascade import KernelUpdateCascade, select_stage
+from .compilation import CompiledNetwork
 from .criterion import KNetCriterion
 from .layers import channels_last, use_folded_convolutions
 from .postprocessing import ImageGeometry, ImageLogits, PostProcessor
@@ -47,6 +48,7 @@ class KNet(nn.Module):
         pixel_std: Sequence[float],
         input_format: str,
         pads_images: bool,
+        compile_network: bool = False,
     ):
         """
         Args:
@@ -55,6 +57,7 @@ class KNet(nn.Module):
             postprocessor: makes the results of an image from its logits.
             pixel_mean, pixel_std: per channel, in the order of ``input_format``.
             pads_images: whether images of several sizes may share a padded batch in evaluation.
+            compile_network: whether torch.compile compiles backbone, static kernels and cascade.
         """
         super().__init__()
         self.backbone = backbone
@@ -66,6 +69,7 @@ class KNet(nn.Module):
         self.bank = criterion.bank
         self.input_format = input_format
         self.pads_images = pads_images
+        self.compiled = CompiledNetwork() if compile_network else None
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).float().view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).float().view(-1, 1, 1), persistent=False)
         use_folded_convolutions(self)
@@ -92,6 +96,7 @@ class KNet(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": PixelFormat.from_config(cfg).name,
             "pads_images": task.pads_images,
+            "compile_network": cfg.MODEL.COMPILE,
         }
 
     @property
@@ -145,6 +150,12 @@ class KNet(nn.Module):
             image_sizes: int64 [B, 2], height and width of the images without padding (one may stand for all), on any
                 device; None: there is no padding.
         """
+        if self.compiled is None or torch.compiler.is_compiling():
+            return self.static_network(images, image_sizes)
+        return self.compiled(self, images, image_sizes)
+
+    def static_network(self, images: torch.Tensor, image_sizes: torch.Tensor | None) -> NetworkOutput:
+        """What MODEL.COMPILE compiles: the part whose shapes depend on the batch's size alone. See :meth:`network`."""
         features = self.backbone(channels_last(images))
         state = self.sem_seg_head(features, image_sizes)
         return NetworkOutput(features, state, self.cascade(state))
@@ -170,7 +181,7 @@ class KNet(nn.Module):
         # In float32 also for a float64 model: so pixels are read, and every precision then sees the same image
         mean, std = self.pixel_mean.float(), self.pixel_std.float()
         images = [((image.float() - mean) / std).to(self.pixel_mean.dtype) for image in images]
-        return ImageList.from_tensors(images, self.size_divisibility)
+        return pad_images(images, max(self.size_divisibility, 1))
 
     def send_ground_truth(self, batched_inputs: list[dict[str, Any]]) -> list[GroundTruth]:
         """Ground truth of every image on the model's device; checked here where the loader has not done it."""
@@ -198,3 +209,16 @@ class KNet(nn.Module):
             class_logits = None if shown.class_logits is None else shown.class_logits[i]
             logits.append(ImageLogits(class_logits, shown.mask_logits[i], geometry, shown.kernels[i]))
         return logits
+
+
+def pad_images(images: list[torch.Tensor], divisibility: int) -> ImageList:
+    """A batch of images [C, height, width], padded with 0 at the right and bottom to one size.
+
+    Unlike ImageList.from_tensors, it computes the size with numbers instead of tensors.
+    """
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
+    height, width = (-(-max(sides) // divisibility) * divisibility for sides in zip(*sizes))
+    batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+    for image, padded in zip(images, batch):
+        padded[:, : image.shape[1], : image.shape[2]].copy_(image)
+    return ImageList(batch, sizes)
