@@ -478,7 +478,7 @@ def test_half_precision_logits_are_compared_in_float32():
     targets = [Targets(t.classes, t.masks.float(), t.stuff_classes, t.stuff_masks.float()) for t in targets]
     half = [StageOutput(*(x.detach().float() for x in s)) for s in stages]
     for dtype in (torch.float16, torch.bfloat16):
-        static = KernelState(*(x.detach().to(dtype) for x in state))
+        static = KernelState(*(None if x is None else x.detach().to(dtype) for x in state))
         losses = make_criterion().float()(static, half, targets)
         assert {value.dtype for value in losses.values()} == {torch.float32}
 
