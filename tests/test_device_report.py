@@ -131,6 +131,16 @@ def test_the_time_limit_ends_a_step_and_leaves_the_rest_of_its_time_to_later_par
     assert "The time limit of this part ended before: slow, next." in text
 
 
+def test_parts_of_an_earlier_run_of_the_same_size_stay(tmp_path, monkeypatch):
+    for name in ("training", "profile"):
+        monkeypatch.setitem(program.PARTS, name, Part(1, lambda setup: [Step("a", lambda: [{"run": "a"}])]))
+        _, found, text = report(tmp_path, "--parts", name)
+    assert [part["rows"] for part in found["parts"].values()] == [[{"run": "a"}], [{"run": "a"}]]
+    assert "## Training" in text and "## Profile" in text
+    _, found, _ = report(tmp_path, "--parts", "profile", "--size", "full")
+    assert list(found["parts"]) == ["profile"]
+
+
 def test_counts_of_what_a_profiler_sees():
     on_device = ["gemm", "Memcpy HtoD (Pinned -> Device)", "Memcpy DtoH (Device -> Pageable)", "Memset (Device)", "add"]
     on_cpu = ["aten::mm", "cudaLaunchKernel", "cudaStreamSynchronize", "cudaStreamSynchronize", "cudaDeviceSynchronize"]
@@ -152,8 +162,8 @@ def test_page_shows_another_report_beside_equal_runs_only():
         return {**row, "metric": "PQ", "value": value, "seconds": 3.0}
 
     def content(name, *rows):
-        part = {"limit": 1.0, "seconds": 1.0, "rows": list(rows), "failures": [], "not_run": []}
-        return {"device_name": name, "command": "python", "environment": {}, "parts": {"training": part}}
+        part = {"command": "python", "limit": 1.0, "seconds": 1.0, "rows": list(rows), "failures": [], "not_run": []}
+        return {"device_name": name, "environment": {}, "parts": {"training": part}}
 
     this = content("GPU", training_row(40.0), training_row(50.0, iterations=20))
     text = page.markdown(this, content("CPU", training_row(41.25)))

@@ -13,7 +13,7 @@ from torch import nn
 from ...data.classes import class_table
 from ...export import INPUT_NAMES, OUTPUT_NAMES, default_image_type, export_metadata, save_onnx, trace
 from ...modeling.backbone.deform_conv import DeformConv2d
-from ...modeling.postprocessing import ImageGeometry, ImageLogits, cells, dense
+from ...modeling.postprocessing import ImageGeometry, cells, dense
 from ..benchmark.filling import damp_residual_blocks, fill
 from ..benchmark.measure import precision
 from ..benchmark.models import Subject, build_subject
@@ -209,23 +209,19 @@ def compare_results(setup: Setup, task: str) -> list[Row]:
     with torch.no_grad():
         (logits,) = subject.model(subject.inputs(setup.size.compared_image, 1, (height, width)), do_postprocess=False)
     geometry = ImageGeometry(logits.geometry.padded, logits.geometry.image, (height * 3 // 2, width * 3 // 2))
-    logits = logits._replace(geometry=geometry)
+    classes, masks = logits.class_logits, logits.mask_logits
     processor, rows = subject.model.postprocessor, []
     outputs = ["instances", "panoptic_seg", "sem_seg"]
     outputs = {"panoptic": outputs, "instance": outputs[:1], "semantic": outputs[2:]}[task]
     for output in outputs:
-        expected = processor.tensors(output, *logits, processor.options, cells)
+        expected = processor.tensors(output, classes, masks, geometry, processor.options, cells)
         processor.to(setup.device)
-        found = processor.tensors(output, *_to(logits, setup.device), processor.options, dense)
+        moved = None if classes is None else classes.to(setup.device)
+        found = processor.tensors(output, moved, masks.to(setup.device), geometry, processor.options, dense)
         processor.to("cpu")
         worst = max(map(_result_difference, found, expected))
         rows.append(row(f"{task}: {output}", torch.float32, worst, PIXEL_TOLERANCE, "of equal logits"))
     return rows
-
-
-def _to(logits: ImageLogits, device: torch.device) -> ImageLogits:
-    classes = None if logits.class_logits is None else logits.class_logits.to(device)
-    return ImageLogits(classes, logits.mask_logits.to(device), logits.geometry)
 
 
 def _result_difference(found: torch.Tensor, expected: torch.Tensor) -> float:

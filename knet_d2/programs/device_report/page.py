@@ -38,7 +38,14 @@ def markdown(report: Mapping[str, Any], other: Mapping[str, Any] | None = None) 
         other: another report, whose values of the same training runs and speeds stand beside those of this one.
     """
     lines = [f"# Device report: {report['device_name']}", "", _verdict(report), ""]
-    lines += ["```bash", report["command"], "```", "", _table(_environment(report["environment"])), ""]
+    lines += [
+        "```bash",
+        *dict.fromkeys(part["command"] for part in report["parts"].values()),
+        "```",
+        "",
+        _table(_environment(report["environment"])),
+        "",
+    ]
     lines += [_table([_summary(name, part) for name, part in report["parts"].items()]), ""]
     for name, part in report["parts"].items():
         lines += [f"## {name.capitalize()}", "", INTRODUCTION[name], ""]

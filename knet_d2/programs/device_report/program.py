@@ -4,7 +4,8 @@
     python tools/device_report.py --parts equality --device cpu    # one of them
 
 Writes device_report.json and device_report.md into --output, after each step, so that a run that is cut off is not
-lost. A part that fails does not end the others. The exit code is 1 if a step failed or an equality is out of tolerance.
+lost. Parts that an earlier run on the same device wrote there stay until they are run again. A part that fails does not
+end the others. The exit code is 1 if a step failed or an equality is out of tolerance.
 A checkout also compares with the tensors recorded from the official release; an installed wheel does not have them.
 """
 
@@ -89,13 +90,8 @@ def main(args: argparse.Namespace, recordings: Steps = lambda setup: ()) -> int:
     size = args.size or ("small" if device.type == "cpu" else "full")
     other = json.loads(args.beside.read_text()) if args.beside else None
     args.output.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device_name": _device_name(device),
-        "size": size,
-        "environment": environment(device),
-        "parts": {},
-    }
+    report: dict[str, Any] = {"device_name": _device_name(device), "size": size, "environment": environment(device)}
+    report["parts"] = _earlier_parts(args.output / "device_report.json", report)
 
     def write() -> None:
         (args.output / "device_report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -108,11 +104,19 @@ def main(args: argparse.Namespace, recordings: Steps = lambda setup: ()) -> int:
         for name in args.parts:
             limit = max(0.0, end - time.monotonic()) * shares[name] / sum(shares.values())
             del shares[name]
-            report["parts"][name] = part = {"limit": limit, "seconds": 0.0, "rows": [], "failures": [], "not_run": []}
+            part = {"command": shlex.join(["python", *sys.argv]), "limit": limit, "seconds": 0.0}
+            report["parts"][name] = part = {**part, "rows": [], "failures": [], "not_run": []}
             further = recordings if name == "equality" else None
             run_part(PARTS[name].steps, further, setup, part, write)
     print(f"Wrote {args.output / 'device_report.md'} and .json")
     return int(not is_good(report))
+
+
+def _earlier_parts(path: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Return the parts of an earlier report in the same file; none if it is of another device, size or version."""
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    same = all(earlier.get(key) == json.loads(json.dumps(value)) for key, value in report.items())
+    return earlier["parts"] if same else {}
 
 
 def run_part(steps: Steps, further: Steps | None, setup: Setup, part: dict[str, Any], write: Any) -> None:
