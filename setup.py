@@ -23,6 +23,7 @@ setup(
     package_dir={"knet_d2.configs": "configs"},
     package_data={"knet_d2": ["**/*.json"], "knet_d2.configs": ["**/*.yaml"]},
     install_requires=[dependency.requirement for dependency in DEPENDENCIES["DEPENDENCIES"] if dependency.declared],
+    entry_points={"console_scripts": ["knet = knet_d2.knet:main"]},
     extras_require={
         # Those who have another build of OpenCV (opencv-python, a system package) don't want this one.
         "opencv": ["opencv-python-headless>=4.5"],

@@ -15,12 +15,14 @@ import yaml
 from detectron2.config import get_cfg
 from helpers import spread_scores, tiny_config, tiny_model
 
+from knet_d2 import knet
 from knet_d2.checkpoint import describe_model
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.config import add_knet_config
 from knet_d2.config.merging import merge_config
 from knet_d2.data.custom import checked_entry
 from knet_d2.engine import load_config
+from knet_d2.programs import command
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [path for folder in (".", "docs", "demo", "checks") for path in sorted((ROOT / folder).glob("*.md"))]
@@ -89,6 +91,12 @@ def test_command(words, monkeypatch):
     if words[0] == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) - {word for word in words if "=" in word} <= set(targets)
+        return
+    if words[0] == "knet":
+        monkeypatch.setattr(command, "run_program", lambda name, arguments, prog=None: 0)
+        monkeypatch.setattr(command, "_config_of_data", lambda args, rest: "config.yaml")
+        monkeypatch.setattr(command, "checkpoint_of", lambda path: path)
+        assert words[1] == "doctor" or knet.main(words[1:]) == 0
         return
     if words[0] != "python":
         assert words[0] in SHELL_WORDS

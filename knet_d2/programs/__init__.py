@@ -62,15 +62,20 @@ def run(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Parse the command line and run ``main(args)``.
+    """Parse the command line and run ``main(args)``; returns the exit code, see :func:`guarded`."""
+    args = parser.parse_args(arguments)
+    return guarded(lambda: main(args))
+
+
+def guarded(main: Callable[[], int | None]) -> int:
+    """Run ``main``.
 
     Returns:
         The exit code: the result of ``main`` (None counts as 0); 1 after an error that the user can fix, which is
         printed in one line; 130 after Ctrl+C.
     """
-    args = parser.parse_args(arguments)
     try:
-        return main(args) or 0
+        return main() or 0
     except KNetError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ from .compat import quiet_torchscript
 from .dependencies import DETECTRON2_COMMAND, DETECTRON2_PROBES
 
 # Modules that work without Detectron2, because they repair its installation
-_STANDALONE = ("doctor", "errors", "install_detectron2", "setup")
+_STANDALONE = ("doctor", "errors", "install_detectron2", "knet", "setup")
 
 
 def import_detectron2() -> bool:

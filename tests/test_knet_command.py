@@ -1,0 +1,280 @@
+"""The command ``knet``: finding annotations in a folder, and training on them with one line."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from data_helpers import custom_entry, data_cfg, unique_name
+from dataset_trees import CLASSES, NUM_IMAGES, instances_json, write_images, write_labels, write_panoptic
+from PIL import Image
+from program_helpers import NUM_IMAGES as NUM_SHAPES
+from program_helpers import TINY_MODEL, shapes  # noqa: F401
+from tool_formats import TOOLS, masks, stem, write_color_labels, write_tool, yolo_seg
+
+from knet_d2 import knet
+from knet_d2.config.files import get_config_file
+from knet_d2.data import load_dataset
+from knet_d2.data.check import check_datasets
+from knet_d2.data.discovery import find_annotations
+from knet_d2.errors import DataError
+from knet_d2.programs.command import RECIPES, choose_recipe
+
+
+def _root(tmp_path):
+    """A folder whose name is the name of no other data set in this process."""
+    root = tmp_path / unique_name("found")
+    root.mkdir()
+    return root
+
+
+def _number_of_images(found):
+    """Check what was found without errors; returns the numbers of images of DATASETS.TRAIN and DATASETS.TEST."""
+    cfg = data_cfg(found.task, custom=tuple(found.entries), resolve=False)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(found.train), tuple(found.test)
+    report = check_datasets(cfg)
+    errors = [x for x in report.faults if x.level == "error"]
+    assert not errors, report.text()
+    return [len(load_dataset(name)) for name in (*found.train, *found.test)]
+
+
+# ---- what is found
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_annotations_of_tools_are_found(tmp_path, tool):
+    root = _root(tmp_path)
+    entry = write_tool(root, tool, "x")
+    task = "instance" if tool in ("instance PNG", "CVAT masks") else None
+    found = find_annotations(str(root), task)
+    (own,) = found.entries
+    assert (found.task, own["type"]) == ("instance", entry["type"])
+    if entry["type"] == "instance_png":  # what the values mean can't be seen
+        own.update(class_divisor=entry["class_divisor"], classes=entry["classes"])
+    if tool == "VIA project":
+        own["attribute"] = "kind"
+    if tool == "Pascal VOC":
+        own["classes"] = entry["classes"]
+    assert _number_of_images(found) == [1, 1] and NUM_IMAGES == 2
+
+
+def test_coco_json_and_its_images(tmp_path):
+    root = _root(tmp_path)
+    write_images(root / "export" / "pictures")
+    (root / "other").mkdir()
+    (root / "other" / "settings.json").write_text('{"shapes": 3}')
+    (root / "export" / "result.json").write_text(json.dumps(instances_json()))
+    found = find_annotations(str(root))
+    assert found.entries[0]["images"] == str(root / "export" / "pictures")
+    assert _number_of_images(found) == [1, 1]
+
+
+@pytest.mark.parametrize("layout", ["roboflow", "coco"])
+def test_parts_are_told_by_names(tmp_path, layout):
+    root = _root(tmp_path)
+    for part in ("train", "valid"):
+        folder = root / part if layout == "roboflow" else root / f"{part}2017"
+        write_images(folder)
+        path = folder / "_annotations.coco.json" if layout == "roboflow" else root / f"instances_{part}2017.json"
+        for i in range(NUM_IMAGES):  # other pictures than those for training
+            pixels = np.asarray(Image.open(folder / f"{i:06d}.jpg"))
+            Image.fromarray(pixels // (1 if part == "train" else 2)).save(folder / f"{i:06d}.jpg")
+        path.write_text(json.dumps(instances_json()))
+    found = find_annotations(str(root))
+    assert [x["name"].rsplit("_", 1)[1] for x in found.entries] == ["train", "val"]
+    assert [os.path.basename(x["images"])[:5] for x in found.entries] == ["train", "valid"]
+    assert _number_of_images(found) == [2, 2]
+
+
+def test_yolo_with_parts_as_ultralytics_and_roboflow_write_them(tmp_path):
+    for layout in ("images/{}", "{}/images"):
+        root = _root(tmp_path)
+        write_images(root / "all")
+        yolo_seg(root)
+        for part, i in (("train", 0), ("val", 1)):
+            for source, ending in (("all", "jpg"), ("labels", "txt")):
+                name = layout.format(part).replace("images", "images" if source == "all" else "labels")
+                (root / name).mkdir(parents=True, exist_ok=True)
+                shutil.move(root / source / f"{stem(i)}.{ending}", root / name)
+        stated = {"train": layout.format("train"), "val": layout.format("val"), "names": {0: "car", 1: "person"}}
+        if layout == "{}/images":
+            stated.update(train="../train/images", val="../val/images")
+        (root / "data.yaml").write_text(yaml.safe_dump({"path": ".", **stated}))
+        found = find_annotations(str(root))
+        assert _number_of_images(found) == [1, 1]
+        assert [len(load_dataset(x)[0]["annotations"]) for x in (*found.train, *found.test)] == [3, 3]
+
+
+def test_panoptic_json(tmp_path):
+    root = _root(tmp_path)
+    write_images(root / "images")
+    write_panoptic(root, (1, 2, 3, 4))
+    found = find_annotations(str(root))
+    assert found.task == "panoptic" and found.entries[0]["panoptic_root"] == str(root / "panoptic")
+    assert _number_of_images(found) == [1, 1]
+
+
+def test_masks_of_two_values_are_semantic(tmp_path):
+    root = _root(tmp_path)
+    write_images(root / "images")
+    write_labels(root / "masks", [255, 0, 0, 0], void=0)
+    found = find_annotations(str(root))
+    (entry,) = found.entries
+    assert (found.task, entry["classes"], entry["label_values"]) == ("semantic", ["background", "object"], [0, 255])
+    assert _number_of_images(found) == [1, 1]
+    with pytest.raises(DataError, match="has no annotations for --task instance, but masks in .*masks .task semantic"):
+        find_annotations(str(root), "instance")
+
+
+def test_label_maps_with_names(tmp_path):
+    root = _root(tmp_path)
+    write_images(root / "images")
+    write_labels(root / "labels", [0, 1, 2, 3])
+    assert find_annotations(str(root)).entries[0]["classes"] == [f"class_{i}" for i in range(4)]
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    found = find_annotations(str(root))
+    assert _number_of_images(found) == [1, 1]
+    data_cfg("semantic", custom=tuple(found.entries), resolve=False)
+
+
+def test_masks_in_colour_with_their_table(tmp_path):
+    root = _root(tmp_path)
+    colors = [[250, 50, 83], [51, 221, 255], [0, 0, 10], [0, 10, 0]]
+    os.rename(write_color_labels(root, colors, [0, 0, 0]), root / "SegmentationClass")
+    write_images(root / "JPEGImages")
+    rows = zip(["background", *CLASSES], [[0, 0, 0], *colors])
+    (root / "labelmap.txt").write_text("".join(f"{name}:{r},{g},{b}::\n" for name, (r, g, b) in rows))
+    found = find_annotations(str(root))
+    assert found.task == "semantic" and _number_of_images(found) == [1, 1]
+
+
+def test_a_folder_for_each_image(tmp_path):
+    root = _root(tmp_path)
+    write_images(root / "all")
+    for i in range(NUM_IMAGES):
+        folder = root / f"cell{i}"
+        (folder / "images").mkdir(parents=True)
+        (folder / "masks").mkdir()
+        shutil.move(root / "all" / f"{stem(i)}.jpg", folder / "images" / f"cell{i}.jpg")
+        for number, (_, mask) in enumerate(masks(i)):
+            Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / f"{number}.png")
+    os.rmdir(root / "all")
+    found = find_annotations(str(root))
+    assert found.entries[0]["type"] == "png_per_instance" and _number_of_images(found) == [1, 1]
+
+
+def test_what_is_not_found(tmp_path):
+    with pytest.raises(DataError, match="this folder does not exist"):
+        find_annotations(str(tmp_path / "nowhere"))
+    write_images(tmp_path / "images")
+    with pytest.raises(DataError, match="no annotations were found. docs/DATASETS.md"):
+        find_annotations(str(tmp_path))
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(json.dumps(instances_json()))
+    with pytest.raises(DataError, match=r"b\.json: this and another annotation file are both for train"):
+        find_annotations(str(tmp_path))
+
+
+# ---- the command
+
+TINY = {
+    **{f"MODEL.RESNETS.{key}": value for key, value in TINY_MODEL["RESNETS"].items()},
+    **{"MODEL.SEM_SEG_HEAD.CONVS_DIM": 32, "MODEL.FPN.OUT_CHANNELS": 32},
+    **{"MODEL.KNET.NUM_KERNELS": 8, "MODEL.KNET.NUM_STAGES": 2},
+    **{"MODEL.KNET.UPDATE_HEAD.FEATURE_DIM": 32, "MODEL.KNET.UPDATE_HEAD.FFN_DIM": 32},
+    **{"MODEL.DEVICE": "cpu", "MODEL.WEIGHTS": "", "DATALOADER.NUM_WORKERS": 0, "TEST.NUM_PICTURES": 0},
+    **{"INPUT.MIN_SIZE_TRAIN": "(64,)", "INPUT.MIN_SIZE_TRAIN_SAMPLING": "choice", "INPUT.MIN_SIZE_TEST": 64},
+    **{"SOLVER.IMS_PER_BATCH": 2, "SOLVER.ACCUMULATE_GRADIENTS": 1, "SOLVER.MAX_ITER": 2, "SOLVER.WARMUP_ITERS": 0},
+    **{"TEST.EVAL_PERIOD": 2},
+}
+OPTIONS = [str(x) for pair in TINY.items() for x in pair]
+
+
+def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatch):  # noqa: F811
+    root, output = tmp_path / unique_name("my_photos"), str(tmp_path / "run")
+    root.mkdir()
+    shutil.copytree(shapes / "images", root / "images")
+    shutil.copy(shapes / "instances.json", root)
+    arguments = ["--data", str(root), "--task", "instance", "--output", output]
+    assert knet.main(["train", *arguments, *OPTIONS]) == 0
+    printed = capsys.readouterr().out
+    config = yaml.safe_load(open(os.path.join(output, "data_config.yaml")))
+    assert "validation: 0.2" in printed and f"Wrote {output}/data_config.yaml" in printed
+    assert config["_BASE_"] == get_config_file(RECIPES["instance"].cpu)
+    assert config["DATASETS"]["CUSTOM"][0]["json"] == str(root / "instances.json")
+    final = os.path.join(output, "model_final.pth")
+    assert torch.load(final, weights_only=True)["iteration"] == 1
+
+    assert knet.main(["eval", output]) == 0
+    capsys.readouterr()
+    target = str(tmp_path / "pictures")
+    photo = str(root / "images" / "000000.jpg")
+    options = ["--confidence-threshold", "0", "--json", str(tmp_path / "result.json")]
+    assert knet.main(["predict", output, photo, "--output", target, *options]) == 0
+    assert os.listdir(target) == ["000000.jpg"] and json.load(open(tmp_path / "result.json"))["images"]
+    assert knet.main(["check", *arguments]) == 0
+    assert "0 errors" in capsys.readouterr().out
+    assert sorted(x for x in os.listdir(output) if x.endswith("_train.jpg"))
+    called = {}
+    monkeypatch.setattr("knet_d2.programs.export_model.main", lambda args: called.update(weights=args.weights))
+    assert knet.main(["export", output, str(tmp_path / "model.onnx")]) == 0
+    assert called["weights"] in (final, os.path.join(output, "model_best.pth"))
+    assert NUM_SHAPES == 4
+
+
+def test_a_faulty_data_set_is_not_trained_on(shapes, tmp_path, capsys):  # noqa: F811
+    root = tmp_path / unique_name("my_photos")
+    root.mkdir()
+    shutil.copytree(shapes / "images", root / "images")
+    content = json.loads((shapes / "instances.json").read_text())
+    content["annotations"][0]["category_id"] = 999
+    (root / "instances.json").write_text(json.dumps(content))
+    output = str(tmp_path / "run")
+    assert knet.main(["train", "--data", str(root), "--output", output, *OPTIONS]) == 1
+    printed = capsys.readouterr().out
+    assert "error: unknown category (1)" in printed and "Correct the errors above" in printed
+    assert not os.path.exists(os.path.join(output, "log.txt"))
+
+
+def test_recipes_exist_and_depend_on_the_device():
+    for task, recipe in RECIPES.items():
+        assert get_config_file(recipe.gpu) and get_config_file(recipe.cpu)
+        assert (choose_recipe(task, "cpu"), choose_recipe(task, "cuda")) == (recipe.cpu, recipe.gpu)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--data", "nowhere"], "Error: --data nowhere: this folder does not exist"),
+        (["predict", ".", "photo.jpg"], "Error: .: this folder has no model_best.pth or model_final.pth"),
+        (["export", "."], "Error: .: this folder has no model_best.pth"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert knet.main(arguments) == 1
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_help_and_other_programs(capsys):
+    assert knet.main([]) == knet.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in ("train", "eval", "predict", "check", "export", "doctor"))
+    with pytest.raises(SystemExit, match="there is no command 'fly'; use train, eval"):
+        knet.main(["fly"])
+    for name in ("train", "predict", "export", "check", "analyze_model"):
+        with pytest.raises(SystemExit) as ended:
+            knet.main([name, "--help"])
+        assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
+
+
+def test_custom_entry_is_not_needed_for_a_config(shapes, tmp_path, capsys):  # noqa: F811
+    """``knet check --config-file`` is tools/check_dataset.py."""
+    entry = custom_entry("coco_instance", str(shapes))
+    content = {"MODEL": {"KNET": {"TASK": "instance"}}, "DATASETS": {"CUSTOM": [entry], "TRAIN": [entry["name"]]}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**content, "DATASETS": {**content["DATASETS"], "TEST": []}}))
+    assert knet.main(["check", "--config-file", str(tmp_path / "config.yaml")]) == 0
+    assert f"{entry['name']}: 4 images" in capsys.readouterr().out
