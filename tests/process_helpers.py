@@ -27,7 +27,7 @@ COUNTS = ([2, 3, 0, 0], [0, 0, 0, 0], [1, 0, 2, 4], [0, 0, 1, 0], [3, 1, 1, 2])
 PARTS_STEP = 2
 SIZE = (64, 64)
 OPTIONS = {
-    "instance": {"MODEL.RESNETS.NORM": "EvalBN", **IMAGE_KERNELS},
+    "instance": {"MODEL.RESNETS.NORM": "EvalBN", **IMAGE_KERNELS, "MODEL.KNET.LOSS.NUM_POINTS": 50},
     "panoptic": {"MODEL.RESNETS.NORM": "EvalBN"},
     "semantic": {"MODEL.RESNETS.NORM": "SyncBN", "MODEL.SEM_SEG_HEAD.NORM": "SyncBN", "MODEL.KNET.DROPOUT": 0.0},
 }
@@ -47,7 +47,8 @@ def num_parts_of(world_size):
 
 def share_of_batch(step, rank, world_size):
     """Return the share of a process in the batch of a step."""
-    batch = [make_example(SIZE, count, seed=10 * step + i) for i, count in enumerate(COUNTS[step])]
+    counts = enumerate(COUNTS[step], 10 * step)
+    batch = [{**make_example(SIZE, count, seed=position), "seed": position} for position, count in counts]
     share = len(batch) // world_size
     return batch[rank * share : (rank + 1) * share]
 

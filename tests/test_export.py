@@ -41,7 +41,7 @@ OPTIONS = {
     "INPUT.FORMAT": "RGB",
 }
 # What makes a graph harder than the tiny model's: coordinates, peaks of a map, scores by masks, pyramid pooling
-SCORES_BY_MASKS = {"MODEL.KNET.TEST.SCORE_EXPONENT": 2.0, "MODEL.KNET.TEST.MASK_NMS": 0.5}
+SCORES_BY_MASKS = {"MODEL.KNET.TEST.SCORE_EXPONENT": 1.0, "MODEL.KNET.TEST.MASK_NMS": 0.9}
 KINDS = {
     "instance": {"MODEL.KNET.POSITION_ENCODING": "coordinates"},
     "panoptic": {**IMAGE_KERNELS, **SCORES_BY_MASKS},

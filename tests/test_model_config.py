@@ -33,6 +33,7 @@ NODES = {
     "LOSS.RANK_WEIGHT": ("panoptic", 0.2),
     "LOSS.DENSE_WEIGHT": ("panoptic", 0.5),
     "LOSS.AUXILIARY_WEIGHT": ("semantic", 0.8),
+    "LOSS.NUM_POINTS": ("panoptic", 40),
     "LOSS.FOCAL_ALPHA": ("panoptic", 0.5),
     "LOSS.FOCAL_GAMMA": ("panoptic", 1.0),
     "MATCHER.CLASS_WEIGHT": ("panoptic", 0.0),

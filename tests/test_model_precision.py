@@ -198,7 +198,7 @@ def test_results_take_few_launches_on_accelerators_and_wait_at_the_end_only(monk
     with FakeTensorMode(), Launches() as launches, Transfers() as transfers:
         class_logits, mask_logits = torch.zeros(153, 133, device="cuda"), torch.zeros(153, 100, 152, device="cuda")
         bank = TASKS["panoptic"].bank(num_matched=100, num_things=80, num_stuff=53)
-        options = ResultOptions(("panoptic_seg",), -1, 100, 0.0, 0.3, 0.6, 1.0, 0.7)
+        options = ResultOptions(("panoptic_seg",), -1, 100, 0.0, 0.3, 0.6, 0.0, 1.0)
         postprocessor = PostProcessor(bank=bank, category_ids=list(range(133)), options=options).to("cuda")
         segment_map, _ = postprocessor(ImageLogits(class_logits, mask_logits, geometry))["panoptic_seg"]
         assert segment_map.device == CUDA

@@ -157,7 +157,7 @@ def _own_matches(model) -> Sequence[Patch]:
     original, num_matched = criterion.MatchedBatch._candidates, model.bank.num_matched
 
     def candidates(self):
-        own = [criterion.Candidates(masks, None) for masks in self.upsampled_logits(1)[:, :num_matched]]
+        own = [criterion.Candidates(masks, None) for masks in self.compared_logits(1)[:, :num_matched]]
         return [own, *original(self)[1:]]
 
     return [(criterion.MatchedBatch, "_candidates", candidates)]

@@ -79,6 +79,9 @@ def _add_model_config(cfg: CN) -> None:
     knet.LOSS.DENSE_WEIGHT = 1.0
     # Weight of the focal loss on the map of centres, which MODEL.SEM_SEG_HEAD.NAME "ImageKernelHead" has; 0 = none.
     knet.LOSS.CENTER_WEIGHT = 0.0
+    # Number of points of an image at which masks are compared in matching and losses (Mask2Former: 12544), instead of
+    # every pixel of the up-sampled masks; 0 = every pixel. At most a quarter of these pixels are sampled.
+    knet.LOSS.NUM_POINTS = 0
     # Weight of the auxiliary FCN head's cross entropy; 0 = no auxiliary head.
     knet.LOSS.AUXILIARY_WEIGHT = 0.0
     # Focal alpha: weight of positive samples, in the loss and in the matching cost.

@@ -29,6 +29,7 @@ class GroundTruth(NamedTuple):
         stuff_classes: int64 [U], the stuff classes in the image, ascending; empty where stuff is no separate target.
         labels: [h, w] or None, class of every pixel, or the ignore value; uint8 where that holds them.
         size: (h, w).
+        seed: of what is drawn for this image in the losses; it follows the image's position in the run. None: unknown.
     """
 
     classes: torch.Tensor
@@ -36,11 +37,12 @@ class GroundTruth(NamedTuple):
     stuff_classes: torch.Tensor
     labels: torch.Tensor | None
     size: tuple[int, int]
+    seed: int | None = None
 
     def to(self, device: torch.device) -> GroundTruth:
         """A copy on a device. From pinned memory the copy does not make the CPU wait."""
         classes, masks, stuff_classes, labels = (x if x is None else x.to(device, non_blocking=True) for x in self[:4])
-        return GroundTruth(classes, masks, stuff_classes, labels, self.size)
+        return GroundTruth(classes, masks, stuff_classes, labels, self.size, self.seed)
 
     def masks(self) -> torch.Tensor:
         """The instances' masks: uint8 [G, h, w], 0 and 1."""
@@ -62,14 +64,17 @@ class CompactMapper:
 def compact_example(x: dict[str, Any], bank: KernelBank, ignore_value: int) -> dict[str, Any]:
     """A training example with "ground_truth" in place of "instances" and "sem_seg"; see :func:`ground_truth_of`."""
     kept = {key: value for key, value in x.items() if key not in ("instances", "sem_seg")}
-    return {**kept, "ground_truth": ground_truth_of(x, bank, ignore_value)}
+    truth = ground_truth_of(x, bank, ignore_value)
+    # The loader seeds the generator by the image's position in the run, and restores it afterwards
+    return {**kept, "ground_truth": truth._replace(seed=int(torch.randint(2**62, ())))}
 
 
 def ground_truth_of(x: dict[str, Any], bank: KernelBank, ignore_value: int) -> GroundTruth:
     """The checked ground truth of a training example.
 
     Args:
-        x: "image" with "ground_truth", or with "instances" and / or "sem_seg" as the mapper gives them.
+        x: "image" with "ground_truth", or with "instances" and / or "sem_seg" as the mapper gives them; "seed" if the
+            image has one.
         bank: tells which of the two are needed, and which classes there are.
         ignore_value: label of pixels without a class.
 
@@ -87,7 +92,7 @@ def ground_truth_of(x: dict[str, Any], bank: KernelBank, ignore_value: int) -> G
         labels, present = _checked_labels(x, bank, ignore_value)
         if bank.num_matched:
             stuff_classes = torch.tensor(sorted(present & set(bank.fixed_class_ids)), dtype=torch.int64)
-    return GroundTruth(classes, _pack(masks), stuff_classes, labels, (height, width))
+    return GroundTruth(classes, _pack(masks), stuff_classes, labels, (height, width), x.get("seed"))
 
 
 def _pack(masks: torch.Tensor) -> torch.Tensor:

@@ -15,10 +15,11 @@ from torch import distributed, nn
 
 from ..errors import ConfigError, NonFiniteError
 from ..tasks import KernelBank, get_task
+from .comparison import MASKS_AT_ONCE, AllPixels, SampledPoints
 from .layers import full_precision, no_autocast, send
 from .losses import center_focal_loss, dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
 from .matcher import Candidates, HungarianMatcher
-from .resize import upsample_masks
+from .resize import upsampled_size
 from .structures import KernelState, Match, StageOutput, Targets
 
 # The weighted scalar of a term, and the count of this process that normalises it
@@ -40,6 +41,7 @@ class Positives(NamedTuple):
         image_index, kernel_index: int64 [P], which kernels these are.
         classes: int64 [P], the classes that they have to predict.
         target_masks: [P, h, w], the masks that they have to predict.
+        target_index: int64 [P], which of its image's masks these are: of ``masks``, followed by ``stuff_masks``.
     """
 
     counts: list[int]
@@ -47,6 +49,7 @@ class Positives(NamedTuple):
     kernel_index: torch.Tensor
     classes: torch.Tensor
     target_masks: torch.Tensor
+    target_index: torch.Tensor
 
 
 class Part(NamedTuple):
@@ -85,11 +88,13 @@ class KNetCriterion(nn.Module):
         ignore_value: int,
         auxiliary_weight: float = 0.0,
         global_normalizers: bool = False,
+        num_points: int = 0,
     ):
         """
         Args:
             weights: from the name of a term (a key of TERMS) to its weight; the losses are summed in this order.
             auxiliary_weight: of the auxiliary head's cross entropy.
+            num_points: see :class:`.comparison.SampledPoints`; 0: masks are compared at every pixel.
             global_normalizers: True divides every term by a count over all processes, so that the mean of their losses
                 is what one process computes for all their images. False, as in the official release, divides class
                 losses by the mean count over the processes, and all other terms by the process's own count.
@@ -102,6 +107,7 @@ class KNetCriterion(nn.Module):
         self.ignore_value = ignore_value
         self.auxiliary_weight = auxiliary_weight
         self.global_normalizers = global_normalizers
+        self.num_points = num_points
         self.failure: NonFiniteError | None = None
         self.register_buffer("class_mask", bank.class_mask(), persistent=False)
         kernel_of_class = torch.full((bank.num_classes,), -1)
@@ -115,6 +121,11 @@ class KNetCriterion(nn.Module):
         if bank.fixed_class_ids and 0 <= ignore_value < bank.num_classes:
             raise ConfigError(
                 f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE = {ignore_value} is one of the {bank.num_classes} classes' labels."
+            )
+        if loss.NUM_POINTS < 0 or (loss.NUM_POINTS and not bank.num_matched):
+            raise ConfigError(
+                f"MODEL.KNET.LOSS.NUM_POINTS = {loss.NUM_POINTS}: use 0 for every pixel"
+                + (", or more, such as 12544." if bank.num_matched else ", as the losses of label maps need.")
             )
         return {
             "bank": bank,
@@ -131,6 +142,7 @@ class KNetCriterion(nn.Module):
             "ignore_value": ignore_value,
             "auxiliary_weight": loss.AUXILIARY_WEIGHT,
             "global_normalizers": loss.GLOBAL_NORMALIZERS,
+            "num_points": loss.NUM_POINTS,
         }
 
     def forward(
@@ -202,13 +214,19 @@ class MatchedBatch:
         stages: Sequence[StageOutput],
         targets: Sequence[Targets],
     ):
-        self.state, self.stages, self.targets = state, stages, targets
+        self.state, self.stages, self.full_targets = state, stages, targets
+        self.comparison: AllPixels | SampledPoints = AllPixels(targets)
+        if criterion.num_points:
+            self.comparison = SampledPoints(
+                targets, full_precision(state.mask_logits), upsampled_size(state.mask_logits), criterion.num_points
+            )
+        self.targets = self.comparison.targets
         self._bank, self._matcher = criterion.bank, criterion.matcher
         self._kernel_of_class = criterion.kernel_of_class
         self.failure: NonFiniteError | None = None
-        self._upsampled: dict[int, torch.Tensor] = {}
+        self._compared: dict[int, torch.Tensor] = {}
         self._positives: dict[int, Positives] = {}
-        self._positive_logits: dict[int, torch.Tensor] = {}
+        self._positive_pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @functools.cached_property
     def labels(self) -> torch.Tensor:
@@ -219,15 +237,15 @@ class MatchedBatch:
         """All kernels' masks of a stage at the head's resolution: [B, N, H, W]."""
         return self.stages[stage - 1].mask_logits if stage else full_precision(self.state.mask_logits)
 
-    def upsampled_logits(self, stage: int) -> torch.Tensor:
-        """The masks of a stage at the resolution of the mask losses: [B, N, h, w].
+    def compared_logits(self, stage: int) -> torch.Tensor:
+        """The masks of a stage where all kernels are compared, see :mod:`.comparison`: [B, N, h, w].
 
         Of stage 0, only those of the matched kernels, which come first.
         """
-        if stage not in self._upsampled:
+        if stage not in self._compared:
             logits = self.mask_logits(stage)
-            self._upsampled[stage] = upsample_masks(logits if stage else logits[:, : self._bank.num_matched])
-        return self._upsampled[stage]
+            self._compared[stage] = self.comparison.read(logits if stage else logits[:, : self._bank.num_matched])
+        return self._compared[stage]
 
     def positives(self, stage: int) -> Positives:
         """What the kernels of a stage have to segment.
@@ -239,12 +257,11 @@ class MatchedBatch:
             self._positives[stage] = self._build_positives(matches, with_stuff=stage > 0)
         return self._positives[stage]
 
-    def positive_logits(self, stage: int) -> torch.Tensor:
-        """The masks of the positive kernels: [P, h, w]."""
-        if stage not in self._positive_logits:
-            positives = self.positives(stage)
-            self._positive_logits[stage] = self.upsampled_logits(stage)[positives.image_index, positives.kernel_index]
-        return self._positive_logits[stage]
+    def positive_pairs(self, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and targets of the positive kernels' masks: [P, h, w] each."""
+        if stage not in self._positive_pairs:
+            self._positive_pairs[stage] = self.comparison.positive_pairs(self, stage)
+        return self._positive_pairs[stage]
 
     @functools.cached_property
     def matches(self) -> list[list[Match]]:
@@ -265,28 +282,31 @@ class MatchedBatch:
     def _candidates(self) -> list[list[Candidates]]:
         """Per stage, per image: what is matched to the instances. The static kernels have no classes."""
         num_matched, num_things = self._bank.num_matched, self._bank.num_things
-        candidates = [[Candidates(masks, None) for masks in self.upsampled_logits(0)]]
+        candidates = [[Candidates(masks, None) for masks in self.compared_logits(0)]]
         for i, stage in enumerate(self.stages[:-1], start=1):
             class_logits = stage.class_logits[:, :num_matched, :num_things]
             candidates.append(
-                [Candidates(*item) for item in zip(self.upsampled_logits(i)[:, :num_matched], class_logits)]
+                [Candidates(*item) for item in zip(self.compared_logits(i)[:, :num_matched], class_logits)]
             )
         return candidates
 
     def _build_positives(self, matches: Sequence[Match], *, with_stuff: bool) -> Positives:
-        counts, images, kernels, classes, masks = [], [], [], [], []
+        counts, images, kernels, classes, masks, index = [], [], [], [], [], []
         for b, ((matched, instances), target) in enumerate(zip(matches, self.targets)):
             image_kernels, image_classes = [matched], [target.classes[instances]]
             masks.append(target.masks[instances])
+            index.append(instances)
             if with_stuff:
                 image_kernels.append(self._kernel_of_class[target.stuff_classes])
                 image_classes.append(target.stuff_classes)
                 masks.append(target.stuff_masks)
+                number = len(target.masks)
+                index.append(torch.arange(number, number + len(target.stuff_masks), device=instances.device))
             kernels.extend(image_kernels)
             classes.extend(image_classes)
             counts.append(sum(map(len, image_kernels)))
             images.append(matched.new_full((counts[-1],), b))
-        return Positives(counts, *map(torch.cat, (images, kernels, classes, masks)))
+        return Positives(counts, *map(torch.cat, (images, kernels, classes, masks, index)))
 
 
 # The terms: each gives its weighted scalar for one stage, and what that is normalised by
@@ -304,37 +324,37 @@ def _class_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weigh
 
 def _mask_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
     """Binary cross entropy on the masks of the positive kernels."""
-    logits = batch.positive_logits(stage)
-    return weight * mask_loss(logits, batch.positives(stage).target_masks), logits.numel()
+    logits, targets = batch.positive_pairs(stage)
+    return weight * mask_loss(logits, targets), logits.numel()
 
 
 def _dice_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
     """Dice loss on the masks of the positive kernels."""
-    logits = batch.positive_logits(stage)
-    return weight * dice_loss(logits, batch.positives(stage).target_masks), len(logits)
+    logits, targets = batch.positive_pairs(stage)
+    return weight * dice_loss(logits, targets), len(logits)
 
 
 def _rank_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
     """Cross entropy over the kernels at the pixels that a positive kernel owns."""
     labels = rank_targets(batch.positives(stage))
-    return weight * kernel_cross_entropy(batch.upsampled_logits(stage), labels, UNOWNED), labels.numel()
+    return weight * kernel_cross_entropy(batch.compared_logits(stage), labels, UNOWNED), labels.numel()
 
 
 def _dense_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
     """Focal loss on the static semantic logits at every pixel."""
-    logits = upsample_masks(full_precision(batch.state.semantic_logits))
+    logits = batch.comparison.read(full_precision(batch.state.semantic_logits))
     background = criterion.bank.num_classes
     labels = torch.stack([dense_labels(*item, background) for item in zip(batch.targets, batch.matches[0])])
     total = dense_focal_loss(logits, labels, **criterion.focal)
-    count = (labels != background).sum()
+    count = batch.comparison.foreground_count(batch, labels, background)
     return weight * total / count.clamp(min=1), count
 
 
 def _center_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
     """Focal loss on the map of the instances' centres, per instance."""
     logits = full_precision(batch.state.center_logits)
-    maps = torch.stack([center_map(target.masks, *logits.shape[-2:]) for target in batch.targets])
-    return weight * center_focal_loss(logits, maps), sum(len(target.masks) for target in batch.targets)
+    maps = torch.stack([center_map(target.masks, logits) for target in batch.full_targets])
+    return weight * center_focal_loss(logits, maps), sum(len(target.masks) for target in batch.full_targets)
 
 
 def _label_map_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
@@ -427,23 +447,25 @@ def dense_labels(targets: Targets, match: Match, background: int) -> torch.Tenso
     return last_nonzero(masks, classes, background)
 
 
-def center_map(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def center_map(masks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """What a map of centres has to show for the instances of an image.
 
     Each instance gives a Gaussian, 1 at that of its cells which is closest to its centroid; the map is their maximum.
 
     Args:
         masks: [G, h, w], instances; those without a pixel give nothing.
-        height, width: of the map.
+        like: [..., H, W], a map of the size and type that the result has.
 
     Returns:
-        [height, width].
+        [H, W].
     """
+    height, width = like.shape[-2:]
     if len(masks) == 0:
-        return masks.new_zeros(height, width)
-    covered = F.adaptive_avg_pool2d(masks, (height, width))
+        return like.new_zeros(height, width)
+    # Whole masks as numbers, a few at a time
+    covered = torch.cat([F.adaptive_avg_pool2d(x.to(like.dtype), (height, width)) for x in masks.split(MASKS_AT_ONCE)])
     areas, most = covered.sum(dim=(1, 2)), covered.amax(dim=(1, 2))
-    rows, columns = (torch.arange(length, dtype=masks.dtype, device=masks.device) for length in (height, width))
+    rows, columns = (torch.arange(length, dtype=like.dtype, device=like.device) for length in (height, width))
     weights = covered / areas.clamp(min=CENTER_EPS)[:, None, None]
     centroids = (weights.sum(2) @ rows)[:, None], (weights.sum(1) @ columns)[:, None]
     squares = _squared_distances(rows, columns, *centroids)

@@ -189,7 +189,7 @@ class KNet(nn.Module):
 
     def prepare_targets(self, truths: list[GroundTruth], images: ImageList, state: KernelState) -> list[Targets]:
         """Targets of every image at the sizes that the losses need."""
-        mask_size = upsampled_size(state.mask_logits)
+        mask_size = None if self.criterion.num_points else upsampled_size(state.mask_logits)
         return [build_targets(truth, images.tensor, mask_size, self.criterion.ignore_value) for truth in truths]
 
     def image_logits(

@@ -67,6 +67,10 @@ class Targets(NamedTuple):
         stuff_masks: [U, h, w], likewise.
         sem_seg: int64 [Hp, Wp] or None, class of every pixel, or the ignore value; read by the label_map term and the
             auxiliary head.
+        image_size: height and width of the image in the padded input.
+        seed: of the points that are drawn for the image.
+
+    Where masks are compared at sampled points, they are uint8 [., Hp, Wp] instead of soft [., h, w].
     """
 
     classes: torch.Tensor
@@ -74,6 +78,8 @@ class Targets(NamedTuple):
     stuff_classes: torch.Tensor
     stuff_masks: torch.Tensor
     sem_seg: torch.Tensor | None = None
+    image_size: tuple[int, int] = (0, 0)
+    seed: int | None = None
 
 
 # (indices of kernels, indices of instances), both int64 [min(N, G)], the first one ascending

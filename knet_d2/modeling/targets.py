@@ -7,13 +7,15 @@ from ..data.ground_truth import GroundTruth
 from .structures import Targets
 
 
-def build_targets(truth: GroundTruth, images: torch.Tensor, mask_size: tuple[int, int], ignore_value: int) -> Targets:
+def build_targets(
+    truth: GroundTruth, images: torch.Tensor, mask_size: tuple[int, int] | None, ignore_value: int
+) -> Targets:
     """Targets of one image.
 
     Args:
         truth: on the device of the images.
         images: the padded batch, [B, C, Hp, Wp], whose type the masks get.
-        mask_size: height and width of the masks in the losses.
+        mask_size: height and width of the masks in the losses; None: they stay uint8 masks of full resolution.
         ignore_value: label of the pixels of the padding.
     """
     height, width = images.shape[-2:]
@@ -21,14 +23,17 @@ def build_targets(truth: GroundTruth, images: torch.Tensor, mask_size: tuple[int
 
     def resized(masks: torch.Tensor) -> torch.Tensor:
         """Pad with 0 to the batch's size, then bilinear to the masks' size: [G, h, w], soft at the borders."""
+        if mask_size is None:
+            return F.pad(masks.byte(), padding)
         if len(masks) == 0:
             return images.new_zeros(0, *mask_size)
         masks = F.pad(masks, padding).to(images.dtype)
         return F.interpolate(masks[None], mask_size, mode="bilinear", align_corners=False)[0]
 
-    sem_seg, stuff_masks = None, images.new_zeros(0, *mask_size)
+    sem_seg, stuff_masks = None, resized(truth.masks()[:0])
     if truth.labels is not None:
         labels = truth.labels.long()
         stuff_masks = resized(labels == truth.stuff_classes[:, None, None])
         sem_seg = F.pad(labels, padding, value=ignore_value)
-    return Targets(truth.classes, resized(truth.masks()), truth.stuff_classes, stuff_masks, sem_seg)
+    masks = resized(truth.masks())
+    return Targets(truth.classes, masks, truth.stuff_classes, stuff_masks, sem_seg, truth.size, truth.seed)
