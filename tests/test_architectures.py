@@ -25,6 +25,10 @@ class TestR50Instance(Detection):
     config = "coco/instance/knet_r50_fpn_1x.yaml"
 
 
+class TestR50InstanceModern(Detection):
+    config = "coco/instance/knet_r50_fpn_1x_modern.yaml"
+
+
 class TestR101Instance(Detection):
     config = "coco/instance/knet_r101_fpn_3x.yaml"
 
@@ -36,6 +40,10 @@ class TestR101DcnInstance(Detection):
 
 class TestR50Panoptic(Detection):
     config = "coco/panoptic/knet_r50_fpn_1x.yaml"
+
+
+class TestR50PanopticModern(Detection):
+    config = "coco/panoptic/knet_r50_fpn_1x_modern.yaml"
 
 
 class TestR101Panoptic(Detection):
@@ -61,6 +69,14 @@ class TestR18Instance(Detection):
 
 class TestR18Panoptic(TestR18Instance):
     config = "shapes/panoptic.yaml"
+
+
+class TestR18InstanceModern(TestR18Instance):
+    config = "shapes/instance_modern.yaml"
+
+
+class TestR18PanopticModern(TestR18Instance):
+    config = "shapes/panoptic_modern.yaml"
 
 
 class Semantic(ArchitectureTests):

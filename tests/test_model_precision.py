@@ -222,7 +222,7 @@ def test_targets_move_to_the_model_s_device_without_waiting(task):
     assert sum(x.nbytes for x in truth[:4] if x is not None) == expected[task]
     with FakeTensorMode(allow_non_fake_inputs=True), Transfers() as transfers:
         targets = build_targets(truth.to(CUDA), torch.zeros(1, 3, 64, 96, device="cuda"), (16, 24), IGNORE)
-    assert {t.device for t in targets if t is not None} == {CUDA}
+    assert {t.device for t in targets if isinstance(t, torch.Tensor)} == {CUDA}
     # Classes and masks of things, classes of stuff, and labels
     assert transfers.copies == [("cpu", "cuda", True)] * (3 if task == "instance" else 4)
     assert transfers.waits == []

@@ -1,0 +1,94 @@
+"""Measure the memory of a training step beyond backbone, neck and optimiser, with and without sampled points.
+
+python -m checks.loss_memory
+
+Static kernels, cascade, matching and losses of a panoptic COCO model run forward and backward on random features. For
+every pixel and for sampled points this prints the highest resident memory above that before the step, its processor
+time, and their ratio. Each is measured in a process of its own, on the CPU.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import time
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Instances
+
+from knet_d2.config.merging import load_config
+from knet_d2.programs import run
+
+from .references.cases import ROOT
+
+CONFIG = ROOT / "configs/coco/panoptic/knet_r50_fpn_1x.yaml"
+NUM_THINGS, NUM_STUFF = 80, 53
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs=2, type=int, default=[800, 1216], help="height and width of the images")
+    parser.add_argument("--batch", type=int, default=2, help="number of images")
+    parser.add_argument("--objects", type=int, default=20, help="number of objects of an image")
+    parser.add_argument("--points", type=int, default=12544, help="number of sampled points")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads")
+    return parser
+
+
+def random_truth(size: tuple[int, int], num_objects: int, seed: int) -> dict:
+    """An image with rectangles on five stuff regions."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = size
+    masks = torch.zeros(num_objects, height, width, dtype=torch.bool)
+    for mask in masks:
+        y, x = (int(torch.randint(n * 3 // 4, (), generator=generator)) for n in size)
+        mask[y : y + height // 5, x : x + width // 5] = True
+    labels = NUM_THINGS + torch.arange(width).mul(5).div(width, rounding_mode="floor").expand(height, width)
+    classes = torch.randint(NUM_THINGS, (num_objects,), generator=generator)
+    instances = Instances(size, gt_classes=classes, gt_masks=BitMasks(masks))
+    return {
+        "image": torch.zeros(3, height, width, dtype=torch.uint8),
+        "instances": instances,
+        "sem_seg": labels.clone(),
+    }
+
+
+def measure(args: argparse.Namespace, num_points: int, results) -> None:
+    """Put (MiB of memory above that before the step, CPU seconds) into the queue ``results``."""
+    torch.set_num_threads(args.threads)
+    things, stuff = "MODEL.KNET.NUM_THING_CLASSES", "MODEL.KNET.NUM_STUFF_CLASSES"
+    options = [things, str(NUM_THINGS), stuff, str(NUM_STUFF), "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
+    options += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.KNET.LOSS.NUM_POINTS", str(num_points)]
+    torch.manual_seed(0)
+    model = build_model(load_config(str(CONFIG), options)).train()
+    batch = [random_truth(tuple(args.size), args.objects, seed) for seed in range(args.batch)]
+    images = model.preprocess_image(batch)
+    features = {
+        name: torch.randn(args.batch, shape.channels, *(-(-x // shape.stride) for x in images.tensor.shape[-2:]))
+        for name, shape in model.backbone.output_shape().items()
+    }
+    truths = model.send_ground_truth(batch)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    state = model.sem_seg_head({name: x.requires_grad_() for name, x in features.items()})
+    stages = model.cascade(state)
+    losses = model.criterion(state, stages, model.prepare_targets(truths, images, state))
+    sum(losses.values()).backward()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    results.put(((peak - before) / 1024, time.process_time() - start))
+
+
+def main(args: argparse.Namespace) -> None:
+    context = multiprocessing.get_context("spawn")
+    found = []
+    for number in (0, args.points):
+        results = context.Queue()
+        process = context.Process(target=measure, args=(args, number, results))
+        process.start()
+        found.append(results.get())
+        process.join()
+        print(f"{f'{number} points' if number else 'every pixel'}: {found[-1][0]:.0f} MiB, {found[-1][1]:.1f} CPU s")
+    print(f"ratio: memory {found[1][0] / found[0][0]:.2f}, time {found[1][1] / found[0][1]:.2f}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main, get_parser()))
