@@ -14,7 +14,7 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
 from ...tasks import KernelBank
-from ..layers import full_precision, no_autocast
+from ..layers import full_precision, no_autocast, send
 from .semantic_fpn import SemanticFPNKernelHead, conv_norm_relu, coordinate_channels
 
 # Probability of a centre in every cell at initialisation, as in CenterNet
@@ -47,7 +47,7 @@ def inside_images(x: torch.Tensor, image_sizes: torch.Tensor, stride: int) -> to
         bool [B or 1, H, W].
     """
     rows, columns = (stride * torch.arange(length, device=x.device) for length in x.shape[-2:])
-    heights, widths = image_sizes.to(x.device, non_blocking=True)[:, :, None].unbind(dim=1)
+    heights, widths = send(image_sizes, x.device)[:, :, None].unbind(dim=1)
     return (rows < heights)[:, :, None] & (columns < widths)[:, None, :]
 
 
