@@ -14,6 +14,7 @@ if import_detectron2():
     from .config import add_knet_config
     from .modeling import backbone, static_kernels  # noqa: F401  register their builders and heads
     from .modeling.meta_arch import KNet
+    from .video import formats, moving_shapes  # noqa: F401  register types of data sets, and the generated videos
 
 
 def __getattr__(name: str) -> object:

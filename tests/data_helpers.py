@@ -20,7 +20,7 @@ def unique_name(prefix: str) -> str:
 
 
 def custom_entry(kind: str, root: str, **changes) -> dict:
-    """An entry of DATASETS.CUSTOM for what write_shapes wrote into root."""
+    """An entry of DATASETS.CUSTOM for what write_shapes, or write_moving_shapes, wrote into root."""
     images = os.path.join(root, "images")
     entry = {
         "coco_instance": {"json": os.path.join(root, "instances.json"), "images": images},
@@ -33,6 +33,18 @@ def custom_entry(kind: str, root: str, **changes) -> dict:
             "images": images,
             "labels": os.path.join(root, "semantic"),
             "classes": [*THING_CLASSES, *STUFF_CLASSES],
+        },
+        "youtube_vis": {"json": os.path.join(root, "instances.json"), "images": images},
+        "video_panoptic": {
+            "images": images,
+            "panoptic_json": os.path.join(root, "panoptic.json"),
+            "panoptic_root": os.path.join(root, "panoptic"),
+        },
+        "kitti_step": {
+            "images": images,
+            "labels": os.path.join(root, "kitti_step"),
+            "classes": [*THING_CLASSES, *STUFF_CLASSES],
+            "things": list(THING_CLASSES),
         },
     }[kind]
     return {"name": unique_name(kind), "type": kind, **entry, **changes}

@@ -22,7 +22,7 @@ from .mapper import build_loss_mapper, build_mapper
 from .pixels import PixelFormat
 from .records import load_datasets
 from .repeat_factors import repeat_factors
-from .sampler import SampleKey, TrainingBatchSampler
+from .sampler import SampleKey, TrainingBatchSampler, VideoSampler
 from .workers import ignore_stop_signals
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
@@ -82,7 +82,7 @@ def build_train_loader(
 
 
 def build_test_loader(cfg: CfgNode, name: str, mapper: Mapper | None = None) -> torch.utils.data.DataLoader:
-    """Build a loader for evaluation with one image per batch; the processes divide the images of the data set.
+    """Build a loader for evaluation with one image per batch; the processes divide the images, or whole videos.
 
     Args:
         cfg: the config.
@@ -91,7 +91,12 @@ def build_test_loader(cfg: CfgNode, name: str, mapper: Mapper | None = None) -> 
     """
     dataset = load_datasets([name], "DATASETS.TEST")
     mapped = MappedDataset(dataset, mapper or build_mapper(cfg, is_train=False), seed=0)
-    return RaisingDataLoader(mapped, sampler=InferenceSampler(len(dataset)), batch_size=1, **_loader_options(cfg))
+    sampler = (
+        VideoSampler(dataset, comm.get_rank(), comm.get_world_size())
+        if "video_id" in dataset[0]
+        else InferenceSampler(len(dataset))
+    )
+    return RaisingDataLoader(mapped, sampler=sampler, batch_size=1, **_loader_options(cfg))
 
 
 def build_loss_loader(cfg: CfgNode, name: str) -> tuple[torch.utils.data.DataLoader, int]:

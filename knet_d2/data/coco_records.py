@@ -125,7 +125,7 @@ def panoptic_records(json_file: str, image_root: str, panoptic_root: str, name: 
         DataError: the JSON is wrong; names the file and the place.
     """
     content = read_coco_json(json_file, image_root)
-    contiguous, things = _set_panoptic_classes(content["categories"], json_file, name)
+    contiguous, things = set_panoptic_classes(content["categories"], json_file, name)
     images = {image["id"]: image for image in content["images"]}
     if "annotations" not in content:  # the JSON lists images for prediction only
         return [
@@ -160,7 +160,7 @@ def panoptic_records(json_file: str, image_root: str, panoptic_root: str, name: 
     return records
 
 
-def _set_panoptic_classes(categories: list[dict], json_file: str, name: str) -> tuple[dict[int, int], set[int]]:
+def set_panoptic_classes(categories: list[dict], json_file: str, name: str) -> tuple[dict[int, int], set[int]]:
     """Set the classes in the metadata; returns the contiguous id of each category id, and the ids of the things."""
     for category in categories:
         for key in ("id", "name", "isthing"):

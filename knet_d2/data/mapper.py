@@ -19,7 +19,7 @@ from ..tasks import Task, get_task
 from .augmentation import build_augmentations
 from .files import read_image, read_labels, read_panoptic
 from .pixels import PixelFormat
-from .segmentation import check_coordinates, read_rle, segment_index
+from .segmentation import check_coordinates, from_kitti_step, read_rle, segment_index
 
 _ANNOTATION_KEYS = (
     "annotations",
@@ -318,6 +318,8 @@ def read_panoptic_segments(record: dict[str, Any], size: tuple[int, int]) -> tup
     """Read "pan_seg_file_name", checked against "segments_info": uint8 [H, W, 3], and its segment_index [H, W]."""
     path = record["pan_seg_file_name"]
     ids_rgb = read_panoptic(path, record["file_name"], size)
+    if record.get("pan_seg_encoding") == "kitti_step":
+        ids_rgb = from_kitti_step(ids_rgb)
     ids = [x["id"] for x in record["segments_info"]]
     index = segment_index(ids_rgb, ids)
     pixels = np.bincount(index.reshape(-1), minlength=len(ids) + 2)

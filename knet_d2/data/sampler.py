@@ -6,6 +6,7 @@ uninterrupted run, and a checkpoint needs no state of the loader.
 
 import bisect
 from collections.abc import Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,28 @@ class SampleKey(NamedTuple):
 
     index: int  # type: ignore[assignment]  # NamedTuple has a method of this name
     position: int
+
+
+class VideoSampler(torch.utils.data.Sampler):
+    """Yields this process's share of the frames of a data set in their order; no video is divided."""
+
+    def __init__(self, records: list[dict], rank: int, world_size: int) -> None:
+        """
+        Args:
+            records: with "video_id"; those of one video follow each other.
+            rank, world_size: number of this process, and of all processes.
+        """
+        videos = [list(frames) for _, frames in groupby(range(len(records)), key=lambda i: records[i]["video_id"])]
+        shares: list[list[list[int]]] = [[] for _ in range(world_size)]
+        for frames in sorted(videos, key=lambda x: -len(x)):  # the longest one first, to the process with the fewest
+            min(shares, key=lambda share: sum(map(len, share))).append(frames)
+        self._indices = [i for frames in sorted(shares[rank]) for i in frames]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
 
 
 class TrainingBatchSampler(torch.utils.data.Sampler):

@@ -164,6 +164,17 @@ def _decode_counts(string: str) -> list[int]:
     return counts
 
 
+def from_kitti_step(pixels: np.ndarray) -> np.ndarray:
+    """Convert pixels of KITTI-STEP's PNGs (R: class, 256 G + B: number) to segment ids as of COCO's, uint8 [H, W, 3].
+
+    R becomes the class + 1, so that the ids of all segments are above 0; class 255, void, becomes 0.
+    """
+    ids_rgb = pixels.copy()
+    ids_rgb[..., 0] += 1  # 255 becomes 0
+    ids_rgb[ids_rgb[..., 0] == 0] = 0
+    return ids_rgb
+
+
 def segment_index(ids_rgb: np.ndarray, segment_ids: list[int]) -> np.ndarray:
     """Which segment owns a pixel.
 

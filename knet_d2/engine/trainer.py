@@ -30,6 +30,7 @@ from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import best_metric, build_evaluators
 from ..modeling.tta import KNetWithTTA
 from ..results.comparison import draw_validation_pictures
+from ..video.model import follow_videos
 from . import optimizer as optim
 from .averaging import build_weight_average
 from .dump import batch_file, save_batch
@@ -136,6 +137,11 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         return DatasetEvaluators(build_evaluators(cfg, dataset_name, output_folder))
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list | None = None) -> dict[str, Any]:
+        """Evaluate on DATASETS.TEST, with a memory for frames of videos."""
+        return super().test(cfg, follow_videos(cfg, model), evaluators)
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
     DatasetEvaluator,
+    DatasetEvaluators,
     LVISEvaluator,
 )
 from detectron2.utils.file_io import PathManager
@@ -21,6 +22,7 @@ from ..data.classes import loaded_metadata
 from ..errors import ConfigError
 from ..setup.compat import replaced
 from ..tasks import get_task
+from ..video.evaluators import VideoInstanceEvaluator, VideoPanopticEvaluator
 from .instance import InstanceEvaluator
 from .panoptic import PanopticEvaluator
 from .semantic import SemanticEvaluator
@@ -44,6 +46,14 @@ def _semantic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
     separated = knet.NUM_THING_CLASSES and "things" in loaded_metadata(name).stuff_classes[:1]
     things = [0] * knet.NUM_THING_CLASSES if separated else knet.THING_CATEGORY_IDS
     return SemanticEvaluator(name, class_ids=[*things, *knet.STUFF_CATEGORY_IDS], output_dir=folder)
+
+
+def _video_panoptic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
+    return DatasetEvaluators([VideoPanopticEvaluator(name), VideoInstanceEvaluator(name, "panoptic_seg")])
+
+
+def _video_instance(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
+    return VideoInstanceEvaluator(name, "instances")
 
 
 class _ByPackage(DatasetEvaluator):
@@ -109,12 +119,19 @@ EVALUATORS: dict[str, dict[str, tuple[str, Builder]]] = {
     "sem_seg": {"sem_seg": ("stuff_classes", _semantic)},
     "lvis": {"instances": ("json_file", lambda cfg, name, folder: _LVISEvaluator(name, output_dir=folder))},
     "cityscapes_instance": {"instances": ("gt_dir", lambda cfg, name, folder: _CityscapesInstanceEvaluator(name))},
+    "video_panoptic": {
+        "panoptic_seg": ("stuff_classes", _video_panoptic),
+        "instances": ("thing_classes", _video_instance),
+    },
+    "video_instance": {"instances": ("thing_classes", _video_instance)},
     "cityscapes_sem_seg": {"sem_seg": ("gt_dir", lambda cfg, name, folder: _CityscapesSemanticEvaluator(name))},
 }
 
 
 # Output of the model -> metric by which model_best.pth is chosen
 _BEST_METRICS = {"panoptic_seg": "panoptic_seg/PQ", "instances": "segm/AP", "sem_seg": "sem_seg/mIoU"}
+
+_BEST_VIDEO_METRICS = {"panoptic_seg": "video_panoptic/STQ", "instances": "video_instance/AP"}
 
 
 def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> list[DatasetEvaluator]:
@@ -158,7 +175,9 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None 
 
 def best_metric(cfg: CfgNode) -> str:
     """Name of the scalar that decides on the best checkpoint: of the model's main output on the first test set."""
-    metric = _BEST_METRICS[get_task(cfg).checked_outputs(cfg.MODEL.KNET.TEST.OUTPUTS)[0]]
+    output = get_task(cfg).checked_outputs(cfg.MODEL.KNET.TEST.OUTPUTS)[0]
+    kind = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("evaluator_type", "") if cfg.DATASETS.TEST else ""
+    metric = (_BEST_VIDEO_METRICS if kind.startswith("video_") else _BEST_METRICS).get(output, "")
     return metric if len(cfg.DATASETS.TEST) <= 1 else f"{cfg.DATASETS.TEST[0]}/{metric}"
 
 

@@ -105,7 +105,7 @@ def summarize_tracking(videos: Iterable[tuple[np.ndarray, float, int]]) -> dict[
     videos = list(videos)
     num_tracks = sum(count for _, _, count in videos)
     association = sum(total for _, total, _ in videos) / num_tracks if num_tracks else 0.0
-    confusion = sum(matrix for matrix, _, _ in videos).astype(np.float64)
+    confusion = np.stack([matrix for matrix, _, _ in videos]).sum(axis=0)
     confusion[VOID] = 0
     right = confusion.diagonal()
     union = confusion.sum(axis=0) + confusion.sum(axis=1) - right
@@ -205,7 +205,7 @@ def summarize_panoptic(
     Args:
         videos: :attr:`PanopticQuality.counts` of each.
     """
-    counts = sum(videos)
+    counts = np.sum(list(videos), axis=0)
     is_thing = np.isin(np.arange(counts.shape[1]), list(things))
     results = {}
     for suffix, chosen in (("", is_thing | True), ("_th", is_thing), ("_st", ~is_thing)):

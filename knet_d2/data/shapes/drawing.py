@@ -22,6 +22,7 @@ _MIN_VISIBLE_PART, _MIN_VISIBLE_AREA = 0.35, 50
 _UNLABELLED = -1
 # The part of things and stuff regions that have a random hue instead of the hue of their class.
 _ODD_HUES = 0.05
+RIM_BRIGHTNESS = (0.45, 0.7)
 
 
 class Thing(NamedTuple):
@@ -64,7 +65,7 @@ class _Shape(NamedTuple):
 
 def draw_scene(rng: np.random.Generator, size: int) -> Scene:
     """Draw a random scene of size x size pixels."""
-    image, stuff = _draw_stuff(rng, size)
+    image, stuff = draw_stuff(rng, size)
     shapes, crowd = _place_shapes(rng, size)
     if crowd is not None:
         for member in crowd:
@@ -78,7 +79,7 @@ def draw_scene(rng: np.random.Generator, size: int) -> Scene:
     return Scene((np.clip(image, 0, 1) * 255).round().astype(np.uint8), things, stuff)
 
 
-def _draw_stuff(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_stuff(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw regions with wavy borders, each with a texture; returns a float image [H, W, 3] and a class map [H, W]."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
     num_regions = rng.integers(1, 5)
@@ -175,7 +176,7 @@ def _random_shape(rng: np.random.Generator, size: int, others: list) -> _Shape:
 
 
 def _shape(rng: np.random.Generator, size: int, category: int, center: np.ndarray, diameter: float) -> _Shape:
-    corners = _outline(THING_CLASSES[category]) * (diameter / 2)
+    corners = outline(THING_CLASSES[category]) * (diameter / 2)
     angle = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     corners = (corners @ rotation.T + center).round(2)
@@ -185,7 +186,7 @@ def _shape(rng: np.random.Generator, size: int, category: int, center: np.ndarra
     return _Shape(category, mask, polygon if inside else None)
 
 
-def _outline(name: str) -> np.ndarray:
+def outline(name: str) -> np.ndarray:
     """Return the corners [P, 2] of a shape in the unit circle."""
     if name == "star":
         radius, count = np.tile([1.0, 0.42], 5), 10
@@ -227,16 +228,25 @@ def _visible_things(shapes: list, crowd: list | None) -> list[Thing]:
 
 
 def _paint_thing(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, category: int) -> None:
-    """Fill mask [H, W] with a saturated colour and a weak texture of no class, and darken its rim."""
-    size = len(mask)
+    texture = thing_texture(rng, len(mask), category)
+    paint(image, mask, texture, rng.uniform(*RIM_BRIGHTNESS))
+
+
+def thing_texture(rng: np.random.Generator, size: int, category: int) -> np.ndarray:
+    """A saturated colour with a weak texture of no class, float [size, size, 3]."""
     hue = _class_hue(rng, category / len(THING_CLASSES))
     color = _color(hue, rng.uniform(0.55, 0.95), rng.uniform(0.6, 1.0))
     texture = (_slope, _stripes, _noise)[rng.integers(3)]
     shade = 1 - rng.uniform(0.1, 0.3) * texture(rng, size)
-    image[mask] = color * shade[mask][:, None]
+    return color * shade[..., None]
+
+
+def paint(image: np.ndarray, mask: np.ndarray, texture: np.ndarray, rim_brightness: float) -> None:
+    """Fill mask [H, W] of an image with a texture [H, W, 3], and darken its rim."""
+    image[mask] = texture[mask]
     padded = np.pad(mask, 1)
     core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    image[mask & ~core] *= rng.uniform(0.45, 0.7)
+    image[mask & ~core] *= rim_brightness
 
 
 def _class_hue(rng: np.random.Generator, typical: float) -> float:

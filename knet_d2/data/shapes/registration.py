@@ -30,27 +30,35 @@ def make_split(split: str, root: str) -> str:
         DataError: the files can't be written.
     """
     num_images, seed = SPLITS[split]
-    folder = _folder(split, root)
+    return generate_folder(_folder(split, root), lambda folder: write_shapes(folder, num_images, seed))
+
+
+def generate_folder(folder: str, write: Callable[[str], None]) -> str:
+    """Generate a folder unless it exists; returns the folder. See :func:`make_split`.
+
+    Args:
+        write: writes the files into a folder that exists.
+    """
     if os.path.isdir(folder):
         return folder
     try:
         os.makedirs(os.path.dirname(folder), exist_ok=True)
         with file_lock(folder):
             if not os.path.isdir(folder):
-                _write(folder, num_images, seed)
+                _write(folder, write)
     except OSError as error:
         raise DataError(
-            f"{folder}: the data set shapes can't be written here ({error}). Free disk space, or set the environment "
-            "variable DETECTRON2_DATASETS to a writable folder."
+            f"{folder}: the generated data set can't be written here ({error}). Free disk space, or set the "
+            "environment variable DETECTRON2_DATASETS to a writable folder."
         ) from error
     return folder
 
 
-def _write(folder: str, num_images: int, seed: int) -> None:
+def _write(folder: str, write: Callable[[str], None]) -> None:
     temporary = tempfile.mkdtemp(prefix=os.path.basename(folder) + ".tmp", dir=os.path.dirname(folder))
     try:
         os.chmod(temporary, 0o755)
-        write_shapes(temporary, num_images, seed)
+        write(temporary)
         _rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
