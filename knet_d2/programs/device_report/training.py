@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,18 +97,21 @@ def _entry(task: str, folder: Path, name: str) -> dict[str, Any]:
 
 
 class _FinalLoss(HookBase):
-    """Keeps the mean loss of the last tenth of a run, at least of one step."""
+    """Keeps the mean loss of the last ``steps`` of a run."""
 
-    def __init__(self) -> None:
-        self.losses: list[float] = []
+    def __init__(self, steps: int):
+        self.losses: deque[float] = deque(maxlen=steps)
 
     def after_step(self) -> None:
         self.losses.append(self.trainer.storage.history("total_loss").latest())
 
     @property
     def mean(self) -> float:
-        last = self.losses[-max(1, len(self.losses) // 10) :]
-        return sum(last) / len(last)
+        return sum(self.losses) / len(self.losses)
+
+
+def _final_loss(setup: Setup) -> _FinalLoss:
+    return _FinalLoss(max(1, setup.size.iterations // 10))
 
 
 class _StopAfter(HookBase):
@@ -136,7 +140,7 @@ def train(setup: Setup, task: str, precision: str) -> list[Row]:
         amp_dtype(precision != "fp32", PRECISIONS[precision], setup.device)
     except ConfigError as error:
         return [{"run": f"{task}, {precision}", "note": str(error)}]
-    loss = _FinalLoss()
+    loss = _final_loss(setup)
     trainer = _trainer(config(setup, task, precision, f"{task}_{precision}"), loss, resume=False)
     start = time.perf_counter()
     results = trainer.train()
@@ -146,7 +150,7 @@ def train(setup: Setup, task: str, precision: str) -> list[Row]:
 def resume(setup: Setup, task: str, precision: str) -> list[Row]:
     """Repeat a run, stop it by SIGTERM in its middle, resume it, and compare its weights with those of the first."""
     name = f"{task}_{precision}_resumed"
-    cfg, loss = config(setup, task, precision, name), _FinalLoss()
+    cfg, loss = config(setup, task, precision, name), _final_loss(setup)
     start = time.perf_counter()
     stopped = _trainer(cfg, _StopAfter(max(1, setup.size.iterations // 2)), resume=False)
     try:
