@@ -35,6 +35,8 @@ setup(
         "web": ["gradio>=6"],
         # tools/export_model.py
         "export": ["onnx", "onnxscript", "onnxruntime"],
+        # Prediction.to_supervision
+        "supervision": ["supervision"],
         "test": ["pytest"],
     },
 )

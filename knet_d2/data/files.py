@@ -98,15 +98,37 @@ def read_image(path: str, pixel_format: PixelFormat | str) -> np.ndarray:
     """
     wanted = PixelFormat(pixel_format) if isinstance(pixel_format, str) else pixel_format
     _check_exists(path, "Image")
+
+    def read() -> np.ndarray:
+        if path.lower().endswith(ARRAY_TYPE):
+            return _read_array(path, wanted)
+        with PathManager.open(path, "rb") as f:
+            return _read_pixels(f.read(), wanted, path)
+
+    return _prepared(read, wanted, path)
+
+
+def read_image_content(content: bytes, pixel_format: PixelFormat, name: str) -> np.ndarray:
+    """:func:`read_image` for the content of an image file (no array).
+
+    Args:
+        content: the bytes of the file.
+        pixel_format: see there.
+        name: of the image, for messages.
+    """
+    return _prepared(lambda: _read_pixels(content, pixel_format, name), pixel_format, name)
+
+
+def _prepared(read: Callable[[], np.ndarray], wanted: PixelFormat, name: str) -> np.ndarray:
     try:
-        pixels = _read_array(path, wanted) if path.lower().endswith(ARRAY_TYPE) else _read_pixels(path, wanted)
+        pixels = read()
     except DataError:
         raise
     except Exception as error:
         raise DataError(
-            f"Image {path} can't be read ({error}). Replace the file or take it out of the data set."
+            f"Image {name} can't be read ({error}). Replace the file or take it out of the data set."
         ) from error
-    return wanted.prepare(pixels, f"Image {path}")
+    return wanted.prepare(pixels, f"Image {name}")
 
 
 def image_size(path: str) -> tuple[int, int]:
@@ -144,10 +166,8 @@ def _read_array(path: str, wanted: PixelFormat) -> np.ndarray:
     return np.array(pixels)
 
 
-def _read_pixels(path: str, wanted: PixelFormat) -> np.ndarray:
+def _read_pixels(content: bytes, wanted: PixelFormat, path: str) -> np.ndarray:
     """[H, W] or [H, W, channels] of the file's own type, colours in RGB order, without alpha where it is none."""
-    with PathManager.open(path, "rb") as f:
-        content = f.read()
     if content[:4] in (b"II*\0", b"MM\0*", b"II+\0"):
         pixels = _read_tiff(content, wanted, path)
         if pixels is not None:
@@ -155,8 +175,13 @@ def _read_pixels(path: str, wanted: PixelFormat) -> np.ndarray:
     image = _open_image(io.BytesIO(content))
     image.load()
     if image.format == "PNG" and content[_PNG_BITS] == 16:
-        pixels = _read_deep_png(content, wanted)
-    elif image.mode.startswith(("I", "F")):
+        return _TURNS.get(_orientation(image), np.asarray)(_read_deep_png(content, wanted))
+    return image_pixels(image, wanted)
+
+
+def image_pixels(image: Image.Image, wanted: PixelFormat) -> np.ndarray:
+    """The pixels of a Pillow image, as it is seen: [H, W] or [H, W, channels], colours in RGB order."""
+    if image.mode.startswith(("I", "F")):
         pixels = _one_channel(image)
     elif wanted.is_named:
         pixels = np.asarray(image.convert(wanted.as_rgb.name))

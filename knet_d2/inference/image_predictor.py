@@ -11,7 +11,7 @@ import torch
 from detectron2.config import CfgNode
 
 from ..data.classes import ClassTable
-from ..data.files import read_image
+from ..data.pixels import picture_of
 from ..errors import ConfigError, DataError
 from ..results.outputs import main_prediction, predictions_of
 from ..results.prediction import Prediction
@@ -19,11 +19,10 @@ from ..tasks import get_task
 from ..video.model import TrackingKNet
 from ..video.reading import read_ahead
 from .detectron2_predictor import Predictor
+from .inputs import read_input
 from .sources import ImageFiles, Video
 from .tiles import predict_tiles
 from .trace import Trace
-
-ORDERS = ("RGB", "BGR")
 
 
 class ImagePredictor:
@@ -53,28 +52,41 @@ class ImagePredictor:
 
     def __call__(
         self,
-        image: str | os.PathLike[str] | np.ndarray,
+        image: Any,
         order: str | None = None,
         *,
         tile_size: int | None = None,
         tile_overlap: int | None = None,
-    ) -> Prediction:
+    ) -> Prediction | list[Prediction]:
         """
         Args:
-            image: an image file, of which EXIF's rotation is applied; or an array [H, W, C] (or [H, W]) as files have
-                it: uint8, uint16, floats from 0 to 1, or what INPUT.VALUE_RANGE says.
-            order: of an array's three channels that are colours: "RGB" (as from Pillow, imageio, matplotlib) or "BGR"
-                (as from OpenCV). It can't be told from an array, and the wrong one gives worse results without a sign,
-                so it has no default.
+            image: an image file, an http(s) address, the bytes of a file or an open file, a PIL image, an array
+                [H, W, C] or [H, W], or a tensor [C, H, W]; see :func:`knet_d2.inference.inputs.read_input`. Or a list
+                or tuple of these.
+            order: of three channels of arrays and tensors that are colours: "RGB" (as from Pillow, imageio, matplotlib,
+                torchvision) or "BGR" (as from OpenCV). It can't be told from an array, and the wrong one gives worse
+                results without a sign, so it has no default.
             tile_size: side length in pixels of the tiles into which larger images are cut. Large images then need no
                 more memory than small ones, and small objects keep their size.
             tile_overlap: pixels that neighbouring tiles share; None: a quarter of ``tile_size``. Objects that cross a
                 border are joined there.
 
+        Returns:
+            The prediction, with the picture that it is drawn on; for a list the predictions in its order.
+
         Raises:
-            DataError: the file can't be read, or the array is no image.
+            DataError: the image can't be read, or is none.
         """
-        return self._tiled(self._pixels(image, order), tile_size, tile_overlap)
+        if isinstance(image, (list, tuple)):
+            return [self._with_picture(x, order, tile_size, tile_overlap) for x in image]
+        return self._with_picture(image, order, tile_size, tile_overlap)
+
+    def _with_picture(
+        self, image: Any, order: str | None, tile_size: int | None, tile_overlap: int | None
+    ) -> Prediction:
+        pixels = self._pixels(image, order)
+        rgb = pixels[:, :, ::-1] if self.pixel_format.name == "BGR" else pixels
+        return self._tiled(pixels, tile_size, tile_overlap)._replace(picture=picture_of(rgb))
 
     def predict(self, image: np.ndarray) -> dict[str, Prediction]:
         """Predict every output of MODEL.KNET.TEST.OUTPUTS; returns the predictions by output.
@@ -87,7 +99,7 @@ class ImagePredictor:
         """
         return predictions_of(self._predictor.predict(self._arranged(image)), self.classes)
 
-    def trace(self, image: str | os.PathLike[str] | np.ndarray, order: str | None = None) -> Trace:
+    def trace(self, image: Any, order: str | None = None) -> Trace:
         """Run an image through the network once, to inspect the results of every stage.
 
         Args:
@@ -179,19 +191,6 @@ class ImagePredictor:
     def _arranged(self, image: np.ndarray) -> np.ndarray:
         return self.pixel_format.arrange(image, "The image")
 
-    def _pixels(self, image: str | os.PathLike[str] | np.ndarray, order: str | None) -> np.ndarray:
-        """Convert a file or an array to the model's format of images."""
-        if isinstance(image, np.ndarray):
-            has_colors = self.pixel_format.is_named and image.ndim == 3 and image.shape[2] == 3
-            if has_colors and order not in ORDERS:
-                raise DataError(
-                    f"order = {order!r}: say how an array's channels are ordered, order='RGB' (as from Pillow, "
-                    "imageio) or order='BGR' (as from OpenCV)."
-                )
-            return self.pixel_format.prepare(image, "The image", order or "RGB")
-        if order is not None:
-            raise DataError(f"{image}: order = {order!r} is for arrays; that of a file is known. Leave it out.")
-        path = os.fspath(image)
-        if os.path.isdir(path):
-            raise DataError(f"{path}: is a folder; use predictor.images(folder), which gives its images one by one.")
-        return read_image(path, self.pixel_format)
+    def _pixels(self, image: Any, order: str | None) -> np.ndarray:
+        """Convert an image of any kind to the model's format of images."""
+        return read_input(image, order, self.pixel_format)

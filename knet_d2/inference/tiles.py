@@ -66,7 +66,7 @@ def predict_tiles(
         prediction = predict(image[y.start : y.stop, x.start : x.stop])
         parts.append([_place(segment, y, x, image.shape[:2]) for segment in prediction.segments])
     segments = _join(tiles, parts, prediction.classes.num_things)
-    return Prediction(image.shape[:2], segments, prediction.classes)
+    return Prediction(image.shape[:2], segments, prediction.classes).named()
 
 
 def _place(segment: Segment, y: Span, x: Span, size: tuple[int, int]) -> _Part:

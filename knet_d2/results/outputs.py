@@ -71,7 +71,8 @@ def main_prediction(results: Mapping[str, Any], classes: ClassTable) -> Predicti
 
 def _prediction(output: str, result: Any, classes: ClassTable) -> Prediction:
     segments = (Segment.from_mask(*item) for item in OUTPUTS[output].masks(result, classes))
-    return Prediction(OUTPUTS[output].size(result), [segment for segment in segments if segment is not None], classes)
+    found = [segment for segment in segments if segment is not None]
+    return Prediction(OUTPUTS[output].size(result), found, classes).named()
 
 
 def draw_prediction(image: np.ndarray, results: Mapping[str, Any], classes: ClassTable) -> np.ndarray:

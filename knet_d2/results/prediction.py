@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import os
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from ..data.classes import ClassTable, categories
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .pictures import draw_segments
 from .segment import Segment
 
@@ -21,11 +25,22 @@ class Prediction(NamedTuple):
         size: (height, width) of the image.
         segments: instances in descending order of score, panoptic segments, or the semantic classes of the image.
         classes: table of the classes that labels refer to.
+        picture: the image to look at, uint8 RGB [H, W, 3]; None where it was not kept.
     """
 
     size: tuple[int, int]
     segments: list[Segment]
     classes: ClassTable
+    picture: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        counts = Counter(self.classes.names[x.label] for x in self.segments)
+        found = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
+        return f"Prediction({self.size[0]} x {self.size[1]}: {found})"
+
+    def named(self) -> Prediction:
+        """Return the prediction with the names of the classes in the segments."""
+        return self._replace(segments=[x._replace(name=self.classes.names[x.label]) for x in self.segments])
 
     def confident(self, threshold: float) -> Prediction:
         """Return the prediction without things whose score is below a threshold."""
@@ -93,3 +108,53 @@ class Prediction(NamedTuple):
     def draw(self, image: np.ndarray) -> np.ndarray:
         """Paint the segments over their image, uint8 RGB [H, W, 3]; a small image is enlarged."""
         return draw_segments(image, self.segments, self.classes)
+
+    def drawn(self) -> np.ndarray:
+        """The segments over the picture, uint8 RGB [H, W, 3].
+
+        Raises:
+            DataError: the picture was not kept.
+        """
+        if self.picture is None:
+            raise DataError("This prediction has no picture: call draw(image), with the image as uint8 RGB [H, W, 3].")
+        return self.draw(self.picture)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the drawn picture to an image file."""
+        try:
+            Image.fromarray(self.drawn()).save(path)
+        except ValueError as error:
+            raise DataError(f"{os.fspath(path)}: {error}. Use a name that ends in .png or .jpg.") from error
+
+    def show(self) -> None:
+        """Show the drawn picture in the viewer of the system."""
+        Image.fromarray(self.drawn()).show()
+
+    def _repr_png_(self) -> bytes | None:
+        """What notebooks display."""
+        if self.picture is None:
+            return None
+        file = io.BytesIO()
+        Image.fromarray(self.drawn()).save(file, "PNG")
+        return file.getvalue()
+
+    def to_supervision(self) -> Any:
+        """Return the segments as Detections of the package supervision.
+
+        Raises:
+            ConfigError: the package is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise ConfigError("to_supervision needs a package: pip install supervision.") from error
+        boxes = np.array([x.box for x in self.segments], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        scores = np.array([np.nan if x.score is None else x.score for x in self.segments], np.float32)
+        return supervision.Detections(
+            xyxy=boxes,
+            mask=self.masks(),
+            confidence=scores,
+            class_id=np.array([x.label for x in self.segments], int),
+            data={"class_name": np.array([self.classes.names[x.label] for x in self.segments], str)},
+        )

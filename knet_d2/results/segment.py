@@ -19,6 +19,7 @@ class Segment(NamedTuple):
         corner: (top, left) of the bounding box in the image.
         size: (height, width) of the image.
         track_id: the same for one object in all frames of a video; None for images.
+        name: of its class; "" where nobody has named it.
     """
 
     label: int
@@ -27,6 +28,7 @@ class Segment(NamedTuple):
     corner: tuple[int, int]
     size: tuple[int, int]
     track_id: int | None = None
+    name: str = ""
 
     @classmethod
     def from_mask(
@@ -76,6 +78,16 @@ class Segment(NamedTuple):
     def area(self) -> int:
         """Number of pixels."""
         return int(self.crop.sum())
+
+    @property
+    def polygon(self) -> np.ndarray:
+        """Outline of the largest connected part, float [n, 2] of (x, y); all parts: :meth:`polygons`."""
+        outlines = [np.array(x).reshape(-1, 2) for x in self.polygons()]
+        return max(outlines, key=lambda x: cv2.contourArea(x.astype(np.float32)))
+
+    def __repr__(self) -> str:
+        score = "" if self.score is None else f", score {self.score:.2f}"
+        return f"Segment({self.name or self.label!r}{score}, box {self.box}, {self.area} pixels)"
 
     def rle(self) -> dict[str, Any]:
         """Encode the mask as COCO's compressed run-length encoding, with a string instead of bytes."""
