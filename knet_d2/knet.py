@@ -10,6 +10,7 @@ HELP = """usage: knet COMMAND ...
   predict   segment images: knet predict output/my_photos photo.jpg --output pictures
   check     check annotations: knet check --data my_photos
   export    write an ONNX or torch.export file: knet export output/my_photos model.onnx
+  annotate  write predictions as files of a label tool, to correct them: knet annotate output/my_photos new_photos ...
   doctor    say what is installed and what is missing
 
 knet COMMAND --help lists the options of a command. Other programs have the names of python -m knet_d2 --help.

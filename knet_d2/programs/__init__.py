@@ -21,6 +21,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 NAMES = (
     "train",
     "demo",
+    "annotate",
     "compare",
     "web",
     "check_dataset",

@@ -6,6 +6,7 @@
     knet predict output/my_photos photo.jpg --output pictures
     knet check --data my_photos                     check annotations; or --config-file config.yaml
     knet export output/my_photos model.onnx
+    knet annotate output/my_photos new_photos --format labelme --output to_correct
     knet doctor                                     say what is installed and what is missing
 
 A folder of a training run stands for its best checkpoint. The other programs of ``python -m knet_d2`` have their names
@@ -13,6 +14,7 @@ here, too. ``knet NAME --help`` lists the options of each.
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -157,9 +159,10 @@ def _predict(arguments: Sequence[str]) -> int:
     return run_program("demo", ["--input", *args.inputs, *rest[:place], "--opts", *options], "knet predict")
 
 
-def _export(arguments: Sequence[str]) -> int:
+def _with_checkpoint(program: str, name: str, arguments: Sequence[str]) -> int:
+    """Run a program whose first argument is a weights file."""
     words = [checkpoint_of(arguments[0]), *arguments[1:]] if arguments else []
-    return run_program("export_model", words, "knet export")
+    return run_program(program, words, f"knet {name}")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -167,7 +170,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": _eval,
     "predict": _predict,
     "check": _check,
-    "export": _export,
+    "export": functools.partial(_with_checkpoint, "export_model", "export"),
+    "annotate": functools.partial(_with_checkpoint, "annotate", "annotate"),
 }
 
 

@@ -1,0 +1,33 @@
+"""Segment images and write the results as annotation files of a label tool, to correct them by hand.
+
+    knet annotate output/my_photos new_photos --format labelme --output to_correct
+
+order.csv lists the images with the most doubtful ones first. What was corrected is read for training by the types of
+DATASETS.CUSTOM; see docs/DATASETS.md.
+"""
+
+import argparse
+
+from ..inference import load
+from ..results.annotations import WRITERS, write_annotations
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="weights file, or knet:// name")
+    parser.add_argument("inputs", nargs="+", help="image files, folders, or quoted patterns such as 'a/*.jpg'")
+    parser.add_argument("--format", required=True, choices=WRITERS, help="of the files")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the files")
+    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="lowest score of a segment")
+    parser.add_argument("--tolerance", type=float, default=1.0, help="distance of polygons to masks, in pixels")
+    parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    options = {"config_file": args.config_file, "opts": args.opts}
+    predictor = load(args.model, confidence_threshold=args.confidence_threshold, **options)
+    images = predictor.images(args.inputs)
+    number = write_annotations(args.format, images, args.output, predictor.classes, args.tolerance)
+    print(f"Wrote annotations of {number} images to {args.output}; order.csv lists the most doubtful ones first.")

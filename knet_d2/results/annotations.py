@@ -1,0 +1,226 @@
+"""Writes predictions as annotation files of label tools, so that people correct them instead of drawing from nothing.
+
+The most doubtful images come first: there, a correction teaches the model most.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import cv2
+import numpy as np
+import yaml
+from PIL import Image
+
+from ..data.classes import ClassTable
+from ..errors import ConfigError
+from .prediction import Prediction, Segment
+
+
+class Annotated(NamedTuple):
+    """An image file with its prediction."""
+
+    path: str
+    prediction: Prediction
+
+    @property
+    def doubt(self) -> float:
+        """1 if the score of a segment is 0.5, 0 if all scores are 0 or 1, or if there are none."""
+        scores = [x.score for x in self.prediction.segments if x.score is not None]
+        return max((1 - abs(2 * score - 1) for score in scores), default=0.0)
+
+
+def write_annotations(
+    kind: str, images: Iterable[tuple[str, Prediction]], folder: str, classes: ClassTable, tolerance: float = 1.0
+) -> int:
+    """Write annotation files of a label tool, and order.csv with the images by falling doubt.
+
+    Args:
+        kind: one of WRITERS.
+        images: (path of an image file, its prediction).
+        folder: where the files are written; it is created.
+        classes: classes of the model.
+        tolerance: largest distance in pixels between a polygon and the outline of its mask. With 0, polygons follow
+            every pixel. Masks with holes are written as masks.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        ConfigError: the kind is unknown, or the folder has files already.
+    """
+    if kind not in WRITERS:
+        raise ConfigError(f"--format {kind}: use one of {', '.join(WRITERS)}.")
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise ConfigError(f"--output {folder}: has files already, which people may have corrected. Use a new folder.")
+    os.makedirs(folder, exist_ok=True)
+    ordered = sorted((Annotated(*x) for x in images), key=lambda x: (-x.doubt, x.path))
+    WRITERS[kind](ordered, folder, classes, tolerance)
+    with open(os.path.join(folder, "order.csv"), "w", newline="", encoding="utf-8") as f:
+        rows = csv.writer(f)
+        rows.writerow(["file_name", "doubt", "segments"])
+        rows.writerows((x.path, f"{x.doubt:.3f}", len(x.prediction.segments)) for x in ordered)
+    return len(ordered)
+
+
+def outlines(segment: Segment, tolerance: float) -> list[list[tuple[float, float]]] | None:
+    """The outlines of the parts of a mask as points (x, y), with fewer points than pixels; None if it has a hole."""
+    _, hierarchy = cv2.findContours(segment.crop.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    if (hierarchy[0, :, 3] >= 0).any():
+        return None
+    found = []
+    for polygon in segment.polygons():
+        points = np.array(polygon, np.float32).reshape(-1, 1, 2)
+        fewer = cv2.approxPolyDP(points, tolerance, closed=True) if tolerance else points
+        found.append([(float(x), float(y)) for x, y in (fewer if len(fewer) >= 3 else points)[:, 0]])
+    return found
+
+
+def _write_labelme(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
+    """One JSON for each image, with the path of the image; parts of an object are in a group."""
+    for image, name in _with_names(images):
+        shapes: list[dict[str, Any]] = []
+        for number, segment in enumerate(image.prediction.segments, 1):
+            common = {"label": classes.names[segment.label], "flags": {}, "description": _score_text(segment)}
+            parts = outlines(segment, tolerance)
+            if parts is None:
+                x, y, width, height = segment.box
+                corners = [[x, y], [x + width - 1, y + height - 1]]
+                shape = {"shape_type": "mask", "points": corners, "group_id": None, "mask": _png_text(segment.crop)}
+                shapes.append({**common, **shape})
+                continue
+            group = number if len(parts) > 1 else None
+            shapes += [
+                {**common, "shape_type": "polygon", "points": [list(p) for p in part], "group_id": group}
+                for part in parts
+            ]
+        height, width = image.prediction.size
+        content = {
+            **{"version": "5.5.0", "flags": {}, "shapes": shapes, "imageData": None},
+            **{"imagePath": os.path.relpath(image.path, folder), "imageHeight": height, "imageWidth": width},
+        }
+        _write_json(content, os.path.join(folder, f"{name}.json"))
+
+
+def _write_yolo(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
+    """labels/NAME.txt and data.yaml; an object in several parts, or with a hole, is a row of run lengths."""
+    os.makedirs(os.path.join(folder, "labels"))
+    for image, name in _with_names(images):
+        height, width = image.prediction.size
+        rows = []
+        for segment in image.prediction.segments:
+            parts = outlines(segment, tolerance)
+            if parts is None or len(parts) > 1:
+                rows.append(f"{segment.label} rle {height} {width} {segment.rle()['counts']}")
+            else:
+                numbers = (f"{x / width:.6f} {y / height:.6f}" for x, y in parts[0])
+                rows.append(f"{segment.label} {' '.join(numbers)}")
+        with open(os.path.join(folder, "labels", f"{name}.txt"), "w", encoding="utf-8") as f:
+            f.write("".join(f"{row}\n" for row in rows))
+    with open(os.path.join(folder, "data.yaml"), "w", encoding="utf-8") as f:
+        content = {"path": _common_folder(images), "train": ".", "names": dict(enumerate(classes.names))}
+        yaml.safe_dump(content, f, sort_keys=False, allow_unicode=True)
+
+
+def _write_coco(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
+    """One JSON; file names are relative to the folder that all images are in."""
+    root = _common_folder(images)
+    ids = list(classes.dataset_ids or classes.category_ids)
+    content: dict[str, Any] = {"info": {}, "images": [], "annotations": []}
+    content["categories"] = [{"id": i, "name": name} for i, name in zip(ids, classes.names, strict=True)]
+    for number, image in enumerate(images, 1):
+        height, width = image.prediction.size
+        name = os.path.relpath(image.path, root).replace(os.sep, "/")
+        content["images"].append({"id": number, "file_name": name, "height": height, "width": width})
+        for segment in image.prediction.segments:
+            parts = outlines(segment, tolerance)
+            polygons = None if parts is None else [[v for p in part for v in p] for part in parts]
+            content["annotations"].append(
+                {
+                    **{"id": len(content["annotations"]) + 1, "image_id": number, "category_id": ids[segment.label]},
+                    **{"iscrowd": 0, "bbox": list(segment.box), "area": segment.area, "score": segment.score},
+                    "segmentation": polygons or segment.rle(),
+                }
+            )
+    _write_json(content, os.path.join(folder, "annotations.json"))
+
+
+def _write_cvat(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
+    """One XML, "CVAT for images 1.1"; names are those of the files, as in a task of uploaded images."""
+    root = ElementTree.Element("annotations")
+    ElementTree.SubElement(root, "version").text = "1.1"
+    for number, image in enumerate(images):
+        height, width = image.prediction.size
+        name = os.path.relpath(image.path, _common_folder(images)).replace(os.sep, "/")
+        keys = {"id": str(number), "name": name, "width": str(width), "height": str(height)}
+        parent = ElementTree.SubElement(root, "image", keys)
+        for group, segment in enumerate(image.prediction.segments, 1):
+            common = {"label": classes.names[segment.label], "source": "auto", "occluded": "0", "z_order": "0"}
+            parts = outlines(segment, tolerance)
+            if parts is None:
+                x, y, w, h = segment.box
+                place = {"left": str(x), "top": str(y), "width": str(w), "height": str(h)}
+                runs = ", ".join(map(str, _row_runs(segment.crop)))
+                ElementTree.SubElement(parent, "mask", {**common, "rle": runs, **place})
+                continue
+            grouped = {"group_id": str(group)} if len(parts) > 1 else {}
+            for part in parts:
+                points = ";".join(f"{x:.2f},{y:.2f}" for x, y in part)
+                ElementTree.SubElement(parent, "polygon", {**common, "points": points, **grouped})
+    ElementTree.indent(root)
+    ElementTree.ElementTree(root).write(os.path.join(folder, "annotations.xml"), encoding="utf-8", xml_declaration=True)
+
+
+WRITERS: dict[str, Callable[[list[Annotated], str, ClassTable, float], None]] = {
+    "labelme": _write_labelme,
+    "cvat": _write_cvat,
+    "yolo": _write_yolo,
+    "coco": _write_coco,
+}
+
+
+def _row_runs(mask: np.ndarray) -> list[int]:
+    """Lengths of the runs of 0 and 1 along the rows; the first is of 0."""
+    flat = mask.reshape(-1).astype(np.int8)
+    starts = np.flatnonzero(np.diff(flat, prepend=0))
+    return np.diff([0, *starts, flat.size]).tolist()
+
+
+def _with_names(images: list[Annotated]) -> list[tuple[Annotated, str]]:
+    """The images with names for files: the name of the image without its ending.
+
+    Raises:
+        ConfigError: two images have the same name.
+    """
+    first: dict[str, str] = {}
+    for image in images:
+        name = os.path.splitext(os.path.basename(image.path))[0]
+        if first.setdefault(name, image.path) != image.path:
+            raise ConfigError(f"{image.path}: has the same name as {first[name]}. Write one folder after the other.")
+    return [(image, os.path.splitext(os.path.basename(image.path))[0]) for image in images]
+
+
+def _common_folder(images: list[Annotated]) -> str:
+    return os.path.commonpath([os.path.dirname(os.path.abspath(x.path)) for x in images]) if images else ""
+
+
+def _score_text(segment: Segment) -> str:
+    return "" if segment.score is None else f"score {segment.score:.3f}"
+
+
+def _png_text(mask: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _write_json(content: dict[str, Any], path: str) -> None:
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(content, f)
