@@ -20,7 +20,8 @@ from knet_d2.data import load_dataset
 from knet_d2.data.classes import ClassTable
 from knet_d2.errors import ConfigError
 from knet_d2.results.annotations import WRITERS, Annotated, write_annotations
-from knet_d2.results.prediction import Prediction, Segment
+from knet_d2.results.prediction import Prediction
+from knet_d2.results.segment import Segment
 
 SIZE = (48, 64)
 CLASSES = ClassTable(["cup", "fork"], [0, 1], [(200, 0, 0), (0, 0, 200)], 2, [7, 3])

@@ -21,7 +21,8 @@ from PIL import Image
 
 from ..data.classes import ClassTable
 from ..errors import ConfigError
-from .prediction import Prediction, Segment
+from .prediction import Prediction
+from .segment import Segment
 
 
 class Annotated(NamedTuple):
