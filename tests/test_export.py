@@ -24,6 +24,7 @@ from knet_d2.errors import ConfigError
 from knet_d2.export import OUTPUT_NAMES, ExportableKNet
 from knet_d2.export.writing import METADATA_FILE
 from knet_d2.inference import ImagePredictor
+from knet_d2.modeling.postprocessing.scores import SUPPRESSED
 from knet_d2.programs import export_model
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -111,7 +112,9 @@ def test_same_results_as_pytorch(exported, size, batch):
             result = exports.agreement(expected[i], {name: x[i] for name, x in found.items()}, THRESHOLD)
             assert result.is_good, (path, result)
         if task == "instance":
-            assert found["masks"].shape == (batch, 18, *output_size) and (found["scores"][:, :-1] > 0).all()
+            assert found["masks"].shape == (batch, 18, *output_size)
+            assert ((found["scores"] > 0) | (found["scores"] == SUPPRESSED)).all()
+            assert (found["scores"] == SUPPRESSED).any()
             best = found["scores"] >= THRESHOLD
             assert 0 < best.sum() < best.size
             boxes = np.concatenate([x["boxes"] for x in expected])
