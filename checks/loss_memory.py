@@ -2,9 +2,10 @@
 
 python -m checks.loss_memory
 
-Static kernels, cascade, matching and losses of a panoptic COCO model run forward and backward on random features. For
-every pixel and for sampled points this prints the highest resident memory above that before the step, its processor
-time, and their ratio. Each is measured in a process of its own, on the CPU.
+Static kernels, cascade, matching and losses of a panoptic COCO model run forward and backward on random features. This
+prints the highest resident memory above that before the step, and its processor time: with losses at every pixel, at
+sampled points, and without matching and losses (the outputs' sum goes backward). Each is measured in a process of its
+own, on the CPU.
 """
 
 import argparse
@@ -53,12 +54,12 @@ def random_truth(size: tuple[int, int], num_objects: int, seed: int) -> dict:
     }
 
 
-def measure(args: argparse.Namespace, num_points: int, results) -> None:
-    """Put (MiB of memory above that before the step, CPU seconds) into the queue ``results``."""
+def measure(args: argparse.Namespace, num_points: int | None, results) -> None:
+    """Put (MiB of memory above that before the step, CPU seconds) into the queue ``results``; None: no losses."""
     torch.set_num_threads(args.threads)
     things, stuff = "MODEL.KNET.NUM_THING_CLASSES", "MODEL.KNET.NUM_STUFF_CLASSES"
     options = [things, str(NUM_THINGS), stuff, str(NUM_STUFF), "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
-    options += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.KNET.LOSS.NUM_POINTS", str(num_points)]
+    options += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.KNET.LOSS.NUM_POINTS", str(num_points or 0)]
     torch.manual_seed(0)
     model = build_model(load_config(str(CONFIG), options)).train()
     batch = [random_truth(tuple(args.size), args.objects, seed) for seed in range(args.batch)]
@@ -71,23 +72,24 @@ def measure(args: argparse.Namespace, num_points: int, results) -> None:
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     state = model.sem_seg_head({name: x.requires_grad_() for name, x in features.items()})
     stages = model.cascade(state)
-    losses = model.criterion(state, stages, model.prepare_targets(truths, images, state))
-    sum(losses.values()).backward()
+    if num_points is None:
+        total = sum(x.sum() for stage in stages for x in stage if x is not None) + state.semantic_logits.sum()
+    else:
+        total = sum(model.criterion(state, stages, model.prepare_targets(truths, images, state)).values())
+    total.backward()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     results.put(((peak - before) / 1024, time.process_time() - start))
 
 
 def main(args: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
-    found = []
-    for number in (0, args.points):
+    for number, name in ((0, "every pixel"), (args.points, f"{args.points} points"), (None, "without losses")):
         results = context.Queue()
         process = context.Process(target=measure, args=(args, number, results))
         process.start()
-        found.append(results.get())
+        memory, seconds = results.get()
         process.join()
-        print(f"{f'{number} points' if number else 'every pixel'}: {found[-1][0]:.0f} MiB, {found[-1][1]:.1f} CPU s")
-    print(f"ratio: memory {found[1][0] / found[0][0]:.2f}, time {found[1][1] / found[0][1]:.2f}")
+        print(f"{name}: {memory:.0f} MiB, {seconds:.1f} CPU s", flush=True)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ OPTIONS = {
 # What makes a graph harder than the tiny model's: coordinates, peaks of a map, scores by masks, pyramid pooling
 SCORES_BY_MASKS = {"MODEL.KNET.TEST.SCORE_EXPONENT": 1.0, "MODEL.KNET.TEST.MASK_NMS": 0.9}
 KINDS = {
-    "instance": {"MODEL.KNET.POSITION_ENCODING": "coordinates"},
+    "instance": {"MODEL.KNET.POSITION_ENCODING": "coordinates", **SCORES_BY_MASKS},
     "panoptic": {**IMAGE_KERNELS, **SCORES_BY_MASKS},
     "semantic": {"MODEL.SEM_SEG_HEAD.NAME": "PSPKernelHead"},
 }
