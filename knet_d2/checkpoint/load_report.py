@@ -10,6 +10,7 @@ from tabulate import tabulate
 from .key_table import KeyRule, Translation, translate_state_dict
 from .openmmlab import openmmlab_rules
 from .openmmlab_backbones import pretrained_backbone_rules
+from .timm_layouts import efficientnet_lite_rules, timm_rules
 
 Shape = tuple[int, ...]
 
@@ -45,12 +46,21 @@ def recognise(state_dict: Mapping[str, torch.Tensor], model_keys: Collection[str
     """
     has_fpn = any(key.startswith("backbone.bottom_up.") for key in model_keys)
     prefix = "backbone.bottom_up." if has_fpn else "backbone."
+    is_timm = any(key.startswith(f"{prefix}network.") for key in model_keys)
+    if is_timm:
+        prefix += "network."
 
     def layout(name: str, scope: str, rules: list[KeyRule]) -> Layout:
         return Layout(name, scope, translate_state_dict(state_dict, rules, model_keys), prefix)
 
     if any(key.startswith(_OFFICIAL_HEADS) for key in state_dict):
         return layout("official K-Net (OpenMMLab)", "model", openmmlab_rules(state_dict))
+    if is_timm and "_conv_stem.weight" in state_dict:
+        return layout(
+            "EfficientNet-Lite of the package registry", "backbone", efficientnet_lite_rules(state_dict, prefix)
+        )
+    if is_timm and any(prefix + key in model_keys for key in state_dict):
+        return layout("network of timm", "backbone", timm_rules(prefix))
     if "res2.0.conv1.weight" in state_dict:
         return layout("backbone of Detectron2", "backbone", _detectron2_backbone_rules(prefix))
     pretrained = pretrained_backbone_rules(state_dict, prefix)
@@ -199,7 +209,7 @@ def _differs_in_count(pair: ShapePair) -> bool:
 
 def _stage(name: str, layout: Layout) -> str | None:
     """The beginning of a backbone parameter's name, up to its stage ("res4", "stages.2")."""
-    match = re.match(re.escape(layout.backbone_prefix) + r"(?:stages\.\d+|\w+)\.", name)
+    match = re.match(re.escape(layout.backbone_prefix) + r"(?:(?:stages|blocks|layers)\.\d+|\w+)\.", name)
     return match[0] if match else None
 
 

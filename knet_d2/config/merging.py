@@ -14,6 +14,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from ..data import register_custom_datasets, resolve_classes
+from ..data.timm_names import fill_pixel_statistics
 from ..errors import ConfigError, KNetError
 from .files import config_folder
 from .options import get_knet_cfg
@@ -33,6 +34,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, explicit="MODEL.DEVICE" in opts[0::2])
     register_custom_datasets(cfg)
     resolve_classes(cfg)
+    fill_pixel_statistics(cfg)
     return cfg
 
 

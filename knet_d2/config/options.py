@@ -167,6 +167,21 @@ def _add_backbone_config(cfg: CN) -> None:
     # Stages that the backbone returns; each has its own layer norm.
     swin.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
 
+    cfg.MODEL.TIMM = CN()
+    timm = cfg.MODEL.TIMM
+    # Name of a network of timm, as "convnext_tiny" or "convnext_tiny.fb_in22k". MODEL.BACKBONE.FREEZE_AT freezes its
+    # stem (1), also its first stage (2), and so on.
+    timm.NAME = "resnet50"
+    # Feature maps of "build_timm_backbone", named by stride: res2 (4), res3 (8), res4 (16), res5 (32). The pyramid of
+    # "build_timm_fpn_backbone" has a level for each of MODEL.FPN.IN_FEATURES.
+    timm.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Batch norms of the network: "BN" (as they are), "SyncBN" (over all GPUs) or "FrozenBN" (they never change).
+    timm.NORM = "BN"
+    # Drop path probability of the last block; it increases linearly from 0 in the first block.
+    timm.DROP_PATH_RATE = 0.0
+    # Whether training stores no activations within the network's blocks, but computes them again.
+    timm.CHECKPOINT = False
+
 
 def _add_input_config(cfg: CN) -> None:
     # INPUT.FORMAT is Detectron2's: "RGB", "BGR", "L" (grey), or as "5-channel" any number of channels.
@@ -191,6 +206,8 @@ def _add_solver_config(cfg: CN) -> None:
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     # Factor on the learning rate of the backbone.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    # Factor on the learning rate from each layer of a backbone of timm to the layer before it; 1 = none.
+    cfg.SOLVER.LAYER_DECAY = 1.0
     # Number of consecutive steps with a non-finite loss after which training stops. Earlier ones are skipped.
     cfg.SOLVER.NON_FINITE_STEPS = 1
     # Number of parts in which a batch is computed, one after the other, to save memory. Their gradients are accumulated

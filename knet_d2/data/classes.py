@@ -18,6 +18,7 @@ from detectron2.utils.colormap import colormap
 from ..errors import ConfigError, DataError
 from ..tasks import Task, get_task
 from .records import load_dataset
+from .timm_names import fill_pixel_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -138,16 +139,17 @@ def has_classes(cfg: CfgNode) -> bool:
 
 
 def with_classes(cfg: CfgNode) -> CfgNode:
-    """A config with its classes resolved: ``cfg`` itself if they are, else a copy.
+    """A config with its classes and the normalisation of its images resolved: ``cfg`` itself if they are, else a copy.
 
     The trainer, the predictor and the model call it; for a config of :func:`knet_d2.engine.load_config` nothing is left
     to do, and no data set is looked at.
     """
-    if has_classes(cfg):
+    if has_classes(cfg) and len(cfg.MODEL.PIXEL_MEAN) and len(cfg.MODEL.PIXEL_STD):
         return cfg
     resolved = cfg.clone()
     resolved.defrost()
     resolve_classes(resolved)
+    fill_pixel_statistics(resolved)
     if cfg.is_frozen():
         resolved.freeze()
     return resolved

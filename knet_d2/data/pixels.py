@@ -55,7 +55,7 @@ class PixelFormat(NamedTuple):
             )
         found = cls(name, (float(values[0]), float(values[1])) if values else None)
         for key in ("PIXEL_MEAN", "PIXEL_STD"):
-            if len(cfg.MODEL[key]) != found.channels:
+            if len(cfg.MODEL[key]) not in (0, found.channels):  # none: fill_pixel_statistics gives them
                 raise ConfigError(
                     f"MODEL.{key} = {list(cfg.MODEL[key])}: give {found.channels} numbers, one for each channel of "
                     f"INPUT.FORMAT {name!r}, on the scale from 0 to 255."

@@ -13,6 +13,7 @@ from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
+from ..modeling.backbone.timm import TimmBackbone
 
 # Position embeddings have the weight decay of norms, as in the official Swin configs.
 _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
@@ -41,8 +42,9 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     """Group the trainable parameters by learning rate and weight decay.
 
     The weight decay of norms and position embeddings is WEIGHT_DECAY_NORM, that of biases WEIGHT_DECAY_BIAS (None: as
-    for weights). The learning rate of the backbone, without its feature pyramid, is multiplied by
-    BACKBONE_MULTIPLIER.
+    for weights). The learning rate of the backbone, without its feature pyramid, is multiplied by BACKBONE_MULTIPLIER,
+    and that of a layer of a timm network by LAYER_DECAY to the power of its distance from the network's end: 1 for the
+    last block, one more for each block before it, and most for the stem.
     """
     solver = cfg.SOLVER
     groups = get_default_optimizer_params(
@@ -56,13 +58,32 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     )
     backbone = getattr(model, "backbone", None)
     backbone = getattr(backbone, "bottom_up", backbone)
-    slowed = {id(p) for p in backbone.parameters()} if backbone is not None else set()
+    slowed = {id(p): solver.BACKBONE_MULTIPLIER for p in backbone.parameters()} if backbone is not None else {}
+    is_timm = isinstance(backbone, TimmBackbone)
+    if is_timm:
+        slowed = {p: factor * slowed[p] for p, factor in _layer_factors(backbone, solver.LAYER_DECAY).items()}
+    elif solver.LAYER_DECAY != 1.0:
+        raise ConfigError(
+            f"SOLVER.LAYER_DECAY = {solver.LAYER_DECAY}: only backbones of timm have layers. Set it to 1."
+        )
+    undecayed = {id(backbone.get_parameter(name)) for name in backbone.undecayed_parameters()} if is_timm else set()
     # Split the groups into one per parameter, and merge those with equal settings again.
     single = [{**group, "params": [p]} for group in groups for p in group["params"]]
     for group in single:
-        if id(group["params"][0]) in slowed:
-            group["lr"] *= solver.BACKBONE_MULTIPLIER
+        parameter = id(group["params"][0])
+        group["lr"] *= slowed.get(parameter, 1.0)
+        if parameter in undecayed:
+            group["weight_decay"] = solver.WEIGHT_DECAY_NORM
     return reduce_param_groups(single)
+
+
+def _layer_factors(backbone: TimmBackbone, decay: float) -> dict[int, float]:
+    """Factor on the learning rate of each parameter, by its id."""
+    if not 0 < decay <= 1:
+        raise ConfigError(f"SOLVER.LAYER_DECAY = {decay}: use a factor above 0, 1 at most.")
+    layers = backbone.parameter_layers()
+    count = max(layers.values()) + 1
+    return {id(backbone.get_parameter(name)): decay ** (count - layer) for name, layer in layers.items()}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

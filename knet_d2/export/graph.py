@@ -9,6 +9,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..modeling.backbone.deform_conv import DeformConv2d
 from ..modeling.backbone.swin import SwinTransformer
+from ..modeling.backbone.timm import TimmBackbone
 from ..modeling.cascade import select_stage
 from ..modeling.meta_arch import KNet
 from ..modeling.postprocessing import ImageGeometry, dense
@@ -50,6 +51,11 @@ class ExportableKNet(nn.Module):
             raise ConfigError(
                 "MODEL.RESNETS.DEFORM_ON_PER_STAGE: a model with deformable convolutions can't be exported, as "
                 "runtimes lack that operator. Use a model without, or run this one with knet_d2.load."
+            )
+        if any(isinstance(module, TimmBackbone) and module.has_windows for module in model.modules()):
+            raise ConfigError(
+                "MODEL.TIMM.NAME: a network with attention in windows can't be exported, as torch.export can't follow "
+                "them at every image size. Use another network, or run this one with knet_d2.load."
             )
         if any(isinstance(module, SwinTransformer) for module in model.modules()):
             raise ConfigError(

@@ -4,6 +4,7 @@ from .deform_conv import DeformConv2d
 from .fpn import add_fpn, build_knet_resnet_fpn_backbone, build_knet_swin_fpn_backbone
 from .resnet import build_knet_resnet_backbone, build_resnet
 from .swin import SwinTransformer, build_knet_swin_backbone
+from .timm import build_timm_backbone, build_timm_fpn_backbone
 
 __all__ = [
     "DeformConv2d",
@@ -14,4 +15,6 @@ __all__ = [
     "build_knet_swin_backbone",
     "build_knet_swin_fpn_backbone",
     "build_resnet",
+    "build_timm_backbone",
+    "build_timm_fpn_backbone",
 ]
