@@ -228,6 +228,13 @@ def test_a_wrong_region_of_via_is_named(tmp_path, region, what):
     assert fault.where == "000000.jpg, region 1" and what in fault.what
 
 
+def test_regions_of_other_types(tmp_path):
+    report = _report(_via(tmp_path, lambda _, image: image["regions"].append(7)))
+    assert [(x.where, x.what) for x in report.faults] == [("000000.jpg, region 3", "has no shape")]
+    with pytest.raises(DataError, match="the regions of 000000.jpg are no list"):
+        _records(_via(tmp_path, lambda _, image: image.update(regions=7)))
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '{"project": {}, "file": {}}', "no JSON"])
 def test_what_is_no_export_of_via(tmp_path, content):
     (tmp_path / "via.json").write_text(content)
@@ -260,7 +267,25 @@ def test_labelme_shapes_without_area(tmp_path):
     assert "the shape_type 'line' has no area" in faults[0].what
 
 
+@pytest.mark.parametrize("changes", [{"imageHeight": 10**9}, {"imageWidth": 12}, {"imageHeight": None}])
+def test_labelme_masks_are_not_decoded_into_any_size(tmp_path, changes):
+    entry = write_tool(tmp_path, "labelme", unique_name("tool"))
+    path = tmp_path / "labelme" / "000000.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    faults = [x.what for x in _report(entry).faults if x.kind == "unusable annotation"]
+    assert faults == ["the mask is larger than the image" if "imageWidth" in changes else faults[0]]
+    assert "imageWidth" in changes or "a mask needs imageHeight" in faults[0]
+
+
 # ---- masks
+
+
+def test_a_photo_does_not_number_objects(tmp_path):
+    keys = tool_formats.instance_png(tmp_path)
+    noise = np.random.default_rng(0).permutation(200 * 200).reshape(200, 200).astype(np.uint16)
+    Image.fromarray(noise).save(tmp_path / "masks" / "000000.png")
+    with pytest.raises(DataError, match=r"000000.png: has 39999 values, so it does not number objects"):
+        _records(_entry("instance_png", tmp_path, **keys))
 
 
 def test_instance_png_of_one_class(tmp_path):

@@ -144,7 +144,7 @@ def _find_json(folder: str) -> Iterator[_Candidate]:
     labelme = set()
     for path in _files(folder, (".json", ".csv")):
         if path.lower().endswith(".csv"):
-            rows = list(csv.DictReader(io.StringIO(read_text(path))))
+            rows = _csv_rows(path)
             if rows and "region_shape_attributes" in rows[0]:
                 names = [row.get("filename") or row.get("#filename") for row in rows]
                 entry = {"type": "via", "annotations": path, "images": _folder_of(path, folder, names)}
@@ -173,6 +173,14 @@ def _find_json(folder: str) -> Iterator[_Candidate]:
             f"labelme's JSON files in {root}",
             {"train": {"type": "labelme", "annotations": root, **images}},
         )
+
+
+def _csv_rows(path: str) -> list[dict[str, Any]]:
+    """The rows of a CSV file; [] if it can't be read, as it may have nothing to do with annotations."""
+    try:
+        return list(csv.DictReader(io.StringIO(read_text(path))))
+    except (csv.Error, DataError):
+        return []
 
 
 def _by_part(entries: dict[str, dict[str, Any]], root: str) -> dict[str, dict[str, Any]]:
@@ -223,7 +231,7 @@ def _via_entry(path: str, folder: str, content: dict) -> dict[str, Any]:
     return {
         "type": "via",
         "annotations": path,
-        "images": _folder_of(path, folder, [x.get("filename") for x in images.values()]),
+        "images": _folder_of(path, folder, [x.get("filename") for x in images.values() if isinstance(x, dict)]),
     }
 
 

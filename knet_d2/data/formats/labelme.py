@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import DataError
-from ..files import ARRAY_TYPE, IMAGE_TYPES, files_below
+from ..files import ARRAY_TYPE, IMAGE_TYPES, MAX_PIXELS, files_below
 from .builder import Builder, Place, ellipse, flat, read_json_text, read_text, rectangle
 
 
@@ -34,7 +34,8 @@ def read_labelme(entry: dict[str, Any], builder: Builder) -> None:
         file_name = _image_file(builder.root, stem, content.get("imagePath"))
         known.add(os.path.join(builder.root, file_name))
         height, width = content.get("imageHeight"), content.get("imageWidth")
-        size = (height, width) if type(height) is int and type(width) is int else None
+        is_size = type(height) is int and type(width) is int and height > 0 and 0 < height * width <= MAX_PIXELS
+        size = (height, width) if is_size else None
         image_id = builder.add_image(file_name, size)
         for (name, _), shapes in _objects(content["shapes"]).items():
             where = Place(path, f"shapes[{shapes[0][0]}] ({name})")
@@ -91,7 +92,10 @@ def _part(shape: dict[str, Any], size: tuple[int, int] | None) -> Any:
         if size is None:
             raise ValueError("a mask needs imageHeight and imageWidth")
         content = base64.b64decode(shape["mask"])
-        crop = np.asarray(Image.open(io.BytesIO(content), formats=("PNG",)).convert("L")) > 0
+        image = Image.open(io.BytesIO(content), formats=("PNG",))
+        if image.width > size[1] or image.height > size[0]:  # nothing is decoded before this
+            raise ValueError("the mask is larger than the image")
+        crop = np.asarray(image.convert("L")) > 0
         left, top = (round(min(points[i::2])) for i in (0, 1))
         mask = np.zeros(size, bool)
         if left < 0 or top < 0 or top + crop.shape[0] > size[0] or left + crop.shape[1] > size[1]:

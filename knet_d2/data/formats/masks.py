@@ -11,6 +11,8 @@ from ...errors import DataError
 from ..files import color_code, files_below, read_colors, read_labels
 from .builder import ONE_CLASS, Builder, Place, class_names, read_text
 
+# Of an image; a photo has more values
+_MOST_OBJECTS = 20_000
 # Colour of the border of objects in Pascal VOC
 _BORDER = (224, 224, 192)
 _VOC_CLASSES = (
@@ -33,7 +35,11 @@ def read_instance_png(entry: dict[str, Any], builder: Builder) -> None:
         raise DataError(f"{entry['masks']}: several classes need 'class_divisor'; see docs/DATASETS.md.")
     for file_name, path in _paired(builder, entry["masks"]):
         image_id, labels = builder.add_image(file_name), read_labels(path)
-        for value in np.unique(labels[labels > 0]).tolist():
+        values = np.unique(labels[labels > 0]).tolist()
+        if len(values) > _MOST_OBJECTS:
+            builder.error(Place(path), f"has {len(values)} values, so it does not number objects")
+            continue
+        for value in values:
             number = 1 if divisor is None else value // max(divisor, 1)
             where = Place(path, f"value {value}")
             if not 1 <= number <= len(builder.classes):
@@ -109,7 +115,11 @@ def read_voc(entry: dict[str, Any], builder: Builder) -> None:
         if numbers.shape != kinds.shape:
             builder.error(Place(objects[stem]), f"has another size than {classes[stem]}")
             continue
-        for number in np.unique(numbers[(numbers != 0) & (numbers != color_code(_BORDER))]).tolist():
+        found = np.unique(numbers[(numbers != 0) & (numbers != color_code(_BORDER))]).tolist()
+        if len(found) > _MOST_OBJECTS:
+            builder.error(Place(objects[stem]), f"has {len(found)} colours, so these are not those of objects")
+            continue
+        for number in found:
             mask = numbers == number
             values, counts = np.unique(kinds[mask], return_counts=True)
             color = int(values[counts.argmax()])

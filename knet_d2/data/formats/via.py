@@ -26,8 +26,9 @@ def read_via(entry: dict[str, Any], builder: Builder) -> None:
         for number, (shape, attributes) in enumerate(of_image):
             where = Place(path, f"{file_name}, region {number}")
             try:
+                polygons = _polygons(shape)
                 name = ONE_CLASS if attribute is None else _value(attributes, attribute)
-                builder.add_object(image_id, name, _polygons(shape), where)
+                builder.add_object(image_id, name, polygons, where)
             except (ValueError, TypeError, KeyError, OverflowError) as error:
                 builder.error(where, f"lacks {error}" if isinstance(error, KeyError) else error)
 
@@ -48,8 +49,11 @@ def _json_images(text: str, path: str) -> Iterator[_Image]:
         raise DataError(f"{path}: is not an export of VIA 1 or 2. Export the annotations as JSON or CSV.")
     for image in content.values():
         regions = image.get("regions") or []
-        regions = regions.values() if isinstance(regions, dict) else regions
-        yield image["filename"], [(x.get("shape_attributes"), x.get("region_attributes")) for x in regions]
+        regions = list(regions.values()) if isinstance(regions, dict) else regions
+        if not isinstance(regions, list):
+            raise DataError(f"{path}: the regions of {image['filename']} are no list. Export the annotations again.")
+        found = [x if isinstance(x, dict) else {} for x in regions]  # a region that is none has no shape, which is told
+        yield image["filename"], [(x.get("shape_attributes"), x.get("region_attributes")) for x in found]
 
 
 def _csv_images(text: str, path: str) -> Iterator[_Image]:
@@ -61,7 +65,7 @@ def _csv_images(text: str, path: str) -> Iterator[_Image]:
             f"{path}: lacks the column {sorted(missing)[0]}, so it is not an export of VIA. Export it again."
         )
     images: dict[str, list[tuple[Any, Any]]] = {}
-    for row in rows:
+    for row in _rows(rows, path):
         of_image = images.setdefault(row[names["filename"]], [])
         shape, attributes = (
             read_json_text(row[names[key]] or "{}", f"{path}:{rows.line_num}")
@@ -70,6 +74,13 @@ def _csv_images(text: str, path: str) -> Iterator[_Image]:
         if shape:  # an image without regions has one row without a shape
             of_image.append((shape, attributes))
     yield from images.items()
+
+
+def _rows(rows: csv.DictReader, path: str) -> Iterator[dict[str, Any]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise DataError(f"{path}: line {rows.line_num} is not valid CSV ({error}). Export it again.") from error
 
 
 def _class_attribute(regions: list[tuple[Any, Any]]) -> str | None:
