@@ -30,7 +30,23 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEREDOC = re.compile(r"<<'END'\n(.*?)^END$", re.MULTILINE | re.DOTALL)
 # Files that a reader has, not this repository
 READERS_FILES = ("my_", "output/", "test_dev", "...")
-SHELL_WORDS = {"pip", "cat", "cd", "mv", "cp", "zip", "unzip", "git", "sbatch", "export"}
+SHELL_WORDS = {
+    "pip",
+    "cat",
+    "cd",
+    "mv",
+    "cp",
+    "ln",
+    "mkdir",
+    "for",
+    "while",
+    "done",
+    "zip",
+    "unzip",
+    "git",
+    "sbatch",
+    "export",
+}
 
 
 def blocks(language):
@@ -94,6 +110,7 @@ def test_command(words, monkeypatch):
         return
     if words[0] == "knet":
         monkeypatch.setattr(command, "run_program", lambda name, arguments, prog=None: 0)
+        monkeypatch.setattr(command.check_dataset, "main", lambda args: 0)
         monkeypatch.setattr(command, "_config_of_data", lambda args, rest: "config.yaml")
         monkeypatch.setattr(command, "checkpoint_of", lambda path: path)
         assert words[1] == "doctor" or knet.main(words[1:]) == 0

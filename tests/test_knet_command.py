@@ -1,7 +1,10 @@
 """The command ``knet``: finding annotations in a folder, and training on them with one line."""
 
+import importlib
 import json
 import os
+import re
+import runpy
 import shutil
 
 import numpy as np
@@ -199,11 +202,14 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     shutil.copytree(shapes / "images", root / "images")
     shutil.copy(shapes / "instances.json", root)
     arguments = ["--data", str(root), "--task", "instance", "--output", output]
-    assert knet.main(["train", *arguments, *OPTIONS]) == 0
+    logs = []
+    monkeypatch.setattr("knet_d2.programs.setup_logger", lambda **options: logs.append(options))
+    assert knet.main(["train", *arguments, "--recipe", "finetune/instance.yaml", *OPTIONS]) == 0
+    assert not logs  # training sets up its own log
     printed = capsys.readouterr().out
     config = yaml.safe_load(open(os.path.join(output, "data_config.yaml")))
     assert "validation: 0.2" in printed and f"Wrote {output}/data_config.yaml" in printed
-    assert config["_BASE_"] == get_config_file(RECIPES["instance"].cpu)
+    assert config["_BASE_"] == get_config_file("finetune/instance.yaml")
     assert config["DATASETS"]["CUSTOM"][0]["json"] == str(root / "instances.json")
     final = os.path.join(output, "model_final.pth")
     assert torch.load(final, weights_only=True)["iteration"] == 1
@@ -216,7 +222,8 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     assert knet.main(["predict", output, photo, "--output", target, *options]) == 0
     assert os.listdir(target) == ["000000.jpg"] and json.load(open(tmp_path / "result.json"))["images"]
     assert knet.main(["check", *arguments]) == 0
-    assert "0 errors" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0 errors" in printed and get_config_file(RECIPES["instance"].cpu) in printed
     assert sorted(x for x in os.listdir(output) if x.endswith("_train.jpg"))
     called = {}
     monkeypatch.setattr("knet_d2.programs.export_model.main", lambda args: called.update(weights=args.weights))
@@ -233,7 +240,8 @@ def test_a_faulty_data_set_is_not_trained_on(shapes, tmp_path, capsys):  # noqa:
     content["annotations"][0]["category_id"] = 999
     (root / "instances.json").write_text(json.dumps(content))
     output = str(tmp_path / "run")
-    assert knet.main(["train", "--data", str(root), "--output", output, *OPTIONS]) == 1
+    recipe = ["--recipe", "finetune/instance.yaml"]
+    assert knet.main(["train", "--data", str(root), "--output", output, *recipe, *OPTIONS]) == 1
     printed = capsys.readouterr().out
     assert "error: unknown category (1)" in printed and "Correct the errors above" in printed
     assert not os.path.exists(os.path.join(output, "log.txt"))
@@ -257,6 +265,15 @@ def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert knet.main(arguments) == 1
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_the_installed_command_is_this_function(monkeypatch):
+    made = {}
+    monkeypatch.setattr("setuptools.setup", lambda **options: made.update(options))
+    runpy.run_path(os.path.join(os.path.dirname(__file__), "..", "setup.py"))
+    (command,) = made["entry_points"]["console_scripts"]
+    name, module, function = re.fullmatch(r"(\w+) = ([\w.]+):(\w+)", command).groups()
+    assert name == "knet" and getattr(importlib.import_module(module), function) is knet.main
 
 
 def test_help_and_other_programs(capsys):

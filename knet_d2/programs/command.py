@@ -25,7 +25,7 @@ import yaml
 from ..config.files import get_config_file
 from ..data.discovery import Found, find_annotations
 from ..errors import ConfigError
-from . import NAMES, guarded, run_program
+from . import NAMES, check_dataset, guarded, run_program
 
 TASKS = ("instance", "panoptic", "semantic")
 _CHECKPOINTS = ("model_best.pth", "model_final.pth")
@@ -39,9 +39,9 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "instance": Recipe("finetune/instance.yaml", "finetune/instance.yaml"),
-    "panoptic": Recipe("finetune/panoptic.yaml", "finetune/panoptic.yaml"),
-    "semantic": Recipe("finetune/semantic.yaml", "finetune/semantic.yaml"),
+    "instance": Recipe("finetune/instance.yaml", "finetune/instance_lite0.yaml"),
+    "panoptic": Recipe("finetune/panoptic.yaml", "finetune/panoptic_lite0.yaml"),
+    "semantic": Recipe("finetune/semantic.yaml", "finetune/semantic_lite0.yaml"),
 }
 
 
@@ -112,7 +112,9 @@ def _check_and_train(args: argparse.Namespace, rest: Sequence[str]) -> int:
     config = _config_of_data(args, rest)
     if not args.no_check:
         options = [x for pair in _pairs(rest) for x in pair]
-        if run_program("check_dataset", ["--config-file", config, "--opts", *options]):
+        parser = check_dataset.get_parser()
+        # Not by run_program: training sets up its own log, and lines would appear twice
+        if check_dataset.main(parser.parse_args(["--config-file", config, "--opts", *options])):
             print("Correct the errors above, or train without this check: --no-check.")
             return 1
     return run_program("train", ["--config-file", config, *rest], "knet train")
