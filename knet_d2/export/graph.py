@@ -29,7 +29,8 @@ class ExportableKNet(nn.Module):
     The result is the model's first output (MODEL.KNET.TEST.OUTPUTS); a row of a table is a candidate:
 
     * "instances": scores [B, n], falling; labels int64 [B, n]; boxes [B, n, 4] (x1, y1, x2, y2); masks bool
-      [B, n, h, w]. n is TEST.DETECTIONS_PER_IMAGE at most; TEST.SCORE_THRESHOLD is left to the reader.
+      [B, n, h, w]. n is TEST.DETECTIONS_PER_IMAGE at most; TEST.SCORE_THRESHOLD is left to the reader. Rows that mask
+      NMS suppressed have the score -1.
     * "panoptic_seg": segment_map int32 [B, h, w], 1 + the row of each pixel's segment, 0 is void; scores, labels and
       areas (pixels), [B, N] by falling score. The segments that were kept come first, the area of other rows is 0.
     * "sem_seg": label_map int32 [B, h, w], the best class.
