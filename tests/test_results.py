@@ -181,6 +181,17 @@ def test_a_video_that_is_cut_off_counts_as_failed(tmp_path, caplog):
         Video(str(tmp_path / "text.avi"))
 
 
+@pytest.mark.parametrize(("times", "varies"), [([0, 33, 67, 100], False), ([0, 33, 133, 166], True), ([0] * 4, False)])
+def test_a_frame_rate_that_varies_is_told(tmp_path, caplog, monkeypatch, times, varies):
+    """All frames are given, and one line says so; times that are not known say nothing."""
+    write_video(tmp_path / "in.avi", 4)
+    found = iter(times)
+    monkeypatch.setattr(Video, "_milliseconds", lambda self: next(found))
+    assert len(list(Video(str(tmp_path / "in.avi")))) == 4
+    assert ("33 to 100 ms between frames" in caplog.text) is varies
+    assert len(caplog.records) == varies
+
+
 def test_a_video_file_is_tried_at_once_and_checked_in_the_end(tmp_path, monkeypatch):
     write_video(tmp_path / "in.avi", 4)
     source, classes = Video(str(tmp_path / "in.avi")), table(["a"])

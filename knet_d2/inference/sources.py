@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # The frame count in the header of an intact video may be too high by this number, or by this share of the frames
 _FEW_FRAMES, _FEW_PART = 3, 0.05
+# Largest ratio of two steps of time in a video of constant rate, whose times are rounded
+_EQUAL_STEPS = 1.5
 
 
 class Frame(NamedTuple):
@@ -114,14 +117,27 @@ class Video:
 
     def __iter__(self) -> Iterator[Frame]:
         frame, number, success = self._first, 0, True
+        before, steps = self._milliseconds(), (math.inf, 0.0)
         try:
             while success:
                 yield Frame(f"{self.name}#{number}", np.ascontiguousarray(frame[:, :, ::-1]))
                 number += 1
                 success, frame = self._capture.read()
+                if success:
+                    now = self._milliseconds()
+                    before, steps = now, (min(steps[0], now - before), max(steps[1], now - before))
         finally:
             self._capture.release()
+        if steps[1] > _EQUAL_STEPS * steps[0] and steps[0] > 0:
+            logger.warning(
+                f"{self.name}: the frame rate varies, with {steps[0]:.0f} to {steps[1]:.0f} ms between frames. All "
+                f"frames are used; a video that is drawn has {self.rate:.3g} frames a second."
+            )
         missing = (self.count or 0) - number
         if missing > max(_FEW_FRAMES, _FEW_PART * number):
             self.failed = missing
             logger.error(f"{self.name}: {number} of {self.count} frames could be read. Is the file cut off?")
+
+    def _milliseconds(self) -> float:
+        """The time of the last frame; 0 where it is not known."""
+        return self._capture.get(cv2.CAP_PROP_POS_MSEC)
