@@ -1,9 +1,12 @@
 """A part of a data set's images put aside for validation by one key of DATASETS.CUSTOM."""
 
 import contextlib
+import hashlib
 import io
+import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,3 +238,22 @@ def test_check_of_a_split_json_names_a_common_fault_once(root, tmp_path):
     edit_json(os.path.join(copy, "instances.json"), lambda c: c["annotations"][0].update(area=0))
     report = check_datasets(split_cfg("coco_instance", copy)[0])
     assert sorted(fault.kind for fault in report.faults) == ["category name twice", "wrong area"]
+
+
+def test_folds_of_the_demo_s_photos_depend_on_their_names_alone():
+    """The photos are sorted by the hash of their names; every third one is in the same fold."""
+    folder = Path(__file__).resolve().parent.parent / "demo" / "fruits_nuts"
+    names = sorted(
+        (p.name for p in (folder / "images").iterdir()), key=lambda x: hashlib.sha256(x.encode()).hexdigest()
+    )
+    assert len(names) == 18 and (folder / "LICENSE").is_file()
+    count = 0
+    for fold in range(3):
+        content = json.loads((folder / f"fold{fold}.json").read_text())
+        assert {x["file_name"] for x in content["images"]} == set(names[fold::3])
+        assert {x["image_id"] for x in content["annotations"]} == {x["id"] for x in content["images"]}
+        assert {x["category_id"] for x in content["annotations"]} == {1, 2, 3}
+        corners = np.array([x["bbox"] for x in content["annotations"]])
+        assert (corners[:, :2] + corners[:, 2:] <= [640, 480]).all() and corners.min() >= 0
+        count += len(content["annotations"])
+    assert count == 165

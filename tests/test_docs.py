@@ -105,7 +105,7 @@ def test_command(words, monkeypatch):
     if words[0] in ("torchrun", "srun"):
         words = ["python", *words[words.index("train_net.py") :]]
     if words[0] == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) - {word for word in words if "=" in word} <= set(targets)
         return
     if words[0] == "knet":
