@@ -16,7 +16,7 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    license_files=["LICENSE"],
+    license_files=["LICENSE", "NOTICE"],
     python_requires=">=" + DEPENDENCIES["PYTHON"],
     # The config files lie beside the package in a checkout, inside it in a wheel; knet_d2.config.files finds both.
     packages=[*find_packages(include=["knet_d2", "knet_d2.*"]), "knet_d2.configs"],
