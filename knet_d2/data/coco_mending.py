@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.utils.file_io import PathManager
 
@@ -297,9 +296,10 @@ def _box_of(segmentation: Any, height: int, width: int) -> list[float]:
         return mask_util.toBbox(read_segmentation(segmentation, height, width)).tolist()
     if not all(len(x) >= 6 and len(x) % 2 == 0 for x in segmentation):
         raise SegmentationError("bad polygon", "it has too few points or an odd number of coordinates")
-    xs = np.clip([x for polygon in segmentation for x in polygon[0::2]], 0, width)
-    ys = np.clip([y for polygon in segmentation for y in polygon[1::2]], 0, height)
-    return [float(xs.min()), float(ys.min()), float(np.ptp(xs)), float(np.ptp(ys))]
+    columns, rows = ([polygon[axis::2] for polygon in segmentation] for axis in (0, 1))
+    left, right = (min(max(x, 0.0), float(width)) for x in (min(map(min, columns)), max(map(max, columns))))
+    top, bottom = (min(max(y, 0.0), float(height)) for y in (min(map(min, rows)), max(map(max, rows))))
+    return [left, top, right - left, bottom - top]
 
 
 def _fault_of_box(stated: Any, box: list[float]) -> str:
