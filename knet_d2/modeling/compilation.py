@@ -9,20 +9,25 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from .layers import half_type
 from .structures import NetworkOutput
 
-if TYPE_CHECKING:
-    from .meta_arch import KNet
-
 logger = logging.getLogger(__name__)
 
 # Each compilation takes minutes for a large model, and torch.compile gives up after 8 of them
 MOST_COMPILED = 8
+
+
+class StaticNetwork(Protocol):
+    """A model with a part whose shapes are static: :class:`.meta_arch.KNet`."""
+
+    training: bool
+
+    def static_network(self, images: torch.Tensor, image_sizes: torch.Tensor | None) -> NetworkOutput: ...
 
 
 class CompiledNetwork:
@@ -35,7 +40,7 @@ class CompiledNetwork:
         self._variants: set[tuple] = set()
         self._is_limit_told = False
 
-    def __call__(self, model: KNet, images: torch.Tensor, image_sizes: torch.Tensor | None) -> NetworkOutput:
+    def __call__(self, model: StaticNetwork, images: torch.Tensor, image_sizes: torch.Tensor | None) -> NetworkOutput:
         """The static network of a model. Arguments as for :meth:`KNet.network`."""
         # All that makes torch.compile compile again
         modes = model.training, torch.is_grad_enabled(), image_sizes is None

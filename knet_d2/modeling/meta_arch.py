@@ -46,16 +46,15 @@ class KNet(nn.Module):
         postprocessor: PostProcessor,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
-        input_format: str,
         pads_images: bool,
-        compile_network: bool = False,
+        compile_network: bool,
     ):
         """
         Args:
             sem_seg_head: producer of the static kernels.
             auxiliary_head: a second semantic head for training only, or None.
             postprocessor: makes the results of an image from its logits.
-            pixel_mean, pixel_std: per channel, in the order of ``input_format``.
+            pixel_mean, pixel_std: per channel, in the order of INPUT.FORMAT.
             pads_images: whether images of several sizes may share a padded batch in evaluation.
             compile_network: whether torch.compile compiles backbone, static kernels and cascade.
         """
@@ -67,7 +66,6 @@ class KNet(nn.Module):
         self.auxiliary_head = auxiliary_head
         self.postprocessor = postprocessor
         self.bank = criterion.bank
-        self.input_format = input_format
         self.pads_images = pads_images
         self.compiled = CompiledNetwork() if compile_network else None
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).float().view(-1, 1, 1), persistent=False)
@@ -81,6 +79,7 @@ class KNet(nn.Module):
         knet = cfg.MODEL.KNET
         if "instances" in task.annotations and knet.NUM_KERNELS < 1:
             raise ConfigError(f"MODEL.KNET.NUM_KERNELS = {knet.NUM_KERNELS}: use at least 1.")
+        PixelFormat.from_config(cfg)  # refuses a mean or deviation for another number of channels
         bank = build_bank(cfg)
         postprocessor = PostProcessor(cfg, bank)
         backbone = build_backbone(cfg)
@@ -94,7 +93,6 @@ class KNet(nn.Module):
             "postprocessor": postprocessor,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "input_format": PixelFormat.from_config(cfg).name,
             "pads_images": task.pads_images,
             "compile_network": cfg.MODEL.COMPILE,
         }
@@ -176,7 +174,7 @@ class KNet(nn.Module):
             if image.dim() != 3 or image.shape[0] != len(self.pixel_mean):
                 raise DataError(
                     f"{x.get('file_name', 'image')}: shape {tuple(image.shape)}, expected ({len(self.pixel_mean)}, "
-                    f"height, width) in the order of INPUT.FORMAT = {self.input_format}."
+                    "height, width), the channels in the order of INPUT.FORMAT."
                 )
         # In float32 also for a float64 model: so pixels are read, and every precision then sees the same image
         mean, std = self.pixel_mean.float(), self.pixel_std.float()
