@@ -39,16 +39,16 @@ EVERYWHERE = torch.ones(1, 1, 1, dtype=torch.bool)
 # ---- places
 
 
-def test_peaks_come_by_height_and_then_the_highest_other_cells():
-    scores = make_map([[0.9, 0.8, 0.1, 0.3], [0.7, 0.1, 0.2, 0.1], [0.1, 0.2, 0.1, 0.5]])
-    assert highest_peaks(scores, EVERYWHERE, 5, window=3).tolist() == [[0, 11, 3, 1, 4]]
-    assert highest_peaks(scores, EVERYWHERE, 3, window=5).tolist() == [[0, 1, 4]]
+def test_peaks_come_by_height_and_then_the_lowest_other_cells():
+    scores = make_map([[0.9, 0.8, 0.15, 0.3], [0.7, 0.12, 0.2, 0.13], [0.14, 0.25, 0.11, 0.5]])
+    assert highest_peaks(scores, EVERYWHERE, 5, window=3).tolist() == [[0, 11, 3, 10, 5]]
+    assert highest_peaks(scores, EVERYWHERE, 3, window=5).tolist() == [[0, 10, 5]]
 
 
 def test_padding_gives_no_peak_while_the_image_has_cells():
     scores = make_map([[0.2, 0.15, 0.9], [0.1, 0.3, 0.8]])
     inside = torch.tensor([[[True, True, False]] * 2])
-    assert highest_peaks(scores, inside, 4, window=3).tolist() == [[4, 0, 1, 3]]
+    assert highest_peaks(scores, inside, 4, window=3).tolist() == [[4, 3, 1, 0]]
 
 
 def test_more_kernels_than_cells_repeat_a_cell():

@@ -52,7 +52,9 @@ def inside_images(x: torch.Tensor, image_sizes: torch.Tensor, stride: int) -> to
 
 
 def highest_peaks(scores: torch.Tensor, inside: torch.Tensor, count: int, window: int) -> torch.Tensor:
-    """The cells with the highest local maxima. Where there are fewer, the highest other cells follow, then padding.
+    """The cells with the highest local maxima. Where there are fewer, the lowest other cells follow, then padding.
+
+    A kernel at another high cell, beside a peak, would segment the same object as that of the peak.
 
     Args:
         scores: [B, H, W], in (0, 1).
@@ -65,7 +67,7 @@ def highest_peaks(scores: torch.Tensor, inside: torch.Tensor, count: int, window
     """
     scores = torch.where(inside, scores, -2)
     highest = F.max_pool2d(scores[:, None], window, stride=1, padding=window // 2)[:, 0]
-    ranks = torch.where(scores == highest, scores, scores - 1).flatten(1)
+    ranks = torch.where(scores == highest, scores, -scores.abs()).flatten(1)
     cells = torch.arange(ranks.shape[1], device=ranks.device)
     # A fixed number of candidates behind all cells, since a graph's top-k can't depend on the size of the map
     best = F.pad(ranks, (0, count), value=-4).topk(count).indices
