@@ -231,3 +231,5 @@ def _add_engine_config(cfg: CN) -> None:
     cfg.TEST.VALIDATION_LOSS = False
     # Number of validation images that every evaluation draws into TensorBoard, ground truth beside prediction.
     cfg.TEST.NUM_PICTURES = 4
+    # Whether every evaluation writes OUTPUT_DIR/report.html.
+    cfg.TEST.REPORT = True

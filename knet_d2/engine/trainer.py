@@ -9,7 +9,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import DatasetEvaluators, verify_results
+from detectron2.evaluation import verify_results
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
@@ -27,7 +28,7 @@ from ..config.merging import config_to_blame
 from ..data import build_loss_loader, build_test_loader, build_train_loader, with_classes
 from ..data.classes import class_table
 from ..errors import CheckpointError, ConfigError, NonFiniteError
-from ..evaluation import best_metric, build_evaluators
+from ..evaluation import Evaluators, best_metric, build_evaluators, write_report
 from ..modeling.tta import KNetWithTTA
 from ..results.comparison import draw_validation_pictures
 from ..video.model import follow_videos
@@ -48,7 +49,14 @@ from .output_dir import lock_output_dir, release_output_dir, resolve_seed
 from .stop_signals import StopSignals
 from .train_step import TrainStep, amp_dtype
 from .validation import mean_loss
-from .writers import ConsoleWriter, MetricsWriter, TensorBoardWriter, bounded_storage, cut_metrics
+from .writers import (
+    ConsoleWriter,
+    MetricsWriter,
+    TensorBoardWriter,
+    bounded_storage,
+    cut_metrics,
+    read_metrics,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +144,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        return DatasetEvaluators(build_evaluators(cfg, dataset_name, output_folder))
+        return Evaluators(build_evaluators(cfg, dataset_name, output_folder))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list | None = None) -> dict[str, Any]:
@@ -147,11 +155,12 @@ class Trainer(DefaultTrainer):
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """Evaluate with test-time augmentation (TEST.AUG); the keys of the results end in "_TTA"."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
-        evaluators = [cls.build_evaluator(cfg, name, os.path.join(folder, name)) for name in cfg.DATASETS.TEST]
         augmented = KNetWithTTA(cfg, model)
         cfg = cfg.clone()
         cfg.defrost()
         cfg.INPUT.MIN_SIZE_TEST = 0  # images as they are: every view is resized from them
+        cfg.TEST.REPORT = False  # the report is on the evaluation without augmentation
+        evaluators = [cls.build_evaluator(cfg, name, os.path.join(folder, name)) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, augmented, evaluators)
         return {f"{name}_TTA": value for name, value in results.items()}
 
@@ -167,8 +176,9 @@ class Trainer(DefaultTrainer):
         until_stop += [checkpoints, stop]
         evaluation = EvalHook(cfg.TEST.EVAL_PERIOD, stop)
         after: list[HookBase] = [evaluation]
+        metric = best_metric(cfg)
         if comm.is_main_process():
-            after.append(BestCheckpointer(evaluation, self.checkpointer, best_metric(cfg), self._metrics_file))
+            after.append(BestCheckpointer(evaluation, self.checkpointer, metric, self._metrics_file))
             after.append(PeriodicWriter(cfg.SOLVER.LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
         return [*(hook for hook in until_stop if hook is not None), *after, FinishIteration(after)]
 
@@ -180,9 +190,10 @@ class Trainer(DefaultTrainer):
         ]
 
     def evaluate(self) -> dict[str, Any]:
-        """Evaluate the model on DATASETS.TEST, and put pictures of it into the event storage."""
+        """Evaluate the model on DATASETS.TEST, put pictures of it into the event storage and write the report."""
         cfg, model = self.cfg, self.evaluated_model
-        results = self.test(cfg, model)
+        evaluators = [self.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
+        results = self.test(cfg, model, evaluators)
         plain_model = getattr(model, "module", model)  # not wrapped for distributed training
         if cfg.TEST.VALIDATION_LOSS:
             loss = mean_loss(plain_model, *build_loss_loader(cfg, cfg.DATASETS.TEST[0]))
@@ -192,6 +203,8 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.NUM_PICTURES and cfg.DATASETS.TEST and comm.is_main_process():
             for name, picture in draw_validation_pictures(cfg, plain_model, cfg.TEST.NUM_PICTURES).items():
                 self.storage.put_image(f"validation/{name}", picture.transpose(2, 0, 1))
+        now = {"iteration": self.iter, **flatten_results_dict(results)}
+        write_report(cfg, plain_model, evaluators, results, [*read_metrics(self._metrics_file), now])
         self._last_eval_results = results
         return results
 

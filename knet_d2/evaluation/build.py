@@ -25,6 +25,7 @@ from ..tasks import get_task
 from ..video.evaluators import VideoInstanceEvaluator, VideoPanopticEvaluator
 from .instance import InstanceEvaluator
 from .panoptic import PanopticEvaluator
+from .report import Section
 from .semantic import SemanticEvaluator
 
 logger = logging.getLogger(__name__)
@@ -33,11 +34,11 @@ Builder = Callable[[CfgNode, str, "str | None"], DatasetEvaluator]
 
 
 def _instance(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
-    return InstanceEvaluator(name, folder, cfg.TEST.DETECTIONS_PER_IMAGE)
+    return InstanceEvaluator(name, folder, cfg.TEST.DETECTIONS_PER_IMAGE, report=cfg.TEST.REPORT)
 
 
 def _panoptic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
-    return PanopticEvaluator(name, folder)
+    return PanopticEvaluator(name, folder, report=cfg.TEST.REPORT)
 
 
 def _semantic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
@@ -45,7 +46,8 @@ def _semantic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
     # Some label maps mark all things with one class "things", which has the label 0.
     separated = knet.NUM_THING_CLASSES and "things" in loaded_metadata(name).stuff_classes[:1]
     things = [0] * knet.NUM_THING_CLASSES if separated else knet.THING_CATEGORY_IDS
-    return SemanticEvaluator(name, class_ids=[*things, *knet.STUFF_CATEGORY_IDS], output_dir=folder)
+    class_ids = [*things, *knet.STUFF_CATEGORY_IDS]
+    return SemanticEvaluator(name, class_ids=class_ids, output_dir=folder, report=cfg.TEST.REPORT)
 
 
 def _video_panoptic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
@@ -54,6 +56,19 @@ def _video_panoptic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvalu
 
 def _video_instance(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
     return VideoInstanceEvaluator(name, "instances")
+
+
+class Evaluators(DatasetEvaluators):
+    """All evaluators of a data set."""
+
+    def __init__(self, evaluators: list[DatasetEvaluator]) -> None:
+        super().__init__(evaluators)
+        self._parts = evaluators
+
+    @property
+    def sections(self) -> list[Section]:
+        """What the report shows, after evaluate() on the main process."""
+        return [section for part in self._parts for section in getattr(part, "sections", ())]
 
 
 class _ByPackage(DatasetEvaluator):

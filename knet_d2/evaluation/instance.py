@@ -20,6 +20,8 @@ from ..data.classes import ClassTable, loaded_metadata
 from ..data.coco_json import check_for_evaluation, read_coco_json
 from ..errors import DataError
 from ..tasks import TASKS
+from .report.instances import instance_section
+from .report.section import Section
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +44,24 @@ class InstanceEvaluator(DatasetEvaluator):
     - data sets that were registered in Python need no JSON;
     - if an image has more instances than the 100 that AP counts, the metric "AP@<maximum>" is added;
     - "masks_per_object" of "segm" tells twins, see :func:`masks_per_object`.
+
+    Attributes:
+        sections: what the report shows, after evaluate() on the main process; empty if there is nothing to show.
     """
 
-    def __init__(self, dataset_name: str, output_dir: str | None = None, max_detections: int = _MAX_DETECTIONS) -> None:
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str | None = None,
+        max_detections: int = _MAX_DETECTIONS,
+        report: bool = False,
+    ) -> None:
         """
         Args:
             dataset_name: name of the data set; its ground truth is "json_file" of the metadata, else its records.
             output_dir: folder for the predictions; None: they are not written.
             max_detections: TEST.DETECTIONS_PER_IMAGE, the largest number of instances that the model finds per image.
+            report: whether ``sections`` are made.
         """
         metadata = loaded_metadata(dataset_name)
         json_file = metadata.get("json_file")
@@ -69,9 +81,12 @@ class InstanceEvaluator(DatasetEvaluator):
         self._category_ids = [dataset_ids[i] for i in table.category_ids]
         self._output_dir = output_dir
         self._max_detections = max_detections
+        self._report = report
+        self.sections: list[Section] = []
 
     def reset(self) -> None:
         self._predictions: list[dict[str, Any]] = []
+        self.sections = []
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """
@@ -109,6 +124,7 @@ class InstanceEvaluator(DatasetEvaluator):
         warn_of_absent_classes(self._metadata.name, "instance", self._names, occurring)
         if not instances:  # COCO's program fails without predictions
             logger.warning("The model predicts no instance in the whole data set: AP is NaN.")
+            self._add_section(None)
             return {kind: dict.fromkeys(_METRICS, float("nan")) for kind in ("bbox", "segm")}
         truth = COCO()
         # Copy the annotations, because COCO's program writes into them. Number them from 1, because it reads the id 0
@@ -149,6 +165,7 @@ class InstanceEvaluator(DatasetEvaluator):
                 *(most, _MAX_DETECTIONS, self._max_detections, kind, _mean(precisions[..., -1])),
             )
         if kind == "segm":
+            self._add_section(evaluation)
             metrics["masks_per_object"] = masks_per_object(evaluation)
             logger.info("Masks per object that was found: %.3f (1 is best).", metrics["masks_per_object"])
         if len(self._names) > 1:
@@ -157,6 +174,31 @@ class InstanceEvaluator(DatasetEvaluator):
             logger.info("AP of %s per class: %s", kind, ", ".join(f"{k[3:]} {v:.1f}" for k, v in of_class.items()))
             metrics.update(of_class)
         return metrics
+
+    def _add_section(self, evaluation: COCOeval_opt | None) -> None:
+        """Make the section of the report; ``evaluation`` is None if there is no detection."""
+        if not self._report:
+            return
+        if evaluation is None:
+            ids = {x["id"] for x in self._truth["images"]} if self._image_ids is None else set(self._image_ids)
+            self.sections = [
+                instance_section(
+                    self._names, sorted(self._category_ids), sorted(ids), self._truth["annotations"], [], {}, None, 0
+                )
+            ]
+            return
+        self.sections = [
+            instance_section(
+                self._names,
+                evaluation.params.catIds,
+                evaluation.params.imgIds,
+                evaluation.cocoGt.dataset["annotations"],
+                evaluation.cocoDt.dataset["annotations"],
+                evaluation.ious,
+                evaluation.eval["precision"][:, :, :, 0, 2],
+                _MAX_DETECTIONS,
+            )
+        ]
 
 
 def masks_per_object(evaluation: COCOeval_opt) -> float:

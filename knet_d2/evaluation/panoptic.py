@@ -18,7 +18,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from panopticapi.evaluation import PQStat, pq_compute_single_core
-from panopticapi.utils import id2rgb
+from panopticapi.utils import id2rgb, rgb2id
 from PIL import Image
 from tabulate import tabulate
 
@@ -27,6 +27,9 @@ from ..data.coco_json import read_coco_json
 from ..data.files import read_panoptic
 from ..data.segmentation import segment_index
 from ..errors import DataError
+from .report.matches import Matches, panoptic_matches
+from .report.panoptic import panoptic_section
+from .report.section import Section
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +46,17 @@ class PanopticEvaluator(DatasetEvaluator):
     - predictions are kept on disk, and each process compares its own predictions with the ground truth, in threads;
     - for images without ground truth (a JSON without "annotations"), files for a submission are written;
     - images in different folders may have the same file name.
+
+    Attributes:
+        sections: what the report shows, after evaluate() on the main process; empty if there is nothing to show.
     """
 
-    def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
+    def __init__(self, dataset_name: str, output_dir: str | None = None, report: bool = False) -> None:
         """
         Args:
             dataset_name: name of the data set.
             output_dir: folder for the predictions; None: they are not written.
+            report: whether ``sections`` are made.
         """
         self._metadata = MetadataCatalog.get(dataset_name)
         self._dataset_ids = {  # isthing -> contiguous id -> category id of the JSON
@@ -57,11 +64,14 @@ class PanopticEvaluator(DatasetEvaluator):
             for kind, isthing in (("thing", True), ("stuff", False))
         }
         self._output_dir = output_dir
+        self._report = report
+        self.sections: list[Section] = []
         if output_dir:
             os.makedirs(output_dir, exist_ok=True)
 
     def reset(self) -> None:
         self._predictions: list[dict[str, Any]] = []
+        self.sections = []
         self._folder = tempfile.TemporaryDirectory(prefix="panoptic_eval")
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
@@ -92,16 +102,19 @@ class PanopticEvaluator(DatasetEvaluator):
             return None
         annotations = {annotation["image_id"]: annotation for annotation in ground_truth["annotations"]}
         categories = {category["id"]: category for category in ground_truth["categories"]}
-        statistics = self._compare(annotations, categories)
+        compared = self._compare(annotations, categories)
         comm.synchronize()
-        gathered = comm.gather((statistics, self._predictions))
+        gathered = comm.gather((compared, self._predictions))
         self._folder.cleanup()
         if not comm.is_main_process():
             return None
-        statistics, predictions = PQStat(), []
+        statistics, matches, predictions = PQStat(), {}, []
         for part, part_predictions in gathered:
-            for of_image in part:  # add image by image: sums are then equal for any number of processes
+            for prediction, (of_image, of_report) in zip(
+                part_predictions, part, strict=True
+            ):  # add image by image: sums are then equal for any number of processes
                 statistics += of_image
+                matches[prediction["image_id"]] = of_report
             predictions += part_predictions
         missing = sorted(set(annotations) - {x["image_id"] for x in predictions}, key=str)
         if missing:
@@ -117,6 +130,9 @@ class PanopticEvaluator(DatasetEvaluator):
         occurring = [n for n, category in enumerate(categories) if category in there]
         names = [category["name"] for category in categories.values()]
         warn_of_absent_classes(self._metadata.name, "segment", names, occurring)
+        if self._report and matches:
+            things = [bool(category["isthing"]) for category in categories.values()]
+            self.sections = [panoptic_section(names, things, matches)]
         return OrderedDict(panoptic_seg=_summary(statistics, categories))
 
     def _read_ground_truth(self) -> dict[str, Any]:
@@ -151,15 +167,24 @@ class PanopticEvaluator(DatasetEvaluator):
                 json.dump({"annotations": [x for part in gathered for x in part]}, f)
             logger.info("%s has no annotations: wrote %s and %s.", self._metadata.panoptic_json, path, folder)
 
-    def _compare(self, annotations: dict[Any, dict], categories: dict[int, dict]) -> list[PQStat]:
-        """Compare this process's predictions with the ground truth; returns the counts of each image."""
+    def _compare(
+        self, annotations: dict[Any, dict], categories: dict[int, dict]
+    ) -> list[tuple[PQStat, Matches | None]]:
+        """Compare this process's predictions with the ground truth.
+
+        Returns:
+            The counts of each image, and its matched segments for the report.
+        """
         folder = PathManager.get_local_path(self._metadata.panoptic_root)
 
-        def compare(prediction: dict[str, Any]) -> PQStat:
+        labels = {category: i for i, category in enumerate(categories)}
+
+        def compare(prediction: dict[str, Any]) -> tuple[PQStat, Matches | None]:
             try:
                 # Copy the prediction, because panopticapi writes areas into its segments.
                 pair = (_with_areas(annotations[prediction["image_id"]], folder), copy.deepcopy(prediction))
-                return pq_compute_single_core(0, [pair], folder, self._folder.name, categories)
+                counts = pq_compute_single_core(0, [pair], folder, self._folder.name, categories)
+                return counts, self._match(pair[0], folder, prediction, labels) if self._report else None
             except (KeyError, IndexError, TypeError, OSError, ValueError) as error:
                 _check_png(annotations[prediction["image_id"]], folder, prediction, self._folder.name)
                 raise DataError(
@@ -170,6 +195,15 @@ class PanopticEvaluator(DatasetEvaluator):
         silence = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
         with silence[0], silence[1], ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             return list(pool.map(compare, self._predictions))
+
+    def _match(
+        self, annotation: dict[str, Any], folder: str, prediction: dict[str, Any], labels: dict[int, int]
+    ) -> Matches:
+        truth, predicted = (
+            rgb2id(read_panoptic(os.path.join(place, x["file_name"])))
+            for place, x in ((folder, annotation), (self._folder.name, prediction))
+        )
+        return panoptic_matches(truth, annotation["segments_info"], predicted, prediction["segments_info"], labels)
 
 
 def _check_png(annotation: dict[str, Any], folder: str, prediction: dict[str, Any], prediction_folder: str) -> None:

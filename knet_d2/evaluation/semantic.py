@@ -17,6 +17,8 @@ from ..data import load_dataset
 from ..data.class_coverage import warn_of_absent_classes
 from ..data.mapper import read_sem_seg
 from ..errors import DataError
+from .report.section import Section
+from .report.semantic import PixelCounts, semantic_section
 
 logger = logging.getLogger(__name__)
 
@@ -30,25 +32,35 @@ class SemanticEvaluator(DatasetEvaluator):
     mIoU is the mean over all classes that occur in the ground truth or in the predictions, as in Detectron2 0.6 and in
     MMSegmentation, which computed the published metrics of K-Net. A class that occurs only in predictions counts as
     0. Detectron2's main branch leaves such a class out, which can only raise mIoU.
+
+    Attributes:
+        sections: what the report shows, after evaluate() on the main process; empty if there is nothing to show.
     """
 
-    def __init__(self, dataset_name: str, *, class_ids: list[int], output_dir: str | None = None) -> None:
+    def __init__(
+        self, dataset_name: str, *, class_ids: list[int], output_dir: str | None = None, report: bool = False
+    ) -> None:
         """
         Args:
             dataset_name: name of the data set.
             class_ids: label in the data set of each class of the model.
             output_dir: folder for the predictions and metrics; None: they are not written.
+            report: whether ``sections`` are made.
         """
         self._dataset_name = dataset_name
         self._records = {record["file_name"]: record for record in load_dataset(dataset_name)}
         self._metadata = MetadataCatalog.get(dataset_name)
         self._class_ids = np.asarray(class_ids, np.int64)
         self._output_dir = output_dir
+        self._report = report
+        self.sections: list[Section] = []
 
     def reset(self) -> None:
         size = len(self._metadata.stuff_classes) + 1  # the last row and column count ignored pixels
         self._confusion = np.zeros((size, size), np.int64)
         self._predictions: list[dict[str, Any]] = []
+        self._counts: dict[str, PixelCounts] = {}
+        self.sections = []
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """
@@ -61,8 +73,10 @@ class SemanticEvaluator(DatasetEvaluator):
             predicted = self._class_ids[output["sem_seg"].argmax(dim=0).cpu().numpy()]
             labels = read_sem_seg(self._records[image["file_name"]], predicted.shape, size - 1, ignored)
             labels = np.where(labels == ignored, size - 1, labels)
-            pairs = np.bincount((size * predicted + labels).reshape(-1), minlength=size**2)
-            self._confusion += pairs.reshape(size, size)
+            pairs = np.bincount((size * predicted + labels).reshape(-1), minlength=size**2).reshape(size, size)
+            self._confusion += pairs
+            if self._report:
+                self._counts[image["file_name"]] = PixelCounts.of(pairs[:-1, :-1])
             if self._output_dir:
                 self._predictions += self._encode(predicted, image["file_name"])
 
@@ -75,10 +89,10 @@ class SemanticEvaluator(DatasetEvaluator):
             DataError: the ground truth has no labelled pixel.
         """
         comm.synchronize()
-        gathered = comm.gather((self._confusion, self._predictions))
+        gathered = comm.gather((self._confusion, self._predictions, self._counts))
         if not comm.is_main_process():
             return None
-        confusion = sum(counts for counts, _ in gathered)[:-1, :-1]
+        confusion = sum(part[0] for part in gathered)[:-1, :-1]
         if not confusion.any():
             raise DataError(f"Data set {self._dataset_name} has no labelled pixel. Check the labels that it ignores.")
         right, of_class = confusion.diagonal(), confusion.sum(axis=0)
@@ -100,10 +114,13 @@ class SemanticEvaluator(DatasetEvaluator):
             os.makedirs(self._output_dir, exist_ok=True)
             torch.save(metrics, os.path.join(self._output_dir, "sem_seg_evaluation.pth"))
             with open(os.path.join(self._output_dir, "sem_seg_predictions.json"), "w") as f:
-                json.dump([x for _, part in gathered for x in part], f)
+                json.dump([x for part in gathered for x in part[1]], f)
         table = create_small_table({key: metrics[key] for key in overall})
         per_class = ", ".join(f"{name} {metrics['IoU-' + name]:.1f}" for name in names)
         logger.info("Semantic evaluation results:\n%s\nIoU per class: %s", table, per_class)
+        if self._report:
+            images = {name: counts for part in gathered for name, counts in part[2].items()}
+            self.sections = [semantic_section(names, confusion, images)]
         return {"sem_seg": metrics}
 
     def _encode(self, predicted: np.ndarray, file_name: str) -> list[dict[str, Any]]:

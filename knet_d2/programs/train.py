@@ -6,6 +6,7 @@ torchrun and srun start it as well, see docs/CLUSTERS.md.
 """
 
 import argparse
+import os
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -17,7 +18,9 @@ from ..checkpoint import Checkpointer
 from ..data.classes import class_table
 from ..engine import Trainer, launch, setup
 from ..engine.output_dir import save_config
+from ..engine.writers import read_metrics
 from ..errors import ConfigError
+from ..evaluation import write_report
 
 
 def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
@@ -32,7 +35,9 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
             f"MODEL.WEIGHTS is empty{where}: name the weights to evaluate, as MODEL.WEIGHTS path/to/model_final.pth."
         )
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    results = Trainer.test(cfg, model)
+    evaluators = [Trainer.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
+    results = Trainer.test(cfg, model, evaluators)
+    write_report(cfg, model, evaluators, results, read_metrics(os.path.join(cfg.OUTPUT_DIR, "metrics.json")))
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))
     if comm.is_main_process():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -19,6 +20,7 @@ from ..data.mapper import build_truth_mapper
 from .outputs import label_masks, main_prediction
 from .prediction import Prediction
 from .segment import Segment
+from .video import VideoDrawer
 
 _GAP = 4
 # Validation pictures do not show things below this score.
@@ -52,21 +54,54 @@ def draw_validation_pictures(cfg: CfgNode, model: nn.Module, number: int) -> dic
     Returns:
         Pictures by the names of the image files, uint8 RGB [H, W, 3].
     """
-    mapper, classes = build_mapper(cfg, False), class_table(cfg)
-    pictures = {}
-    training = model.training
-    model.eval()
-    try:
-        for record in spread(load_dataset(cfg.DATASETS.TEST[0], "DATASETS.TEST"), number):
-            with torch.no_grad():
-                outputs = model([mapper(record)])[0]
-            image = read_picture(record["file_name"], mapper.pixel_format)
-            truth = ground_truth(cfg, record).draw(image)
-            drawn = main_prediction(outputs, classes).confident(_PICTURE_SCORE).draw(image)
-            gap = np.full((truth.shape[0], _GAP, 3), 255, np.uint8)
-            pictures[os.path.basename(record["file_name"])] = np.concatenate([truth, gap, drawn], axis=1)
-    finally:
-        model.train(training)
+    records = spread(load_dataset(cfg.DATASETS.TEST[0], "DATASETS.TEST"), number)
+    names = [os.path.basename(record["file_name"]) for record in records]
+    pictures = dict(zip(names, draw_comparisons(cfg, model, records), strict=True))
     # Matplotlib's figures contain reference cycles, so Python would free them only after hundreds of pictures.
     gc.collect()
     return pictures
+
+
+def draw_comparisons(
+    cfg: CfgNode,
+    model: nn.Module,
+    records: Iterable[dict[str, Any]],
+    min_score: float | None = None,
+    size: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Draw the ground truth beside the prediction for each record.
+
+    Args:
+        min_score: things with a lower score are not shown; None: 0.3.
+        size: a fast drawing of small pictures, whose longer side has at most this number of pixels; None: a fine one.
+
+    Yields:
+        Pictures, uint8 RGB [H, W, 3].
+    """
+    mapper, classes = build_mapper(cfg, False), class_table(cfg)
+    min_score = _PICTURE_SCORE if min_score is None else min_score
+    training = model.training
+    model.eval()
+    try:
+        for record in records:
+            with torch.no_grad():
+                outputs = model([mapper(record)])[0]
+            image = read_picture(record["file_name"], mapper.pixel_format)
+            truth, found = ground_truth(cfg, record), main_prediction(outputs, classes).confident(min_score)
+            left, right = (_draw_at(image, prediction, size) for prediction in (truth, found))
+            gap = np.full((left.shape[0], _GAP, 3), 255, np.uint8)
+            yield np.concatenate([left, gap, right], axis=1)
+    finally:
+        model.train(training)
+
+
+def _draw_at(image: np.ndarray, prediction: Prediction, size: int | None) -> np.ndarray:
+    if size is None:
+        return prediction.draw(image)
+    factor = min(1.0, size / max(prediction.size))
+    height, width = (max(1, round(factor * x)) for x in prediction.size)
+    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    masks = (cv2.resize(x.mask.astype(np.uint8), (width, height)) > 0 for x in prediction.segments)
+    segments = [Segment.from_mask(mask, x.label, x.score) for mask, x in zip(masks, prediction.segments)]
+    shrunk = Prediction((height, width), [x for x in segments if x is not None], prediction.classes)
+    return VideoDrawer(prediction.classes).draw(image, shrunk)

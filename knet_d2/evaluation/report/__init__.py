@@ -1,0 +1,6 @@
+"""The report of an evaluation, OUTPUT_DIR/report.html; :func:`write_report` writes it."""
+
+from .section import Section
+from .writing import write_report
+
+__all__ = ["Section", "write_report"]

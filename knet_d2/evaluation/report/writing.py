@@ -1,0 +1,94 @@
+"""Writes OUTPUT_DIR/report.html: how good the model is, where it fails, and how the training run went."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+from PIL import Image
+from torch import nn
+
+from ...checkpoint import write_atomically
+from ...data import load_dataset
+from ...errors import DataError
+from ...results.comparison import draw_comparisons
+from .page import DatasetReport, Picture, page, training_charts
+from .section import Section
+
+logger = logging.getLogger(__name__)
+
+NAME = "report.html"
+_NUM_WORST, _NUM_BEST = 8, 4
+# Pixels of the longer side of the ground truth, and of the prediction beside it
+_PICTURE_SIZE = 480
+_JPEG_QUALITY = 80
+
+
+def write_report(
+    cfg: CfgNode,
+    model: nn.Module,
+    evaluators: Sequence[DatasetEvaluator],
+    results: dict[str, Any],
+    history: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Write the report of an evaluation on the main process, if TEST.REPORT is on.
+
+    Args:
+        cfg: the config, with its classes resolved.
+        model: the evaluated model; it draws the pictures.
+        evaluators: the evaluators of DATASETS.TEST, after evaluate(); the report shows their ``sections``.
+        results: all metrics, as DefaultTrainer.test returns them.
+        history: records of metrics.json.
+    """
+    if not cfg.TEST.REPORT or not cfg.DATASETS.TEST or not comm.is_main_process():
+        return
+    datasets = []
+    for name, evaluator in zip(cfg.DATASETS.TEST, evaluators, strict=True):
+        of_dataset = getattr(evaluator, "sections", [])
+        for section in of_dataset:
+            for metric in section.metrics:
+                if metric.interval:
+                    logger.info(
+                        "%s of %s: %.2f, 95%% interval %.2f to %.2f.", *(metric[0], name, metric[1]), *metric[2]
+                    )
+        pictures = _draw(cfg, model, name, of_dataset[0]) if of_dataset else []
+        datasets.append(DatasetReport(name, of_dataset, pictures))
+    title = f"K-Net, {cfg.MODEL.KNET.TASK} segmentation: {', '.join(cfg.DATASETS.TEST)}"
+    path = os.path.join(cfg.OUTPUT_DIR, NAME)
+    content = page(title, training_charts(history), datasets, flatten_results_dict(results))
+    write_atomically(path, lambda f: f.write(content))
+    logger.info("Report of this evaluation: %s", path)
+
+
+def _draw(cfg: CfgNode, model: nn.Module, dataset: str, section: Section) -> list[Picture]:
+    """Draw the worst images, then the best; no image twice."""
+    ranked = sorted((x for x in section.qualities.items() if not math.isnan(x[1])), key=lambda x: x[1])
+    worst = ranked[:_NUM_WORST]
+    best = ranked[len(worst) :][::-1][:_NUM_BEST]
+    wanted = dict(worst + best)
+    records = {x[section.key]: x for x in load_dataset(dataset, "DATASETS.TEST") if x.get(section.key) in wanted}
+    score = None if section.thresholds is None else float(section.thresholds.scores[section.thresholds.best])
+    drawn = draw_comparisons(cfg, model, [records[key] for key in wanted], score, _PICTURE_SIZE)
+    try:
+        return [
+            Picture(os.path.basename(records[key]["file_name"]), quality, _jpeg(picture))
+            for (key, quality), picture in zip(wanted.items(), drawn, strict=True)
+        ]
+    except DataError as error:  # the evaluation needs less ground truth than the pictures, which show all of it
+        logger.warning("The report has no pictures of %s: %s", dataset, error)
+        return []
+
+
+def _jpeg(picture: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=_JPEG_QUALITY)
+    return file.getvalue()
