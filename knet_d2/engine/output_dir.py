@@ -2,24 +2,28 @@
 
 import argparse
 import errno
+import logging
 import os
 import re
 import socket
 from typing import TextIO
 
+import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.env import seed_all_rng
 
 from ..config.merging import load_config
 from ..config.unread import warn_of_unread_options
 from ..errors import ConfigError
+from .progress import start_log
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 _locks: dict[str, TextIO] = {}
 
@@ -33,14 +37,16 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     cfg.SEED = resolve_seed(cfg, resume=args.resume)
     cfg.freeze()
+    os.makedirs(cfg.OUTPUT_DIR or ".", exist_ok=True)
     if not args.eval_only:
-        os.makedirs(cfg.OUTPUT_DIR or ".", exist_ok=True)
         lock_output_dir(cfg.OUTPUT_DIR)
     earlier = _saved_config(cfg) if args.resume and not args.eval_only else ""
-    default_setup(cfg, args)
-    if earlier:
-        save_config(cfg, earlier)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="knet_d2", abbrev_name="knet")
+    start_log(cfg.OUTPUT_DIR)
+    logger.debug("Arguments: %s", args)
+    save_config(cfg, earlier)
+    logger.info("The config of this run is in %s.", os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
+    seed_all_rng(cfg.SEED + comm.get_rank())
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
     warn_of_unread_options(cfg)
     return cfg
 

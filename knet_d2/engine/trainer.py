@@ -46,6 +46,7 @@ from .hooks import (
     StopHook,
 )
 from .output_dir import lock_output_dir, release_output_dir, resolve_seed
+from .progress import ProgressBar
 from .stop_signals import StopSignals
 from .train_step import TrainStep, amp_dtype
 from .validation import mean_loss
@@ -55,6 +56,7 @@ from .writers import (
     TensorBoardWriter,
     bounded_storage,
     cut_metrics,
+    is_terminal,
     read_metrics,
 )
 
@@ -176,11 +178,12 @@ class Trainer(DefaultTrainer):
         until_stop += [checkpoints, stop]
         evaluation = EvalHook(cfg.TEST.EVAL_PERIOD, stop)
         after: list[HookBase] = [evaluation]
-        metric = best_metric(cfg)
+        metric, progress = best_metric(cfg), []
         if comm.is_main_process():
             after.append(BestCheckpointer(evaluation, self.checkpointer, metric, self._metrics_file))
             after.append(PeriodicWriter(cfg.SOLVER.LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
-        return [*(hook for hook in until_stop if hook is not None), *after, FinishIteration(after)]
+            progress = [ProgressBar(cfg.SOLVER.IMS_PER_BATCH, metric)] if is_terminal() else []
+        return [*(hook for hook in until_stop if hook is not None), *after, FinishIteration(after), *progress]
 
     def build_writers(self) -> list[EventWriter]:
         return [

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import sys
 from typing import Any
 
 import torch
@@ -134,15 +135,32 @@ def scalar_tag(name: str) -> str:
     return f"{'timing' if name in TIMINGS else 'training'}/{name}"
 
 
+def is_terminal() -> bool:
+    """Return whether progress bars can be shown."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def time_left(storage: EventStorage, max_iter: int) -> str:
+    """Return the estimated time until the end of training; "?" if no iteration was timed."""
+    if "time" not in storage.histories():
+        return "?"
+    seconds = storage.history("time").median(TIME_WINDOW) * (max_iter - storage.iter - 1)
+    return str(datetime.timedelta(seconds=int(seconds)))
+
+
 class ConsoleWriter(EventWriter):
-    """Writes one line to the log: remaining time, losses (each term summed over the stages), learning rate, memory."""
+    """Writes one line to the log: remaining time, losses (each term summed over the stages), learning rate, memory.
+
+    If a terminal shows a progress bar, the line is in the file alone.
+    """
 
     def __init__(self, max_iter: int):
         self._max_iter = max_iter
+        self._level = logging.DEBUG if is_terminal() else logging.INFO
 
     def write(self) -> None:
         storage = get_event_storage()
-        parts = [f"eta: {self._time_left(storage)}", f"iter: {storage.iter + 1}/{self._max_iter}"]
+        parts = [f"eta: {time_left(storage, self._max_iter)}", f"iter: {storage.iter + 1}/{self._max_iter}"]
         parts += [f"{name}: {value:.4g}" for name, value in self._losses(storage).items()]
         for name in ("time", "data_time"):
             if name in storage.histories():
@@ -151,13 +169,7 @@ class ConsoleWriter(EventWriter):
             parts.append(f"lr: {storage.history('lr').latest():.4g}")
         if torch.cuda.is_available():
             parts.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
-        logger.info("  ".join(parts))
-
-    def _time_left(self, storage: EventStorage) -> str:
-        if "time" not in storage.histories():
-            return "?"
-        seconds = storage.history("time").median(TIME_WINDOW) * (self._max_iter - storage.iter - 1)
-        return str(datetime.timedelta(seconds=int(seconds)))
+        logger.log(self._level, "  ".join(parts))
 
     def _losses(self, storage: EventStorage) -> dict[str, float]:
         losses: dict[str, float] = {}

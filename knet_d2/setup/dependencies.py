@@ -54,7 +54,7 @@ DEPENDENCIES = (
     Dependency("fvcore", "fvcore", "0.1.5", probes=("fvcore.common.checkpoint",)),
     Dependency("iopath", "iopath", "0.1.9"),
     Dependency("yaml", "PyYAML", "5.1"),
-    Dependency("tqdm", "tqdm", "4.29"),
+    Dependency("tqdm", "tqdm", "4.57", probes=("tqdm.contrib.logging",)),
     Dependency("tensorboard", "tensorboard", "2.5", probes=("torch.utils.tensorboard",)),
     Dependency("shapely", "shapely", "1.8"),
     # Further dependencies of Detectron2; they are missing if it was installed without its dependencies.
