@@ -445,7 +445,9 @@ def test_period_of_0_is_none(tmp_path, key, expected):
     assert [r["iteration"] for r in records if "panoptic_seg/PQ" in r] == evaluated
 
 
-@pytest.mark.parametrize("key", ["SOLVER.CHECKPOINT_PERIOD", "SOLVER.LOG_PERIOD", "TEST.EVAL_PERIOD"])
+@pytest.mark.parametrize(
+    "key", ["SOLVER.CHECKPOINT_PERIOD", "SOLVER.LOG_PERIOD", "SOLVER.PATIENCE", "TEST.EVAL_PERIOD"]
+)
 def test_negative_period_is_refused(tmp_path, key):
     with pytest.raises(ConfigError, match=f"{key} = -1: use at least 0"):
         ToyTrainer(toy_cfg(tmp_path, **{key.replace(".", "__"): -1}))
@@ -545,3 +547,78 @@ def test_console_line(caplog):
         storage.put_scalars(total_loss=6.0, loss_mask_s0=1.0, loss_mask_s1=2.0, loss_dice_s1=3.0, time=2.0, lr=0.5)
         ConsoleWriter(100).write()
     assert "eta: 0:03:00  iter: 10/100  total_loss: 6  loss_mask: 3  loss_dice: 3  time: 2  lr: 0.5" in caplog.text
+
+
+# ---- early stopping ----
+
+
+def test_run_ends_without_a_better_metric(tmp_path):
+    """Evaluations after 3, 6, 9, ... iterations; the best is the second, and two worse ones end the run."""
+    ToyEvaluator.values = [10.0, 30.0, 20.0, 30.0]
+    trainer = run(tmp_path, TEST__EVAL_PERIOD=3, SOLVER__PATIENCE=2)
+    assert trainer.iter == 12 and ToyEvaluator.values == []
+    files = {name: torch.load(tmp_path / f"model_{name}.pth", weights_only=True) for name in ("best", "final")}
+    assert [files[name]["iteration"] for name in ("best", "final")] == [5, 11]
+    assert metrics_of(tmp_path)[-1]["iteration"] == 11 and metrics_of(tmp_path)[-1]["panoptic_seg/PQ"] == 30
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    before = (tmp_path / "metrics.json").read_bytes()
+    again = run(tmp_path, resume=True, TEST__EVAL_PERIOD=3, SOLVER__PATIENCE=2)
+    assert again.iter == again.start_iter == 12 and (tmp_path / "metrics.json").read_bytes() == before
+    # With more patience it continues: 25 is worse, 40 is better, and the end comes at MAX_ITER
+    ToyEvaluator.values = [25.0, 40.0, 1.0, 1.0]
+    assert run(tmp_path, resume=True, TEST__EVAL_PERIOD=3, SOLVER__PATIENCE=4).iter == 23
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["iteration"] == 17
+
+
+@pytest.mark.parametrize("moment", ["image9.png", "image11.png", "evaluation"])
+def test_early_end_of_a_resumed_run(tmp_path, monkeypatch, moment):
+    """It ends where an uninterrupted run ends; the last evaluation may be the one that was interrupted."""
+    values = {2: 10.0, 5: 30.0, 8: 20.0, 11: 30.0}
+    options = {"TEST__EVAL_PERIOD": 3, "SOLVER__PATIENCE": 2, "SOLVER__CHECKPOINT_PERIOD": 4}
+    evaluate = ToyTrainer.evaluate
+
+    def scripted(self):
+        ToyEvaluator.values = [values[self.iter]]
+        return evaluate(self)
+
+    monkeypatch.setattr(ToyTrainer, "evaluate", scripted)
+    folders = [tmp_path / "whole", tmp_path / "parts"]
+    run(folders[0], **options)
+    if moment == "evaluation":
+        monkeypatch.setattr(ToyTrainer, "evaluate", lambda self: 1 / 0 if self.iter == 11 else scripted(self))
+        with pytest.raises(ZeroDivisionError):
+            run(folders[1], **options)
+        monkeypatch.setattr(ToyTrainer, "evaluate", scripted)
+    else:
+        ToyNet.fail_at = (moment, Interrupted())
+        with pytest.raises(Interrupted):
+            run(folders[1], **options)
+        ToyNet.fail_at = (None, None)
+    assert run(folders[1], resume=True, **options).iter == 12
+    assert (folders[0] / "metrics.json").read_bytes() == (folders[1] / "metrics.json").read_bytes()
+    for name in ("model_final.pth", "model_best.pth"):
+        assert_identical(*(torch.load(folder / name, weights_only=True) for folder in folders))
+
+
+def test_evaluations_without_a_value_do_not_end_the_run(tmp_path):
+    ToyEvaluator.values = [math.nan] * 7
+    assert run(tmp_path, TEST__EVAL_PERIOD=3, SOLVER__PATIENCE=1).iter == 23
+
+
+@pytest.mark.parametrize("options", [{"TEST__EVAL_PERIOD": 0}, {"DATASETS__TEST": ()}])
+def test_patience_needs_evaluations(tmp_path, options):
+    with pytest.raises(ConfigError, match="SOLVER.PATIENCE = 2: it counts evaluations"):
+        ToyTrainer(toy_cfg(tmp_path, SOLVER__PATIENCE=2, **options))
+
+
+def test_events_of_an_earlier_run_are_set_aside(tmp_path):
+    def scalars(folder):
+        return [x.step for x in EventAccumulator(str(folder)).Reload().Scalars("training/total_loss")]
+
+    run(tmp_path, SOLVER__MAX_ITER=10, SOLVER__STEPS=())
+    assert scalars(tmp_path) == [4, 9]
+    run(tmp_path)
+    assert scalars(tmp_path) == [4, 9, 13, 14, 19, 22] and scalars(tmp_path / "events_1") == [4, 9]
+    run(tmp_path)
+    assert scalars(tmp_path) == [4, 9, 13, 14, 19, 22] == scalars(tmp_path / "events_2")
+    assert (tmp_path / "metrics_2.json").exists() and not (tmp_path / "events_3").exists()

@@ -224,6 +224,8 @@ def _add_engine_config(cfg: CN) -> None:
     cfg.SOLVER.LOG_PERIOD = 20
     # Number of newest periodic checkpoints that are kept; 0 = all. The best and the final checkpoint are always kept.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 3
+    # Training ends after this number of evaluations in a row without a better main metric; 0 = at SOLVER.MAX_ITER.
+    cfg.SOLVER.PATIENCE = 0
     # Power of the learning rate schedule "WarmupPolyLR" (SOLVER.LR_SCHEDULER_NAME).
     cfg.SOLVER.POLY_LR_POWER = 0.9
     # Whether every evaluation also computes the training loss on the first data set in DATASETS.TEST, as

@@ -134,7 +134,11 @@ class CheckpointHook(HookBase):
         if self._period and done % self._period == 0:
             self.save()
         if done == self.trainer.max_iter:
-            self._checkpointer.save("model_final", iteration=self.trainer.iter)
+            self.save_final()
+
+    def save_final(self) -> None:
+        """Write the checkpoint of this iteration to model_final.pth."""
+        self._checkpointer.save("model_final", iteration=self.trainer.iter)
 
     def save_unless_done(self) -> None:
         """Write the checkpoint of this iteration unless after_step has written one."""
@@ -216,7 +220,11 @@ class EvalHook(HookBase):
 
 
 class BestCheckpointer(HookBase):
-    """Writes the checkpoint with the highest value of one metric to model_best.pth."""
+    """Writes the checkpoint with the highest value of one metric to model_best.pth.
+
+    Attributes:
+        evaluations_since: number of evaluations with a value after the one with the highest value.
+    """
 
     def __init__(self, evaluation: EvalHook, checkpointer: Checkpointer, metric: str, metrics_file: str):
         """
@@ -231,11 +239,20 @@ class BestCheckpointer(HookBase):
         self._metric = metric
         self._is_missing_told = False
         self._metrics_file = metrics_file
-        self._best = -math.inf
+        self._best, self.evaluations_since = -math.inf, 0
 
     def before_train(self) -> None:
-        values = [record[self._metric] for record in read_metrics(self._metrics_file) if self._metric in record]
-        self._best = max((v for v in values if math.isfinite(v)), default=-math.inf)
+        self._best, self.evaluations_since = -math.inf, 0
+        for record in read_metrics(self._metrics_file):
+            self._is_better(record.get(self._metric, math.nan))
+
+    def _is_better(self, value: float) -> bool:
+        """Take the value of an evaluation; returns whether it is the highest so far."""
+        if not math.isfinite(value):
+            return False
+        self.evaluations_since = 0 if value > self._best else self.evaluations_since + 1
+        self._best = max(self._best, value)
+        return self.evaluations_since == 0
 
     def after_step(self) -> None:
         results, iteration = self._evaluation.results, self.trainer.iter
@@ -248,11 +265,49 @@ class BestCheckpointer(HookBase):
                 "Check the annotations of the first data set in DATASETS.TEST.",
                 *(iteration + 1, self._metric, what),
             )
-        if not value > self._best:
+        if not self._is_better(value):
             return
-        self._best = value
         logger.info("Best %s so far: %.3f after iteration %d.", self._metric, value, iteration + 1)
         self._checkpointer.save("model_best", tag=False, iteration=iteration)
+
+
+class EarlyStopping(HookBase):
+    """Ends the run after evaluations without a better value of the main metric (SOLVER.PATIENCE).
+
+    The last iteration is then the present one, and its checkpoint is model_final.pth. Since evaluations are counted in
+    metrics.json, a run that was resumed ends at the same iteration.
+    """
+
+    def __init__(self, patience: int, best: BestCheckpointer | None, checkpoints: CheckpointHook, period: int):
+        """
+        Args:
+            patience: number of evaluations in a row.
+            best: knows their number; it runs before this hook. None except on the main process.
+            checkpoints: writes model_final.pth.
+            period: TEST.EVAL_PERIOD.
+        """
+        self._patience, self._best, self._checkpoints, self._period = patience, best, checkpoints, period
+
+    def before_train(self) -> None:
+        if self._is_exhausted():
+            logger.info("This run has ended by SOLVER.PATIENCE = %d. Raise it to continue.", self._patience)
+            self.trainer.max_iter = self.trainer.start_iter
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or not is_due(self.trainer, self._period) or not self._is_exhausted():
+            return
+        logger.info(
+            "The last %d evaluations gave no better value: the run ends after iteration %d (SOLVER.PATIENCE). The best "
+            "weights are in model_best.pth.",
+            *(self._patience, done),
+        )
+        self.trainer.max_iter = done
+        self._checkpoints.save_final()
+
+    def _is_exhausted(self) -> bool:
+        """Return the main process's answer, on all processes."""
+        return comm.all_gather(self._best is not None and self._best.evaluations_since >= self._patience)[0]
 
 
 class PeriodicWriter(HookBase):

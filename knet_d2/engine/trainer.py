@@ -38,6 +38,7 @@ from .dump import batch_file, save_batch
 from .hooks import (
     BestCheckpointer,
     CheckpointHook,
+    EarlyStopping,
     EvalHook,
     FinishIteration,
     MetricsHistory,
@@ -51,6 +52,7 @@ from .stop_signals import StopSignals
 from .train_step import TrainStep, amp_dtype
 from .validation import mean_loss
 from .writers import (
+    EVENTS,
     ConsoleWriter,
     MetricsWriter,
     TensorBoardWriter,
@@ -178,9 +180,13 @@ class Trainer(DefaultTrainer):
         until_stop += [checkpoints, stop]
         evaluation = EvalHook(cfg.TEST.EVAL_PERIOD, stop)
         after: list[HookBase] = [evaluation]
-        metric, progress = best_metric(cfg), []
+        metric, best, progress = best_metric(cfg), None, []
         if comm.is_main_process():
-            after.append(BestCheckpointer(evaluation, self.checkpointer, metric, self._metrics_file))
+            best = BestCheckpointer(evaluation, self.checkpointer, metric, self._metrics_file)
+            after.append(best)
+        if cfg.SOLVER.PATIENCE:
+            after.append(EarlyStopping(cfg.SOLVER.PATIENCE, best, checkpoints, cfg.TEST.EVAL_PERIOD))
+        if comm.is_main_process():
             after.append(PeriodicWriter(cfg.SOLVER.LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
             progress = [ProgressBar(cfg.SOLVER.IMS_PER_BATCH, metric)] if is_terminal() else []
         return [*(hook for hook in until_stop if hook is not None), *after, FinishIteration(after), *progress]
@@ -233,15 +239,22 @@ class Trainer(DefaultTrainer):
         folder = self.cfg.OUTPUT_DIR
         names = ["metrics.json", "last_checkpoint", *periodic_checkpoints(folder)]
         pairs = [(name, os.path.splitext(name)) for name in names if os.path.exists(os.path.join(folder, name))]
-        if not pairs:
+        events = [name for name in os.listdir(folder) if name.startswith(EVENTS)]
+        if not pairs and not events:
             return
         number = 1
-        while any(os.path.exists(os.path.join(folder, f"{stem}_{number}{suffix}")) for _, (stem, suffix) in pairs):
+        taken = [*pairs, ("events", ("events", ""))]
+        while any(os.path.exists(os.path.join(folder, f"{stem}_{number}{suffix}")) for _, (stem, suffix) in taken):
             number += 1
+        if events:  # TensorBoard shows a folder in the folder as another run
+            os.mkdir(os.path.join(folder, f"events_{number}"))
+        for name in events:
+            os.replace(os.path.join(folder, name), os.path.join(folder, f"events_{number}", name))
         for name, (stem, suffix) in pairs:
             os.replace(os.path.join(folder, name), os.path.join(folder, f"{stem}_{number}{suffix}"))
         logger.warning(
-            f"{folder} has an earlier run; its metrics and periodic checkpoints are renamed: they end in _{number} now"
+            f"{folder} has an earlier run; its metrics, periodic checkpoints and events are renamed: their names or "
+            f"that of their folder end in _{number} now"
         )
 
     def train(self) -> dict[str, Any] | None:
@@ -259,12 +272,11 @@ class Trainer(DefaultTrainer):
         with bounded_storage(self.start_iter) as self.storage, self._signals.listening():
             try:
                 self.before_train()
-                for iteration in range(self.start_iter, self.max_iter):
-                    self.iter = iteration
+                while self.iter < self.max_iter:  # a hook may lower max_iter
                     self.before_step()
                     self.run_step()
                     self.after_step()
-                self.iter = self.max_iter
+                    self.iter += 1
             except NonFiniteError as error:
                 raise NonFiniteError(f"{error} {self._dump_step()}") from error
             finally:
@@ -334,10 +346,16 @@ def _check_hook_options(cfg: CfgNode) -> None:
         ("SOLVER.CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD, "only the final and the best checkpoint"),
         ("SOLVER.CHECKPOINTS_TO_KEEP", solver.CHECKPOINTS_TO_KEEP, "all"),
         ("SOLVER.LOG_PERIOD", solver.LOG_PERIOD, "only after evaluations and at the end"),
+        ("SOLVER.PATIENCE", solver.PATIENCE, "train to SOLVER.MAX_ITER"),
         ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, "only at the end"),
     ):
         if value < 0:
             raise ConfigError(f"{key} = {value}: use at least 0 (0: {meaning}).")
+    if solver.PATIENCE and not (cfg.TEST.EVAL_PERIOD and cfg.DATASETS.TEST):
+        raise ConfigError(
+            f"SOLVER.PATIENCE = {solver.PATIENCE}: it counts evaluations. Set TEST.EVAL_PERIOD and DATASETS.TEST, or "
+            "set it to 0."
+        )
 
 
 def _number_of_parts(cfg: CfgNode) -> int:

@@ -18,6 +18,7 @@ from ..setup.compat import stored_images
 
 logger = logging.getLogger(__name__)
 
+EVENTS = "events.out.tfevents"  # beginning of the names of TensorBoard's files
 WINDOW = 20  # number of iterations for smoothing (median), the same as in Detectron2
 TIME_WINDOW = 1000  # number of iterations for estimating the remaining time
 # These differ from run to run, so they are not written to metrics.json.
