@@ -25,7 +25,7 @@ from ..checkpoint import (
     write_atomically,
 )
 from ..config.merging import config_to_blame
-from ..data import build_loss_loader, build_test_loader, build_train_loader, with_classes
+from ..data import build_loss_loader, build_test_loader, build_train_loader, register_custom_datasets, resolve_classes
 from ..data.classes import class_table
 from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import Evaluators, best_metric, build_evaluators, write_report
@@ -74,8 +74,12 @@ class Trainer(DefaultTrainer):
             cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         cfg.defrost()
         cfg.SEED = resolve_seed(cfg)
+        # load_config has done both; the classes of a config that was made in Python may have no names yet
+        register_custom_datasets(cfg)
+        resolve_classes(cfg)
         cfg.freeze()
-        self.cfg = cfg = with_classes(cfg)
+        self.cfg = cfg
+        os.makedirs(cfg.OUTPUT_DIR or ".", exist_ok=True)
         model = self.build_model(cfg)
         device = next(model.parameters()).device
         dtype = amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
