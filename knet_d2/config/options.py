@@ -222,6 +222,8 @@ def _add_solver_config(cfg: CN) -> None:
 def _add_engine_config(cfg: CN) -> None:
     # Number of iterations between two entries in the log, metrics.json and TensorBoard.
     cfg.SOLVER.LOG_PERIOD = 20
+    # Experiment trackers that get metrics and pictures besides TensorBoard: "wandb", "mlflow" and "aim".
+    cfg.SOLVER.TRACKERS = []
     # Number of newest periodic checkpoints that are kept; 0 = all. The best and the final checkpoint are always kept.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 3
     # Training ends after this number of evaluations in a row without a better main metric; 0 = at SOLVER.MAX_ITER.

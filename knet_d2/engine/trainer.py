@@ -49,6 +49,7 @@ from .hooks import (
 from .output_dir import lock_output_dir, release_output_dir, resolve_seed
 from .progress import ProgressBar
 from .stop_signals import StopSignals
+from .trackers import RUN_IDS, TrackerWriter, check_trackers
 from .train_step import TrainStep, amp_dtype
 from .validation import mean_loss
 from .writers import (
@@ -199,7 +200,8 @@ class Trainer(DefaultTrainer):
         return [
             ConsoleWriter(self.max_iter),
             MetricsWriter(self._metrics_file, self.last_written),
-            TensorBoardWriter(self.cfg.OUTPUT_DIR, self.start_iter),
+            *(TrackerWriter(self.cfg, name, self.start_iter) for name in self.cfg.SOLVER.TRACKERS),
+            TensorBoardWriter(self.cfg.OUTPUT_DIR, self.start_iter),  # the last one: it clears the pictures
         ]
 
     def evaluate(self) -> dict[str, Any]:
@@ -241,7 +243,7 @@ class Trainer(DefaultTrainer):
     def _set_earlier_run_aside(self) -> None:
         """Rename what a later --resume would take for this run's: metrics.json -> metrics_1.json, and so on."""
         folder = self.cfg.OUTPUT_DIR
-        names = ["metrics.json", "last_checkpoint", *periodic_checkpoints(folder)]
+        names = ["metrics.json", RUN_IDS, "last_checkpoint", *periodic_checkpoints(folder)]
         pairs = [(name, os.path.splitext(name)) for name in names if os.path.exists(os.path.join(folder, name))]
         events = [name for name in os.listdir(folder) if name.startswith(EVENTS)]
         if not pairs and not events:
@@ -346,6 +348,7 @@ def _check_hook_options(cfg: CfgNode) -> None:
     if cfg.TEST.PRECISE_BN.ENABLED:
         raise ConfigError("TEST.PRECISE_BN.ENABLED = True is not supported: set it to False.")
     solver = cfg.SOLVER
+    check_trackers(solver.TRACKERS)
     for key, value, meaning in (
         ("SOLVER.CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD, "only the final and the best checkpoint"),
         ("SOLVER.CHECKPOINTS_TO_KEEP", solver.CHECKPOINTS_TO_KEEP, "all"),
