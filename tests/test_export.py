@@ -20,10 +20,10 @@ from knet_d2.checkpoint import describe_model
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.data import resolve_classes
 from knet_d2.data.classes import ClassTable
-from knet_d2.errors import ConfigError
+from knet_d2.errors import CheckpointError, ConfigError
 from knet_d2.export import OUTPUT_NAMES, ExportableKNet
 from knet_d2.export.writing import METADATA_FILE
-from knet_d2.inference import ImagePredictor
+from knet_d2.inference import ImagePredictor, onnx_engine
 from knet_d2.modeling.postprocessing.scores import SUPPRESSED
 from knet_d2.programs import export_model
 
@@ -275,6 +275,72 @@ def test_runner_refuses_what_it_can_not_prepare(exported, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             runner(image)
+
+
+# ---- onnxruntime behind the predictor ---------------------------------------------------------------------------
+
+
+def assert_same_prediction(found, expected):
+    assert found.size == expected.size and len(found.segments) == len(expected.segments) > 0
+    for segment, wanted in zip(found.segments, expected.segments):
+        assert segment.label == wanted.label
+        assert segment.score == (None if wanted.score is None else pytest.approx(wanted.score, abs=1e-4))
+        assert (segment.mask == wanted.mask).mean() > 0.999
+
+
+def test_predictor_of_an_exported_file(exported):
+    path, pt2_path = exported.runners
+    predictor, reference = knet_d2.load(path), exported.predictor
+    assert (predictor.classes, predictor.outputs) == (reference.classes, (OUTPUTS[exported.task],))
+    sizes = [(150, 200), (75, 90), (150, 200)]
+    images = [random_images(1, size, seed=i)[0].transpose(1, 2, 0) for i, size in enumerate(sizes)]
+    expected = [reference(image, order="RGB") for image in images]
+    for found, wanted in zip(predictor.predict_batch(images, "RGB"), expected, strict=True):
+        assert_same_prediction(found, wanted)
+    assert_same_prediction(predictor(images[1], order="RGB", tile_size=500), expected[1])
+    if exported.task != "semantic":
+        padded = predictor.predict_batch(images, "RGB", pad_to=(160, 160))
+        for found, wanted in zip(padded, reference.predict_batch(images, "RGB", pad_to=(160, 160)), strict=True):
+            assert_same_prediction(found, wanted)
+    for use in (lambda: predictor.trace(images[0], "RGB"), lambda: list(predictor.video(images, "RGB"))):
+        with pytest.raises(ConfigError, match="engine = 'onnxruntime': traces, videos"):
+            use()
+
+
+def test_what_is_fixed_in_an_exported_file(exported, tmp_path):
+    path, _ = exported.runners
+    with pytest.raises(ConfigError, match="opts and config_file are fixed in an exported file"):
+        knet_d2.load(path, opts=["INPUT.MIN_SIZE_TEST", "64"])
+    with pytest.raises(ConfigError, match=r"engine = 'pytorch': .*onnx is computed by 'onnxruntime'"):
+        knet_d2.load(path, engine="pytorch")
+    with pytest.raises(ConfigError, match="engine = 'tensorrt': .*pth is computed by 'pytorch' or 'onnxruntime'"):
+        knet_d2.load(exported.weights, engine="tensorrt")
+    with pytest.raises(ConfigError, match="device = 'tpu'"):
+        knet_d2.load(path, device="tpu")
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    with pytest.raises(CheckpointError, match="onnxruntime can't open it"):
+        knet_d2.load(tmp_path / "bad.onnx")
+    if exported.task == "panoptic":
+        with pytest.raises(ConfigError, match=f"confidence_threshold = 0.2: .* was exported with {THRESHOLD}"):
+            knet_d2.load(path, confidence_threshold=0.2)
+    if exported.task == "instance":
+        image = random_images(1, (75, 90))[0].transpose(1, 2, 0)
+        found = knet_d2.load(path, confidence_threshold=0.9)(image, order="RGB")
+        assert found.segments and min(x.score for x in found.segments) >= 0.9
+
+
+def test_weights_are_exported_once_for_the_engine(tmp_path, monkeypatch):
+    weights = save_model(tmp_path, "semantic", {"MODEL.KNET.NUM_STAGES": 0})
+    monkeypatch.setattr(onnx_engine, "cache_folder", lambda: str(tmp_path / "cache"))
+    image = random_images(1, (96, 128))[0].transpose(1, 2, 0)
+    expected = knet_d2.load(weights, device="cpu")(image, order="RGB")
+    assert_same_prediction(knet_d2.load(weights, engine="onnxruntime")(image, order="RGB"), expected)
+    monkeypatch.setattr(onnx_engine, "trace", None)  # it can't be exported again
+    predictor = knet_d2.load(weights, engine="onnxruntime")
+    assert predictor.classes.names == NAMES
+    assert_same_prediction(predictor(image, order="RGB"), expected)
+    with pytest.raises(TypeError):
+        knet_d2.load(weights, engine="onnxruntime", opts=["INPUT.MIN_SIZE_TEST", "64"])  # another model
 
 
 # ---- kinds of models -------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ The description is a mapping of strings, as safetensors has room for: "config" (
 "classes" (JSON: COCO's categories, in the order of the model's classes) and "knet_d2_version".
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import yaml
@@ -69,19 +70,45 @@ def read_description(content: Any, path: str) -> ModelDescription:
             f"{path}: holds weights only, no config and classes. Name the config that they were trained with "
             "(config_file; --config-file on the command line)."
         )
-    metadata, cfg = content["metadata"], get_knet_cfg()
-    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-    parameters = as_checkpoint(content, path)["model"]
-    try:
-        config = _parse_config(metadata["config"])
-        for key in ("WEIGHTS", "DEVICE", "COMPILE"):
-            config.get("MODEL", {}).pop(key, None)
-        cfg.merge_from_other_cfg(CfgNode({key: config[key] for key in _MODEL_SECTIONS if key in config}))
-        classes = from_categories(_parse_classes(metadata["classes"]))
-        _check_numbers(cfg, classes)
-        model_state = build_on_meta(cfg, most_modules=10 * len(parameters) + 1000).state_dict()
+    metadata, parameters = content["metadata"], as_checkpoint(content, path)["model"]
+    with _usable(metadata, path):
+        description = _parse_description(metadata)
+        model_state = build_on_meta(description.cfg, most_modules=10 * len(parameters) + 1000).state_dict()
         layout = recognise(parameters, model_state)
         misfits = find_misfits(build_report(layout, parameters, model_state), layout, partial=False)
+    if misfits:
+        raise CheckpointError(
+            f"{path}: its parameters are not those of its config: {'; '.join(misfits)}. Name a config_file that fits."
+        )
+    return description
+
+
+def read_metadata(metadata: Mapping[str, str], path: str) -> ModelDescription:
+    """Read the description in the metadata of an exported file, whose parameters are not known by name.
+
+    Raises:
+        CheckpointError: it is not one that this version understands.
+    """
+    with _usable(metadata, path):
+        return _parse_description(metadata)
+
+
+def _parse_description(metadata: Mapping[str, str]) -> ModelDescription:
+    cfg = get_knet_cfg()
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    config = _parse_config(metadata["config"])
+    for key in ("WEIGHTS", "DEVICE", "COMPILE"):
+        config.get("MODEL", {}).pop(key, None)
+    cfg.merge_from_other_cfg(CfgNode({key: config[key] for key in _MODEL_SECTIONS if key in config}))
+    classes = from_categories(_parse_classes(metadata["classes"]))
+    _check_numbers(cfg, classes)
+    return ModelDescription(cfg, classes)
+
+
+@contextlib.contextmanager
+def _usable(metadata: Mapping[str, str], path: str) -> Iterator[None]:
+    try:
+        yield
     except (Exception, MemoryError) as e:  # a model of an arbitrary config can raise almost any exception
         reason, version = " ".join(str(e).split())[:500], str(metadata.get("knet_d2_version", "(unknown)"))[:40]
         other_version = "" if version == VERSION else f", or install knet_d2 {version}, which wrote it"
@@ -89,11 +116,6 @@ def read_description(content: Any, path: str) -> ModelDescription:
             f"{path}: its config and classes can't be used ({reason or type(e).__name__}). Name a config_file that "
             f"fits{other_version}."
         ) from e
-    if misfits:
-        raise CheckpointError(
-            f"{path}: its parameters are not those of its config: {'; '.join(misfits)}. Name a config_file that fits."
-        )
-    return ModelDescription(cfg, classes)
 
 
 def described_classes(content: Mapping[str, Any], path: str) -> ClassTable | None:

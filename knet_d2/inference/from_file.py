@@ -14,32 +14,67 @@ from ..config.unread import warn_of_unread_options
 from ..data.classes import ClassTable, class_table
 from ..errors import ConfigError
 from .image_predictor import ImagePredictor
+from .onnx_engine import OnnxPredictor, exported_file
+
+ENGINES = ("pytorch", "onnxruntime")
 
 
 def load(
     path: "str | os.PathLike[str]",
     *,
-    confidence_threshold: float = 0.3,
+    confidence_threshold: float | None = None,
     device: str | None = None,
     config_file: str | None = None,
     opts: Sequence[str] = (),
+    engine: str | None = None,
 ) -> ImagePredictor:
     """Make a predictor from a weights file, which contains its config and class names.
 
     Args:
         path: the ``.pth`` file of a training run, a file of tools/convert_checkpoint.py, or ``knet://<name>`` for an
-            official model.
-        confidence_threshold: instances and thing segments with a lower score are left out.
-        device: "cpu", "cuda", ...; None takes a GPU if there is one.
+            official model; or an ``.onnx`` file of tools/export_model.py.
+        confidence_threshold: instances and thing segments with a lower score are left out; None: 0.3, or what an
+            exported file was exported with.
+        device: "cpu", "cuda", ...; None takes a GPU if there is one (onnxruntime: "cpu").
         config_file: config file of weights that contain none.
         opts: further config options, KEY VALUE ...
+        engine: "pytorch" or "onnxruntime", which computes a weights file after exporting it to a cache; None:
+            onnxruntime for ``.onnx`` files, else PyTorch.
 
     Raises:
         CheckpointError: the file is missing or damaged, or holds weights alone and config_file is not given.
+        ConfigError: the engine can't do what is asked for.
     """
+    path = os.fspath(path)
+    is_exported = path.endswith(".onnx")
+    engine = engine or ("onnxruntime" if is_exported else "pytorch")
+    if engine not in ENGINES or (is_exported and engine != "onnxruntime"):
+        choices = "'onnxruntime'" if is_exported else " or ".join(map(repr, ENGINES))
+        raise ConfigError(f"engine = {engine!r}: {path} is computed by {choices}.")
+    if is_exported:
+        if opts or config_file:
+            raise ConfigError(f"{path}: opts and config_file are fixed in an exported file. Export it again with them.")
+        return _load_exported(path, confidence_threshold, device)
+    threshold = 0.3 if confidence_threshold is None else confidence_threshold
     device_options = ("MODEL.DEVICE", device) if device else ()
-    opts = [*threshold_options(confidence_threshold), *device_options, *opts, "MODEL.WEIGHTS", os.fspath(path)]
-    return ImagePredictor(*resolve_model(config_file, opts))
+    options = [*threshold_options(threshold), *device_options, *opts, "MODEL.WEIGHTS", path]
+    cfg, classes = resolve_model(config_file, options)
+    if engine == "onnxruntime":
+        return _load_exported(exported_file(cfg, classes), None, device)
+    return ImagePredictor(cfg, classes)
+
+
+def _load_exported(path: str, confidence_threshold: float | None, device: str | None) -> ImagePredictor:
+    exported = OnnxPredictor(path, device or "cpu")
+    cfg, test = exported.cfg, exported.cfg.MODEL.KNET.TEST
+    if confidence_threshold is not None:
+        if exported.outputs == ("panoptic_seg",) and confidence_threshold != test.THING_SCORE_THRESHOLD:
+            raise ConfigError(
+                f"confidence_threshold = {confidence_threshold}: {path} was exported with "
+                f"{test.THING_SCORE_THRESHOLD}. Leave it out, or export it again with --confidence-threshold."
+            )
+        test.SCORE_THRESHOLD = confidence_threshold
+    return ImagePredictor(cfg, exported.classes, exported)
 
 
 def threshold_options(confidence_threshold: float) -> list[str]:

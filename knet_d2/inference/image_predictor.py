@@ -4,25 +4,44 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 
 from ..data.classes import ClassTable
-from ..data.pixels import picture_of
+from ..data.pixels import PixelFormat, picture_of
 from ..errors import ConfigError, DataError
+from ..modeling.meta_arch import KNet
 from ..results.outputs import main_prediction, predictions_of
 from ..results.prediction import Prediction
-from ..tasks import get_task
 from ..video.model import TrackingKNet
 from ..video.reading import read_ahead
+from .batches import batched, map_ahead
 from .detectron2_predictor import Predictor
 from .inputs import read_input
-from .sources import ImageFiles, Video
+from .sources import Frame, ImageFiles, Video
 from .tiles import predict_tiles
 from .trace import Trace
+
+
+class Engine(Protocol):
+    """Computes the results of images: :class:`Predictor` by PyTorch, :class:`.OnnxPredictor` by onnxruntime.
+
+    Attributes:
+        network: PyTorch's model, or None.
+        outputs: the results that it can give, the main one first.
+    """
+
+    pixel_format: PixelFormat
+    classes: ClassTable
+    network: KNet | None
+    outputs: tuple[str, ...]
+
+    def sample(self, image: np.ndarray, pad_to: tuple[int, int] | None = None) -> dict[str, Any]: ...
+
+    def predict(self, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]: ...
 
 
 class ImagePredictor:
@@ -30,25 +49,38 @@ class ImagePredictor:
 
     Attributes:
         classes: the model's classes.
-        model: the network, in evaluation mode.
-        cfg: its config.
+        cfg: the model's config.
         pixel_format: the images that the model takes.
         outputs: the results that it can give: "instances", "panoptic_seg", "sem_seg". The first one is the main
             one, which ``predictor(image)`` returns; it is the first of MODEL.KNET.TEST.OUTPUTS.
     """
 
-    def __init__(self, cfg: CfgNode, classes: ClassTable):
+    def __init__(self, cfg: CfgNode, classes: ClassTable, engine: Engine | None = None):
         """
         Args:
             cfg: with MODEL.WEIGHTS.
             classes: of the model; those without names get the names of the weights file.
+            engine: computes the results; None: PyTorch.
         """
-        self._predictor = Predictor(cfg)
+        self._predictor: Engine = Predictor(cfg) if engine is None else engine
         self.cfg = cfg
-        self.model = self._predictor.network
         self.pixel_format = self._predictor.pixel_format
         self.classes = classes.named_like(self._predictor.classes)
-        self.outputs = tuple(dict.fromkeys((*self.model.postprocessor.options.outputs, *get_task(cfg).outputs)))
+        self.outputs = self._predictor.outputs
+
+    @property
+    def model(self) -> KNet:
+        """The network, in evaluation mode.
+
+        Raises:
+            ConfigError: the engine is not PyTorch.
+        """
+        if self._predictor.network is None:
+            raise ConfigError(
+                "engine = 'onnxruntime': traces, videos and whatever else needs PyTorch's model can't be done with an "
+                "exported one. Load the weights file with engine='pytorch'."
+            )
+        return self._predictor.network
 
     def __call__(
         self,
@@ -85,8 +117,10 @@ class ImagePredictor:
         self, image: Any, order: str | None, tile_size: int | None, tile_overlap: int | None
     ) -> Prediction:
         pixels = self._pixels(image, order)
-        rgb = pixels[:, :, ::-1] if self.pixel_format.name == "BGR" else pixels
-        return self._tiled(pixels, tile_size, tile_overlap)._replace(picture=picture_of(rgb))
+        return self._tiled(pixels, tile_size, tile_overlap)._replace(picture=self._picture(pixels))
+
+    def _picture(self, pixels: np.ndarray) -> np.ndarray:
+        return picture_of(pixels[:, :, ::-1] if self.pixel_format.name == "BGR" else pixels)
 
     def predict(self, image: np.ndarray) -> dict[str, Prediction]:
         """Predict every output of MODEL.KNET.TEST.OUTPUTS; returns the predictions by output.
@@ -97,7 +131,7 @@ class ImagePredictor:
         Returns:
             The main output comes first.
         """
-        return predictions_of(self._predictor.predict(self._arranged(image)), self.classes)
+        return predictions_of(self._results(self._arranged(image)), self.classes)
 
     def trace(self, image: Any, order: str | None = None) -> Trace:
         """Run an image through the network once, to inspect the results of every stage.
@@ -115,19 +149,97 @@ class ImagePredictor:
         """:meth:`trace` for an image as :meth:`predict` takes it."""
         return self._trace(self._arranged(image))
 
-    def images(self, paths: str | Sequence[str], **options: Any) -> Iterator[tuple[str, Prediction]]:
-        """Predict many files one by one; files that can't be read are logged and left out.
+    def predict_batch(
+        self,
+        images: Sequence[Any],
+        order: str | None = None,
+        *,
+        pad_to: tuple[int, int] | None = None,
+    ) -> list[Prediction]:
+        """The predictions of several images, in order; those of :meth:`__call__`, except for rounding.
+
+        Only images that are resized and padded to one size are computed together, as padding changes results. Sort
+        images by their size to have full batches, or give ``pad_to``.
+
+        Args:
+            images, order: see :meth:`__call__`.
+            pad_to: height and width that all resized images are padded to, so that they are computed together. The
+                results are then those of single images with the same ``pad_to``.
+
+        Raises:
+            DataError: an image can't be read, or is none.
+            ConfigError: pad_to is given for a semantic model, or an image is larger after resizing.
+        """
+        pixels = [self._pixels(image, order) for image in images]
+        results = self._predictor.predict([self._predictor.sample(x, pad_to) for x in pixels])
+        found = zip(results, pixels, strict=True)
+        return [main_prediction(x, self.classes)._replace(picture=self._picture(image)) for x, image in found]
+
+    def images(
+        self,
+        paths: str | Sequence[str],
+        *,
+        batch_size: int = 1,
+        workers: int = 1,
+        pad_to: tuple[int, int] | None = None,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
+    ) -> Iterator[tuple[str, Prediction]]:
+        """Predict many files; those that can't be read are logged and left out.
+
+        Files are read while others are predicted, and predicted while the caller handles earlier predictions. Memory
+        does not grow with their number.
 
         Args:
             paths: files, folders (whose images are taken, not those of folders in them), or patterns as "a/*.jpg".
-            options: tile_size and tile_overlap, see :meth:`__call__`.
+            batch_size: number of images that are predicted at once.
+            workers: number of threads that read and resize.
+            pad_to: see :meth:`predict_batch`.
+            tile_size, tile_overlap: see :meth:`__call__`; only for single images.
 
         Yields:
             path of the file, and its prediction.
+
+        Raises:
+            ConfigError: see :meth:`predict_batch`; or an option makes no sense.
         """
-        for name, image in ImageFiles([paths] if isinstance(paths, str) else paths, self.pixel_format):
-            if image is not None:
-                yield name, self._tiled(self._arranged(image), **options)
+        source = ImageFiles([paths] if isinstance(paths, str) else paths, self.pixel_format, workers)
+        if tile_size is None:
+            for frame, predictions in self.predict_frames(source, batch_size, workers, pad_to=pad_to):
+                yield frame.name, next(iter(predictions.values()))
+            return
+        if batch_size != 1 or pad_to is not None:
+            raise ConfigError(f"tile_size = {tile_size}: tiles are predicted one by one, without batch_size or pad_to.")
+        readable = ((frame.name, self._arranged(frame.image)) for frame in source if frame.image is not None)
+        yield from read_ahead((name, self._tiled(image, tile_size, tile_overlap)) for name, image in readable)
+
+    def predict_frames(
+        self, frames: Iterable[Frame], batch_size: int = 1, workers: int = 1, *, pad_to: tuple[int, int] | None = None
+    ) -> Iterator[tuple[Frame, dict[str, Prediction]]]:
+        """The frames of a source and what :meth:`predict` gives for each, in order, without those that can't be read.
+
+        Args:
+            frames, batch_size, workers, pad_to: see :meth:`images`.
+
+        Raises:
+            ConfigError: see there.
+        """
+        for name, value in (("batch_size", batch_size), ("workers", workers)):
+            if value < 1:
+                raise ConfigError(f"{name} = {value}: use at least 1.")
+        return read_ahead(self._predicted(frames, batch_size, workers, pad_to), count=batch_size + 1)
+
+    def _predicted(
+        self, frames: Iterable[Frame], batch_size: int, workers: int, pad_to: tuple[int, int] | None
+    ) -> Iterator[tuple[Frame, dict[str, Prediction]]]:
+        def prepared(frame: Frame) -> tuple[Frame, dict[str, Any]]:
+            return frame, self._predictor.sample(self._arranged(frame.image), pad_to)
+
+        readable = (frame for frame in frames if frame.image is not None)
+        for batch in batched(map_ahead(prepared, readable, workers), batch_size):
+            results = self._predictor.predict([sample for _, sample in batch])
+            for (frame, _), result in zip(batch, results, strict=True):
+                yield frame, predictions_of(result, self.classes)
 
     def video(
         self, frames: str | os.PathLike[str] | Iterable[np.ndarray], order: str | None = None
@@ -181,7 +293,10 @@ class ImagePredictor:
         return predict_tiles(self._main_prediction, pixels, tile_size, overlap)
 
     def _main_prediction(self, pixels: np.ndarray) -> Prediction:
-        return main_prediction(self._predictor.predict(pixels), self.classes)
+        return main_prediction(self._results(pixels), self.classes)
+
+    def _results(self, pixels: np.ndarray) -> dict[str, Any]:
+        return self._predictor.predict([self._predictor.sample(pixels)])[0]
 
     def _trace(self, pixels: np.ndarray) -> Trace:
         if self.cfg.TEST.AUG.ENABLED:

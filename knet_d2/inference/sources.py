@@ -14,6 +14,7 @@ import numpy as np
 from ..data.files import find_images, read_image
 from ..data.pixels import PixelFormat, picture_of
 from ..errors import DataError
+from .batches import map_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +31,12 @@ class Frame(NamedTuple):
         name: its file, or its video with the number of the frame behind "#".
         image: [H, W, C] from 0 to 255, uint8 or float32, colours in RGB order; None if it can't be read; the reason is
             then logged.
+        error: that reason.
     """
 
     name: str
     image: np.ndarray | None
+    error: str = ""
 
     @property
     def picture(self) -> np.ndarray:
@@ -62,26 +65,29 @@ class ImageFiles:
 
     unit = "image"
 
-    def __init__(self, paths: Sequence[str], pixel_format: PixelFormat):
+    def __init__(self, paths: Sequence[str], pixel_format: PixelFormat, workers: int = 1):
         """
         Args:
             paths: files, folders (whose images are taken, not those of folders in them), or patterns as "a/*.jpg".
             pixel_format: what the model takes.
+            workers: number of threads that read files ahead.
         """
-        self._pixel_format = pixel_format.as_rgb
+        self._pixel_format, self._workers = pixel_format.as_rgb, workers
         self.paths = find_images(paths)
         self.count = len(self.paths)
         self.failed = 0
 
     def __iter__(self) -> Iterator[Frame]:
-        for path in self.paths:
-            try:
-                image = read_image(path, self._pixel_format)
-            except DataError as error:
-                self.failed += 1
-                logger.error(f"Skipped: {error}")
-                image = None
-            yield Frame(path, image)
+        for frame in map_ahead(self._read, self.paths, self._workers):
+            self.failed += frame.image is None
+            yield frame
+
+    def _read(self, path: str) -> Frame:
+        try:
+            return Frame(path, read_image(path, self._pixel_format))
+        except DataError as error:
+            logger.error(f"Skipped: {error}")
+            return Frame(path, None, str(error))
 
 
 class Video:

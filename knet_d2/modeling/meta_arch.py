@@ -120,7 +120,7 @@ class KNet(nn.Module):
             batched_inputs: per image a dict with "image", [channels, height, width] in the order of INPUT.FORMAT,
                 values 0 .. 255; for training "ground_truth" as the loaders give it, or "instances" (gt_classes,
                 gt_masks) and / or "sem_seg" [height, width], the class of every pixel; for inference optionally
-                "height" and "width" of the result.
+                "height" and "width" of the result, and "padded_size", the least (height, width) of the padded batch.
             do_postprocess: False gives the :class:`ImageLogits` of each image in evaluation.
 
         Returns:
@@ -179,7 +179,8 @@ class KNet(nn.Module):
         # In float32 also for a float64 model: so pixels are read, and every precision then sees the same image
         mean, std = self.pixel_mean.float(), self.pixel_std.float()
         images = [((image.float() - mean) / std).to(self.pixel_mean.dtype) for image in images]
-        return pad_images(images, max(self.size_divisibility, 1))
+        least = [x["padded_size"] for x in batched_inputs if "padded_size" in x]
+        return pad_images(images, max(self.size_divisibility, 1), least)
 
     def send_ground_truth(self, batched_inputs: list[dict[str, Any]]) -> list[GroundTruth]:
         """Ground truth of every image on the model's device; checked here where the loader has not done it."""
@@ -209,13 +210,16 @@ class KNet(nn.Module):
         return logits
 
 
-def pad_images(images: list[torch.Tensor], divisibility: int) -> ImageList:
+def pad_images(images: list[torch.Tensor], divisibility: int, least: Sequence[tuple[int, int]] = ()) -> ImageList:
     """A batch of images [C, height, width], padded with 0 at the right and bottom to one size.
 
     Unlike ImageList.from_tensors, it computes the size with numbers instead of tensors.
+
+    Args:
+        least: (height, width) that the padded size has at least.
     """
     sizes = [(image.shape[1], image.shape[2]) for image in images]
-    height, width = (-(-max(sides) // divisibility) * divisibility for sides in zip(*sizes))
+    height, width = (-(-max(sides) // divisibility) * divisibility for sides in zip(*sizes, *least))
     batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)
     for image, padded in zip(images, batch):
         padded[:, : image.shape[1], : image.shape[2]].copy_(image)

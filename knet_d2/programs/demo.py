@@ -3,13 +3,15 @@
 import argparse
 import contextlib
 import os
+from collections.abc import Iterator
 
 import tqdm
 
 from ..inference.from_file import resolve_model, threshold_options
 from ..inference.image_predictor import ImagePredictor
 from ..inference.sinks import JsonFile, PictureFiles, Sink, Stop, TrackFile, VideoFile, VideoWindow, Window
-from ..inference.sources import ImageFiles, Video
+from ..inference.sources import Frame, ImageFiles, Video
+from ..results.prediction import Prediction
 from ..video.reading import read_ahead
 
 
@@ -30,6 +32,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--confidence-threshold", type=float, default=0.3, help="lowest score of an instance or thing segment"
     )
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images predicted at once")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads that read and resize images")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
     return parser
 
@@ -73,18 +77,23 @@ def video_path(output: str, name: str) -> str:
 def main(args: argparse.Namespace) -> int:
     """Run the demo; returns exit code 1 if an image or a part of the video can't be read, else 0."""
     predictor = build_predictor(args)
-    source = ImageFiles(args.input, predictor.pixel_format) if args.input else Video(args.video_input)
+    if args.input:
+        source: ImageFiles | Video = ImageFiles(args.input, predictor.pixel_format, args.workers)
+    else:
+        source = Video(args.video_input)
+    found: Iterator[tuple[Frame, dict[str, Prediction]]]
     with contextlib.ExitStack() as stack:
         sinks = build_sinks(args, source, predictor)
         for sink in sinks:
             stack.callback(sink.close)
         stack.enter_context(contextlib.suppress(Stop))
-        predict = predictor.follower() if isinstance(source, Video) else predictor.predict
-        frames = read_ahead(source)
-        for frame in tqdm.tqdm(frames, total=source.count, unit=source.unit, disable=source.count == 1):
-            if frame.image is None:
-                continue
-            predictions = predict(frame.image)
+        frames = tqdm.tqdm(source, total=source.count, unit=source.unit, disable=source.count == 1)
+        if isinstance(source, Video):
+            follow = predictor.follower()
+            found = ((frame, follow(frame.image)) for frame in read_ahead(frames))
+        else:
+            found = predictor.predict_frames(frames, args.batch_size, args.workers)
+        for frame, predictions in found:
             for sink in sinks:
                 sink.write(frame, predictions)
     return 1 if source.failed else 0

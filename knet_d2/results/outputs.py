@@ -41,8 +41,10 @@ def _instance_masks(result: Instances, classes: ClassTable):
 
 
 def _semantic_masks(result: torch.Tensor, classes: ClassTable):
-    # Channels after the classes, such as the background, are not segments; label_masks leaves them out.
-    yield from label_masks(result.argmax(dim=0).cpu().numpy(), len(classes.names))
+    # Scores [K, H, W], or the label map of an exported model. Channels after the classes, such as the background, are
+    # not segments; label_masks leaves them out.
+    labels = result if result.dim() == 2 else result.argmax(dim=0)
+    yield from label_masks(labels.cpu().numpy(), len(classes.names))
 
 
 def label_masks(labels: np.ndarray, num_classes: int) -> Iterator[tuple[np.ndarray, int, None]]:

@@ -1,0 +1,163 @@
+"""Exported models behind the interface of the predictor: onnxruntime computes what PyTorch computes elsewhere."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.file_io import PathManager
+
+from ..checkpoint.description import read_metadata
+from ..checkpoint.download import cache_folder
+from ..checkpoint.loading import split_options
+from ..data.augmentation import Resize
+from ..data.classes import ClassTable
+from ..data.pixels import PixelFormat
+from ..errors import CheckpointError, ConfigError
+from ..export import ONNX_COMMAND, default_image_type, export_metadata, save_onnx, trace
+from ..modeling.meta_arch import KNet
+from ..modeling.postprocessing.scores import SUPPRESSED
+from ..setup.dependencies import VERSION
+from .batches import in_groups
+from .detectron2_predictor import Predictor, check_padding, resized_sample
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxPredictor:
+    """An ONNX file of tools/export_model.py, called as :class:`Predictor` is.
+
+    Attributes:
+        cfg: config of the model; it says what the file computes, and changes nothing any more.
+        pixel_format, classes: see :class:`Predictor`.
+        outputs: the one result that the file gives.
+        network: None; what needs PyTorch's model can't be done.
+    """
+
+    network: KNet | None = None
+    outputs: tuple[str, ...]
+
+    def __init__(self, path: str, device: str = "cpu"):
+        """
+        Args:
+            device: "cpu" or "cuda", for which onnxruntime needs its package onnxruntime-gpu.
+
+        Raises:
+            CheckpointError: the file is missing, or not one of tools/export_model.py.
+            ConfigError: onnxruntime is missing, or can't use the device.
+        """
+        self._session = _open_session(path, device)
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        if "preprocessing" not in metadata:
+            raise CheckpointError(f"{path}: not a file of tools/export_model.py. Export the model with it.")
+        self.cfg, self.classes = read_metadata(metadata, path)
+        self.cfg.MODEL.WEIGHTS = path
+        self.pixel_format = PixelFormat.from_config(self.cfg)
+        self.outputs = (metadata["output"],)
+        self._preprocessing = json.loads(metadata["preprocessing"])
+        shorter, longer = self._preprocessing["min_size"], self._preprocessing["max_size"]
+        self._resize = Resize([shorter, shorter], longer)
+        self._names = [x.name for x in self._session.get_outputs()]
+
+    def sample(self, image: np.ndarray, pad_to: tuple[int, int] | None = None) -> dict[str, Any]:
+        """See :meth:`Predictor.sample`; "padded_size" is the size of the graph's input."""
+        sample = resized_sample(image, self._resize)
+        size = tuple(sample["image"].shape[1:])
+        step, smallest = self._preprocessing["size_divisibility"], self._preprocessing["smallest_side"]
+        if pad_to is not None:
+            check_padding(pad_to, size, takes_padding=step > 1)
+        sides = zip(size, pad_to or (0, 0))
+        return {**sample, "padded_size": tuple(max(-(-max(x) // step) * step, smallest) for x in sides)}
+
+    def predict(self, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """See :meth:`Predictor.predict`; of semantic models, a result is the label map, [H, W].
+
+        The sizes are inputs of the graph, so images of equal sizes before and after resizing are computed together.
+        """
+        return in_groups(self._run, samples, lambda x: (x["image"].shape, x["height"], x["width"], x["padded_size"]))
+
+    def _run(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        first = samples[0]
+        size, output_size = first["image"].shape[1:], (first["height"], first["width"])
+        images = np.stack([x["image"].numpy() for x in samples])
+        if self._preprocessing["image_type"] == "uint8" and images.dtype != np.uint8:
+            images = np.rint(images)
+        padding = [(0, padded - length) for length, padded in zip(size, first["padded_size"])]
+        images = np.pad(images, ((0, 0), (0, 0), *padding)).astype(self._preprocessing["image_type"])
+        sizes = {"image_size": np.array(size, np.int64), "output_size": np.array(output_size, np.int64)}
+        found = dict(zip(self._names, map(torch.from_numpy, self._session.run(None, {"image": images, **sizes}))))
+        return [self._result({name: x[i] for name, x in found.items()}, output_size) for i in range(len(samples))]
+
+    def _result(self, found: dict[str, torch.Tensor], size: tuple[int, int]) -> dict[str, Any]:
+        output = self.outputs[0]
+        if output == "sem_seg":
+            return {output: found["label_map"]}
+        if output == "instances":
+            kept = (found["scores"] >= self.cfg.MODEL.KNET.TEST.SCORE_THRESHOLD) & (found["scores"] > SUPPRESSED)
+            boxes, scores, labels, masks = (found[name][kept] for name in ("boxes", "scores", "labels", "masks"))
+            fields = {"pred_boxes": Boxes(boxes), "scores": scores, "pred_classes": labels, "pred_masks": masks}
+            return {output: Instances(size, **fields)}
+        num_things, ids = self.classes.num_things, self.classes.category_ids
+        columns = zip(found["scores"].tolist(), found["labels"].tolist(), found["areas"].tolist())
+        segments = [
+            {"id": i, "isthing": c < num_things, "category_id": ids[c], "score": score, "area": area}
+            for i, (score, c, area) in enumerate(columns, start=1)
+            if area
+        ]
+        return {output: (found["segment_map"], segments)}
+
+
+def exported_file(cfg: CfgNode, classes: ClassTable) -> str:
+    """Return the path of a model's ONNX file in the cache (below FVCORE_CACHE); it is exported on first use.
+
+    Args:
+        cfg: with MODEL.WEIGHTS.
+        classes: of the model, see :class:`.ImagePredictor`.
+
+    Raises:
+        ConfigError: the model can't be exported, or a package is missing.
+    """
+    if cfg.TEST.AUG.ENABLED:
+        raise ConfigError("TEST.AUG.ENABLED = True: an exported model is one pass. Set it to False.")
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = "cpu"
+    key = hashlib.sha256(f"{VERSION} {torch.__version__} {cfg.dump()} {classes}".encode())
+    weights = split_options(cfg.MODEL.WEIGHTS)[0]
+    with open(PathManager.get_local_path(weights), "rb") as f:
+        key.update(hashlib.file_digest(f, "sha256").digest())
+    path = os.path.join(cache_folder(), "exported", f"{key.hexdigest()[:32]}.onnx")
+    if not os.path.isfile(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        predictor = Predictor(cfg)
+        image_type = default_image_type(cfg)
+        named = classes.named_like(predictor.classes)
+        metadata = export_metadata(cfg, named, predictor.network, image_type)
+        save_onnx(trace(predictor.network, image_type), path, metadata)
+    return path
+
+
+def _open_session(path: str, device: str) -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ConfigError(f"engine = 'onnxruntime': it is missing; {ONNX_COMMAND}.") from None
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: there is no such file. Correct the path.")
+    provider = _PROVIDERS.get(device.partition(":")[0])
+    if provider not in onnxruntime.get_available_providers():
+        raise ConfigError(
+            f"device = {device!r}: this onnxruntime can't use it (it has "
+            f"{', '.join(onnxruntime.get_available_providers())}). Use device='cpu', or install onnxruntime-gpu."
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=[provider])
+    except Exception as error:  # onnxruntime's exceptions have no common type
+        reason = " ".join(str(error).split())[:500]
+        raise CheckpointError(f"{path}: onnxruntime can't open it ({reason}). Export it again.") from error
