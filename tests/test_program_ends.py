@@ -53,6 +53,7 @@ PLACES = {
     "compare": "--config-file {config} --output {bad}.png --number 1 --opts MODEL.WEIGHTS {weights}",
     "check_dataset": "--config-file {config} --output {bad}",
     "convert_checkpoint": "{weights} {bad}.pth --config {config}",
+    "predict_bulk": "{weights} --input {image} --output {bad} --config-file {config}",
     "export_model": "{weights} {bad}.pt2 --config-file {config}",
     "visualize_kernels": "{weights} --images {image} --average {bad}.jpg --config-file {config}",
 }

@@ -24,6 +24,7 @@ NAMES = (
     "annotate",
     "compare",
     "web",
+    "predict_bulk",
     "check_dataset",
     "convert_dataset",
     "export_model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,48 +45,70 @@ class JsonWriter:
 
     def add(self, file_name: str, predictions: Mapping[str, Prediction]) -> None:
         """Write the predictions of one image, by output."""
-        height, width = next(iter(predictions.values())).size
-        record: dict[str, Any] = {"file_name": file_name, "height": height, "width": width}
-        for key, prediction in predictions.items():
-            record[OUTPUTS[key].title] = _RECORDS[key](self, prediction)
-        text = (", " if self._count else "") + json.dumps(record)
+        ids = next(iter(predictions.values())).classes.category_ids
+        text = (", " if self._count else "") + json.dumps(image_record(file_name, predictions, ids, self._save_png))
         self._file.seek(self._end)
         self._file.write(text + "]}")
         self._file.flush()
         self._end += len(text)
         self._count += 1
 
+    def _save_png(self, pixels: np.ndarray) -> str:
+        os.makedirs(self._png_folder, exist_ok=True)
+        name = f"{self._count:06d}.png"
+        Image.fromarray(pixels).save(os.path.join(self._png_folder, name))
+        return name
+
     def close(self) -> None:
         self._file.close()
 
-    def _instances(self, prediction: Prediction) -> list[dict[str, Any]]:
-        ids = prediction.classes.category_ids
-        return [
-            {"category_id": ids[x.label], "score": x.score, "bbox": list(x.box), "segmentation": x.rle(), **_track(x)}
-            for x in prediction.segments
-        ]
 
-    def _panoptic(self, prediction: Prediction) -> dict[str, Any]:
-        os.makedirs(self._png_folder, exist_ok=True)
-        name = f"{self._count:06d}.png"
-        Image.fromarray(panoptic_png(prediction.segment_map())).save(os.path.join(self._png_folder, name))
-        classes = prediction.classes
-        segments = [
-            {
-                "id": i,
-                "category_id": classes.category_ids[x.label],
-                "isthing": x.label < classes.num_things,
-                "score": x.score,
-                "area": x.area,
-                **_track(x),
-            }
-            for i, x in enumerate(prediction.segments, start=1)
-        ]
-        return {"file_name": name, "segments_info": segments}
+def image_record(
+    file_name: str,
+    predictions: Mapping[str, Prediction],
+    ids: Sequence[int],
+    save_png: Callable[[np.ndarray], str],
+) -> dict[str, Any]:
+    """The predictions of one image, by output, as they stand in JSON.
 
-    def _semantic(self, prediction: Prediction) -> list[dict[str, Any]]:
-        ids = prediction.classes.category_ids
-        return [{"category_id": ids[x.label], "area": x.area, "segmentation": x.rle()} for x in prediction.segments]
+    Args:
+        ids: category_id of each class.
+        save_png: saves a panoptic PNG, uint8 [H, W, 3], and returns its name.
+    """
+    height, width = next(iter(predictions.values())).size
+    record: dict[str, Any] = {"file_name": file_name, "height": height, "width": width}
+    for key, prediction in predictions.items():
+        if key == "panoptic_seg":
+            record[OUTPUTS[key].title] = _panoptic(prediction, ids, save_png(panoptic_png(prediction.segment_map())))
+        else:
+            record[OUTPUTS[key].title] = _LISTS[key](prediction, ids)
+    return record
+
+
+def _instances(prediction: Prediction, ids: Sequence[int]) -> list[dict[str, Any]]:
+    return [
+        {"category_id": ids[x.label], "score": x.score, "bbox": list(x.box), "segmentation": x.rle(), **_track(x)}
+        for x in prediction.segments
+    ]
+
+
+def _semantic(prediction: Prediction, ids: Sequence[int]) -> list[dict[str, Any]]:
+    return [{"category_id": ids[x.label], "area": x.area, "segmentation": x.rle()} for x in prediction.segments]
+
+
+def _panoptic(prediction: Prediction, ids: Sequence[int], png: str) -> dict[str, Any]:
+    segments = [
+        {
+            "id": i,
+            "category_id": ids[x.label],
+            "isthing": x.label < prediction.classes.num_things,
+            "score": x.score,
+            "area": x.area,
+            **_track(x),
+        }
+        for i, x in enumerate(prediction.segments, start=1)
+    ]
+    return {"file_name": png, "segments_info": segments}
 
 
 def _track(segment: Segment) -> dict[str, int]:
@@ -94,8 +116,4 @@ def _track(segment: Segment) -> dict[str, int]:
     return {} if segment.track_id is None else {"track_id": segment.track_id}
 
 
-_RECORDS: dict[str, Callable[[JsonWriter, Prediction], Any]] = {
-    "instances": JsonWriter._instances,
-    "panoptic_seg": JsonWriter._panoptic,
-    "sem_seg": JsonWriter._semantic,
-}
+_LISTS = {"instances": _instances, "sem_seg": _semantic}

@@ -1,0 +1,98 @@
+"""Predict many images in shards, by one process or many; start it again after it was killed, and it goes on.
+
+    python tools/predict_bulk.py model.pth --input photos --output results
+    torchrun --nproc-per-node 4 tools/predict_bulk.py model.pth --input list.txt --output results
+    sbatch --array=0-9 --wrap "python tools/predict_bulk.py model.pth --input list.txt --output results"
+
+See docs/DEPLOYMENT.md for the files that it writes.
+"""
+
+import argparse
+import os
+
+import torch
+import tqdm
+
+from ..data.files import ARRAY_TYPE, IMAGE_TYPES, files_below
+from ..errors import ConfigError, DataError
+from ..inference.bulk import BulkJob, Progress, Share, read_list, share_of
+from ..inference.from_file import ENGINES, load
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", help="the trained model, or an .onnx file of tools/export_model.py")
+    parser.add_argument("--input", required=True, help="a folder, with those in it, or a text file with a path a line")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="for the results; all processes share it")
+    parser.add_argument("--shard-size", type=int, default=100, metavar="N", help="images in a file of results")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images predicted at once")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads that read and resize images")
+    parser.add_argument(
+        "--share",
+        metavar="I/N",
+        help="every N-th shard, from the I-th on; default: as torchrun, srun or an array of SLURM jobs say, else all",
+    )
+    parser.add_argument("--confidence-threshold", type=float, help="lowest score of an instance or thing (default 0.3)")
+    parser.add_argument("--engine", choices=ENGINES, help="what computes the model; see docs/DEPLOYMENT.md")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: one GPU for each process of a machine")
+    parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    return parser
+
+
+def find_inputs(path: str) -> list[str]:
+    """The images below a folder or in a list.
+
+    Raises:
+        DataError: there is none.
+    """
+    if path.lower().endswith((*IMAGE_TYPES, ARRAY_TYPE)):
+        return [path]
+    if not os.path.isdir(path):
+        return read_list(path)
+    paths = [file for _, file in files_below(path, (*IMAGE_TYPES, ARRAY_TYPE))]
+    if not paths:
+        raise DataError(f"{path}: no image there (files ending in {', '.join(IMAGE_TYPES)}).")
+    return paths
+
+
+def choose_share(text: str | None) -> Share:
+    """The share that --share names, else that of the process.
+
+    Raises:
+        ConfigError: it is not as "0/4".
+    """
+    if text is None:
+        return share_of(os.environ)
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise ConfigError(f"--share {text}: write it as 0/4, the first of four shares.")
+    return Share(int(index), int(count))
+
+
+def choose_device(device: str | None) -> str | None:
+    """--device, else the GPU of this process among those of its machine; None without several GPUs."""
+    if device is None and torch.cuda.device_count() > 1:
+        local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        return f"cuda:{int(local) % torch.cuda.device_count()}"
+    return device
+
+
+def main(args: argparse.Namespace) -> None:
+    share, paths = choose_share(args.share), find_inputs(args.input)
+    predictor = load(
+        args.weights,
+        confidence_threshold=args.confidence_threshold,
+        device=choose_device(args.device),
+        config_file=args.config_file,
+        opts=args.opts,
+        engine=args.engine,
+    )
+    sizes = {"shard_size": args.shard_size, "batch_size": args.batch_size, "workers": args.workers}
+    job = BulkJob(args.output, predictor, paths, **sizes)
+    shards = range(share.first, job.num_shards, share.step)
+    print(f"Share {share.first} of {share.step}: {len(shards)} of {job.num_shards} shards; {len(paths)} images in all")
+    progress = Progress()
+    for progress in tqdm.tqdm(job.run(share), total=len(shards), unit="shard"):  # noqa: B007  the last one is printed
+        pass
+    print(f"{progress.predicted} images predicted ({progress.broken} of them broken), {progress.found} were there")
