@@ -100,7 +100,7 @@ def _normalised_by_things(model) -> Sequence[Patch]:
     def loss(self, batch, stage, weight):
         positives = batch.positives(stage)
         things = int((positives.kernel_index < self.bank.num_matched).sum())
-        return original.compute(self, batch, stage, weight) * max(1, len(positives.kernel_index)) / max(1, things)
+        return original.compute(self, batch, stage, weight)[0], things
 
     return [(criterion, "TERMS", {**criterion.TERMS, "class": original._replace(compute=loss)})]
 
@@ -127,8 +127,8 @@ def _encoding_from_zero(model) -> Sequence[Patch]:
 def _without_bank(model) -> Sequence[Patch]:
     original = semantic_fpn.SemanticFPNKernelHead.forward
 
-    def forward(self, features):
-        state = original(self, features)
+    def forward(self, features, image_sizes=None):
+        state = original(self, features, image_sizes)
         learned = torch.zeros_like(state.kernels)
         learned[:, : len(self.instance_kernels.weight)] = self.instance_kernels.weight.flatten(1)
         return state._replace(kernels=state.kernels - learned)

@@ -150,7 +150,7 @@ class InstanceKernels(Protocol):
         """Initialise what differs from the head's other convolutions."""
 
     def localize(self, localization_feature: torch.Tensor) -> torch.Tensor:
-        """What is added to the localization branch's result, F_loc: [B, C, H, W] -> [B, C, H, W]."""
+        """F_loc as masks and cascade read it, from the localization branch's result: [B, C, H, W] -> [B, C, H, W]."""
 
     def first_masks(
         self, fused: torch.Tensor, localization_feature: torch.Tensor, image_sizes: torch.Tensor | None
