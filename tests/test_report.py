@@ -285,7 +285,7 @@ def test_recommended_threshold():
     assert row[0.9] == pytest.approx((1, 1 / 3, 1 / 2))
     assert np.isnan(row[0.91][0]) and row[0.91][1:] == (0, 0)
     assert thresholds.scores[thresholds.best] == 0.31
-    assert Thresholds.of(np.array([0.5]), np.array([True]), 0) is None
+    assert Thresholds.of(np.array([0.5]), np.array([False]), 1) is None
     assert Thresholds.of(np.array([0.5]), np.array([True]), 1, 0.405).scores[0] == 0.4
     assert Thresholds.of(np.array([1.0]), np.array([True]), 1, 1.0).scores.tolist() == [0.99]
 
@@ -337,6 +337,22 @@ def test_text_of_the_data_is_escaped():
     assert all(name in parsed.text for name in HOSTILE[:3]) and "half ?" in parsed.text
 
 
+def test_numbers_of_the_page(instances):
+    section = instances[3]
+    parsed = Tags(page("a", [], [DatasetReport("set", [section], [])], {}).decode())
+    score = section.thresholds.scores[section.thresholds.best]
+    assert f"Recommended: {score:.2f} (MODEL.KNET.TEST.SCORE_THRESHOLD)" in parsed.text
+    values = sorted((row.values[0] for row in section.rows), reverse=True)
+    places = [parsed.text.index(row.name) for value in values for row in section.rows if row.values[0] == value]
+    assert places == sorted(places)  # the classes, best first
+    for metric in section.metrics:
+        low, high = metric.interval
+        assert f"{metric.name}{metric.value:.1f}95% interval {low:.1f} to {high:.1f}" in parsed.text
+    total = section.confusion[:-1].sum(axis=1)
+    assert f"{section.names[0]}{''.join(map(str, section.confusion[0].tolist()))}{total[0]}" in parsed.text
+    assert parsed.tags.count("polyline") == 3 + 4  # three IoUs, four classes
+
+
 def tiny_report_config(task, root, tmp_path, **options):
     kind = {"instance": "coco_instance", "panoptic": "coco_panoptic", "semantic": "sem_seg"}[task]
     cfg = data_cfg(task, custom=(custom_entry(kind, root),))
@@ -364,7 +380,6 @@ def test_report_of_a_model(root, tmp_path, task, metric, caplog):
     parsed = Tags(text)
     assert parsed.tags.count("img") == 12 and "://" not in text and len(text) < 2_000_000
     assert "Confusion matrix" in parsed.text and "95% interval" in parsed.text and "Training run" in parsed.text
-    assert ("Recommended: " in parsed.text) == (task != "semantic")
     assert any(x.startswith(f"{metric} of {cfg.DATASETS.TEST[0]}: ") and "95% interval" in x for x in caplog.messages)
     assert not model.training
 

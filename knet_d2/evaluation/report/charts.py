@@ -96,7 +96,9 @@ def _pieces(points: np.ndarray) -> list[np.ndarray]:
 
 def _bounds(values: np.ndarray) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    if high == low:  # a constant: 0 to twice its value
+        return (-1.0, 1.0) if low == 0 else (min(0.0, 2 * low), max(0.0, 2 * low))
+    return low, high
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -33,7 +33,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; border-top
 .dim, figcaption { color: var(--dim); font-size: 0.9rem; }
 .metrics { display: flex; flex-wrap: wrap; gap: 0.5rem 2rem; padding: 0; list-style: none; }
 .metrics b { display: block; font-size: 1.6rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
 .small { grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)); }
 figure { margin: 0; min-width: 0; } svg { width: 100%; height: auto; }
 svg text { fill: var(--dim); font-size: 12px; } .grid { stroke: var(--line); }
@@ -42,9 +42,9 @@ polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .legend i { display: inline-block; width: 1em; height: 0.25em; margin-right: 0.4em; vertical-align: middle; }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid var(--line);
-  font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
 th { font-weight: 600; } th[scope=row] { text-align: left; min-width: 7rem; max-width: 16rem;
-  overflow-wrap: anywhere; } tr.mark { background: var(--mark); }
+  white-space: normal; } tr.mark { background: var(--mark); }
 .matrix th[scope=col] { writing-mode: vertical-rl; text-align: left; max-height: 12rem; }
 .matrix td { text-align: center; padding: 0.2rem 0.4rem; } .zero { color: var(--dim); }
 img { width: 100%; height: auto; display: block; }
@@ -221,7 +221,7 @@ def _table(head: str, rows: Sequence[str], kind: str = "") -> str:
 def _value(x: Any) -> str:
     if math.isnan(x):
         return "none"
-    return f"{x:,.0f}" if float(x).is_integer() and abs(x) > 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.3g}"
+    return f"{x:,.0f}" if float(x).is_integer() else f"{x:.1f}" if abs(x) >= 10 else f"{x:.3g}"
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

@@ -53,9 +53,9 @@ class Thresholds(NamedTuple):
             lowest: thresholds below the step at or below it are left out.
 
         Returns:
-            None if there are no predictions or no objects.
+            None if no prediction is right.
         """
-        if not len(scores) or not num_objects:
+        if not right.any() or not num_objects:
             return None
         steps = np.arange(np.clip(int(lowest * _STEPS + 1e-9), 1, _STEPS - 1), _STEPS) / _STEPS
         order = np.argsort(scores, kind="stable")
