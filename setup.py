@@ -39,6 +39,8 @@ setup(
         "export": ["onnx", "onnxscript", "onnxruntime"],
         # Prediction.to_supervision
         "supervision": ["supervision"],
+        # knet_d2.load("hf://user/name")
+        "hub": ["huggingface_hub", "safetensors"],
         "test": ["pytest"],
     },
 )

@@ -7,6 +7,8 @@ from detectron2.config import CfgNode
 
 from ..checkpoint import load_file, read_description
 from ..checkpoint.download import PREFIX
+from ..checkpoint.hub import PREFIX as HUB_PREFIX
+from ..checkpoint.hub import fetch_from_hub
 from ..checkpoint.zoo import zoo_entry
 from ..config.files import get_config_file
 from ..config.merging import choose_device, load_config, merge_config
@@ -32,7 +34,8 @@ def load(
 
     Args:
         path: the ``.pth`` file of a training run, a file of tools/convert_checkpoint.py, or ``knet://<name>`` for an
-            official model; or an ``.onnx`` file of tools/export_model.py.
+            official model, ``hf://user/name`` for one on Hugging Face's hub; or an ``.onnx`` file of
+            tools/export_model.py.
         confidence_threshold: instances and thing segments with a lower score are left out; None: 0.3, or what an
             exported file was exported with.
         device: "cpu", "cuda", ...; None takes a GPU if there is one (onnxruntime: "cpu").
@@ -95,6 +98,9 @@ def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode
         CheckpointError: the weights file contains no config.
     """
     weights = dict(zip(opts[0::2], opts[1::2])).get("MODEL.WEIGHTS", "")
+    if weights.startswith(HUB_PREFIX):
+        weights = fetch_from_hub(weights)
+        opts = [*opts, "MODEL.WEIGHTS", weights]
     if not config_file and weights.startswith(PREFIX):
         config_file = get_config_file(zoo_entry(weights.removeprefix(PREFIX)).name + ".yaml")
     if config_file:

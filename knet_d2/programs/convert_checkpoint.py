@@ -10,6 +10,7 @@ import os
 import torch
 
 from ..checkpoint import LoadReport, as_checkpoint, describe_model, has_description, load_file, read_description
+from ..checkpoint.hub import CardFacts, read_card_facts, write_hub_folder
 from ..checkpoint.load_report import build_report, find_misfits, recognise
 from ..checkpoint.saving import save_weights
 from ..checkpoint.zoo import build_on_meta, fitting_entries, fitting_hint
@@ -21,7 +22,13 @@ from ..model_zoo import get_config_file, names
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", help="the checkpoint, a .pth file")
-    parser.add_argument("output", help="the file to write: .pth or .safetensors")
+    parser.add_argument("output", help="the file to write: .pth or .safetensors; with --model-card a folder")
+    parser.add_argument(
+        "--model-card",
+        metavar="YAML",
+        help="write a folder for Hugging Face's hub: weights, config, classes and a card, of which this file states "
+        f"{', '.join(CardFacts._fields)}",
+    )
     parser.add_argument(
         "--config",
         metavar="NAME_OR_FILE",
@@ -77,7 +84,11 @@ def convert(
 
 
 def main(args: argparse.Namespace) -> None:
+    facts = read_card_facts(args.model_card) if args.model_card else None
     converted, metadata, report = convert(args.input, args.config, tuple(args.opts))
-    save_weights(args.output, converted, metadata)
+    if facts is None:
+        save_weights(args.output, converted, metadata)
+    else:
+        write_hub_folder(args.output, converted, metadata, facts)
     print(report.as_text())
     print(f"Wrote {args.output}")
