@@ -7,10 +7,13 @@ equal.
 
 If a mask logit is nearly 0, rounding alone decides whether its pixel is gathered into the group feature of the kernel,
 and all later results differ a little. Images with such a logit, closer to 0 than float32 and float64 differ, are left
-out of these metrics. They are counted, and their metrics are printed in a separate line.
+out of these metrics. They are counted, and their metrics are printed in a separate line. Where the result of such an
+image is out of bounds, the logit is moved to the other side of 0 in the PyTorch model: if this gives the file's result
+for one of the logits, the difference is explained; else it is a failure as any other.
 """
 
 import argparse
+import contextlib
 import copy
 import os
 import statistics
@@ -22,6 +25,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from torch import nn
 
 from knet_d2.data.files import find_images, read_image
 from knet_d2.data.pixels import PixelFormat
@@ -36,9 +40,23 @@ BATCHES = (1, 2)
 MAX_SCORE_DIFFERENCE = 1e-4
 MIN_IOU = 0.999
 MIN_EQUAL = 0.999
+# Gates of an image that are moved
+MOST_GATES = 50
 
 Tensors = dict[str, np.ndarray]
 Runner = Callable[[np.ndarray, np.ndarray, np.ndarray], Tensors]
+
+
+class Gate(NamedTuple):
+    """A mask logit that decides whether a pixel is gathered for a kernel, and that is 0 within float32 rounding.
+
+    Attributes:
+        stage: number of the update stage that gathers, from 0.
+        position: index in the mask logits [N, H, W], flattened.
+    """
+
+    stage: int
+    position: int
 
 
 class Agreement(NamedTuple):
@@ -172,14 +190,50 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / union) if union else 1.0
 
 
-def is_at_a_gate(model: KNet, exact: KNet, image: np.ndarray) -> bool:
-    """Return whether a mask logit that selects pixels for a kernel's group feature is 0 within float32 rounding."""
+def find_gates(model: KNet, exact: KNet, image: np.ndarray) -> list[Gate]:
+    """The mask logits of an image that are 0 within float32 rounding and select pixels for a kernel.
+
+    Args:
+        exact: the model in float64.
+    """
     if model.bank.num_matched == 0:
-        return False
+        return []
     logits, exact_logits = (_gating_logits(x, image) for x in (model, exact))
-    for rounded, reference in zip(logits, exact_logits):
+    found = []
+    for stage, (rounded, reference) in enumerate(zip(logits, exact_logits)):
         noise = (rounded - reference).abs().max()
-        if (reference.abs() <= 2 * noise).any():
+        positions = (reference.abs() <= 2 * noise).flatten().nonzero()[:, 0]
+        found += [Gate(stage, position) for position in positions.tolist()]
+    return found
+
+
+@contextlib.contextmanager
+def moved(model: KNet, gate: Gate) -> Iterator[None]:
+    """While this is open, the logit of a gate is on the other side of 0, for models that run one image."""
+
+    def move(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        feature, kernels, mask_logits = inputs
+        mask_logits = mask_logits.clone(memory_format=torch.contiguous_format)
+        values = mask_logits.view(-1)
+        smallest = torch.finfo(values.dtype).tiny
+        values[gate.position] = -smallest if values[gate.position] > 0 else smallest
+        return feature, kernels, mask_logits
+
+    handle = model.cascade.stages[gate.stage].register_forward_pre_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def is_explained(
+    model: KNet, gates: Sequence[Gate], image: np.ndarray, output_size: np.ndarray, found: Tensors, threshold: float
+) -> bool:
+    """Whether the result of an exported model is PyTorch's with one of the gates moved."""
+    for gate in gates[:MOST_GATES]:
+        with moved(model, gate):
+            (expected,) = run_model(model, image[None], output_size)
+        if agreement(expected, found, threshold).is_good:
             return True
     return False
 
@@ -215,6 +269,8 @@ class Row(NamedTuple):
         kept: worst agreement of the images without a gating logit at 0.
         left_out: worst agreement of the images with a gating logit at 0.
         num_images, num_left_out: number of images, and of those left out.
+        num_explained, num_unexplained: those left out whose results are out of bounds, with and without a gate that
+            explains it.
         seconds, pytorch_seconds: median time per image of the file and of PyTorch.
     """
 
@@ -225,8 +281,14 @@ class Row(NamedTuple):
     left_out: Agreement
     num_images: int
     num_left_out: int
+    num_explained: int
+    num_unexplained: int
     seconds: float
     pytorch_seconds: float
+
+    @property
+    def is_good(self) -> bool:
+        return self.kept.is_good and not self.num_unexplained
 
 
 ROW = "{:24} {:>9} {:>5} {:>6} {:>8} {:>10} {:>8} {:>9} {:>8} {:>9}"
@@ -253,7 +315,12 @@ def worst(results: Sequence[Agreement]) -> Agreement:
 
 
 def compare(
-    model: KNet, runners: dict[str, Runner], images: np.ndarray, at_gate: Sequence[bool], batch: int, threshold: float
+    model: KNet,
+    runners: dict[str, Runner],
+    images: np.ndarray,
+    gates: Sequence[Sequence[Gate]],
+    batch: int,
+    threshold: float,
 ) -> Iterator[Row]:
     """Run all models on images of one size, [n, C, H, W], and request results of another size.
 
@@ -261,7 +328,7 @@ def compare(
         model: the PyTorch model.
         runners: functions of the exported models, by path.
         images: the images.
-        at_gate: whether each image has a gating logit at 0.
+        gates: of each image.
         batch: number of images in a batch.
         threshold: lowest score of an instance.
     """
@@ -269,6 +336,7 @@ def compare(
     output_size = np.array([size[0] * 3 // 2, size[1] * 5 // 4])
     seconds: dict[str, list[float]] = {name: [] for name in ("", *runners)}
     found: dict[str, list[Agreement]] = {name: [] for name in runners}
+    explained: dict[str, list[bool]] = {name: [] for name in runners}
     starts = range(0, len(images) - batch + 1, batch)
     for start in starts:
         some = images[start : start + batch]
@@ -279,11 +347,17 @@ def compare(
             outputs, time_of_file = _timed(runner, *inputs)
             seconds[name].append(time_of_file / batch)
             for i, one in enumerate(expected):
-                found[name].append(agreement(one, {key: x[i] for key, x in outputs.items()}, threshold))
+                result = {key: x[i] for key, x in outputs.items()}
+                found[name].append(agreement(one, result, threshold))
+                near = gates[start + i]
+                if near and not found[name][-1].is_good:
+                    explained[name].append(is_explained(model, near, some[i], output_size, result, threshold))
     for name, results in found.items():
-        parts = [[x for x, gate in zip(results, at_gate) if gate == wanted] for wanted in (False, True)]
+        parts = [[x for x, near in zip(results, gates) if bool(near) == wanted] for wanted in (False, True)]
+        reasons = explained[name]
+        counts = len(results), len(parts[1]), sum(reasons), len(reasons) - sum(reasons)
         medians = statistics.median(seconds[name]), statistics.median(seconds[""])
-        yield Row(name, size, batch, *map(worst, parts), len(results), len(parts[1]), *medians)
+        yield Row(name, size, batch, *map(worst, parts), *counts, *medians)
 
 
 def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
@@ -309,15 +383,18 @@ def main(args: argparse.Namespace) -> int:
     rows = []
     for text in args.sizes:
         images = read_images(files, tuple(map(int, text.split("x"))), pixel_format, image_type)
-        at_gate = [is_at_a_gate(model, exact, image) for image in images]
+        gates = [find_gates(model, exact, image) for image in images]
         for batch in BATCHES:
-            for row in compare(model, runners, images, at_gate, batch, args.confidence_threshold):
+            for row in compare(model, runners, images, gates, batch, args.confidence_threshold):
                 print(format_row(row), flush=True)
                 rows.append(row)
     for path in runners:
-        left_out = worst([x.left_out for x in rows if x.file == path])
-        print("{}: images left out: scores {}, IoU {}, equal {}".format(path, *_format_agreement(left_out)))
-    num_bad = sum(not x.kept.is_good for x in rows)
+        own = [x for x in rows if x.file == path]
+        numbers = _format_agreement(worst([x.left_out for x in own]))
+        print("{}: images left out: scores {}, IoU {}, equal {}".format(path, *numbers))
+        counts = sum(x.num_explained for x in own), sum(x.num_unexplained for x in own)
+        print("{}: of these out of bounds: {} explained by one moved logit, {} not".format(path, *counts))
+    num_bad = sum(not x.is_good for x in rows)
     print(f"{num_bad} of {len(rows)} rows out of bounds")
     return 1 if num_bad else 0
 

@@ -27,7 +27,7 @@ from torch.export import Dim
 from knet_d2.checkpoint import Checkpointer
 from knet_d2.config import add_knet_config
 from knet_d2.errors import ConfigError
-from knet_d2.export import ExportableKNet
+from knet_d2.export import ExportableKNet, trace
 from knet_d2.modeling.matcher import HungarianMatcher
 from knet_d2.modeling.postprocessing import ImageGeometry, mask_probabilities
 from knet_d2.modeling.structures import Targets
@@ -83,7 +83,7 @@ class ArchitectureTests:
     strides: dict[str, int]  # feature of the backbone -> stride
     frozen: tuple[str, ...]  # how the names of the parameters begin that aren't trained
     updates_statistics: bool  # whether training changes the statistics of the backbone's norms
-    refused_for: str | None  # key that the refusal to export names; None: it is exported
+    has_windows: bool  # whether it is exported for one size of images only
 
     @classmethod
     def build(cls, seed=0, **options):
@@ -156,20 +156,20 @@ class ArchitectureTests:
         for other in others:
             assert all(torch.equal(a, b) for a, b in zip(predict(other), expected, strict=True))
 
-    def test_exports_or_refuses(self, model):
+    def test_exports(self, model):
         """Only the static kernels depend on the architecture; test_export.py exports the rest for each task."""
-        if self.refused_for is not None:
-            with pytest.raises(ConfigError, match=f"{self.refused_for}: .* can't be exported.* knet_d2.load"):
-                ExportableKNet(model.eval())
-            return
         network = StaticKernels(ExportableKNet(model.eval()).model)
         step = max(model.size_divisibility, 32)
         # Each further dynamic length takes seconds
-        dynamic = {2: step * Dim("rows", min=2)}
+        dynamic, batch, rows = {2: step * Dim("rows", min=2)}, 2, 5 * step
+        if self.has_windows:
+            with pytest.raises(ConfigError, match=r"MODEL\.BACKBONE\.NAME: .* --size HxW .* knet_d2\.load"):
+                trace(model)
+            dynamic, batch, rows = {0: Dim("batch", min=1)}, 3, 3 * step
         with torch.no_grad():
             images = random_images(2, 3, 3 * step, 2 * step)
             program = torch.export.export(network, (images,), dynamic_shapes=(dynamic,), strict=False)
-            images = random_images(2, 3, 5 * step, 2 * step)
+            images = random_images(batch, 3, rows, 2 * step)
             for found, expected in zip(program.module()(images), network(images), strict=True):
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

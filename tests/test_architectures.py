@@ -21,7 +21,7 @@ class Detection(ArchitectureTests):
     strides = PYRAMID
     frozen = STEM_AND_RES2
     updates_statistics = False
-    refused_for = None
+    has_windows = False
 
 
 class TestR50Instance(Detection):
@@ -38,7 +38,6 @@ class TestR101Instance(Detection):
 
 class TestR101DcnInstance(Detection):
     config = "coco/instance/knet_r101_dcn_fpn_3x.yaml"
-    refused_for = r"MODEL\.RESNETS\.DEFORM_ON_PER_STAGE"
 
 
 class TestR50Panoptic(Detection):
@@ -55,13 +54,12 @@ class TestR101Panoptic(Detection):
 
 class TestR101DcnPanoptic(Detection):
     config = "coco/panoptic/knet_r101_dcn_fpn_3x.yaml"
-    refused_for = r"MODEL\.RESNETS\.DEFORM_ON_PER_STAGE"
 
 
 class TestSwinLPanoptic(Detection):
     config = "coco/panoptic/knet_swin_l_fpn_3x.yaml"
     frozen = ()
-    refused_for = r"MODEL\.BACKBONE\.NAME"
+    has_windows = True
 
 
 class TestR18Instance(Detection):
@@ -88,7 +86,7 @@ class Semantic(ArchitectureTests):
     strides = DILATED
     frozen = ()
     updates_statistics = True
-    refused_for = None
+    has_windows = False
 
 
 class TestR50Fcn(Semantic):
@@ -111,7 +109,7 @@ class TestR50Uper(Semantic):
 class TestSwinTUper(Semantic):
     config = "ade20k/semantic/knet_upernet_swin_t_80k.yaml"
     strides = STAGES
-    refused_for = r"MODEL\.BACKBONE\.NAME"
+    has_windows = True
 
 
 class TestSwinLUper(TestSwinTUper):
@@ -126,7 +124,7 @@ class TestLiteInstance(ArchitectureTests):
     strides = PYRAMID
     frozen = ()
     updates_statistics = False
-    refused_for = None
+    has_windows = False
 
 
 class TestLitePanoptic(TestLiteInstance):
@@ -146,7 +144,7 @@ class OfTimm(ArchitectureTests):
     strides = PYRAMID
     frozen = ()
     updates_statistics = False
-    refused_for = None
+    has_windows = False
 
 
 class TestTimmResNet(OfTimm):
@@ -165,7 +163,7 @@ class TestTimmMobileNetV4(OfTimm):
 
 class TestTimmSwin(OfTimm):
     options = {"MODEL.TIMM.NAME": "knet_test_swin"}
-    refused_for = r"MODEL\.TIMM\.NAME"
+    has_windows = True
 
 
 class TestTimmViT(OfTimm):

@@ -45,6 +45,7 @@ SHELL_WORDS = {
     "unzip",
     "git",
     "sbatch",
+    "hf",
     "export",
 }
 
@@ -103,7 +104,7 @@ def test_command(words, monkeypatch):
     while "=" in words[0]:  # an environment variable
         words = words[1:]
     if words[0] in ("torchrun", "srun"):
-        words = ["python", *words[words.index("train_net.py") :]]
+        words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) - {word for word in words if "=" in word} <= set(targets)

@@ -85,6 +85,12 @@ class OnnxRunner:
             pixels = np.rint(pixels).astype(np.uint8)
         step, smallest = options["size_divisibility"], options["smallest_side"]
         padding = [max(-(-length // step) * step, smallest) - length for length in size]
+        static_size = options.get("static_size")
+        if static_size:
+            padding = [most - length for length, most in zip(size, static_size)]
+            if min(padding) < 0 or (step == 1 and max(padding)):
+                bound = "exactly" if step == 1 else "up to"
+                raise ValueError(f"image: resized to {size}, but the model takes {bound} {tuple(static_size)}.")
         pixels = np.pad(pixels, ((0, padding[0]), (0, padding[1]), (0, 0)))
         pixels = pixels.astype(options.get("image_type", "uint8"))
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)), size

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..modeling.backbone.deform_conv import DeformConv2d
 from ..modeling.backbone.swin import SwinTransformer
 from ..modeling.backbone.timm import TimmBackbone
 from ..modeling.cascade import select_stage
@@ -24,7 +23,7 @@ OUTPUT_NAMES = {
 
 
 class ExportableKNet(nn.Module):
-    """A K-Net in evaluation mode with tensors in and out, and its batch, height, width and result size dynamic.
+    """A K-Net in evaluation mode with tensors in and out.
 
     The result is the model's first output (MODEL.KNET.TEST.OUTPUTS); a row of a table is a candidate:
 
@@ -48,21 +47,6 @@ class ExportableKNet(nn.Module):
         """
         super().__init__()
         self.main_output = model.postprocessor.options.outputs[0]
-        if any(isinstance(module, DeformConv2d) for module in model.modules()):
-            raise ConfigError(
-                "MODEL.RESNETS.DEFORM_ON_PER_STAGE: a model with deformable convolutions can't be exported, as "
-                "runtimes lack that operator. Use a model without, or run this one with knet_d2.load."
-            )
-        if any(isinstance(module, TimmBackbone) and module.has_windows for module in model.modules()):
-            raise ConfigError(
-                "MODEL.TIMM.NAME: a network with attention in windows can't be exported, as torch.export can't follow "
-                "them at every image size. Use another network, or run this one with knet_d2.load."
-            )
-        if any(isinstance(module, SwinTransformer) for module in model.modules()):
-            raise ConfigError(
-                "MODEL.BACKBONE.NAME: a model with a Swin transformer can't be exported, as torch.export can't follow "
-                "its windows at every image size. Use a model with a ResNet, or run this one with knet_d2.load."
-            )
         if self.main_output == "sem_seg" and model.bank.num_matched:
             raise ConfigError(
                 "MODEL.KNET.TEST.OUTPUTS begins with 'sem_seg', which can't be exported for kernels that are matched "
@@ -105,12 +89,27 @@ class ExportableKNet(nn.Module):
         return pixels.to(next(self.model.backbone.parameters()).dtype)
 
 
-def example_inputs(model: KNet, image_type: torch.dtype) -> dict[str, torch.Tensor]:
-    """Inputs to trace :class:`ExportableKNet` with; two images, so that their number is not taken for a constant."""
+def has_windows(model: KNet) -> bool:
+    """Whether the backbone's attention is in windows, which torch.export follows at one size only."""
+    return any(
+        isinstance(module, SwinTransformer) or (isinstance(module, TimmBackbone) and module.has_windows)
+        for module in model.modules()
+    )
+
+
+def example_inputs(
+    model: KNet, image_type: torch.dtype, size: tuple[int, int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Inputs to trace :class:`ExportableKNet` with; two images, so that their number is not taken for a constant.
+
+    Args:
+        size: height and width of the padded images; None: any.
+    """
     step = max(model.size_divisibility, 1)
-    size = [-(-length // step) * step for length in (96, 128)]
-    image = torch.randint(0, 256, (2, len(model.pixel_mean), *size), device=model.device).to(image_type)
-    return {"image": image, "image_size": torch.tensor([90, 120]), "output_size": torch.tensor([150, 200])}
+    height, width = size or (-(-length // step) * step for length in (96, 128))
+    image = torch.randint(0, 256, (2, len(model.pixel_mean), height, width), device=model.device).to(image_type)
+    image_size = torch.tensor([height - height // 16, width - width // 16])
+    return {"image": image, "image_size": image_size, "output_size": torch.tensor([150, 200])}
 
 
 def _checked_geometry(image: torch.Tensor, image_size: torch.Tensor, output_size: torch.Tensor) -> ImageGeometry:

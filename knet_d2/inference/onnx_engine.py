@@ -18,7 +18,7 @@ from ..checkpoint.loading import split_options
 from ..data.augmentation import Resize
 from ..data.classes import ClassTable
 from ..data.pixels import PixelFormat
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, DataError
 from ..export import ONNX_COMMAND, default_image_type, export_metadata, save_onnx, trace
 from ..modeling.meta_arch import KNet
 from ..modeling.postprocessing.scores import SUPPRESSED
@@ -71,6 +71,10 @@ class OnnxPredictor:
         step, smallest = self._preprocessing["size_divisibility"], self._preprocessing["smallest_side"]
         if pad_to is not None:
             check_padding(pad_to, size, takes_padding=step > 1)
+        static_size = self._preprocessing.get("static_size")
+        if static_size:
+            check_static_size(size, tuple(static_size), takes_padding=step > 1)
+            pad_to, step, smallest = static_size, 1, 1
         sides = zip(size, pad_to or (0, 0))
         return {**sample, "padded_size": tuple(max(-(-max(x) // step) * step, smallest) for x in sides)}
 
@@ -82,6 +86,12 @@ class OnnxPredictor:
         return in_groups(self._run, samples, lambda x: (x["image"].shape, x["height"], x["width"], x["padded_size"]))
 
     def _run(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        output_size = (samples[0]["height"], samples[0]["width"])
+        found = dict(zip(self._names, map(torch.from_numpy, self._session.run(None, self.inputs(samples)))))
+        return [self._result({name: x[i] for name, x in found.items()}, output_size) for i in range(len(samples))]
+
+    def inputs(self, samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """The inputs of the graph for samples of one kind."""
         first = samples[0]
         size, output_size = first["image"].shape[1:], (first["height"], first["width"])
         images = np.stack([x["image"].numpy() for x in samples])
@@ -90,8 +100,7 @@ class OnnxPredictor:
         padding = [(0, padded - length) for length, padded in zip(size, first["padded_size"])]
         images = np.pad(images, ((0, 0), (0, 0), *padding)).astype(self._preprocessing["image_type"])
         sizes = {"image_size": np.array(size, np.int64), "output_size": np.array(output_size, np.int64)}
-        found = dict(zip(self._names, map(torch.from_numpy, self._session.run(None, {"image": images, **sizes}))))
-        return [self._result({name: x[i] for name, x in found.items()}, output_size) for i in range(len(samples))]
+        return {"image": images, **sizes}
 
     def _result(self, found: dict[str, torch.Tensor], size: tuple[int, int]) -> dict[str, Any]:
         output = self.outputs[0]
@@ -110,6 +119,20 @@ class OnnxPredictor:
             if area
         ]
         return {output: (found["segment_map"], segments)}
+
+
+def check_static_size(size: tuple[int, ...], static_size: tuple[int, ...], takes_padding: bool) -> None:
+    """Check that a resized image fits into the one size of an exported file.
+
+    Raises:
+        DataError: it does not.
+    """
+    if any(a > b for a, b in zip(size, static_size)) or (size != static_size and not takes_padding):
+        raise DataError(
+            f"The image is resized to {size[0]} x {size[1]} pixels (height x width), but the file was exported for "
+            f"{'up to' if takes_padding else 'exactly'} {static_size[0]} x {static_size[1]}. Export it with another "
+            "--size."
+        )
 
 
 def exported_file(cfg: CfgNode, classes: ClassTable) -> str:
@@ -160,4 +183,7 @@ def _open_session(path: str, device: str) -> Any:
         return onnxruntime.InferenceSession(path, options, providers=[provider])
     except Exception as error:  # onnxruntime's exceptions have no common type
         reason = " ".join(str(error).split())[:500]
-        raise CheckpointError(f"{path}: onnxruntime can't open it ({reason}). Export it again.") from error
+        raise CheckpointError(
+            f"{path}: onnxruntime {onnxruntime.__version__} can't open it ({reason}). Export it again, or install a "
+            "newer onnxruntime (CPUs: 1.31.1 has deformable convolutions, versions up to about 1.19 refuse them)."
+        ) from error

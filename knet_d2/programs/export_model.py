@@ -4,12 +4,23 @@ See docs/DEPLOYMENT.md. tools/onnx_runner.py runs the ONNX file, and checks/expo
 """
 
 import argparse
+import itertools
 import logging
 import os
+import tempfile
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
 
 from ..errors import ConfigError
 from ..export import default_image_type, export_metadata, halve, save_onnx, save_pt2, trace
+from ..export.quantization import quantize, share_of_operations
+from ..inference import ImagePredictor
 from ..inference.from_file import load
+from ..inference.onnx_engine import OnnxPredictor
+from ..inference.sources import ImageFiles
+from ..modeling.meta_arch import KNet
 
 logger = logging.getLogger("knet_d2")
 
@@ -29,9 +40,58 @@ def get_parser() -> argparse.ArgumentParser:
         help="of the graph's input; float32 keeps what images of more than 8 bits hold, and is the default where "
         "INPUT.FORMAT is not RGB or BGR or INPUT.VALUE_RANGE is set",
     )
+    parser.add_argument(
+        "--int8",
+        nargs="+",
+        metavar="IMAGES",
+        help="ONNX: convolutions in 8-bit integers, calibrated on these images (files, folders, patterns) of training",
+    )
+    parser.add_argument("--int8-images", type=int, default=100, metavar="N", help="most images of the calibration")
+    parser.add_argument(
+        "--int8-full-range",
+        action="store_true",
+        help="weights of 8 bits instead of 7, only for processors with VNNI; on others, sums saturate",
+    )
+    parser.add_argument(
+        "--size",
+        metavar="HxW",
+        type=read_size,
+        help="fixed height and width of the padded images, in multiples of 32; needed by attention in windows (Swin)",
+    )
     parser.add_argument("--device", default="cpu", help="device on which the .pt2 file will run: cpu, cuda, ...")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
     return parser
+
+
+def save_int8(
+    program: ExportedProgram, path: str, metadata: dict[str, str], predictor: ImagePredictor, args: argparse.Namespace
+) -> None:
+    """Write a traced model as an ONNX file in 8-bit integers, and print what is in integers."""
+    images = ImageFiles(args.int8, predictor.pixel_format)
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(folder, "float.onnx")
+        save_onnx(program, source, metadata)
+        exported = OnnxPredictor(source)
+        readable = (frame.image for frame in images if frame.image is not None)
+        samples = map(exported.sample, map(predictor.pixel_format.arrange, readable, itertools.repeat("The image")))
+        inputs = (exported.inputs([sample]) for sample in itertools.islice(samples, args.int8_images))
+        found = quantize(source, path, inputs, reduce_range=not args.int8_full_range)
+    share = share_of_operations(predictor.model, example_sample(predictor.model), found.layers)
+    bits = 7 if found.reduce_range else 8
+    numbers = f"{bits} bits, {found.num_images} images, {share:.0%} of the operations"
+    print(f"{len(found.layers)} convolutions are computed in integers ({numbers})")
+    print(f"In float32: {', '.join(found.float_layers) or 'no other convolution'}, and the update stages")
+
+
+def example_sample(model: KNet) -> dict[str, Any]:
+    """An input of a model, of 512 x 512 pixels."""
+    return {"image": torch.zeros(len(model.pixel_mean), 512, 512, dtype=torch.uint8)}
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """Height and width of "800x1344"."""
+    height, width = text.split("x")
+    return int(height), int(width)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -39,6 +99,8 @@ def main(args: argparse.Namespace) -> None:
     for path in args.outputs:
         if os.path.splitext(path)[1] not in WRITERS:
             raise ConfigError(f"{path}: the name of an exported model must end in .onnx or .pt2.")
+        if args.int8 and (args.fp16 or not path.endswith(".onnx")):
+            raise ConfigError(f"--int8: {path}: use it for .onnx files and without --fp16.")
     predictor = load(
         args.weights,
         confidence_threshold=args.confidence_threshold,
@@ -48,9 +110,12 @@ def main(args: argparse.Namespace) -> None:
     )
     model = halve(predictor.model) if args.fp16 else predictor.model
     image_type = args.image_type or default_image_type(predictor.cfg)
-    metadata = export_metadata(predictor.cfg, predictor.classes, model, image_type)
-    program = trace(model, image_type)
+    metadata = export_metadata(predictor.cfg, predictor.classes, model, image_type, args.size)
+    program = trace(model, image_type, args.size)
     for path in args.outputs:
-        WRITERS[os.path.splitext(path)[1]](program, path, metadata)
+        if args.int8:
+            save_int8(program, path, metadata, predictor, args)
+        else:
+            WRITERS[os.path.splitext(path)[1]](program, path, metadata)
         megabytes = os.path.getsize(path) / 2**20
         print(f"Wrote {path}: {metadata['task']} model, output {metadata['output']}, {megabytes:.1f} MB")
