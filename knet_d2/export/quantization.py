@@ -72,8 +72,10 @@ def quantize(
             return item
 
     # With norms folded into the weights, so that the weights are constants
-    unlimited = {"input_size_limit": 1 << 31, "output_size_limit": 1 << 31}
-    model = onnxscript.optimizer.optimize(onnx.load(source), onnx_shape_inference=False, **unlimited)
+    unlimited = 1 << 31
+    model = onnxscript.optimizer.optimize(
+        onnx.load(source), onnx_shape_inference=False, input_size_limit=unlimited, output_size_limit=unlimited
+    )
     reader = Reader()
     chosen, layers, float_layers = [], [], []
     for node, module in _modules(model):

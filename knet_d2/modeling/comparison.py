@@ -12,17 +12,14 @@ the place of maps of h x w. Points are (x, y) from 0 to 1 over the padded input.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .resize import upsample_masks
-from .structures import Targets
-
-if TYPE_CHECKING:
-    from .criterion import MatchedBatch
+from .structures import KernelState, Match, Positives, Targets
 
 # At most this share of the pixels of the up-sampled masks is sampled: small images have few
 LARGEST_SHARE = 0.25
@@ -31,6 +28,21 @@ CANDIDATES = 3
 UNCERTAIN_SHARE = 0.75
 # Ground truth masks of full resolution that are in memory together as numbers
 MASKS_AT_ONCE = 16
+
+
+class MatchedStages(Protocol):
+    """What a comparison reads of a batch: see :class:`.criterion.MatchedBatch`."""
+
+    state: KernelState
+
+    @property
+    def matches(self) -> Sequence[Sequence[Match]]: ...
+
+    def positives(self, stage: int) -> Positives: ...
+
+    def mask_logits(self, stage: int) -> torch.Tensor: ...
+
+    def compared_logits(self, stage: int) -> torch.Tensor: ...
 
 
 class AllPixels:
@@ -51,12 +63,12 @@ class AllPixels:
         """Logits where all kernels are compared: [B, N, H, W] -> [B, N, h, w]."""
         return upsample_masks(mask_logits)
 
-    def positive_pairs(self, batch: MatchedBatch, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def positive_pairs(self, batch: MatchedStages, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and targets that the mask and dice loss of the positive kernels compare, [P, h, w] each."""
         positives = batch.positives(stage)
         return batch.compared_logits(stage)[positives.image_index, positives.kernel_index], positives.target_masks
 
-    def foreground_count(self, batch: MatchedBatch, labels: torch.Tensor, background: int) -> torch.Tensor:
+    def foreground_count(self, batch: MatchedStages, labels: torch.Tensor, background: int) -> torch.Tensor:
         """Number of the labels [B, h, w] of the dense loss that are not the background."""
         return (labels != background).sum()
 
@@ -89,7 +101,7 @@ class SampledPoints:
         """[B, N, H, W] -> [B, N, 1, L], at one uniform set for all kernels of an image."""
         return sample(mask_logits, self._points)
 
-    def positive_pairs(self, batch: MatchedBatch, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def positive_pairs(self, batch: MatchedStages, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
         """[P, 1, L] each, at points of each kernel's own."""
         positives = batch.positives(stage)
         logits = batch.mask_logits(stage)[positives.image_index, positives.kernel_index]
@@ -97,7 +109,7 @@ class SampledPoints:
         found = [self._image_pairs(b, stage, *pair) for b, pair in enumerate(pairs)]
         return torch.cat([x for x, _ in found]), torch.cat([x for _, x in found])
 
-    def foreground_count(self, batch: MatchedBatch, labels: torch.Tensor, background: int) -> torch.Tensor:
+    def foreground_count(self, batch: MatchedStages, labels: torch.Tensor, background: int) -> torch.Tensor:
         """Pixels of the up-sampled maps that are not the background, times points per pixel; labels are not read."""
         count = batch.state.feature.new_zeros((), dtype=torch.float64)
         for target, extent, (_, instances) in zip(self._full, self._extents, batch.matches[0]):

@@ -20,7 +20,7 @@ from .layers import full_precision, no_autocast, send
 from .losses import center_focal_loss, dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
 from .matcher import Candidates, HungarianMatcher
 from .resize import upsampled_size
-from .structures import KernelState, Match, StageOutput, Targets
+from .structures import KernelState, Match, Positives, StageOutput, Targets
 
 # The weighted scalar of a term, and the count of this process that normalises it
 Value = tuple[torch.Tensor, int | torch.Tensor]
@@ -31,25 +31,6 @@ CENTER_SPREAD = 0.12
 CENTER_LEAST_SIGMA = 0.8
 # Keeps the centroid of an instance without a pixel finite
 CENTER_EPS = 1e-6
-
-
-class Positives(NamedTuple):
-    """The P kernels of a batch that have something to segment, ordered by image, then by kernel.
-
-    Attributes:
-        counts: number of positive kernels of each image; they sum to P.
-        image_index, kernel_index: int64 [P], which kernels these are.
-        classes: int64 [P], the classes that they have to predict.
-        target_masks: [P, h, w], the masks that they have to predict.
-        target_index: int64 [P], which of its image's masks these are: of ``masks``, followed by ``stuff_masks``.
-    """
-
-    counts: list[int]
-    image_index: torch.Tensor
-    kernel_index: torch.Tensor
-    classes: torch.Tensor
-    target_masks: torch.Tensor
-    target_index: torch.Tensor
 
 
 class Part(NamedTuple):

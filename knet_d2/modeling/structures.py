@@ -84,3 +84,22 @@ class Targets(NamedTuple):
 
 # (indices of kernels, indices of instances), both int64 [min(N, G)], the first one ascending
 Match = tuple[torch.Tensor, torch.Tensor]
+
+
+class Positives(NamedTuple):
+    """The P kernels of a batch that have something to segment, ordered by image, then by kernel.
+
+    Attributes:
+        counts: number of positive kernels of each image; they sum to P.
+        image_index, kernel_index: int64 [P], which kernels these are.
+        classes: int64 [P], the classes that they have to predict.
+        target_masks: [P, h, w], the masks that they have to predict.
+        target_index: int64 [P], which of its image's masks these are: of ``masks``, followed by ``stuff_masks``.
+    """
+
+    counts: list[int]
+    image_index: torch.Tensor
+    kernel_index: torch.Tensor
+    classes: torch.Tensor
+    target_masks: torch.Tensor
+    target_index: torch.Tensor
