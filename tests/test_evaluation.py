@@ -232,16 +232,26 @@ def test_two_processes_together_give_the_figures_of_one(panoptic, monkeypatch):
     outputs = [_panoptic_output(*_damaged(record, rng)) for record in records]
 
     def evaluate(chosen):
-        evaluator = PanopticEvaluator(name)
+        evaluator = PanopticEvaluator(name, report=True)
         evaluator.reset()
         for i in chosen:
             evaluator.process([records[i]], [outputs[i]])
-        return evaluator.evaluate()
+        results = evaluator.evaluate()
+        sections = [
+            (
+                x.confusion.tolist(),
+                sorted(x.qualities.items()),
+                np.array([row.values for row in x.rows]).round(9).tolist(),
+            )
+            for x in evaluator.sections
+        ]
+        return results, repr(sections) if results else sections
 
     whole, sent = evaluate(range(10)), []
+    assert "[[" in whole[1]
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
     monkeypatch.setattr(comm, "gather", lambda data: sent.append(data) or [])
-    assert evaluate(range(0, 10, 2)) is None
+    assert evaluate(range(0, 10, 2)) == (None, [])
     monkeypatch.setattr(comm, "is_main_process", lambda: True)
     monkeypatch.setattr(comm, "gather", lambda data: [data, *sent])
     assert evaluate(range(1, 10, 2)) == whole
