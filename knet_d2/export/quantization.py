@@ -3,6 +3,7 @@
 The end layers, whose ranges are wide, and the cascade, which sums over pixels, stay in float32.
 """
 
+import copy
 import json
 import os
 import tempfile
@@ -139,8 +140,9 @@ def share_of_operations(model: KNet, sample: Mapping[str, Any], layers: Iterable
         sample: an input of the model.
         layers: names of modules.
     """
+    frozen = copy.deepcopy(model).requires_grad_(False)  # the counter hooks into gradients
     with FlopCounterMode(display=False) as counter:
-        model([dict(sample)])
+        frozen([dict(sample)])
     counts = {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
     wanted = set(layers)
     of_layers = sum(count for name, count in counts.items() if name.removeprefix("KNet.") in wanted)
