@@ -73,7 +73,9 @@ def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
     shown = next(i for i, line in enumerate(out.splitlines()) if "iter: 5/23" in line)
     assert shown < 15
     # The environment is in the file, the config is in config.yaml alone
-    assert "DEBUG: Environment:" in log and "Environment" not in out and training_line < 100
+    for title in ("Environment:", "Model:"):
+        assert f"DEBUG: {title}" in log and title not in out
+    assert training_line < 100
     assert "SOLVER:" not in log and "MAX_ITER" in (tmp_path / "config.yaml").read_text()
 
 

@@ -11,6 +11,7 @@ from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import verify_results
 from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
@@ -128,7 +129,9 @@ class Trainer(DefaultTrainer):
     @classmethod
     @config_to_blame("The model")
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        return super().build_model(cfg)
+        model = build_model(cfg)
+        logger.debug("Model:\n%s", model)
+        return model
 
     @classmethod
     @config_to_blame("The optimiser")

@@ -47,7 +47,9 @@ def write_shapes(root: str, num_images: int, seed: int, size: int = 128) -> None
     for folder in ("images", "panoptic", "semantic"):
         os.makedirs(os.path.join(root, folder), exist_ok=True)
     images, instances, panoptic = [], [], []
-    for index in tqdm(range(num_images), desc=f"Generating shapes in {root}", unit="image", mininterval=1):
+    for index in tqdm(
+        range(num_images), desc=f"Generating shapes in {root}", unit="image", mininterval=1, disable=None
+    ):
         rng = np.random.default_rng([seed, index])
         scene = draw_scene(rng, size)
         image_id, stem = index + 1, f"{index:06d}"

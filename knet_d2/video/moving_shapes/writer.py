@@ -34,7 +34,9 @@ def write_moving_shapes(root: str, num_videos: int, seed: int, num_frames: int =
     tracks: list[dict[str, Any]] = []
     panoptic: list[dict[str, Any]] = []
     crossings: list[dict[str, Any]] = []
-    for index in tqdm(range(num_videos), desc=f"Generating moving shapes in {root}", unit="video", mininterval=1):
+    for index in tqdm(
+        range(num_videos), desc=f"Generating moving shapes in {root}", unit="video", mininterval=1, disable=None
+    ):
         video, video_id = draw_video(np.random.default_rng([seed, index]), num_frames, size), f"{index:03d}"
         for folder in ("images", "panoptic", "kitti_step"):
             os.makedirs(os.path.join(root, folder, video_id), exist_ok=True)
