@@ -89,7 +89,13 @@ class Trainer(DefaultTrainer):
             model.to(memory_format=torch.channels_last)  # as the feature maps, see modeling/layers.py
         optimizer = self.build_optimizer(cfg, model)
         device_ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-        ddp_model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+        # On the CPU a resumed run is equal to the bit. DistributedDataParallel would lay out its buckets anew after the
+        # first step of a process, so that gradients of several processes are summed in another order from then on;
+        # looking for unused parameters keeps the first layout.
+        keep_buckets = device.type == "cpu"
+        ddp_model = create_ddp_model(
+            model, broadcast_buffers=False, device_ids=device_ids, find_unused_parameters=keep_buckets
+        )
         # After DistributedDataParallel has given all processes the weights of the main one
         self._average = build_weight_average(cfg, model)
         self._signals = StopSignals()
