@@ -141,3 +141,6 @@ def run_all(folder):
     found["disturbance"] = comm.all_gather(find_disturbance(os.path.join(folder, "disturbance")))
     if comm.is_main_process():
         torch.save(found, os.path.join(folder, "found.pth"))
+    if comm.get_world_size() > 1:
+        comm.synchronize()
+        torch.distributed.destroy_process_group()  # its threads would abort a process that ends with them

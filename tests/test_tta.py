@@ -286,7 +286,7 @@ def test_in_a_run(tmp_path):
     cfg.DATASETS.CUSTOM, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [entry], (entry["name"],), (entry["name"],)
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST, cfg.DATALOADER.NUM_WORKERS = (64,), 48, 0
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SEED = 2, 2, (), 1
-    cfg.TEST.EVAL_PERIOD, cfg.TEST.NUM_PICTURES, cfg.TEST.AUG.ENABLED = 1, 0, True
+    cfg.TEST.EVAL_PERIOD, cfg.TEST.NUM_PICTURES, cfg.TEST.REPORT, cfg.TEST.AUG.ENABLED = 1, 0, False, True
     cfg.TEST.AUG.MIN_SIZES, cfg.OUTPUT_DIR = (48, 64), str(tmp_path / "out")
     os.makedirs(cfg.OUTPUT_DIR)
     data_cfg("panoptic", custom=(entry,))

@@ -199,7 +199,8 @@ def test_frames_are_read_ahead_and_errors_arrive():
     ahead = read_ahead(frames(), 2)
     next(ahead)
     ahead.close()
-    assert read == [0, 1, 2]  # no more than were asked for
+    assert read == [0, 1, 2][: len(read)]  # no more than were asked for; those not begun are cancelled
+    assert read
 
 
 def square(y, x, side, label, score, track_id):
