@@ -227,7 +227,9 @@ def test_frozen_random_layers_are_told(caplog):
     for options, count in [({}, 0), ({"MODEL__BACKBONE__FREEZE_AT": 1}, 1), ({"MODEL__TIMM__NORM": "FrozenBN"}, 1)]:
         caplog.clear()
         with caplog.at_level(logging.WARNING, "knet_d2"):
-            build("test_resnet", **options)
+            backbone = build("test_resnet", **options).eval()
+            assert not caplog.messages  # a model that only predicts gets its weights later
+            backbone.train().train()
         assert sum("random layers of the backbone are frozen" in x for x in caplog.messages) == count
 
 

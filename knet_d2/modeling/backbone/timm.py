@@ -82,6 +82,9 @@ class TimmBackbone(Backbone):
     last norm, the deepest map is normalised by it, as in timm's forward_features; the others are not.
     """
 
+    # Whether layers are frozen that no pretrained weights are named for
+    freezes_random_layers = False
+
     def __init__(self, network: nn.Module, indices: dict[str, int], window: int = 1, patch: int | None = None):
         """
         Args:
@@ -179,6 +182,16 @@ class TimmBackbone(Backbone):
             if name in listed or (x.dim() <= 1 and not name.endswith(".bias"))
         }
 
+    def train(self, mode: bool = True) -> TimmBackbone:
+        """Set the mode; warns once if a training run would keep random layers as they are."""
+        if mode and self.freezes_random_layers:
+            logger.warning(
+                "MODEL.WEIGHTS is empty, so random layers of the backbone are frozen. Name its pretrained weights, or "
+                "set MODEL.BACKBONE.FREEZE_AT 0 and MODEL.TIMM.NORM BN."
+            )
+            self.freezes_random_layers = False
+        return super().train(mode)
+
     def freeze(self, count: int) -> None:
         """Freeze the stem (1), the stem and the first stage (2), and so on; a ViT has a stage in each block.
 
@@ -247,11 +260,8 @@ def create_network(cfg: CfgNode, channels: int, names: Sequence[str]) -> TimmBac
         raise ConfigError(f"{key}: it can't be a backbone for images of any size ({reason}). Use another one.") from e
     _set_norms(backbone, options.NORM)
     backbone.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
-    if not cfg.MODEL.WEIGHTS and (options.NORM == "FrozenBN" or cfg.MODEL.BACKBONE.FREEZE_AT > 0):
-        logger.warning(
-            "MODEL.WEIGHTS is empty, so random layers of the backbone are frozen. Name its pretrained weights, or set "
-            "MODEL.BACKBONE.FREEZE_AT 0 and MODEL.TIMM.NORM BN."
-        )
+    is_frozen = options.NORM == "FrozenBN" or cfg.MODEL.BACKBONE.FREEZE_AT > 0
+    backbone.freezes_random_layers = is_frozen and not cfg.MODEL.WEIGHTS
     return backbone
 
 
