@@ -28,6 +28,7 @@ from knet_d2.engine.launch import run
 from knet_d2.engine.placement import Placement, find_placement, first_host
 from knet_d2.engine.stop_signals import EXIT_PREEMPTED, StopSignals
 from knet_d2.errors import ConfigError, DataError
+from knet_d2.programs import train
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "7", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {
@@ -52,6 +53,16 @@ def test_places():
     assert find_placement({**SRUN, "SLURM_STEP_ID": "3"}).url != place.url
     assert find_placement({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99"}).url == "tcp://10.0.0.1:99"
     assert find_placement({**SRUN, **TORCHRUN}).url == "env://"  # srun starts torchrun, which starts this process
+
+
+def test_runs_on_one_machine_take_a_free_port(monkeypatch, capsys):
+    """Runs on several machines must name it: the others can't know a port that the first one finds."""
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    parser = train.get_parser()
+    assert parser.parse_args([]).dist_url == "auto"
+    assert run(print, parser.parse_args(["--num-machines", "2"])) == 1
+    assert "Error: --num-machines 2: name the first machine, as --dist-url tcp://" in capsys.readouterr().err
 
 
 def test_processes_that_start_the_others():

@@ -25,7 +25,9 @@ from .stop_signals import handlers, pass_on
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the launch options that Detectron2's command line does not have."""
+    """Add the launch options that Detectron2's command line does not have, and change a default."""
+    # Detectron2's default is one port for each user, so that a second run on the same machine could not start.
+    parser.set_defaults(dist_url="auto")
     parser.add_argument(
         "--timeout-minutes",
         type=float,
@@ -61,6 +63,10 @@ def _start(main: Callable, args: argparse.Namespace) -> None:
     if place is not None:
         _join(place, timeout)
     elif args.num_gpus * args.num_machines > 1:
+        if args.num_machines > 1 and args.dist_url == "auto":
+            raise ConfigError(
+                f"--num-machines {args.num_machines}: name the first machine, as --dist-url tcp://first-machine:29500."
+            )
         return _launch(main, args, timeout)
     main(args)
 
