@@ -1,26 +1,16 @@
 """Generates the data set shapes: all registered splits, or with --output a data set in another folder."""
 
 import argparse
-import os
 
+from .command import generate
 from .registration import SPLITS, make_split
 from .writer import write_shapes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m knet_d2.data.shapes", description=__doc__)
-    parser.add_argument("--root", default=os.getenv("DETECTRON2_DATASETS", "datasets"), help="root of all data sets")
-    parser.add_argument("--output", help="write one data set into this folder, instead of the registered splits")
     parser.add_argument("--num-images", type=int, default=200, help="with --output: number of images")
-    parser.add_argument("--seed", type=int, default=3, help="with --output: seed of the images")
-    parser.add_argument("--size", type=int, default=128, help="with --output: height and width in pixels")
-    args = parser.parse_args()
-    if args.output:
-        write_shapes(args.output, args.num_images, args.seed, args.size)
-        print(args.output)
-    else:
-        for split in SPLITS:
-            print(make_split(split, args.root))
+    generate(parser, SPLITS, make_split, lambda x: write_shapes(x.output, x.num_images, x.seed, x.size))
 
 
 if __name__ == "__main__":
