@@ -69,7 +69,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
     sentences = [f"{len(rows) - wrong} of {len(rows)} equalities are within their tolerance."]
     sentences.append(f"{failures} steps failed." if failures else "No step failed.")
     if not_run:
-        sentences.append(f"The time limit ended before {not_run} steps.")
+        sentences.append(f"Steps that the time limit left out: {not_run}.")
     return " ".join(sentences)
 
 

@@ -81,19 +81,17 @@ def config(setup: Setup, task: str, precision: str, name: str) -> CfgNode:
 
 def _entry(task: str, folder: Path, name: str) -> dict[str, Any]:
     """Return the entry of DATASETS.CUSTOM for a folder of write_shapes."""
-    files = {
+    categories = json.loads((folder / "panoptic.json").read_text())["categories"]
+    files: dict[str, dict[str, Any]] = {
         "instance": {"type": "coco_instance", "json": f"{folder}/instances.json"},
         "panoptic": {
             "type": "coco_panoptic",
             "panoptic_json": f"{folder}/panoptic.json",
             "panoptic_root": f"{folder}/panoptic",
         },
-        "semantic": {"type": "sem_seg", "labels": f"{folder}/semantic"},
-    }[task]
-    if task == "semantic":
-        categories = json.loads((folder / "panoptic.json").read_text())["categories"]
-        files["classes"] = [category["name"] for category in categories]  # type: ignore[assignment]
-    return {"name": name, "images": f"{folder}/images", **files}
+        "semantic": {"type": "sem_seg", "labels": f"{folder}/semantic", "classes": [x["name"] for x in categories]},
+    }
+    return {"name": name, "images": f"{folder}/images", **files[task]}
 
 
 class _FinalLoss(HookBase):
