@@ -124,15 +124,16 @@ class BulkJob:
             return list(self._predicted(first, paths, self._batch_size))
         except Exception:  # for example too little memory for one of the images
             logger.exception(f"Images {first} to {first + len(paths) - 1} are predicted one by one, because of")
-        rows, failed, reason = [], 0, Exception()
+        rows: list[dict[str, Any]] = []
+        errors: list[Exception] = []
         for number, path in enumerate(paths, start=first):
             try:
                 rows += self._predicted(number, [path], 1)
             except Exception as error:
-                failed, reason = failed + 1, error
+                errors.append(error)
                 rows.append(_error_row(number, path, f"{type(error).__name__}: {error}"))
-        if failed == len(paths) > 1:
-            raise reason
+        if len(errors) == len(paths) > 1:
+            raise errors[-1]
         return rows
 
     def _predicted(self, first: int, paths: list[str], batch_size: int) -> Iterator[dict[str, Any]]:
