@@ -57,9 +57,8 @@ def write_report(
         for section in of_dataset:
             for metric in section.metrics:
                 if metric.interval:
-                    logger.info(
-                        "%s of %s: %.2f, 95%% interval %.2f to %.2f.", *(metric[0], name, metric[1]), *metric[2]
-                    )
+                    low, high = metric.interval
+                    logger.info(f"{metric.name} of {name}: {metric.value:.2f}, 95% interval {low:.2f} to {high:.2f}.")
         pictures = _draw(cfg, model, name, of_dataset[0]) if of_dataset else []
         datasets.append(DatasetReport(name, of_dataset, pictures))
     title = f"K-Net, {cfg.MODEL.KNET.TASK} segmentation: {', '.join(cfg.DATASETS.TEST)}"
