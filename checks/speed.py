@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ("coco/instance/knet_r50_fpn_1x.yaml", "coco/panoptic/knet_r50_fpn_1x.yaml")
+DETECTRON2_DATASETS = frozenset(DatasetCatalog.list())
 COUNTS = ["MODEL.KNET.NUM_THING_CLASSES", "80", "MODEL.KNET.NUM_STUFF_CLASSES", "53"]
 
 
@@ -48,7 +49,7 @@ def load_package(folder: Path) -> Callable[[str, list[str]], Any]:
         for name, value in list(registry):
             if value.__module__.startswith("knet_d2"):
                 del registry._obj_map[name]
-    for name in [name for name in DatasetCatalog.list() if name.startswith("shapes_")]:
+    for name in set(DatasetCatalog.list()) - DETECTRON2_DATASETS:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     sys.path.insert(0, str(folder))
