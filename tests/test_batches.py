@@ -1,6 +1,7 @@
 """Predictions of several images at once: the results of single images, and what runs beside what."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -105,6 +106,21 @@ def test_a_folder_in_batches(predictor, batches, tmp_path, caplog):
     tiled = list(predictor.images(str(tmp_path), tile_size=500))  # each image is one tile
     assert [name for name, _ in tiled] == [name for name, _ in expected]
     for (_, one), (_, other) in zip(tiled, expected):
+        assert_same(one, other)
+
+
+def test_several_threads(predictor):
+    """All four images are in the backbone at once, then in the cascade, from the first image on."""
+    images = random_images()
+    expected = [predictor(image, order="RGB") for image in images]
+    fresh, together = knet_d2.load(predictor.cfg.MODEL.WEIGHTS, device="cpu", confidence_threshold=0.0), []
+    for part in (fresh.model.backbone, fresh.model.cascade, fresh.model.postprocessor):
+        barrier = threading.Barrier(len(images), timeout=60)
+        part.register_forward_pre_hook(lambda *_, barrier=barrier: together.append(barrier.wait()))
+    with ThreadPoolExecutor(len(images)) as pool:
+        found = list(pool.map(lambda image: fresh(image, order="RGB"), images))
+    assert len(together) == 3 * len(images)
+    for one, other in zip(found, expected, strict=True):
         assert_same(one, other)
 
 
