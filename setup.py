@@ -42,5 +42,7 @@ setup(
         # knet_d2.load("hf://user/name")
         "hub": ["huggingface_hub", "safetensors"],
         "test": ["pytest"],
+        # knet_d2.load(path, engine="openvino")
+        "openvino": ["openvino", "onnx", "onnxscript"],
     },
 )

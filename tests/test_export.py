@@ -1,11 +1,13 @@
 """Exported models: ONNX and torch.export against PyTorch, what is in the files, and the runner."""
 
 import copy
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import cv2
@@ -328,9 +330,11 @@ def assert_same_prediction(found, expected):
         assert (segment.mask == wanted.mask).mean() > 0.999
 
 
-def test_predictor_of_an_exported_file(exported):
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_predictor_of_an_exported_file(exported, engine):
+    pytest.importorskip(engine)
     path, pt2_path = exported.runners
-    predictor, reference = knet_d2.load(path), exported.predictor
+    predictor, reference = knet_d2.load(path, engine=engine), exported.predictor
     assert (predictor.classes, predictor.outputs) == (reference.classes, (OUTPUTS[exported.task],))
     sizes = [(150, 200), (75, 90), (150, 200)]
     images = [random_images(1, size, seed=i)[0].transpose(1, 2, 0) for i, size in enumerate(sizes)]
@@ -343,23 +347,28 @@ def test_predictor_of_an_exported_file(exported):
         for found, wanted in zip(padded, reference.predict_batch(images, "RGB", pad_to=(160, 160)), strict=True):
             assert_same_prediction(found, wanted)
     for use in (lambda: predictor.trace(images[0], "RGB"), lambda: list(predictor.video(images, "RGB"))):
-        with pytest.raises(ConfigError, match="engine = 'onnxruntime': traces, videos"):
+        with pytest.raises(ConfigError, match=f"engine = '{engine}': traces, videos"):
             use()
+    with ThreadPoolExecutor(3) as pool:
+        for found, wanted in zip(pool.map(lambda x: predictor(x, order="RGB"), images), expected, strict=True):
+            assert_same_prediction(found, wanted)
 
 
 def test_what_is_fixed_in_an_exported_file(exported, tmp_path):
     path, _ = exported.runners
     with pytest.raises(ConfigError, match="opts and config_file are fixed in an exported file"):
         knet_d2.load(path, opts=["INPUT.MIN_SIZE_TEST", "64"])
-    with pytest.raises(ConfigError, match=r"engine = 'pytorch': .*onnx is computed by 'onnxruntime'"):
+    with pytest.raises(ConfigError, match=r"engine = 'pytorch': .*onnx is computed by 'onnxruntime' or 'openvino'"):
         knet_d2.load(path, engine="pytorch")
-    with pytest.raises(ConfigError, match="engine = 'tensorrt': .*pth is computed by 'pytorch' or 'onnxruntime'"):
+    with pytest.raises(ConfigError, match="engine = 'tensorrt': .*pth is computed by 'pytorch' or 'onnxruntime' or"):
         knet_d2.load(exported.weights, engine="tensorrt")
     with pytest.raises(ConfigError, match="device = 'tpu'"):
         knet_d2.load(path, device="tpu")
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     with pytest.raises(CheckpointError, match="onnxruntime .* can't open it"):
         knet_d2.load(tmp_path / "bad.onnx")
+    with pytest.raises(CheckpointError, match="absent.onnx: there is no such file"):
+        knet_d2.load(tmp_path / "absent.onnx")
     if exported.task == "panoptic":
         with pytest.raises(ConfigError, match=f"confidence_threshold = 0.2: .* was exported with {THRESHOLD}"):
             knet_d2.load(path, confidence_threshold=0.2)
@@ -367,6 +376,30 @@ def test_what_is_fixed_in_an_exported_file(exported, tmp_path):
         image = random_images(1, (75, 90))[0].transpose(1, 2, 0)
         found = knet_d2.load(path, confidence_threshold=0.75)(image, order="RGB")
         assert found.segments and min(x.score for x in found.segments) >= 0.75
+
+
+def test_what_openvino_refuses(exported, tmp_path):
+    pytest.importorskip("openvino")
+    path, _ = exported.runners
+    with pytest.raises(ConfigError, match="device = 'cuda': this OpenVINO can't use it. Use 'cpu'"):
+        knet_d2.load(path, engine="openvino", device="cuda")
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    with pytest.raises(CheckpointError, match="OpenVINO .* can't open it"):
+        knet_d2.load(tmp_path / "bad.onnx", engine="openvino")
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    onnx.save(model, str(tmp_path / "bare.onnx"))
+    with pytest.raises(CheckpointError, match="bare.onnx: not a file of tools/export_model.py"):
+        knet_d2.load(tmp_path / "bare.onnx", engine="openvino")
+
+
+def test_an_engine_that_is_missing(exported, monkeypatch):
+    path, _ = exported.runners
+    for engine in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, engine, None)
+        with pytest.raises(ConfigError, match=f"engine = '{engine}': it is missing; install"):
+            knet_d2.load(path, engine=engine)
 
 
 def test_weights_are_exported_once_for_the_engine(tmp_path, monkeypatch):
@@ -380,6 +413,8 @@ def test_weights_are_exported_once_for_the_engine(tmp_path, monkeypatch):
     predictor = knet_d2.load(weights, engine="onnxruntime")
     assert predictor.classes.names == NAMES
     assert_same_prediction(predictor(image, order="RGB"), expected)
+    if importlib.util.find_spec("openvino"):
+        assert_same_prediction(knet_d2.load(weights, engine="openvino")(image, order="RGB"), expected)
     with pytest.raises(TypeError):
         knet_d2.load(weights, engine="onnxruntime", opts=["INPUT.MIN_SIZE_TEST", "64"])  # another model
 

@@ -28,11 +28,14 @@ class Predictor(DefaultPredictor):
     colours in BGR order, whatever INPUT.FORMAT is. It returns the model's results.
 
     Attributes:
+        name: of the engine.
         pixel_format: the model's format of images.
         classes: the model's classes; their names are the data set's, else those of the weights file.
         outputs: the results that the model can give, the main one first.
         network: the model without test-time augmentation; ``model`` includes it if TEST.AUG.ENABLED is True.
     """
+
+    name = "pytorch"
 
     def __init__(self, cfg: CfgNode):
         self.cfg = cfg = with_classes(cfg).clone()

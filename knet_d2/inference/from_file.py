@@ -17,8 +17,9 @@ from ..data.classes import ClassTable, class_table
 from ..errors import ConfigError
 from .image_predictor import ImagePredictor
 from .onnx_engine import OnnxPredictor, exported_file
+from .runtimes import RUNTIMES
 
-ENGINES = ("pytorch", "onnxruntime")
+ENGINES = ("pytorch", *RUNTIMES)
 
 
 def load(
@@ -38,11 +39,11 @@ def load(
             tools/export_model.py.
         confidence_threshold: instances and thing segments with a lower score are left out; None: 0.3, or what an
             exported file was exported with.
-        device: "cpu", "cuda", ...; None takes a GPU if there is one (onnxruntime: "cpu").
+        device: "cpu", "cuda", ...; None takes a GPU if there is one (engines other than PyTorch: "cpu").
         config_file: config file of weights that contain none.
         opts: further config options, KEY VALUE ...
-        engine: "pytorch" or "onnxruntime", which computes a weights file after exporting it to a cache; None:
-            onnxruntime for ``.onnx`` files, else PyTorch.
+        engine: "pytorch"; or "onnxruntime" or "openvino", which compute a weights file after exporting it to a cache;
+            None: onnxruntime for ``.onnx`` files, else PyTorch.
 
     Raises:
         CheckpointError: the file is missing or damaged, or holds weights alone and config_file is not given.
@@ -51,24 +52,24 @@ def load(
     path = os.fspath(path)
     is_exported = path.endswith(".onnx")
     engine = engine or ("onnxruntime" if is_exported else "pytorch")
-    if engine not in ENGINES or (is_exported and engine != "onnxruntime"):
-        choices = "'onnxruntime'" if is_exported else " or ".join(map(repr, ENGINES))
-        raise ConfigError(f"engine = {engine!r}: {path} is computed by {choices}.")
+    choices = tuple(RUNTIMES) if is_exported else ENGINES
+    if engine not in choices:
+        raise ConfigError(f"engine = {engine!r}: {path} is computed by {' or '.join(map(repr, choices))}.")
     if is_exported:
         if opts or config_file:
             raise ConfigError(f"{path}: opts and config_file are fixed in an exported file. Export it again with them.")
-        return _load_exported(path, confidence_threshold, device)
+        return _load_exported(path, confidence_threshold, device, engine)
     threshold = 0.3 if confidence_threshold is None else confidence_threshold
     device_options = ("MODEL.DEVICE", device) if device else ()
     options = [*threshold_options(threshold), *device_options, *opts, "MODEL.WEIGHTS", path]
     cfg, classes = resolve_model(config_file, options)
-    if engine == "onnxruntime":
-        return _load_exported(exported_file(cfg, classes), None, device)
+    if engine in RUNTIMES:
+        return _load_exported(exported_file(cfg, classes), None, device, engine)
     return ImagePredictor(cfg, classes)
 
 
-def _load_exported(path: str, confidence_threshold: float | None, device: str | None) -> ImagePredictor:
-    exported = OnnxPredictor(path, device or "cpu")
+def _load_exported(path: str, confidence_threshold: float | None, device: str | None, engine: str) -> ImagePredictor:
+    exported = OnnxPredictor(path, device or "cpu", engine)
     cfg, test = exported.cfg, exported.cfg.MODEL.KNET.TEST
     if confidence_threshold is not None:
         if exported.outputs == ("panoptic_seg",) and confidence_threshold != test.THING_SCORE_THRESHOLD:

@@ -27,13 +27,15 @@ from .trace import Trace
 
 
 class Engine(Protocol):
-    """Computes the results of images: :class:`Predictor` by PyTorch, :class:`.OnnxPredictor` by onnxruntime.
+    """Computes the results of images: :class:`Predictor` by PyTorch, :class:`.OnnxPredictor` by the other engines.
 
     Attributes:
+        name: as :func:`knet_d2.load` takes it.
         network: PyTorch's model, or None.
         outputs: the results that it can give, the main one first.
     """
 
+    name: str
     pixel_format: PixelFormat
     classes: ClassTable
     network: KNet | None
@@ -77,8 +79,8 @@ class ImagePredictor:
         """
         if self._predictor.network is None:
             raise ConfigError(
-                "engine = 'onnxruntime': traces, videos and whatever else needs PyTorch's model can't be done with an "
-                "exported one. Load the weights file with engine='pytorch'."
+                f"engine = {self._predictor.name!r}: traces, videos and whatever else needs PyTorch's model can't be "
+                "done with an exported one. Load the weights file with engine='pytorch'."
             )
         return self._predictor.network
 

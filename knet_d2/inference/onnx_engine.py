@@ -1,4 +1,4 @@
-"""Exported models behind the interface of the predictor: onnxruntime computes what PyTorch computes elsewhere."""
+"""Exported models behind the interface of the predictor, computed by onnxruntime or OpenVINO in place of PyTorch."""
 
 import hashlib
 import json
@@ -19,20 +19,20 @@ from ..data.augmentation import Resize
 from ..data.classes import ClassTable
 from ..data.pixels import PixelFormat
 from ..errors import CheckpointError, ConfigError, DataError
-from ..export import ONNX_COMMAND, default_image_type, export_metadata, save_onnx, trace
+from ..export import OUTPUT_NAMES, default_image_type, export_metadata, save_onnx, trace
 from ..modeling.meta_arch import KNet
 from ..modeling.postprocessing.scores import SUPPRESSED
 from ..setup.dependencies import VERSION
 from .batches import in_groups
 from .detectron2_predictor import Predictor, check_padding, resized_sample
-
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+from .runtimes import open_runtime
 
 
 class OnnxPredictor:
     """An ONNX file of tools/export_model.py, called as :class:`Predictor` is.
 
     Attributes:
+        name: of the engine.
         cfg: config of the model; it says what the file computes, and changes nothing any more.
         pixel_format, classes: see :class:`Predictor`.
         outputs: the one result that the file gives.
@@ -42,17 +42,17 @@ class OnnxPredictor:
     network: KNet | None = None
     outputs: tuple[str, ...]
 
-    def __init__(self, path: str, device: str = "cpu"):
+    def __init__(self, path: str, device: str = "cpu", engine: str = "onnxruntime"):
         """
         Args:
-            device: "cpu" or "cuda", for which onnxruntime needs its package onnxruntime-gpu.
+            engine, device: see :func:`open_runtime`.
 
         Raises:
             CheckpointError: the file is missing, or not one of tools/export_model.py.
-            ConfigError: onnxruntime is missing, or can't use the device.
+            ConfigError: the engine is missing, or can't use the device.
         """
-        self._session = _open_session(path, device)
-        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.name, self._runtime = engine, open_runtime(engine, path, device)
+        metadata = self._runtime.metadata
         if "preprocessing" not in metadata:
             raise CheckpointError(f"{path}: not a file of tools/export_model.py. Export the model with it.")
         self.cfg, self.classes = read_metadata(metadata, path)
@@ -62,7 +62,6 @@ class OnnxPredictor:
         self._preprocessing = json.loads(metadata["preprocessing"])
         shorter, longer = self._preprocessing["min_size"], self._preprocessing["max_size"]
         self._resize = Resize([shorter, shorter], longer)
-        self._names = [x.name for x in self._session.get_outputs()]
 
     def sample(self, image: np.ndarray, pad_to: tuple[int, int] | None = None) -> dict[str, Any]:
         """See :meth:`Predictor.sample`; "padded_size" is the size of the graph's input."""
@@ -87,7 +86,8 @@ class OnnxPredictor:
 
     def _run(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         output_size = (samples[0]["height"], samples[0]["width"])
-        found = dict(zip(self._names, map(torch.from_numpy, self._session.run(None, self.inputs(samples)))))
+        tensors = map(torch.from_numpy, self._runtime(self.inputs(samples)))
+        found = dict(zip(OUTPUT_NAMES[self.outputs[0]], tensors))
         return [self._result({name: x[i] for name, x in found.items()}, output_size) for i in range(len(samples))]
 
     def inputs(self, samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -162,28 +162,3 @@ def exported_file(cfg: CfgNode, classes: ClassTable) -> str:
         metadata = export_metadata(cfg, named, predictor.network, image_type)
         save_onnx(trace(predictor.network, image_type), path, metadata)
     return path
-
-
-def _open_session(path: str, device: str) -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ConfigError(f"engine = 'onnxruntime': it is missing; {ONNX_COMMAND}.") from None
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path}: there is no such file. Correct the path.")
-    provider = _PROVIDERS.get(device.partition(":")[0])
-    if provider not in onnxruntime.get_available_providers():
-        raise ConfigError(
-            f"device = {device!r}: this onnxruntime can't use it (it has "
-            f"{', '.join(onnxruntime.get_available_providers())}). Use device='cpu', or install onnxruntime-gpu."
-        )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=[provider])
-    except Exception as error:  # onnxruntime's exceptions have no common type
-        reason = " ".join(str(error).split())[:500]
-        raise CheckpointError(
-            f"{path}: onnxruntime {onnxruntime.__version__} can't open it ({reason}). Export it again, or install a "
-            "newer onnxruntime (CPUs: 1.31.1 has deformable convolutions, versions up to about 1.19 refuse them)."
-        ) from error
