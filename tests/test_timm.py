@@ -1,5 +1,6 @@
 """Backbones of timm: maps, freezing, norms, rates, normalisation of images, and what is refused."""
 
+import copy
 import logging
 import math
 import sys
@@ -22,6 +23,8 @@ from knet_d2.config import get_knet_cfg
 from knet_d2.data.timm_names import fill_pixel_statistics
 from knet_d2.engine.optimizer import build_optimizer
 from knet_d2.errors import ConfigError
+from knet_d2.modeling.backbone.timm import TimmBackbone
+from knet_d2.modeling.layers import AppliedNorm
 from knet_d2.modeling.meta_arch import KNet
 
 
@@ -365,3 +368,49 @@ def test_without_timm_one_sentence_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigError, match="needs the package timm. Install it with: python -m pip install"):
         build("test_resnet")
+
+
+# ---------------------------------------------------------------- frozen norms in the convolutions
+
+
+def with_random_norms(backbone):
+    generator = torch.Generator().manual_seed(1)
+    for name, buffer in backbone.named_buffers():
+        low = 0.5 if name.endswith((".weight", "running_var")) else -0.5
+        buffer.copy_(low + torch.rand(buffer.shape, generator=generator))
+    return backbone.double()
+
+
+@pytest.mark.parametrize(
+    ("name", "outside"), [("tf_efficientnet_lite0", 0), ("test_resnet", 0), ("resnetv2_50", 17), ("hrnet_w18_small", 0)]
+)
+def test_frozen_norms_are_folded_into_the_convolutions_before_them(name, outside, monkeypatch):
+    """Same maps, gradients and names; a norm stays where something else reads its input, as a residual does."""
+    options = {"MODEL__TIMM__NORM": "FrozenBN", "MODEL__WEIGHTS": "some"}
+    folded = with_random_norms(build(name, **options))
+    monkeypatch.setattr(TimmBackbone, "fold_frozen_norms", lambda self: None)
+    plain = with_random_norms(build(name, **options))
+    assert list(folded.state_dict()) == list(plain.state_dict())
+    frozen = [m for m in plain.modules() if "FrozenBatchNorm" in type(m).__name__]
+    assert sum(isinstance(m, AppliedNorm) for m in folded.modules()) == len(frozen) - outside > 10
+    x = image(2, 3, 64, 96).double()
+    for a, b in zip(maps(folded, x).values(), maps(plain, x).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        assert b.std() > 0.01
+    for backbone in (folded, plain):
+        sum(x.square().mean() for x in backbone.train()(x).values()).backward()
+    for a, b in zip(folded.parameters(), plain.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-11 * float(b.grad.abs().max()))
+
+
+def test_folded_norms_follow_their_buffers_into_copies():
+    backbone = with_random_norms(build("test_resnet", MODEL__TIMM__NORM="FrozenBN", MODEL__WEIGHTS="some"))
+    copied, x = copy.deepcopy(backbone), image(1, 3, 64, 64).double()
+    before = maps(backbone, x)["res5"]
+    assert torch.equal(maps(copied, x)["res5"], before)
+    norm = next(m for m in backbone.modules() if isinstance(m, AppliedNorm))
+    norm.running_mean += 1
+    assert not torch.allclose(maps(backbone, x)["res5"], before)
+    assert torch.equal(maps(copied, x)["res5"], before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -151,19 +151,38 @@ class FoldedWeights(NamedTuple):
     state: list[tuple]
 
 
+class AppliedNorm(FrozenBatchNorm2d):
+    """The place of a frozen batch norm that the convolution before it includes: its tensors, and what follows it."""
+
+    def __init__(self, norm: Any):
+        """
+        Args:
+            norm: a frozen batch norm of timm or torchvision, whose tensors are shared.
+        """
+        super().__init__(len(norm.weight), norm.eps)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.drop, self.act = (getattr(norm, name, nn.Identity()) for name in ("drop", "act"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, C, H, W]: the activation alone."""
+        return self.act(self.drop(x))
+
+
 class FoldedConv2d(Conv2d):
     """A convolution that folds its batch norm into its weights in evaluation, which saves a pass over the map.
 
     The parameters and their names are those of the convolution and its norm; the folded weights are in no state dict.
     They are kept as long as the tensors they were made of stay unchanged; each call of train() or eval() discards them.
-    In training it is an ordinary convolution, so that gradients equal the official ones to the last bit.
+    In training it is an ordinary convolution, so that gradients equal the official ones to the last bit. The exception
+    is a norm that was given by :meth:`include`: it is folded in training, too.
     """
 
     _kept: FoldedWeights | None = None
 
     @classmethod
-    def share(cls, conv: Conv2d) -> FoldedConv2d:
-        """A folded convolution that shares the parameters and the norm of an existing one."""
+    def share(cls, conv: nn.Conv2d) -> Self:
+        """A folded convolution that shares the parameters and the norm of an existing one, of Detectron2 or PyTorch."""
         with torch.device("meta"):
             folded = cls(
                 conv.in_channels,
@@ -174,20 +193,24 @@ class FoldedConv2d(Conv2d):
                 conv.dilation,
                 conv.groups,
                 bias=conv.bias is not None,
-                norm=conv.norm,
-                activation=conv.activation,
+                norm=getattr(conv, "norm", None),
+                activation=getattr(conv, "activation", None),
             )
         folded.weight, folded.bias = conv.weight, conv.bias
         return folded.train(conv.training)
 
+    def include(self, norm: AppliedNorm) -> None:
+        """Fold a norm that is another module, the one that reads the result of this one."""
+        vars(self)["norm"] = norm  # as no submodule: its tensors keep the names of their place
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C_in, H, W] -> [B, C_out, H', W']."""
-        if self.training or not is_affine(self.norm):
+        if not isinstance(self.norm, AppliedNorm) and (self.training or not is_affine(self.norm)):
             return super().forward(x)
         x = F.conv2d(x, *self._folded(x), self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 
-    def train(self, mode: bool = True) -> FoldedConv2d:
+    def train(self, mode: bool = True) -> Self:
         """Set the mode, and fold anew when the weights are needed again."""
         self._kept = None
         return super().train(mode)
