@@ -35,6 +35,9 @@ setup(
         "timm": ["timm>=1.0.31"],
         # demo/web.py
         "web": ["gradio>=6"],
+        # tools/predict_bulk.py --ray, --format parquet
+        "ray": ["ray[data]"],
+        "parquet": ["pyarrow"],
         # tools/export_model.py
         "export": ["onnx", "onnxscript", "onnxruntime"],
         # Prediction.to_supervision

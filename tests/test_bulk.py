@@ -1,10 +1,12 @@
 """Prediction in shards: rows, errors, shares of processes, and jobs that are killed at any moment."""
 
+import functools
 import hashlib
 import json
 import os
 import random
 import signal
+import sys
 import time
 from types import SimpleNamespace
 
@@ -12,13 +14,16 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
+from program_helpers import ROOT
 
 from knet_d2.data.classes import ClassTable
 from knet_d2.data.pixels import PixelFormat
 from knet_d2.errors import ConfigError, DataError
-from knet_d2.inference import bulk
+from knet_d2.inference import bulk, ray_bulk
 from knet_d2.inference.batches import batched
 from knet_d2.inference.bulk import BulkJob, Progress, Share, read_list, share_of
+from knet_d2.inference.ray_bulk import run_on_ray
+from knet_d2.inference.shard_files import FORMATS
 from knet_d2.results.prediction import Prediction
 from knet_d2.results.segment import Segment
 
@@ -204,6 +209,94 @@ def test_killed_at_random_moments(photos, tmp_path):
     for path in out.rglob(".*.tmp"):  # what was being written; no row names it
         path.unlink()
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_parquet_has_the_rows_of_json_lines(photos, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for file_format in FORMATS:
+        finish(job_of(tmp_path / file_format, photos, file_format=file_format))
+    tables = [parquet.read_table(path) for path in sorted((tmp_path / "parquet").glob("*.parquet"))]
+    assert len(tables) == 4 and all(table.schema == tables[0].schema for table in tables)
+    found = [row for table in tables for row in table.to_pylist()]
+    for row, expected in zip(found, rows_of(tmp_path / "jsonl"), strict=True):
+        assert {name: value for name, value in row.items() if value is not None} == expected
+    names = ["panoptic/000001/000000005.png", "panoptic/000003/000000010.png"]
+    assert all((tmp_path / file_format / name).exists() for file_format in FORMATS for name in names)
+    with pytest.raises(ConfigError, match="other format"):
+        job_of(tmp_path / "parquet", photos)
+
+
+def test_parquet_without_its_package(photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match="--format parquet: it needs a package; pip install pyarrow"):
+        finish(job_of(tmp_path, photos, file_format="parquet"))
+
+
+# ---- on Ray ------------------------------------------------------------------------------------------------------
+
+
+def dying_job(folder, paths, deaths):
+    """The job in an actor that is killed once before, while or after each of some files is written."""
+    write = bulk.write_atomically
+    moments = {"000000.jsonl": "before", "000002.jsonl": "while", "000000005.png": "while", "000003.jsonl": "after"}
+
+    def die_once(path, moment):
+        mark = os.path.join(deaths, os.path.basename(path))
+        if moments.get(os.path.basename(path)) == moment and not os.path.exists(mark):
+            open(mark, "x").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying_write(path, function, mode="wb"):
+        die_once(path, "before")
+        write(path, lambda f: (function(f), f.flush(), die_once(path, "while")), mode)
+        die_once(path, "after")
+
+    bulk.write_atomically = dying_write
+    return job_of(folder, paths)
+
+
+class Poisoned(Brightness):
+    """Ends its process at every image."""
+
+    def predict_frames(self, frames, batch_size, workers):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def ray():
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:  # of the processes that Ray starts
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.path.dirname(__file__)]))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield ray
+        ray.shutdown()
+
+
+def test_actors_of_ray_that_are_killed(ray, photos, tmp_path):
+    deaths, out = tmp_path / "deaths", tmp_path / "out"
+    deaths.mkdir()
+    finish(job_of(tmp_path / "whole", photos))
+    open_job = functools.partial(dying_job, str(out), photos, str(deaths))
+    *_, last = run_on_ray(open_job, num_shards=4, actors=2)
+    assert len(list(deaths.iterdir())) == 4  # processes that were killed
+    assert last.predicted + last.found == 11
+    for path in out.rglob(".*.tmp"):
+        path.unlink()
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_what_ray_refuses(ray, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_bulk, "MOST_TRIES", 1)
+    poisoned = functools.partial(job_of, str(tmp_path), photos, Poisoned())
+    with pytest.raises(ConfigError, match="--ray 2: the processes that predict die again and again"):
+        list(run_on_ray(poisoned, 4, actors=2))
+    with pytest.raises(ConfigError, match="--ray 3: this cluster has 2 cores"):
+        list(run_on_ray(functools.partial(job_of, str(tmp_path), photos), 4, actors=3))
+    for name in ("ray", "ray.data"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match="--ray 2: it is missing"):
+        list(run_on_ray(functools.partial(job_of, str(tmp_path), photos), 4, actors=2))
 
 
 def test_lists_of_images(tmp_path):

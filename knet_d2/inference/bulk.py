@@ -1,8 +1,8 @@
 """Prediction of many images in shards: processes share them, a broken image is one row, and a killed job goes on.
 
-The images of a job are an ordered list, cut into shards of equal length. A shard has one file of JSON lines, with a row
-for each image. It appears at once when the shard is complete: until then, the shard does not exist and is predicted
-again. Whatever else a row names (panoptic PNGs) is named by the number of the image, and is written before.
+The images of a job are an ordered list, cut into shards of equal length. A shard has one file (:mod:`.shard_files`)
+with a row for each image. It appears at once when the shard is complete: until then, the shard does not exist and is
+predicted again. Whatever else a row names (panoptic PNGs) is named by the number of the image, and is written before.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from ..data.classes import categories
 from ..errors import ConfigError, DataError
 from ..results.writers import image_record
 from .image_predictor import ImagePredictor
+from .shard_files import FORMATS
 from .sources import Frame, ImageFiles
 
 JOB_FILE = "job.json"
@@ -60,6 +61,7 @@ class BulkJob:
         shard_size: int = 100,
         batch_size: int = 1,
         workers: int = 1,
+        file_format: str = "jsonl",
     ):
         """
         Args:
@@ -67,6 +69,7 @@ class BulkJob:
             paths: the image files; the order gives them their numbers.
             shard_size: images of a shard; as many are predicted again after a process was killed.
             batch_size, workers: see :meth:`ImagePredictor.images`.
+            file_format: of shards, one of FORMATS.
 
         Raises:
             ConfigError: the folder has another job, or an option makes no sense.
@@ -75,16 +78,22 @@ class BulkJob:
             raise ConfigError(f"shard_size = {shard_size}: use at least 1.")
         self._folder, self._predictor, self._paths = folder, predictor, list(paths)
         self._shard_size, self._batch_size, self._workers = shard_size, batch_size, workers
+        self._format = file_format
         classes = predictor.classes
         self._ids = classes.dataset_ids or classes.category_ids
         description = {
             "images": len(self._paths),
             "list": hashlib.sha256("\n".join(self._paths).encode(errors="surrogateescape")).hexdigest(),
             "shard_size": shard_size,
+            "format": file_format,
             "model": predictor.cfg.MODEL.WEIGHTS,
             "categories": [{**x, "id": x["dataset_id"]} for x in categories(classes)],
         }
         self._claim(os.path.join(folder, JOB_FILE), description)
+
+    @property
+    def num_images(self) -> int:
+        return len(self._paths)
 
     @property
     def num_shards(self) -> int:
@@ -92,7 +101,7 @@ class BulkJob:
 
     def shard_path(self, shard: int) -> str:
         """The file with the rows of a shard."""
-        return os.path.join(self._folder, f"{shard:06d}.jsonl")
+        return os.path.join(self._folder, f"{shard:06d}.{self._format}")
 
     def run(self, share: Share) -> Iterator[Progress]:
         """Complete the shards of a process; yields the numbers so far after each of them."""
@@ -100,18 +109,19 @@ class BulkJob:
             raise ConfigError(f"--share {share.first}/{share.step}: the first number must be 0 to {share.step - 1}.")
         total = Progress()
         for shard in range(share.first, self.num_shards, share.step):
-            one = self._run_shard(shard)
+            one = self.run_shard(shard)
             total = Progress(*(a + b for a, b in zip(total, one)))
             yield total
 
-    def _run_shard(self, shard: int) -> Progress:
+    def run_shard(self, shard: int) -> Progress:
+        """Predict the images of a shard and write its file, unless it is there."""
         first = shard * self._shard_size
         paths = self._paths[first : first + self._shard_size]
         if os.path.isfile(self.shard_path(shard)):
             return Progress(found=len(paths))
         rows = self._rows(first, paths)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(self.shard_path(shard), lambda f: f.write(text), mode="w")
+        content = FORMATS[self._format](rows)
+        write_atomically(self.shard_path(shard), lambda f: f.write(content))
         return Progress(predicted=len(rows), broken=sum("error" in row for row in rows))
 
     def _rows(self, first: int, paths: list[str]) -> list[dict[str, Any]]:

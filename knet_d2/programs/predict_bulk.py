@@ -3,11 +3,13 @@
     python tools/predict_bulk.py model.pth --input photos --output results
     torchrun --nproc-per-node 4 tools/predict_bulk.py model.pth --input list.txt --output results
     sbatch --array=0-9 --wrap "python tools/predict_bulk.py model.pth --input list.txt --output results"
+    python tools/predict_bulk.py model.pth --input list.txt --output results --ray 4
 
 See docs/DEPLOYMENT.md for the files that it writes.
 """
 
 import argparse
+import functools
 import os
 
 import torch
@@ -17,6 +19,8 @@ from ..data.files import ARRAY_TYPE, IMAGE_TYPES, files_below
 from ..errors import ConfigError, DataError
 from ..inference.bulk import BulkJob, Progress, Share, read_list, share_of
 from ..inference.from_file import ENGINES, load
+from ..inference.ray_bulk import run_on_ray
+from ..inference.shard_files import FORMATS
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -32,6 +36,8 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="I/N",
         help="every N-th shard, from the I-th on; default: as torchrun, srun or an array of SLURM jobs say, else all",
     )
+    parser.add_argument("--ray", type=int, metavar="N", help="N processes of Ray, on RAY_ADDRESS or this machine")
+    parser.add_argument("--format", choices=tuple(FORMATS), default="jsonl", help="of the files of results")
     parser.add_argument("--confidence-threshold", type=float, help="lowest score of an instance or thing (default 0.3)")
     parser.add_argument("--engine", choices=ENGINES, help="what computes the model; see docs/DEPLOYMENT.md")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: one GPU for each process of a machine")
@@ -78,8 +84,12 @@ def choose_device(device: str | None) -> str | None:
     return device
 
 
-def main(args: argparse.Namespace) -> None:
-    share, paths = choose_share(args.share), find_inputs(args.input)
+def open_job(args: argparse.Namespace) -> BulkJob:
+    """Load the predictor of a job, and claim its folder.
+
+    Raises:
+        ConfigError, DataError: see :class:`BulkJob`, :func:`load` and :func:`find_inputs`.
+    """
     predictor = load(
         args.weights,
         confidence_threshold=args.confidence_threshold,
@@ -88,11 +98,31 @@ def main(args: argparse.Namespace) -> None:
         opts=args.opts,
         engine=args.engine,
     )
-    sizes = {"shard_size": args.shard_size, "batch_size": args.batch_size, "workers": args.workers}
-    job = BulkJob(args.output, predictor, paths, **sizes)
+    return BulkJob(
+        args.output,
+        predictor,
+        find_inputs(args.input),
+        shard_size=args.shard_size,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        file_format=args.format,
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.ray is not None and args.share:
+        raise ConfigError(f"--ray {args.ray}: Ray divides the shards itself. Leave out --share.")
+    share = choose_share(args.share) if args.ray is None else Share()
+    job = open_job(args)
     shards = range(share.first, job.num_shards, share.step)
-    print(f"Share {share.first} of {share.step}: {len(shards)} of {job.num_shards} shards; {len(paths)} images in all")
+    print(
+        f"Share {share.first} of {share.step}: {len(shards)} of {job.num_shards} shards; {job.num_images} images in all"
+    )
+    if args.ray is None:
+        steps = job.run(share)
+    else:
+        steps = run_on_ray(functools.partial(open_job, args), job.num_shards, args.ray)
     progress = Progress()
-    for progress in tqdm.tqdm(job.run(share), total=len(shards), unit="shard"):  # noqa: B007  the last one is printed
+    for progress in tqdm.tqdm(steps, total=len(shards), unit="shard"):  # noqa: B007  the last one is printed
         pass
     print(f"{progress.predicted} images predicted ({progress.broken} of them broken), {progress.found} were there")
