@@ -35,17 +35,19 @@ setup(
         "timm": ["timm>=1.0.31"],
         # demo/web.py
         "web": ["gradio>=6"],
+        # tools/serve.py
+        "serve": ["starlette", "uvicorn"],
         # tools/predict_bulk.py --ray, --format parquet
         "ray": ["ray[data]"],
         "parquet": ["pyarrow"],
         # tools/export_model.py
         "export": ["onnx", "onnxscript", "onnxruntime"],
+        # knet_d2.load(path, engine="openvino")
+        "openvino": ["openvino", "onnx", "onnxscript"],
         # Prediction.to_supervision
         "supervision": ["supervision"],
         # knet_d2.load("hf://user/name")
         "hub": ["huggingface_hub", "safetensors"],
         "test": ["pytest"],
-        # knet_d2.load(path, engine="openvino")
-        "openvino": ["openvino", "onnx", "onnxscript"],
     },
 )

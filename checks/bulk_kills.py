@@ -36,6 +36,8 @@ from .runs import write_config
 BROKEN = 500
 # Seconds in which a process is killed after the last one, at most
 SECONDS = 4.0
+# Seconds that a process may take until it writes; it may have to start first
+PATIENCE = 40.0
 NAME = b"ray::MapWorker(MapBatches(_Shards))"
 
 
@@ -106,7 +108,7 @@ def kill_some(count: int, draw: random.Random, ended: threading.Event, killed: l
         processes = predicting()
         if not processes:
             continue
-        process, deadline = draw.choice(processes), time.monotonic() + SECONDS
+        process, deadline = draw.choice(processes), time.monotonic() + PATIENCE
         try:
             if len(killed) % 2:
                 os.kill(process, signal.SIGSTOP)

@@ -97,9 +97,12 @@ class Program:
 
     def finish(self):
         """Wait for the end of the program; returns its exit code and output."""
-        code = self.process.wait(timeout=300)
-        self._log.seek(0)
-        return code, self._log.read()
+        return self.process.wait(timeout=300), self.output()
+
+    def output(self):
+        """Return what the program has printed so far."""
+        with open(self._log.name) as f:  # the process shares the position of _log
+            return f.read()
 
 
 class Training:

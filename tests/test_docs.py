@@ -47,6 +47,8 @@ SHELL_WORDS = {
     "sbatch",
     "hf",
     "export",
+    "curl",
+    "docker",
 }
 
 

@@ -24,6 +24,7 @@ NAMES = (
     "annotate",
     "compare",
     "web",
+    "serve",
     "predict_bulk",
     "check_dataset",
     "convert_dataset",

@@ -92,13 +92,14 @@ class Prediction(NamedTuple):
             for segment in self.segments
         ]
 
-    def to_coco_file(self, file_name: str) -> dict[str, Any]:
+    def to_coco_file(self, file_name: str, masks: str = "rle") -> dict[str, Any]:
         """Make the content of a COCO file for this image, which pycocotools can read; annotations have scores.
 
         Args:
             file_name: file name of the image.
+            masks: see :meth:`to_coco`.
         """
-        records = enumerate(self.to_coco(), start=1)
+        records = enumerate(self.to_coco(masks), start=1)
         return {
             "images": [{"id": 1, "file_name": file_name, "height": self.size[0], "width": self.size[1]}],
             "categories": [{**x, "id": x["dataset_id"]} for x in categories(self.classes)],

@@ -1,0 +1,180 @@
+"""An HTTP service: POST an image, get its segments as a COCO file in JSON, or as a picture. See docs/DEPLOYMENT.md."""
+
+import argparse
+import asyncio
+import io
+import logging
+import socket
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data.classes import categories
+from ..errors import ConfigError, DataError
+from ..inference import ImagePredictor
+from ..inference.from_file import ENGINES, load
+from ..results.outputs import OUTPUTS
+from ..results.prediction import MASK_FORMATS
+from ..setup.dependencies import VERSION
+
+# Requests that wait for the model; more are refused
+MAX_WAITING = 32
+# Seconds in which a request's image must arrive
+MAX_SECONDS = 60
+FORMATS = ("json", "png")
+_MISSING = "The service needs packages, pip install starlette uvicorn"
+
+logger = logging.getLogger("knet_d2.serve")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", required=True, metavar="FILE", help="the model, also as an .onnx file")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any that is free")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="images that are predicted at once")
+    parser.add_argument("--max-megabytes", type=float, default=32, help="larger files are refused")
+    parser.add_argument("--confidence-threshold", type=float, help="lowest score of an instance or thing (default 0.3)")
+    parser.add_argument("--engine", choices=ENGINES, help="what computes the model; see docs/DEPLOYMENT.md")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    return parser
+
+
+def answer(predictor: ImagePredictor, content: bytes, picture: bool, masks: str) -> dict[str, Any] | bytes:
+    """The prediction for an image file, as a COCO file or as a picture in PNG.
+
+    Raises:
+        DataError: it is no image that can be read.
+    """
+    prediction = predictor(content)
+    assert not isinstance(prediction, list)
+    if not picture:
+        return prediction.to_coco_file("image", masks)
+    file = io.BytesIO()
+    Image.fromarray(prediction.drawn()).save(file, "PNG")
+    return file.getvalue()
+
+
+def build_service(predictor: ImagePredictor, threads: int = 1, max_megabytes: float = 32) -> Any:
+    """The service as an ASGI application.
+
+    Args:
+        threads: images that are predicted at once.
+        max_megabytes: larger files are refused.
+
+    Raises:
+        ConfigError: Starlette is missing.
+    """
+    try:
+        from anyio import CapacityLimiter, to_thread
+        from starlette.applications import Starlette
+        from starlette.exceptions import HTTPException
+        from starlette.requests import Request
+        from starlette.responses import JSONResponse, Response
+        from starlette.routing import Route
+    except ImportError as error:
+        raise ConfigError(
+            f"The service needs packages ({error}). Install them: pip install starlette uvicorn"
+        ) from error
+
+    limiter, waiting = CapacityLimiter(threads), [0]
+
+    async def read_body(request: Request) -> bytes:
+        content, most = bytearray(), int(max_megabytes * 1e6)
+        too_large = HTTPException(413, f"The file is larger than {max_megabytes:g} MB. Send a smaller one.")
+        if int(request.headers.get("content-length", 0)) > most:
+            raise too_large
+        try:
+            async with asyncio.timeout(MAX_SECONDS):
+                async for chunk in request.stream():
+                    content += chunk
+                    if len(content) > most:
+                        raise too_large
+        except TimeoutError:
+            raise HTTPException(408, f"The file did not arrive within {MAX_SECONDS} seconds. Send it again.") from None
+        if not content:
+            raise HTTPException(400, "The request has no body. Send the bytes of an image file, not a form.")
+        return bytes(content)
+
+    def choice(request: Request, name: str, choices: tuple[str, ...]) -> str:
+        value = request.query_params.get(name, choices[0])
+        if value not in choices:
+            raise HTTPException(400, f"{name} = {value!r}: use {' or '.join(choices)}.")
+        return value
+
+    async def segment(request: Request) -> Response:
+        unknown = set(request.query_params) - {"format", "masks"}
+        if unknown:
+            raise HTTPException(400, f"{unknown.pop()}: there is no such parameter. Use format and masks.")
+        picture, masks = choice(request, "format", FORMATS) == "png", choice(request, "masks", MASK_FORMATS)
+        content = await read_body(request)
+        if waiting[0] >= MAX_WAITING + threads:
+            raise HTTPException(503, "Too many images wait. Try again later.", {"Retry-After": "5"})
+        waiting[0] += 1
+        try:
+            found = await to_thread.run_sync(answer, predictor, content, picture, masks, limiter=limiter)
+        except DataError as error:
+            raise HTTPException(400, str(error)) from error
+        except Exception as error:  # for example too little memory; the service must continue
+            logger.exception("An image could not be segmented")
+            raise HTTPException(500, "This image can't be segmented; the log of the service says why.") from error
+        finally:
+            waiting[0] -= 1
+        return Response(found, media_type="image/png") if isinstance(found, bytes) else JSONResponse(found)
+
+    async def describe(_: Request) -> Response:
+        outputs = [OUTPUTS[name].title for name in predictor.outputs]
+        classes = [{**x, "id": x["dataset_id"]} for x in categories(predictor.classes)]
+        return JSONResponse({"version": VERSION, "output": outputs[0], "categories": classes})
+
+    async def refuse(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+    routes = [Route("/segment", segment, methods=["POST"]), Route("/model", describe)]
+    return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
+
+
+def warm_up(predictor: ImagePredictor) -> list[float]:
+    """The seconds that two empty images take; the first one takes longer, so no visitor shall wait for it."""
+    image = np.zeros((480, 640, predictor.pixel_format.channels), np.uint8)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        predictor.predict(image)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise ConfigError(
+            f"The service needs packages ({error}). Install them: pip install starlette uvicorn"
+        ) from error
+    if args.threads < 1:
+        raise ConfigError(f"--threads {args.threads}: use at least 1.")
+    predictor = load(
+        args.weights,
+        confidence_threshold=args.confidence_threshold,
+        device=args.device,
+        config_file=args.config_file,
+        opts=args.opts,
+        engine=args.engine,
+    )
+    service = build_service(predictor, args.threads, args.max_megabytes)
+    first, second = warm_up(predictor)
+    print(f"640 x 480 pixels: first image {first:.2f} s, second {second:.2f} s, {torch.get_num_threads()} threads")
+    try:
+        listening = socket.create_server((args.host, args.port))
+    except OSError as error:
+        raise ConfigError(f"The service can't listen on --host {args.host} --port {args.port}; try another.") from error
+    host, port = listening.getsockname()[:2]
+    print(f"POST images to http://{host}:{port}/segment; Ctrl+C ends the service.", flush=True)
+    uvicorn.Server(uvicorn.Config(service, log_level="warning")).run(sockets=[listening])
