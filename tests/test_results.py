@@ -48,6 +48,17 @@ def square(top, left, side, label, score=0.5):
     return Segment.from_mask(mask, label, score)
 
 
+def test_rle_is_that_of_pycocotools():
+    """To the letter, also where the mask begins or ends with the image."""
+    rng = np.random.RandomState(0)
+    masks = [rng.rand(*rng.randint(1, 9, 2)) > rng.rand() for _ in range(300)]
+    for mask in [*masks, *(np.ones(shape, bool) for shape in ((1, 1), (3, 4)))]:
+        segment = Segment.from_mask(mask, 0)
+        if segment is not None:
+            expected = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+            assert segment.rle() == {"size": list(mask.shape), "counts": expected["counts"].decode()}
+
+
 def noise(size=SIZE, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
 

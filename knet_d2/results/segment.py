@@ -91,7 +91,14 @@ class Segment(NamedTuple):
 
     def rle(self) -> dict[str, Any]:
         """Encode the mask as COCO's compressed run-length encoding, with a string instead of bytes."""
-        rle = mask_util.encode(np.asfortranarray(self.mask.astype(np.uint8)))
+        height, width = self.size
+        # Only the columns of the box are looked at, since an image may be much larger
+        columns = np.zeros((self.crop.shape[1], height), bool)
+        columns[:, self.window[0]] = self.crop.T
+        borders = np.flatnonzero(np.diff(columns.ravel(), prepend=False, append=False)) + height * self.corner[1]
+        counts = np.diff(borders, prepend=0, append=height * width).tolist()
+        runs = {"size": [height, width], "counts": counts if counts[-1] else counts[:-1]}
+        rle = mask_util.frPyObjects(runs, height, width)
         return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
     def polygons(self) -> list[list[float]]:
