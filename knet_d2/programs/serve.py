@@ -25,7 +25,7 @@ MAX_WAITING = 32
 # Seconds in which a request's image must arrive
 MAX_SECONDS = 60
 FORMATS = ("json", "png")
-_MISSING = "The service needs packages, pip install starlette uvicorn"
+_MISSING = "The service needs packages: pip install starlette uvicorn"
 
 logger = logging.getLogger("knet_d2.serve")
 
@@ -78,9 +78,7 @@ def build_service(predictor: ImagePredictor, threads: int = 1, max_megabytes: fl
         from starlette.responses import JSONResponse, Response
         from starlette.routing import Route
     except ImportError as error:
-        raise ConfigError(
-            f"The service needs packages ({error}). Install them: pip install starlette uvicorn"
-        ) from error
+        raise ConfigError(f"{_MISSING} ({error}).") from error
 
     limiter, waiting = CapacityLimiter(threads), [0]
 
@@ -155,9 +153,7 @@ def main(args: argparse.Namespace) -> None:
     try:
         import uvicorn
     except ImportError as error:
-        raise ConfigError(
-            f"The service needs packages ({error}). Install them: pip install starlette uvicorn"
-        ) from error
+        raise ConfigError(f"{_MISSING} ({error}).") from error
     if args.threads < 1:
         raise ConfigError(f"--threads {args.threads}: use at least 1.")
     predictor = load(
