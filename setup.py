@@ -23,8 +23,14 @@ setup(
     package_dir={"knet_d2.configs": "configs"},
     package_data={"knet_d2": ["**/*.json"], "knet_d2.configs": ["**/*.yaml"]},
     install_requires=[dependency.requirement for dependency in DEPENDENCIES["DEPENDENCIES"] if dependency.declared],
-    entry_points={"console_scripts": ["knet = knet_d2.knet:main"]},
+    entry_points={"console_scripts": ["knet = knet_command:main"]},
+    py_modules=["knet_command"],
     extras_require={
+        # What most users want: OpenCV, K-Net Lite's backbones, export, safetensors and TIFF files
+        "standard": [
+            *("opencv-python-headless>=4.5", "timm>=1.0.31", "onnx", "onnxscript", "onnxruntime"),
+            *("safetensors", "tifffile"),
+        ],
         # Those who have another build of OpenCV (opencv-python, a system package) don't want this one.
         "opencv": ["opencv-python-headless>=4.5"],
         # Weights files that are no pickles at all

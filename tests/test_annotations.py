@@ -13,7 +13,7 @@ from helpers import spread_scores, tiny_config, tiny_model
 from PIL import Image
 from pycocotools.coco import COCO
 
-from knet_d2 import knet
+import knet_command
 from knet_d2.checkpoint import describe_model
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.data import load_dataset
@@ -166,7 +166,7 @@ def test_program(tmp_path, kind, capsys):
     Image.fromarray(pixels).save(tmp_path / "photos" / "x.png")
     output = str(tmp_path / "out")
     words = [str(tmp_path / "run"), str(tmp_path / "photos"), "--format", kind, "--output", output]
-    assert knet.main(["annotate", *words, "--confidence-threshold", "0", "--opts", "MODEL.DEVICE", "cpu"]) == 0
+    assert knet_command.main(["annotate", *words, "--confidence-threshold", "0", "--opts", "MODEL.DEVICE", "cpu"]) == 0
     assert "annotations of 1 images" in capsys.readouterr().out
     with open(os.path.join(output, "order.csv")) as f:
         assert int(next(csv.DictReader(f))["segments"]) > 0

@@ -15,7 +15,7 @@ import yaml
 from detectron2.config import get_cfg
 from helpers import spread_scores, tiny_config, tiny_model
 
-from knet_d2 import knet
+import knet_command
 from knet_d2.checkpoint import describe_model
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.config import add_knet_config
@@ -116,7 +116,7 @@ def test_command(words, monkeypatch):
         monkeypatch.setattr(command.check_dataset, "main", lambda args: 0)
         monkeypatch.setattr(command, "_config_of_data", lambda args, rest: "config.yaml")
         monkeypatch.setattr(command, "checkpoint_of", lambda path: path)
-        assert words[1] == "doctor" or knet.main(words[1:]) == 0
+        assert words[1] == "doctor" or knet_command.main(words[1:]) == 0
         return
     if words[0] != "python":
         assert words[0] in SHELL_WORDS

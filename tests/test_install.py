@@ -308,6 +308,18 @@ def test_first_use_without_detectron2_is_one_error_with_the_command(tmp_path, mo
     assert last.endswith("python -m knet_d2.install_detectron2")
 
 
+def test_without_panopticapi_the_command_that_installs_it_works(tmp_path):
+    """Those who have built Detectron2 themselves lack only panopticapi."""
+    done = run_python(tmp_path, "-c", "import knet_d2; knet_d2.load", blocked="panopticapi")
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: knet_d2 needs panopticapi, which is not installed. "
+        "Install it with: python -m knet_d2.install_detectron2"
+    )
+    for module in ("install_detectron2", "doctor"):
+        done = run_python(tmp_path, "-m", f"knet_d2.{module}", "--help", blocked="panopticapi")
+        assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
+
+
 def test_a_program_without_detectron2_ends_with_the_command(tmp_path):
     done = run_python(tmp_path, str(ROOT / "demo" / "demo.py"), "--input", "a.jpg", blocked="detectron2")
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("ImportError: knet_d2 needs Detectron2")
@@ -382,3 +394,12 @@ def test_config_files_are_found_by_name():
     assert Path(paths.get_config_file(name)).read_text() == some.read_text()
     with pytest.raises(ConfigError, match="shapes/nothing.yaml: no such config file in .*configs"):
         paths.get_config_file("shapes/nothing.yaml")
+
+
+def test_panopticapi_declares_nothing_that_is_not_there(tmp_path):
+    """Its wheel requires numpy below 2, so that `pip check` would complain."""
+    metadata = tmp_path / "panopticapi_lite-0.1.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Name: panopticapi-lite\nRequires-Dist: numpy<2.0.0\nRequires-Python: >=3.9\n\nText\n")
+    install_detectron2._drop_requirements(tmp_path / "panopticapi")
+    assert metadata.read_text() == "Name: panopticapi-lite\nRequires-Python: >=3.9\n\nText\n"

@@ -6,6 +6,8 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,16 +17,17 @@ from data_helpers import custom_entry, data_cfg, unique_name
 from dataset_trees import CLASSES, NUM_IMAGES, instances_json, write_images, write_labels, write_panoptic
 from PIL import Image
 from program_helpers import NUM_IMAGES as NUM_SHAPES
-from program_helpers import TINY_MODEL, shapes  # noqa: F401
+from program_helpers import ROOT, TINY_MODEL, shapes  # noqa: F401
 from tool_formats import TOOLS, masks, stem, write_color_labels, write_tool, yolo_seg
 
-from knet_d2 import knet
+import knet_command
 from knet_d2.config.files import get_config_file
 from knet_d2.data import load_dataset
 from knet_d2.data.check import check_datasets
 from knet_d2.data.discovery import find_annotations
 from knet_d2.errors import DataError
 from knet_d2.programs.command import RECIPES, choose_recipe
+from knet_d2.setup.dependencies import VERSION
 
 
 def _root(tmp_path):
@@ -132,6 +135,37 @@ def test_masks_of_two_values_are_semantic(tmp_path):
         find_annotations(str(root), "instance")
 
 
+def test_masks_in_folders_of_folders(tmp_path):
+    """As zhixuhao/unet has them: data/membrane/train/image and label."""
+    root = _root(tmp_path)
+    write_images(root / "data" / "membrane" / "train" / "image")
+    write_labels(root / "data" / "membrane" / "train" / "label", [255, 0, 0, 0], void=0)
+    (root / "data" / "membrane" / "test").mkdir()
+    found = find_annotations(str(root))
+    assert found.task == "semantic" and _number_of_images(found) == [1, 1]
+
+
+def test_an_image_that_is_annotated_and_missing(tmp_path, capsys):
+    root = _root(tmp_path)
+    write_tool(root, "VIA 2", "x")
+    (path,) = root.glob("**/*.json")
+    content = json.loads(path.read_text())
+    content["lost"] = {**next(iter(content.values())), "filename": "lost.jpg"}
+    path.write_text(json.dumps(content))
+    arguments = ["check", "--data", str(root), "--output", str(tmp_path / "out")]
+    assert knet_command.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert "lost.jpg: is annotated, but does not exist. Add the file" in printed and "1 errors" in printed
+    fixed = root / "fixed.json"
+    assert knet_command.main([*arguments, "--fix", str(fixed)]) == 1
+    assert [x["file_name"] for x in json.loads(fixed.read_text())["images"]] == [f"{stem(i)}.jpg" for i in range(2)]
+    with pytest.raises(DataError, match="Name one of them: --data FILE"):  # two files for one part
+        (root / "copy.json").write_text(fixed.read_text())
+        find_annotations(str(root))
+    found = find_annotations(str(fixed))
+    assert found.entries[0]["name"] == "fixed" and _number_of_images(found) == [1, 1]
+
+
 def test_label_maps_with_names(tmp_path):
     root = _root(tmp_path)
     write_images(root / "images")
@@ -204,30 +238,31 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     arguments = ["--data", str(root), "--task", "instance", "--output", output]
     logs = []
     monkeypatch.setattr("knet_d2.programs.setup_logger", lambda **options: logs.append(options))
-    assert knet.main(["train", *arguments, "--recipe", "finetune/instance.yaml", *OPTIONS]) == 0
+    assert knet_command.main(["train", *arguments, "--recipe", "finetune/instance.yaml", *OPTIONS]) == 0
     assert not logs  # training sets up its own log
     printed = capsys.readouterr().out
     config = yaml.safe_load(open(os.path.join(output, "data_config.yaml")))
     assert "validation: 0.2" in printed and f"Wrote {output}/data_config.yaml" in printed
     assert config["_BASE_"] == get_config_file("finetune/instance.yaml")
     assert config["DATASETS"]["CUSTOM"][0]["json"] == str(root / "instances.json")
+    assert f"knet predict {output} PHOTOS" in printed
     final = os.path.join(output, "model_final.pth")
     assert torch.load(final, weights_only=True)["iteration"] == 1
 
-    assert knet.main(["eval", output]) == 0
+    assert knet_command.main(["eval", output]) == 0
     capsys.readouterr()
     target = str(tmp_path / "pictures")
     photo = str(root / "images" / "000000.jpg")
     options = ["--confidence-threshold", "0", "--json", str(tmp_path / "result.json")]
-    assert knet.main(["predict", output, photo, "--output", target, *options]) == 0
+    assert knet_command.main(["predict", output, photo, "--output", target, *options]) == 0
     assert os.listdir(target) == ["000000.jpg"] and json.load(open(tmp_path / "result.json"))["images"]
-    assert knet.main(["check", *arguments]) == 0
+    assert knet_command.main(["check", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "0 errors" in printed and get_config_file(RECIPES["instance"].cpu) in printed
     assert sorted(x for x in os.listdir(output) if x.endswith("_train.jpg"))
     called = {}
     monkeypatch.setattr("knet_d2.programs.export_model.main", lambda args: called.update(weights=args.weights))
-    assert knet.main(["export", output, str(tmp_path / "model.onnx")]) == 0
+    assert knet_command.main(["export", output, str(tmp_path / "model.onnx")]) == 0
     assert called["weights"] in (final, os.path.join(output, "model_best.pth"))
     assert NUM_SHAPES == 4
 
@@ -241,7 +276,7 @@ def test_a_faulty_data_set_is_not_trained_on(shapes, tmp_path, capsys):  # noqa:
     (root / "instances.json").write_text(json.dumps(content))
     output = str(tmp_path / "run")
     recipe = ["--recipe", "finetune/instance.yaml"]
-    assert knet.main(["train", "--data", str(root), "--output", output, *recipe, *OPTIONS]) == 1
+    assert knet_command.main(["train", "--data", str(root), "--output", output, *recipe, *OPTIONS]) == 1
     printed = capsys.readouterr().out
     assert "error: unknown category (1)" in printed and "Correct the errors above" in printed
     assert not os.path.exists(os.path.join(output, "log.txt"))
@@ -263,7 +298,7 @@ def test_recipes_exist_and_depend_on_the_device():
 )
 def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert knet.main(arguments) == 1
+    assert knet_command.main(arguments) == 1
     assert capsys.readouterr().err.startswith(message)
 
 
@@ -273,19 +308,27 @@ def test_the_installed_command_is_this_function(monkeypatch):
     runpy.run_path(os.path.join(os.path.dirname(__file__), "..", "setup.py"))
     (command,) = made["entry_points"]["console_scripts"]
     name, module, function = re.fullmatch(r"(\w+) = ([\w.]+):(\w+)", command).groups()
-    assert name == "knet" and getattr(importlib.import_module(module), function) is knet.main
+    assert name == "knet" and getattr(importlib.import_module(module), function) is knet_command.main
 
 
 def test_help_and_other_programs(capsys):
-    assert knet.main([]) == knet.main(["--help"]) == 0
+    assert knet_command.main([]) == knet_command.main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"\n  {name} " in printed for name in ("train", "eval", "predict", "check", "export", "doctor"))
     with pytest.raises(SystemExit, match="there is no command 'fly'; use train, eval"):
-        knet.main(["fly"])
+        knet_command.main(["fly"])
     for name in ("train", "predict", "export", "check", "analyze_model"):
         with pytest.raises(SystemExit) as ended:
-            knet.main([name, "--help"])
+            knet_command.main([name, "--help"])
         assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
+
+
+def test_help_and_version_need_neither_torch_nor_detectron2(tmp_path):
+    code = "import knet_command, sys; knet_command.main(sys.argv[1:]); print({'torch', 'knet_d2'} & set(sys.modules))"
+    for option, expected in (("--help", "usage: knet COMMAND"), ("--version", VERSION)):
+        command = [sys.executable, "-c", code, option]
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert printed.startswith(expected) and printed.endswith("\nset()\n")
 
 
 def test_custom_entry_is_not_needed_for_a_config(shapes, tmp_path, capsys):  # noqa: F811
@@ -293,5 +336,5 @@ def test_custom_entry_is_not_needed_for_a_config(shapes, tmp_path, capsys):  # n
     entry = custom_entry("coco_instance", str(shapes))
     content = {"MODEL": {"KNET": {"TASK": "instance"}}, "DATASETS": {"CUSTOM": [entry], "TRAIN": [entry["name"]]}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**content, "DATASETS": {**content["DATASETS"], "TEST": []}}))
-    assert knet.main(["check", "--config-file", str(tmp_path / "config.yaml")]) == 0
+    assert knet_command.main(["check", "--config-file", str(tmp_path / "config.yaml")]) == 0
     assert f"{entry['name']}: 4 images" in capsys.readouterr().out

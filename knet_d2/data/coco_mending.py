@@ -32,6 +32,12 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 # A box with a margin around its mask: the largest margin of a side, in pixels and as a fraction of the mask's side.
 _MARGIN_PIXELS, _MARGIN_PART = 20.0, 0.5
 _SIDES = ("height", "width")
+# What to do about an image that is annotated and has no file
+MISSING_IMAGE = (
+    "Add the file, or correct its name or the folder of images. To leave such images out, write annotations "
+    "without them (knet check --data my_photos --fix my_photos/fixed.json) and use these (knet train --data "
+    "my_photos/fixed.json)."
+)
 
 
 class Mend(NamedTuple):
@@ -317,6 +323,21 @@ def _fault_of_box(stated: Any, box: list[float]) -> str:
     if all(-1 <= margin <= limit for margin, limit in zip(margins, limits, strict=True)):
         return "bbox has a margin around the mask"
     return ""
+
+
+def leave_out_missing_images(content: dict[str, Any], image_root: str) -> list[str]:
+    """Remove the images whose files do not exist, and their annotations, in place; returns their file names."""
+    missing = {
+        x["id"]: x["file_name"]
+        for x in _mappings(content.get("images"))
+        if _is_id(x.get("id"))
+        and isinstance(x.get("file_name"), str)
+        and not PathManager.isfile(os.path.join(image_root, x["file_name"]))
+    }
+    for key, image_id in (("images", "id"), ("annotations", "image_id")):
+        if missing and isinstance(content.get(key), list):
+            content[key] = [x for x in content[key] if x.get(image_id) not in missing]
+    return list(missing.values())
 
 
 def for_other_programs(content: dict[str, Any]) -> dict[str, Any]:

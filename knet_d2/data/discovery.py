@@ -47,18 +47,21 @@ def find_annotations(folder: str, task: str | None = None) -> Found:
     """Find the annotations in a folder and its sub-folders.
 
     Args:
-        folder: a folder with images and annotations in one of the formats of docs/DATASETS.md.
+        folder: a folder with images and annotations in one of the formats of docs/DATASETS.md; or one annotation file,
+            whose images are searched in its folder.
         task: "instance", "panoptic" or "semantic"; None: what the annotations that are found first are for.
 
     Raises:
         DataError: there is no such folder, or nothing is found that fits the task.
     """
-    if not os.path.isdir(folder):
+    if not os.path.exists(folder):
         raise DataError(f"--data {folder}: this folder does not exist. Name the folder of your images and annotations.")
     folder = os.path.abspath(folder)
-    name = re.sub(r"\W+", "_", os.path.basename(folder)).strip("_") or "data"
+    is_file = os.path.isfile(folder)
+    name = re.sub(r"\W+", "_", os.path.splitext(os.path.basename(folder))[0] if is_file else os.path.basename(folder))
+    name = name.strip("_") or "data"
     others = []
-    for find in _FINDERS:
+    for find in (_find_yolo, _find_json) if is_file else _FINDERS:
         for kind, what, parts in find(folder):
             if task is None or task == kind:
                 return _found(name, kind, what, parts)
@@ -93,6 +96,9 @@ def _part_of(name: str) -> str | None:
 
 
 def _files(folder: str, endings: tuple[str, ...]) -> Iterator[str]:
+    """Files with one of the endings in a folder and those in it; or ``folder`` itself if it is such a file."""
+    if folder.lower().endswith(endings) and os.path.isfile(folder):
+        yield folder
     for _, path in files_below(folder, endings):
         if os.path.relpath(path, folder).count(os.sep) <= _DEEPEST:
             yield path
@@ -142,7 +148,9 @@ def _yolo_labels(images: str) -> str:
 def _find_json(folder: str) -> Iterator[_Candidate]:
     by_format: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     labelme = set()
-    for path in _files(folder, (".json", ".csv")):
+    paths = list(_files(folder, (".json", ".csv")))
+    folder = os.path.dirname(folder) if os.path.isfile(folder) else folder
+    for path in paths:
         if path.lower().endswith(".csv"):
             rows = _csv_rows(path)
             if rows and "region_shape_attributes" in rows[0]:
@@ -191,8 +199,8 @@ def _by_part(entries: dict[str, dict[str, Any]], root: str) -> dict[str, dict[st
         part = _part_of(os.path.basename(path)) or _part_of(folder) or "train"
         if part in parts:
             raise DataError(
-                f"{path}: this and another annotation file are both for {part}. Name the data sets in a config, or "
-                "put one of them elsewhere; see docs/DATASETS.md."
+                f"{path}: this and another annotation file are both for {part}. Name one of them: --data FILE; or both "
+                "in a config, see docs/DATASETS.md."
             )
         parts[part] = entry
     return parts
@@ -299,7 +307,7 @@ def _find_masks(folder: str) -> Iterator[_Candidate]:
         yield "instance", f"a PNG for each object in {folder}/*/masks", {"train": entry}
         return
     pairs: dict[str, tuple[str, str]] = {}
-    for root in (folder, *(os.path.join(folder, x) for x in sorted(os.listdir(folder)))):
+    for root in _folders(folder):
         images, masks = (_subfolder(root, names) for names in (_IMAGE_FOLDERS, _MASK_FOLDERS))
         if not (images and masks):
             continue
@@ -327,6 +335,15 @@ def _find_masks(folder: str) -> Iterator[_Candidate]:
     elif labels:
         entries = {part: {"type": "png_per_instance", "images": i, "masks": m} for part, (i, m) in pairs.items()}
         yield "instance", f"a PNG for each object in {masks}", entries
+
+
+def _folders(folder: str) -> Iterator[str]:
+    """A folder and those in it, the outer ones first."""
+    level = [folder]
+    for _ in range(_DEEPEST + 1):
+        yield from level
+        inner = [os.path.join(root, x) for root in level for x in sorted(os.listdir(root))]
+        level = [x for x in inner if os.path.isdir(x)]
 
 
 def _subfolder(root: str, names: tuple[str, ...]) -> str | None:

@@ -59,7 +59,9 @@ def find_images(inputs: Sequence[str]) -> list[str]:
         else:
             found = [path] if os.path.isfile(path) else sorted(glob.glob(path))
         if not found:
-            raise DataError(f"{path}: no image there (files ending in {', '.join(IMAGE_TYPES)}).")
+            below = next(files_below(path, (*IMAGE_TYPES, ARRAY_TYPE)), None)
+            hint = "" if below is None else f" Folders in it have some, as {os.path.dirname(below[1])}: name them."
+            raise DataError(f"{path}: no image there (files ending in {', '.join(IMAGE_TYPES)}).{hint}")
         files += found
     return files
 

@@ -4,8 +4,8 @@
 
 This writes sample images with their ground truth (check/NAME.jpg for each data set) and all faults
 (check/report.json). --draw draws the good images even if others have errors. --fix writes annotation files in COCO's
-format, with everything corrected that training reads as it is meant. The exit code is 1 if training or evaluation would
-fail or be wrong.
+format, with everything corrected that training reads as it is meant, and without images that do not exist. The exit
+code is 1 if training or evaluation would fail or be wrong.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from ..config.merging import merge_config
 from ..data import load_dataset, register_custom_datasets, resolve_classes
 from ..data.check import Fault, Report, check_datasets
 from ..data.coco_json import parse_json
-from ..data.coco_mending import for_other_programs
+from ..data.coco_mending import for_other_programs, leave_out_missing_images
 from ..data.coco_records import readable_records
 from ..data.files import read_picture
 from ..data.formats import Annotations
@@ -110,7 +110,9 @@ def _converted(read: Callable[[], Annotations]) -> dict[str, Any]:
 
 
 def _mended(path: str, image_root: str) -> dict[str, Any]:
-    return parse_json(path, image_root)[0]
+    content = dict(parse_json(path, image_root)[0])  # others share what is parsed
+    leave_out_missing_images(content, image_root)
+    return content
 
 
 def write_fixed(cfg: CfgNode, target: str) -> list[str]:

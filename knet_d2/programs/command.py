@@ -28,6 +28,12 @@ from ..errors import ConfigError
 from . import NAMES, check_dataset, guarded, run_program
 
 TASKS = ("instance", "panoptic", "semantic")
+_NEXT = """
+The model is in {folder}. What is next:
+  open {folder}/report.html in a browser
+  knet predict {folder} PHOTOS --output {folder}/pictures
+  knet export {folder} {folder}/model.onnx
+"""
 _CHECKPOINTS = ("model_best.pth", "model_final.pth")
 
 
@@ -81,7 +87,9 @@ def checkpoint_of(path: str) -> str:
 
 def _data_parser(name: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"knet {name}", description=description, allow_abbrev=False)
-    parser.add_argument("--data", required=True, metavar="FOLDER", help="folder with images and their annotations")
+    parser.add_argument(
+        "--data", required=True, metavar="PATH", help="folder with images and annotations, or an annotation file"
+    )
     parser.add_argument("--task", choices=TASKS, help="default: what the annotations are for")
     parser.add_argument("--output", metavar="FOLDER", help="folder for the results; default: output/NAME")
     parser.add_argument("--recipe", metavar="FILE", help="config file to start from; default: by task and device")
@@ -92,7 +100,8 @@ def _config_of_data(args: argparse.Namespace, rest: Sequence[str]) -> str:
     """Find the data, write the config and print it; returns its path."""
     found = find_annotations(args.data, args.task)
     recipe = args.recipe or choose_recipe(found.task, dict(_pairs(rest)).get("MODEL.DEVICE"))
-    output = args.output or os.path.join("output", os.path.basename(os.path.abspath(args.data)))
+    name = os.path.basename(os.path.abspath(args.data))
+    output = args.output or os.path.join("output", os.path.splitext(name)[0] if os.path.isfile(args.data) else name)
     path = write_config(found, recipe, output)
     print(f"Found {found.what}.\nWrote {path}:\n")
     with open(path, encoding="utf-8") as f:
@@ -117,7 +126,10 @@ def _check_and_train(args: argparse.Namespace, rest: Sequence[str]) -> int:
         if check_dataset.main(parser.parse_args(["--config-file", config, "--opts", *options])):
             print("Correct the errors above, or train without this check: --no-check.")
             return 1
-    return run_program("train", ["--config-file", config, *rest], "knet train")
+    code = run_program("train", ["--config-file", config, *rest], "knet train")
+    if code == 0:
+        print(_NEXT.format(folder=os.path.dirname(config)))
+    return code
 
 
 def _pairs(rest: Sequence[str]) -> list[tuple[str, str]]:

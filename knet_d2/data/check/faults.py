@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from ..coco_mending import MISSING_IMAGE
+
 ERROR, WARNING = "error", "warning"
 
 
@@ -26,7 +28,7 @@ _REPLACE = "Replace the file, or remove it from the data set."
 
 KINDS: dict[str, Kind] = {
     # images
-    "missing image": Kind(ERROR, "Add the file, or correct file_name or the folder of images."),
+    "missing image": Kind(ERROR, MISSING_IMAGE),
     "unreadable image": Kind(ERROR, _REPLACE),
     "image size": Kind(
         ERROR,

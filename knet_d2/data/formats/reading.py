@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from ...errors import DataError
 from ..coco_json import check_content
-from ..coco_mending import Mend, mend_coco
-from .builder import Builder, Problem
+from ..coco_mending import MISSING_IMAGE, Mend, leave_out_missing_images, mend_coco
+from .builder import Builder, Place, Problem
 from .labelme import read_labelme
 from .masks import read_instance_png, read_png_per_instance, read_voc
 from .via import read_via
@@ -102,4 +102,6 @@ def read_annotations(entry: dict[str, Any]) -> Annotations:
     if not content["categories"]:
         raise DataError(f"{source}: no object is annotated here, so there are no classes. Add 'classes'.")
     mend_coco(content, builder.root)  # sizes, boxes and areas, which these formats do not have
+    for image in leave_out_missing_images(content, builder.root):
+        builder.error(Place(os.path.join(builder.root, image)), "is annotated, but does not exist. " + MISSING_IMAGE)
     return Annotations(content, builder.notes(), builder.errors)

@@ -1,5 +1,9 @@
-"""The command ``knet`` of an installed package; knet_d2.programs.command says what it does."""
+"""The command ``knet`` of an installed package; knet_d2.programs.command says what it does.
 
+It stands outside of the package, so that ``knet --help`` does not import torch and Detectron2.
+"""
+
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +17,8 @@ HELP = """usage: knet COMMAND ...
   annotate  write predictions as files of a label tool, to correct them: knet annotate output/my_photos new_photos ...
   doctor    say what is installed and what is missing
 
-knet COMMAND --help lists the options of a command. Other programs have the names of python -m knet_d2 --help.
+knet COMMAND --help lists the options of a command; knet --version prints the version. Other programs have the names of
+python -m knet_d2 --help.
 """
 
 
@@ -23,11 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(HELP)
         return 0
+    if words[0] == "--version":
+        print(importlib.metadata.version("knet_d2"))
+        return 0
     if words[0] == "doctor":  # works without Detectron2
-        from .setup.doctor import main as examine
+        from knet_d2.setup.doctor import main as examine
 
         return examine(words[1:])
-    from .programs.command import run_command
+    from knet_d2.programs.command import run_command
 
     return run_command(words[0], words[1:])
 
