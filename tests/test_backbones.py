@@ -275,3 +275,16 @@ def test_resnet18_refuses_what_its_blocks_cannot_do():
         build(small)
     with pytest.raises(ConfigError, match="RES5_DILATION"):
         build([*small, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.RES5_DILATION", 2])
+
+
+def test_a_pyramid_without_output_convolutions_ends_with_its_sums():
+    options = [*RESNET_FPN, "MODEL.FPN.OUT_CHANNELS", 8]
+    torch.manual_seed(0)
+    whole, bare = build(options).eval(), build([*options, "MODEL.FPN.OUTPUT_CONVS", False]).eval()
+    missing, unexpected = bare.load_state_dict(whole.state_dict(), strict=False)
+    assert missing == [] and {key.split(".")[0] for key in unexpected} == {f"fpn_output{i}" for i in range(2, 6)}
+    x = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        levels, sums = whole(x), bare(x)
+        for name, conv in zip(("p5", "p4", "p3", "p2"), whole.output_convs, strict=True):
+            torch.testing.assert_close(conv(sums[name]), levels[name])

@@ -14,6 +14,7 @@ from detectron2.data import transforms as T
 from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import register_coco_panoptic, register_coco_panoptic_separated
 from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.structures.masks import polygons_to_bitmask
 from detectron2.utils import comm
 from PIL import Image
 
@@ -27,7 +28,7 @@ from knet_d2.data import (
     resolve_classes,
     with_classes,
 )
-from knet_d2.data.augmentation import build_augmentations
+from knet_d2.data.augmentation import QuarterTurns, build_augmentations
 from knet_d2.data.classes import class_table, has_classes
 from knet_d2.data.repeat_factors import repeat_factors
 from knet_d2.data.sampler import TrainingBatchSampler
@@ -546,6 +547,40 @@ def test_color_augmentation_changes_colours_only(entries):
     pairs = list(zip(plain, colored, strict=True))
     assert all(torch.equal(a["ground_truth"].labels, b["ground_truth"].labels) for a, b in pairs)
     assert not any(torch.equal(a["image"], b["image"]) for a, b in pairs)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_quarter_turns_move_pixels_labels_and_polygons_alike(turns):
+    turn = QuarterTurns(5, 8, turns)
+    image = np.arange(5 * 8 * 6, dtype=np.float32).reshape(5, 8, 6)
+    assert np.array_equal(turn.apply_image(image), np.rot90(image, turns))
+    box = np.array([[1.0, 2.0], [4.0, 2.0], [4.0, 5.0], [1.0, 5.0]])  # columns 1 to 3, rows 2 to 4
+    mask = np.zeros((5, 8), bool)
+    mask[2:5, 1:4] = True
+    (polygon,) = turn.apply_polygons([box])
+    height, width = np.rot90(mask, turns).shape
+    turned = polygons_to_bitmask([polygon.flatten()], height, width)
+    assert np.array_equal(turned, np.rot90(mask, turns)) and np.array_equal(turn.apply_segmentation(mask), turned)
+
+
+def test_training_sees_all_quarter_turns_and_testing_none(entries):
+    cfg = data_cfg("panoptic", custom=(entries["coco_panoptic"],))
+    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.QUARTER_TURNS = "none", True
+    record = load_dataset(cfg.DATASETS.TRAIN[0])[0]
+    mapper = build_mapper(cfg, True)
+    np.random.seed(0)
+    examples = [mapper(record) for _ in range(40)]
+    cfg.INPUT.QUARTER_TURNS = False
+    plain = build_mapper(cfg, True)(record)
+    seen = set()
+    for x in examples:
+        same = [k for k in range(4) if torch.equal(x["image"], plain["image"].rot90(k, (1, 2)))]
+        seen.update(same)
+        assert torch.equal(x["sem_seg"], plain["sem_seg"].rot90(same[0]))
+        assert torch.equal(x["instances"].gt_masks.tensor, plain["instances"].gt_masks.tensor.rot90(same[0], (1, 2)))
+    assert seen == {0, 1, 2, 3}
+    cfg.INPUT.QUARTER_TURNS = True
+    assert not any("Quarter" in type(x).__name__ for x in build_augmentations(cfg, False))
 
 
 def test_channel_order_follows_input_format(entries):

@@ -61,6 +61,9 @@ def _add_model_config(cfg: CN) -> None:
     knet.UPDATE_HEAD.KERNEL_UPDATE = True
     # Ablation: False removes the self-attention and the feed-forward network.
     knet.UPDATE_HEAD.KERNEL_INTERACTION = True
+    # Whether the masks of a stage are those of the stage before plus the products of its kernels and the feature,
+    # instead of these products alone. Suits short training runs; official weights are without.
+    knet.UPDATE_HEAD.RESIDUAL_MASKS = False
     # Initialisation of the update heads: "xavier" (official detection models) or "default" (PyTorch's; official
     # segmentation models).
     knet.UPDATE_HEAD.INIT = "xavier"
@@ -144,6 +147,8 @@ def _add_model_config(cfg: CN) -> None:
 def _add_backbone_config(cfg: CN) -> None:
     # Of Detectron2's MODEL.RESNETS.NORM and MODEL.FPN.NORM, two names are ours: "EvalBN" (eval mode, affine weights
     # train) and "SyncBN" (plain batch norm on one process).
+    # Whether the FPN ends with a 3x3 convolution of each level; the semantic FPN begins with another one.
+    cfg.MODEL.FPN.OUTPUT_CONVS = True
     # "basic" (one 7x7 convolution) or "deeplab" (three 3x3 convolutions, ResNet-V1c).
     cfg.MODEL.RESNETS.STEM_TYPE = "basic"
     # Dilation of res4. A dilation above 1 sets the stride of res4 to 1, in the same way as RES5_DILATION for res5
@@ -188,6 +193,9 @@ def _add_input_config(cfg: CN) -> None:
     # Lowest and highest value in the image files, which the model sees as 0 and 255; [] = the range of their type: 0 to
     # 255 (8 bits), 0 to 65535 (16 bits), 0 to 1 (floats).
     cfg.INPUT.VALUE_RANGE = []
+    # Whether training images are rotated by 0, 90, 180 or 270 degrees at random: for images without an up, as those
+    # from above or of a microscope.
+    cfg.INPUT.QUARTER_TURNS = False
     # Whether training images are augmented with SSD's photometric distortion.
     cfg.INPUT.COLOR_AUG_SSD = False
     # Semantic training: no class covers more than this share of a crop (1.0 = no constraint).

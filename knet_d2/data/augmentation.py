@@ -39,8 +39,33 @@ class Resize(T.ResizeShortestEdge):
         return transform
 
 
+class QuarterTurns(T.Transform):
+    """Rotates counterclockwise by multiples of 90 degrees, so that no pixel is interpolated or lost."""
+
+    def __init__(self, height: int, width: int, turns: int):
+        super().__init__()
+        self.height, self.width, self.turns = height, width, turns % 4
+
+    def apply_image(self, img: np.ndarray) -> np.ndarray:
+        """[H, W] or [H, W, C] of any type."""
+        return np.ascontiguousarray(np.rot90(img, self.turns))
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        """Points [N, 2] as x and y."""
+        x, y = coords[:, 0], coords[:, 1]
+        turned = {0: (x, y), 1: (y, self.width - x), 2: (self.width - x, self.height - y), 3: (self.height - y, x)}
+        return np.stack(turned[self.turns], axis=1)
+
+
+class RandomQuarterTurns(T.Augmentation):
+    """Rotates by 0, 90, 180 or 270 degrees, each with the same probability."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        return QuarterTurns(image.shape[0], image.shape[1], int(self._rand_range(4)))
+
+
 def build_augmentations(cfg: CfgNode, is_train: bool) -> list:
-    """Resize (INPUT.MIN_SIZE_*, MAX_SIZE_*); in training also crop, flip and colour, in this order.
+    """Resize (INPUT.MIN_SIZE_*, MAX_SIZE_*); in training also quarter turns, crop, flip and colour, in this order.
 
     A crop is taken from the resized image, so that INPUT.CROP.SIZE is the size that the model sees.
     """
@@ -50,6 +75,8 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list:
     resize = Resize(_sizes(cfg, "MIN_SIZE_TRAIN"), *_sizes(cfg, "MAX_SIZE_TRAIN"), style)
     _, *flip = detection_utils.build_augmentation(cfg, is_train)
     augmentations = [resize]
+    if cfg.INPUT.QUARTER_TURNS:
+        augmentations.append(RandomQuarterTurns())
     if cfg.INPUT.CROP.ENABLED:
         augmentations.append(_crop(cfg))
     augmentations += flip

@@ -132,6 +132,7 @@ class KernelUpdateHead(nn.Module):
         ffn_dim: int = 2048,
         kernel_update: bool = True,
         kernel_interaction: bool = True,
+        residual_masks: bool = False,
         xavier_init: bool = True,
     ):
         """
@@ -142,10 +143,12 @@ class KernelUpdateHead(nn.Module):
             update_dim: channels that the adaptive update works on; divides ``dim``.
             num_heads, ffn_dim: attention heads and hidden width of the feed-forward network.
             kernel_update, kernel_interaction: False for the paper's ablations (Tab. 4a).
+            residual_masks: M_i = M_{i-1} + K_i * F instead of K_i * F. The stage begins to learn from M_i = M_{i-1}.
             xavier_init: initialise all matrices as the detection release does; else PyTorch's default.
         """
         super().__init__()
         self.soft_gather = soft_gather
+        self.residual_masks = residual_masks
         self.feature_transform = nn.Linear(dim, dim)
         self.kernel_update = AdaptiveKernelUpdate(update_dim) if kernel_update else LinearKernelUpdate(update_dim)
         self.interaction = (
@@ -170,6 +173,9 @@ class KernelUpdateHead(nn.Module):
         if isinstance(self.interaction, KernelInteraction):
             nn.init.zeros_(self.interaction.in_proj.bias)
             nn.init.zeros_(self.interaction.out_proj.bias)
+        if self.residual_masks:
+            nn.init.zeros_(self.mask_branch[-1].weight)
+            nn.init.zeros_(self.mask_branch[-1].bias)
         if self.class_branch is not None:
             nn.init.constant_(self.class_branch[-1].bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
 
@@ -180,15 +186,16 @@ class KernelUpdateHead(nn.Module):
             kernels: K_{i-1}, [B, N, C].
             mask_logits: M_{i-1}, [B, N, h, w]; resized bilinearly to H x W where the sizes differ.
         """
+        if mask_logits.shape[-2:] != feature.shape[-2:]:
+            mask_logits = F.interpolate(mask_logits, feature.shape[-2:], mode="bilinear", align_corners=False)
         group_features = self._gather(feature, mask_logits)
         kernels = self.interaction(self.kernel_update(group_features, kernels))
         class_logits = None if self.class_branch is None else self.class_branch(kernels)
-        return StageOutput(kernels, self._segment(feature, kernels), class_logits)
+        masks = self._segment(feature, kernels)
+        return StageOutput(kernels, mask_logits + masks if self.residual_masks else masks, class_logits)
 
     def _gather(self, feature: torch.Tensor, mask_logits: torch.Tensor) -> torch.Tensor:
         """Group features of the transformed feature F': [B, N, C]."""
-        if mask_logits.shape[-2:] != feature.shape[-2:]:
-            mask_logits = F.interpolate(mask_logits, feature.shape[-2:], mode="bilinear", align_corners=False)
         if self.soft_gather:
             weights = mask_logits.softmax(dim=1)
         else:
@@ -250,6 +257,7 @@ class KernelUpdateCascade(nn.Module):
             "ffn_dim": head.FFN_DIM,
             "kernel_update": head.KERNEL_UPDATE,
             "kernel_interaction": head.KERNEL_INTERACTION,
+            "residual_masks": head.RESIDUAL_MASKS,
             "xavier_init": head.INIT == "xavier",
         }
 

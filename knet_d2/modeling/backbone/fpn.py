@@ -22,6 +22,11 @@ def add_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     )
     for conv in fpn.lateral_convs + fpn.output_convs:
         nn.init.xavier_uniform_(conv.weight)
+    if not cfg.MODEL.FPN.OUTPUT_CONVS:
+        for name, module in list(fpn.named_children()):
+            if module in fpn.output_convs:
+                fpn.add_module(name, nn.Identity())
+        fpn.output_convs = [nn.Identity() for _ in fpn.output_convs]
     return fpn
 
 
