@@ -272,26 +272,52 @@ def test_cityscapes_panoptic(tree):
     assert_perfect(scores("panoptic", "cityscapes_fine_panoptic_val"), "panoptic_seg")
 
 
-CITYSCAPES = [("instance", "cityscapes_fine_instance_seg_val"), ("semantic", "cityscapes_fine_sem_seg_val")]
+# task, name, what a warning says of the classes that no object or pixel belongs to
+CITYSCAPES = [
+    (
+        "instance",
+        "cityscapes_fine_instance_seg_val",
+        "No instance of data set cityscapes_fine_instance_seg_val is of the classes rider, truck, bus, train, "
+        "motorcycle, bicycle.",
+    ),
+    (
+        "semantic",
+        "cityscapes_fine_sem_seg_val",
+        "No pixel of data set cityscapes_fine_sem_seg_val is of the classes sidewalk, building, wall, fence, pole, "
+        "traffic light, traffic sign, vegetation, terrain, rider and 5 more.",
+    ),
+]
 
 
-@pytest.mark.parametrize("task, name", CITYSCAPES)
-def test_cityscapes_instances_and_label_maps(tree, task, name):
+def absent_classes(caplog):
+    return [x for x in caplog.messages if "is of the classes" in x]
+
+
+@pytest.mark.parametrize("task, name, absent", CITYSCAPES)
+def test_cityscapes_instances_and_label_maps(tree, task, name, absent, caplog):
     pytest.importorskip("cityscapesscripts")
     write_cityscapes(tree, "val")
     assert_perfect(scores(task, name), "segm" if task == "instance" else "sem_seg")
+    assert absent_classes(caplog) == [absent]
 
 
-def test_lvis(tree):
+def test_lvis(tree, caplog):
     pytest.importorskip("lvis")
     write_lvis(tree, "val")
     assert_perfect(scores("instance", "lvis_v1_val"), "bbox", "segm")
+    (absent,) = absent_classes(caplog)  # "almond" and the last class have instances
+    names = "aerosol_can, air_conditioner, airplane, alarm_clock, alcohol, alligator, ambulance, amplifier"
+    assert absent.startswith(f"No instance of data set lvis_v1_val is of the classes {names}, ")
+    assert absent.endswith(" and 1191 more.")
 
 
 def test_missing_packages_are_named(tree, monkeypatch):
     write_lvis(tree, "val")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for task, name, package in (*((*x, "cityscapesscripts") for x in CITYSCAPES), ("instance", "lvis_v1_val", "lvis")):
+    for task, name, package in (
+        *((*x[:2], "cityscapesscripts") for x in CITYSCAPES),
+        ("instance", "lvis_v1_val", "lvis"),
+    ):
         with pytest.raises(ConfigError, match=f"{name} is evaluated by .* pip install {package}"):
             build_evaluators(data_cfg(task, name), name)
 

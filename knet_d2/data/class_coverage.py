@@ -15,7 +15,7 @@ from .mapper import build_mapper
 
 logger = logging.getLogger(__name__)
 
-# Label maps that are read when a training run starts, unless all classes are found in fewer.
+# Label maps that are read to find the classes of a data set, unless all classes are found in fewer.
 _MOST_LABEL_MAPS = 300
 # Names in one warning
 _MOST_NAMES = 10
@@ -53,14 +53,22 @@ def warn_of_absent_classes(data: str, unit: str, names: Sequence[str], occurring
         logger.warning("No %s of data set %s is of the classes %s%s.%s", unit, data, listed, more, nothing)
 
 
-def warn_before_training(records: list[dict[str, Any]], cfg: CfgNode) -> None:
-    """Warn of the model's classes that do not occur in the training data.
+def warn_of_absent_classes_in(records: list[dict[str, Any]], names: Sequence[str], cfg: CfgNode) -> None:
+    """Warn of the model's classes that do not occur in data sets.
 
     Annotations of objects are counted in the records. Label maps are read from all parts of the data sets, until each
     class is found, at most _MOST_LABEL_MAPS.
+
+    Args:
+        records: all records of the data sets; those without ground truth are left out.
+        names: names of the data sets.
+        cfg: the config, with its classes resolved.
     """
     mapper, task, knet = build_mapper(cfg, is_train=True), get_task(cfg), cfg.MODEL.KNET
     num_classes = knet.NUM_THING_CLASSES + knet.NUM_STUFF_CLASSES
+    records = [record for record in records if mapper.has_ground_truth(record)]
+    if not records:
+        return
     occurring: set[int] = set()
     for record in records:
         if len(occurring) == num_classes:
@@ -68,7 +76,7 @@ def warn_before_training(records: list[dict[str, Any]], cfg: CfgNode) -> None:
         with contextlib.suppress(KNetError):  # the loader raises this error when training reads the image
             occurring |= mapper.annotated_classes(record)
     with_label_maps = [record for record in records if mapper.reads_label_map(record)]
-    data, number = ", ".join(cfg.DATASETS.TRAIN), min(len(with_label_maps), _MOST_LABEL_MAPS)
+    data, number = ", ".join(names), min(len(with_label_maps), _MOST_LABEL_MAPS)
     if number < len(with_label_maps):
         data += f" ({number} of {len(with_label_maps)} label maps are read for this)"
     for i in np.linspace(0, len(with_label_maps) - 1, number).astype(int):
@@ -76,12 +84,12 @@ def warn_before_training(records: list[dict[str, Any]], cfg: CfgNode) -> None:
             break
         with contextlib.suppress(KNetError):
             occurring |= mapper.label_map_classes(with_label_maps[i])
-    warn_of_absent_classes(data, unit_of(task), _class_names(cfg), occurring)
+    warn_of_absent_classes(data, unit_of(task), _class_names(names[0], cfg), occurring)
 
 
-def _class_names(cfg: CfgNode) -> list[str]:
-    """Names of the model's classes in the metadata of the first training set; the ids where it has none."""
-    metadata, names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]), []
+def _class_names(data_set: str, cfg: CfgNode) -> list[str]:
+    """Names of the model's classes in the metadata of a data set; the ids where it has none."""
+    metadata, names = MetadataCatalog.get(data_set), []
     for kind, ids in (("thing", cfg.MODEL.KNET.THING_CATEGORY_IDS), ("stuff", cfg.MODEL.KNET.STUFF_CATEGORY_IDS)):
         known = dict(enumerate(metadata.get(f"{kind}_classes") or ()))
         names += [known.get(i, str(i)) for i in ids]

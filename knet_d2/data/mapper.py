@@ -121,6 +121,10 @@ class KNetDatasetMapper:
         result.update(self._read_example(record, image))
         return result
 
+    def has_ground_truth(self, record: dict[str, Any]) -> bool:
+        """Whether a record has all that the task learns from."""
+        return self._has_own(record) or self._is_read_from_png(record)
+
     def annotated_classes(self, record: dict[str, Any]) -> set[int]:
         """Return the classes of the instances or segments of a record, without crowds that training ignores.
 
@@ -163,14 +167,13 @@ class KNetDatasetMapper:
 
     def _read_example(self, record: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
         needed, size = self.task.annotations, image.shape[:2]
-        from_png = self._is_read_from_png(record)
-        if not (self._has_own(record) or from_png):
+        if not self.has_ground_truth(record):
             raise DataError(
                 f"Image {record['file_name']} has no ground truth for MODEL.KNET.TASK {self.task.name!r}, which needs "
                 f"{self.task.annotation_files}. Choose another data set (DATASETS.TRAIN) or task."
             )
         png = index = labels = None
-        if from_png:
+        if self._is_read_from_png(record):
             png, index = read_panoptic_segments(record, size)
         if "sem_seg" in needed:
             labels = self._read_label_map(record, size) if index is None else self._segment_labels(record, index)

@@ -1,5 +1,6 @@
 """Selects the evaluators of a data set by its evaluator_type and the outputs of the model."""
 
+import contextlib
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -15,11 +16,13 @@ from detectron2.evaluation import (
     DatasetEvaluators,
     LVISEvaluator,
 )
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..data import load_dataset
+from ..data.class_coverage import warn_of_absent_classes_in
 from ..data.classes import loaded_metadata
-from ..errors import ConfigError
+from ..errors import ConfigError, KNetError
 from ..setup.compat import replaced
 from ..tasks import get_task
 from ..video.evaluators import VideoInstanceEvaluator, VideoPanopticEvaluator
@@ -143,6 +146,10 @@ EVALUATORS: dict[str, dict[str, tuple[str, Builder]]] = {
 }
 
 
+# Evaluators that warn of classes which do not occur in what they evaluate; the ground truth of others is searched for
+# them.
+_KNOW_ABSENT_CLASSES = (InstanceEvaluator, PanopticEvaluator, SemanticEvaluator)
+
 # Output of the model -> metric by which model_best.pth is chosen
 _BEST_METRICS = {"panoptic_seg": "panoptic_seg/PQ", "instances": "segm/AP", "sem_seg": "sem_seg/mIoU"}
 
@@ -151,6 +158,8 @@ _BEST_VIDEO_METRICS = {"panoptic_seg": "video_panoptic/STQ", "instances": "video
 
 def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> list[DatasetEvaluator]:
     """Build the evaluators of a data set for the outputs of a config's model.
+
+    Classes of the model that do not occur in the data set are told by a warning, here or at the end of the evaluation.
 
     Args:
         cfg: the config, with its classes resolved.
@@ -185,6 +194,9 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None 
             f"{', '.join(EVALUATORS[kind])}, but the model has the outputs {', '.join(outputs)}. Choose a data set for "
             f"MODEL.KNET.TASK = {cfg.MODEL.KNET.TASK!r}, or change MODEL.KNET.TEST.OUTPUTS."
         )
+    if comm.is_main_process() and not any(isinstance(x, _KNOW_ABSENT_CLASSES) for x in evaluators):
+        with contextlib.suppress(KNetError):  # the loader raises it when the evaluation starts
+            warn_of_absent_classes_in(load_dataset(dataset_name, "DATASETS.TEST"), [dataset_name], cfg)
     return evaluators
 
 
