@@ -181,10 +181,10 @@ def test_panoptic_maps_without_a_segment(root):
 
 
 def test_rle_whose_size_is_swapped(tmp_path):
-    """Its counts add up, but the mask is another one: whether they run along rows or columns can't be told."""
+    """Without a box that tells which mask is meant, this is an error: the counts fit both sizes."""
     (tmp_path / "images").mkdir()
     Image.new("RGB", (20, 10)).save(tmp_path / "images" / "a.png")
-    annotation = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 100, "bbox": [5, 0, 10, 10]}
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 100, "bbox": [0, 0, 4, 4]}
     content = {
         "images": [{"id": 1, "file_name": "a.png", "height": 10, "width": 20}],
         "annotations": [{**annotation, "segmentation": {"size": [20, 10], "counts": [50, 100, 50]}}],
@@ -193,6 +193,10 @@ def test_rle_whose_size_is_swapped(tmp_path):
     (tmp_path / "instances.json").write_text(json.dumps(content))
     (fault,) = check(custom_entry("coco_instance", str(tmp_path))).faults
     assert fault.kind == "bad RLE" and "size is [20, 10], but the image has [10, 20]" in fault.what
+    content["annotations"][0]["bbox"] = [5, 0, 10, 10]
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    (fault,) = check(custom_entry("coco_instance", str(tmp_path))).faults
+    assert fault.kind == "read as meant" and "its size is swapped" in fault.what
     content["annotations"][0]["segmentation"]["size"] = [10, 20]
     (tmp_path / "instances.json").write_text(json.dumps(content))
     assert check(custom_entry("coco_instance", str(tmp_path))).faults == []

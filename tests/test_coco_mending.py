@@ -8,10 +8,11 @@ import logging
 import os
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import yaml
 from data_helpers import data_cfg, unique_name
-from dataset_trees import compressed, instances_json, uncompressed, write_images, write_panoptic
+from dataset_trees import SIZE, compressed, instances_json, uncompressed, write_images, write_panoptic
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -20,6 +21,7 @@ from test_oracle import assert_perfect, scores
 from knet_d2.data import load_dataset
 from knet_d2.data.check import check_datasets
 from knet_d2.data.coco_mending import mend_coco
+from knet_d2.data.segmentation import read_rle
 from knet_d2.errors import DataError
 from knet_d2.programs import check_dataset
 
@@ -107,6 +109,60 @@ MEANT = {
     "an image twice": (lambda c: c["images"].append(dict(c["images"][1])), "an image is listed more than once", 1),
     "an image with two ids": (_two_entries, "an image is listed more than once", 1),
 }
+
+
+def _swapped_size(content):
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = {**annotation["segmentation"], "size": list(SIZE[::-1])}
+
+
+def _transposed(content):
+    for annotation in content["annotations"]:
+        rle = annotation["segmentation"]
+        if isinstance(rle["counts"], list):
+            rle = mask_util.frPyObjects(rle, *rle["size"])
+        rle = mask_util.encode(np.asfortranarray(mask_util.decode(rle).T))
+        annotation["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+@pytest.mark.parametrize("form", [compressed, uncompressed])
+@pytest.mark.parametrize(("change", "what"), [(_swapped_size, "its size is swapped"), (_transposed, "transposed")])
+def test_run_lengths_whose_size_is_swapped(tmp_path, form, change, what):
+    """The runs fit both sizes of an image that is not square. The boxes tell which mask is meant."""
+    content = instances_json(form)
+    change(content)
+    assert content["annotations"][0]["segmentation"]["size"] == [128, 64]
+    del content["annotations"][1]["bbox"]  # is read as the others are
+    entry = _entry(tmp_path, content)
+    faults = check_datasets(data_cfg("instance", custom=(entry,), resolve=False)).faults
+    assert {x.kind for x in faults} == {"read as meant"} and what in faults[0].what and "(8 places" in faults[0].what
+    masks, expected = (
+        [mask_util.decode(read_rle(x["segmentation"])) for x in annotations]
+        for annotations in ([y for x in _records(entry) for y in x["annotations"]], instances_json(form)["annotations"])
+    )
+    assert len(masks) == 8 and all(np.array_equal(a, b) for a, b in zip(masks, expected, strict=True))
+    assert_perfect(scores("instance", entry["name"], (entry,)), "bbox", "segm")
+
+
+def test_run_lengths_whose_size_is_swapped_stay_an_error_without_boxes_that_tell():
+    def mended(change):
+        content = instances_json(uncompressed)
+        _swapped_size(content)
+        change(content["annotations"])
+        return [x for x in mend_coco(content, None) if "swapped" in x.what]
+
+    def moved(annotations):
+        annotations[3]["bbox"][0] += 40
+
+    def without_boxes(annotations):
+        for annotation in annotations:
+            del annotation["bbox"]
+
+    def damaged(annotations):
+        annotations[0]["segmentation"]["counts"].append(1)
+
+    assert mended(lambda annotations: None)
+    assert mended(moved) == mended(without_boxes) == mended(damaged) == []
 
 
 def _text(content, encoding):

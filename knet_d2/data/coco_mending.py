@@ -7,19 +7,19 @@ Only what has one meaning is changed; everything else stays as it is and is an e
 import contextlib
 import contextvars
 import logging
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.utils.file_io import PathManager
 
 from ..errors import DataError
 from .files import image_size
-from .segmentation import SegmentationError, check_segmentation, is_same_box, read_segmentation
+from .segmentation import SegmentationError, check_segmentation, is_number, is_same_box, read_rle, read_segmentation
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,9 @@ def mend_coco(content: Any, image_root: str | None) -> list[Mend]:
         _merge_images(content, images, annotations, is_panoptic, log)
     if not is_panoptic:
         sizes = _hashable({x.get("id"): (x.get("height"), x.get("width")) for x in images if _is_id(x.get("id"))})
-        for annotation in _mappings(content.get("annotations")):
+        annotations = _mappings(content.get("annotations"))
+        _mend_swapped_sizes(annotations, sizes, log)
+        for annotation in annotations:
             _mend_polygons(annotation, log)
             _complete(annotation, sizes, log)
     return log.all()
@@ -276,6 +278,59 @@ def _mend_polygons(annotation: dict[str, Any], log: _Log) -> None:
         log.add(what, _place(annotation, "annotation"))
 
 
+def _mend_swapped_sizes(annotations: list[dict[str, Any]], sizes: dict[Any, tuple[int, int]], log: _Log) -> None:
+    """Read RLE whose size is [width, height] of its image, if the boxes tell which mask is meant.
+
+    Either the runs are those of the mask and only the size is swapped, or the whole mask is transposed. The runs fit
+    both sizes. What is meant is the one reading whose boxes are the stated ones in the whole file.
+    """
+    swapped = [x for x in annotations if _has_swapped_size(x, sizes)]
+    readings = {_with_size: "its size is swapped", _transposed: "its mask is transposed"}
+    try:
+        fitting = [
+            (read, how)
+            for read, how in readings.items()
+            if all(
+                is_same_box(x["bbox"], mask_util.toBbox(read(x["segmentation"])).tolist())
+                for x in swapped
+                if _is_box(x.get("bbox"))
+            )
+        ]
+        if not swapped or len(fitting) != 1:
+            return
+        ((read, how),) = fitting
+        for annotation in swapped:
+            annotation["segmentation"] = read(annotation["segmentation"])
+            what = f"RLE of size [width, height]; by the boxes, {how}; read as such"
+            log.add(what, _place(annotation, "annotation"))
+    except SegmentationError:
+        return  # the reader reports it
+
+
+def _has_swapped_size(annotation: dict[str, Any], sizes: dict[Any, tuple[int, int]]) -> bool:
+    size = sizes.get(annotation["image_id"]) if _is_id(annotation.get("image_id")) else None
+    segmentation = annotation.get("segmentation")
+    if size is None or size[0] == size[1] or not isinstance(segmentation, dict):
+        return False
+    return segmentation.get("size") == [size[1], size[0]]
+
+
+def _with_size(segmentation: dict[str, Any]) -> dict[str, Any]:
+    """RLE with the same runs and the sides of its size exchanged."""
+    return _with_text(read_rle({**segmentation, "size": segmentation["size"][::-1]}))
+
+
+def _transposed(segmentation: dict[str, Any]) -> dict[str, Any]:
+    mask = mask_util.decode(read_rle(segmentation))
+    return _with_text(mask_util.encode(np.asfortranarray(mask.T)))
+
+
+def _with_text(rle: dict[str, Any]) -> dict[str, Any]:
+    """RLE as JSON has it."""
+    counts = rle["counts"]
+    return {"size": list(rle["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
+
+
 def _complete(annotation: dict[str, Any], sizes: dict[Any, tuple[int, int]], log: _Log) -> None:
     """Compute the box and the area from the mask where they are missing, and the box where it has a margin."""
     size = sizes.get(annotation["image_id"]) if _is_id(annotation.get("image_id")) else None
@@ -308,12 +363,16 @@ def _box_of(segmentation: Any, height: int, width: int) -> list[float]:
     return [left, top, right - left, bottom - top]
 
 
+def _is_box(x: Any) -> bool:
+    numbers = isinstance(x, list) and len(x) == 4 and all(type(side) in (int, float) for side in x)
+    return numbers and all(map(is_number, x))
+
+
 def _fault_of_box(stated: Any, box: list[float]) -> str:
     """What is wrong with a stated box whose meaning is clear; "" if nothing is, or if it means something else."""
     if stated is None or stated == []:
         return "bbox is missing"
-    numbers = isinstance(stated, list) and len(stated) == 4 and all(type(x) in (int, float) for x in stated)
-    if not numbers or not all(map(math.isfinite, stated)) or is_same_box(stated, box) or not min(box[2:]) > 0:
+    if not _is_box(stated) or is_same_box(stated, box) or not min(box[2:]) > 0:
         return ""
     x, y, right, bottom = stated
     if is_same_box([x, y, right - x, bottom - y], box):

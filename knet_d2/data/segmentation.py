@@ -53,7 +53,7 @@ def check_coordinates(polygon: Any) -> None:
     except (TypeError, OverflowError):
         is_finite = False
     if not is_finite:
-        wrong = next((x for x in polygon if not _is_finite(x)), polygon)
+        wrong = next((x for x in polygon if not is_number(x)), polygon)
         raise SegmentationError("bad polygon", f"the coordinate {str(wrong)[:40]} is not a number")
     if max(high, -low) > _LARGEST_COORDINATE:
         raise SegmentationError("bad polygon", f"it has coordinates from {low} to {high}")
@@ -64,7 +64,8 @@ def check_coordinates(polygon: Any) -> None:
             raise SegmentationError("bad polygon", f"its outline is {length:.0f} pixels long")
 
 
-def _is_finite(x: Any) -> bool:
+def is_number(x: Any) -> bool:
+    """Whether a value from a file is a number that a float can hold."""
     try:
         return math.isfinite(x)
     except (TypeError, OverflowError):
