@@ -1,6 +1,5 @@
 """Images of 8 and 16 bits, of floats, of one, three and more channels, from the file to the exported model."""
 
-import itertools
 import json
 import random
 import struct
@@ -439,28 +438,20 @@ def test_detectron2s_predictor_takes_arrays_of_every_type(tmp_path):
 
 # ---- whole runs --------------------------------------------------------------------------------------------------
 
-# Task, INPUT.FORMAT, INPUT.VALUE_RANGE, and what the images are turned into, one kind after the other
+# Task, INPUT.FORMAT, INPUT.VALUE_RANGE, the suffix of the files and what their images are turned into
 KINDS = {
-    "16 bits, floats": (
-        "instance",
-        "RGB",
-        [],
-        {
-            ".png": lambda x: as_bgr(x.astype(np.uint16) * 257 + (x < 255) * np.uint16(11)),
-            ".tif": lambda x: as_bgr((x / 256).astype(np.float32)),
-        },
+    "16 bits": (
+        *("instance", "RGB", [], ".png"),
+        lambda x: as_bgr(x.astype(np.uint16) * 257 + (x < 255) * np.uint16(11)),
     ),
+    "floats": ("instance", "RGB", [], ".tif", lambda x: as_bgr((x / 256).astype(np.float32))),
     "one channel of 12 bits": (
-        "semantic",
-        "L",
-        [0, 4095],
-        {".png": lambda x: x.mean(axis=2).astype(np.uint16) * 16},
+        *("semantic", "L", [0, 4095], ".png"),
+        lambda x: x.mean(axis=2).astype(np.uint16) * 16,
     ),
     "five channels": (
-        "semantic",
-        "5-channel",
-        [0.0, 500.0],
-        {".npy": lambda x: x[:, :, [0, 1, 2, 1, 0]] * np.float32(1.7)},
+        *("semantic", "5-channel", [0.0, 500.0], ".npy"),
+        lambda x: x[:, :, [0, 1, 2, 1, 0]] * np.float32(1.7),
     ),
 }
 
@@ -470,9 +461,9 @@ def test_a_data_set_from_training_to_onnxruntime(tmp_path, kind):
     """Checked, trained, evaluated, drawn, predicted, and exported with the same results at other sizes, too."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    task, name, value_range, conversions = KINDS[kind]
+    task, name, value_range, suffix, convert = KINDS[kind]
     write_shapes(str(tmp_path), 4, seed=5, size=64)
-    config = _converted(tmp_path, task, conversions)
+    config = _converted(tmp_path, task, suffix, convert)
     channels = PixelFormat(name).channels
     options = ["INPUT.FORMAT", name, "INPUT.VALUE_RANGE", str(value_range), "OUTPUT_DIR", str(tmp_path / "out")]
     options += ["MODEL.PIXEL_MEAN", str([110.0] * channels), "MODEL.PIXEL_STD", str([60.0] * channels)]
@@ -554,11 +545,10 @@ class _Spy:
         return self._session.run(names, inputs)
 
 
-def _converted(folder, task, conversions):
-    """The data set with its images in other types; the path of the config."""
-    kinds = itertools.cycle(conversions.items())
+def _converted(folder, task, suffix, convert):
+    """The data set with its images in another type; the path of the config."""
     content = json.loads((folder / "instances.json").read_text())
-    for image, (suffix, convert) in zip(content["images"], kinds):
+    for image in content["images"]:
         path = folder / "images" / image["file_name"]
         target = path.with_suffix(suffix)
         image["file_name"] = target.name
