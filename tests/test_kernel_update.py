@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import sigmoid, slow_bilinear, tiny_config
+from helpers import sigmoid, tiny_config
 from torch import nn
 
 from knet_d2.errors import ConfigError
@@ -128,8 +128,8 @@ def make_head(*, soft=False, dim=8, seed=0, **options):
     return randomized(KernelUpdateHead(dim=dim, soft_gather=soft, **arguments), seed)
 
 
-def make_inputs(dim=8, size=(4, 6), mask_size=None, seed=3):
-    masks = random(B, N, *(mask_size or size), seed=seed)
+def make_inputs(dim=8, size=(4, 6), seed=3):
+    masks = random(B, N, *size, seed=seed)
     masks[0, 0, 0, :2] = 0  # sigmoid(0) is not above 0.5
     return random(B, dim, *size, seed=seed + 1), random(B, N, dim, seed=seed + 2), masks
 
@@ -192,18 +192,6 @@ def test_logits_of_exactly_zero_are_outside_of_hard_masks():
     result = recorded_group_features(head, feature, kernels, masks)
     np.testing.assert_array_equal(result, recorded_group_features(head, feature, kernels, outside))
     assert np.abs(result - recorded_group_features(head, feature, kernels, inside)).max() > 0.1
-
-
-@pytest.mark.parametrize("mask_size", [(2, 3), (8, 12)])
-def test_masks_of_another_size_are_resized_to_the_feature(mask_size):
-    head, (feature, kernels, masks) = make_head(), make_inputs(mask_size=mask_size)
-    result = recorded_group_features(head, feature, kernels, masks)
-    resized = np.array([[slow_bilinear(m, (4, 6)) for m in image] for image in masks])
-    assert np.abs(resized[resized != 0]).min() > 1e-9  # no sign depends on rounding
-    for b in range(B):
-        weights = slow_weights(resized[b], soft=False)
-        expected = slow_group_features(weights, slow_transform(head, array(feature[b])))
-        np.testing.assert_allclose(result[b], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_masks_are_dynamic_kernels_on_the_transformed_feature():

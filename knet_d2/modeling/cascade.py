@@ -184,7 +184,7 @@ class KernelUpdateHead(nn.Module):
         Args:
             feature: F, [B, C, H, W].
             kernels: K_{i-1}, [B, N, C].
-            mask_logits: M_{i-1}, [B, N, h, w]; resized bilinearly to H x W where the sizes differ.
+            mask_logits: M_{i-1}, [B, N, H, W].
         """
         if mask_logits.shape[-2:] != feature.shape[-2:]:
             mask_logits = F.interpolate(mask_logits, feature.shape[-2:], mode="bilinear", align_corners=False)
