@@ -78,7 +78,7 @@ def mends_not_logged() -> Iterator[None]:
         _reported_by_caller.reset(token)
 
 
-class _Log:
+class MendLog:
     """Collects changes, and counts those with the same description."""
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ def mend_coco(content: Any, image_root: str | None) -> list[Mend]:
     """
     if not isinstance(content, dict):
         return []
-    log = _Log()
+    log = MendLog()
     images, annotations, categories = (_mappings(content.get(key)) for key in ("images", "annotations", "categories"))
     segments = [x for annotation in annotations for x in _mappings(annotation.get("segments_info"))]
     kinds = {"image": images, "category": categories, "annotation": annotations, "segment": segments}
@@ -158,7 +158,7 @@ def _whole(x: Any) -> Any:
     return x
 
 
-def _mend_floats(item: dict[str, Any], what: str, log: _Log) -> None:
+def _mend_floats(item: dict[str, Any], what: str, log: MendLog) -> None:
     for key in ("id", "image_id", "category_id"):
         value = item.get(key)
         if isinstance(value, float) and _whole(value) is not value:
@@ -166,7 +166,7 @@ def _mend_floats(item: dict[str, Any], what: str, log: _Log) -> None:
             log.add("an id is a number with a decimal point; read as a whole number", _place(item, what))
 
 
-def _mend_references(items: Iterable[dict[str, Any]], key: str, named: list[dict[str, Any]], log: _Log) -> None:
+def _mend_references(items: Iterable[dict[str, Any]], key: str, named: list[dict[str, Any]], log: MendLog) -> None:
     """Where ids are text in one place and numbers in another, read a reference as the id that it names."""
     ids = {x["id"] for x in named if _is_id(x.get("id"))}
     by_number: dict[Any, Any] = {}
@@ -180,14 +180,14 @@ def _mend_references(items: Iterable[dict[str, Any]], key: str, named: list[dict
             log.add(what, _place(item, "annotation"))
 
 
-def _mend_crowd(item: dict[str, Any], what: str, log: _Log, required: bool) -> None:
+def _mend_crowd(item: dict[str, Any], what: str, log: MendLog, required: bool) -> None:
     crowd = item.get("iscrowd", 0 if not required else None)
     if crowd is None or isinstance(crowd, bool):
         item["iscrowd"] = int(bool(crowd))
         log.add("iscrowd is missing, null, true or false; read as 0 or 1", _place(item, what))
 
 
-def _mend_size(image: dict[str, Any], image_root: str | None, log: _Log) -> None:
+def _mend_size(image: dict[str, Any], image_root: str | None, log: MendLog) -> None:
     for side in _SIDES:
         value = image.get(side)
         if isinstance(value, (str, float)) and type(_whole(value)) is int:
@@ -203,7 +203,7 @@ def _mend_size(image: dict[str, Any], image_root: str | None, log: _Log) -> None
     log.add("height or width is missing; read from the image file", _place(image, "image"))
 
 
-def _mend_names(images: list[dict[str, Any]], image_root: str, log: _Log) -> None:
+def _mend_names(images: list[dict[str, Any]], image_root: str, log: MendLog) -> None:
     """Find files whose names have backslashes, %-codes, or folders of another computer."""
     names = {x["file_name"] for x in images if isinstance(x.get("file_name"), str)}
     found = {}
@@ -230,7 +230,7 @@ def _other_names(name: str) -> Iterator[str]:
 
 
 def _merge_images(
-    content: dict[str, Any], images: list[dict], annotations: list[dict], is_panoptic: bool, log: _Log
+    content: dict[str, Any], images: list[dict], annotations: list[dict], is_panoptic: bool, log: MendLog
 ) -> None:
     """Make one image of entries with the same file and size; their annotations become those of the first entry."""
     first: dict[tuple, dict[str, Any]] = {}
@@ -267,7 +267,7 @@ def _merge_images(
     content["annotations"] = remaining
 
 
-def _mend_polygons(annotation: dict[str, Any], log: _Log) -> None:
+def _mend_polygons(annotation: dict[str, Any], log: MendLog) -> None:
     polygons = annotation.get("segmentation")
     if not isinstance(polygons, list) or not all(isinstance(x, list) for x in polygons):
         return
@@ -278,7 +278,7 @@ def _mend_polygons(annotation: dict[str, Any], log: _Log) -> None:
         log.add(what, _place(annotation, "annotation"))
 
 
-def _mend_swapped_sizes(annotations: list[dict[str, Any]], sizes: dict[Any, tuple[int, int]], log: _Log) -> None:
+def _mend_swapped_sizes(annotations: list[dict[str, Any]], sizes: dict[Any, tuple[int, int]], log: MendLog) -> None:
     """Read RLE whose size is [width, height] of its image, if the boxes tell which mask is meant.
 
     Either the runs are those of the mask and only the size is swapped, or the whole mask is transposed. The runs fit
@@ -331,7 +331,7 @@ def _with_text(rle: dict[str, Any]) -> dict[str, Any]:
     return {"size": list(rle["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
 
 
-def _complete(annotation: dict[str, Any], sizes: dict[Any, tuple[int, int]], log: _Log) -> None:
+def _complete(annotation: dict[str, Any], sizes: dict[Any, tuple[int, int]], log: MendLog) -> None:
     """Compute the box and the area from the mask where they are missing, and the box where it has a margin."""
     size = sizes.get(annotation["image_id"]) if _is_id(annotation.get("image_id")) else None
     segmentation = annotation.get("segmentation")

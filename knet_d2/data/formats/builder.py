@@ -13,7 +13,7 @@ import yaml
 from detectron2.utils.file_io import PathManager
 
 from ...errors import DataError
-from ..coco_mending import Mend
+from ..coco_mending import MendLog
 from ..files import ARRAY_TYPE, IMAGE_TYPES, files_below
 
 ONE_CLASS = "object"
@@ -45,6 +45,7 @@ class Builder:
 
     Attributes:
         errors: what can't be read.
+        notes: what is read in another way than it is written.
     """
 
     def __init__(self, images: str, classes: Sequence[str] | str | None = None) -> None:
@@ -59,24 +60,20 @@ class Builder:
         self.root = images
         self.classes = None if classes is None else class_names(classes)
         self.errors: list[Problem] = []
+        self.notes = MendLog()
         self._images: list[dict[str, Any]] = []
         self._objects: list[dict[str, Any]] = []
-        self._notes: dict[str, Mend] = {}
 
     def error(self, where: Place, what: Any) -> None:
-        """Add what can't be read at a place; what: the rest of a sentence whose subject is the place."""
+        """Add a place that can't be read; ``what`` is the rest of a sentence whose subject is the place."""
         self.errors.append(Problem(*where, str(what)))
 
-    def note(self, what: str, first: str) -> None:
-        """Count what is read in another way than it is written."""
-        earlier = self._notes.get(what, Mend(what, first, 0))
-        self._notes[what] = earlier._replace(places=earlier.places + 1)
-
-    def notes(self) -> list[Mend]:
-        return list(self._notes.values())
-
     def image_files(self) -> list[tuple[str, str]]:
-        """The images as (path below the folder without ending, file name below the folder); a name occurs once."""
+        """The images as (path below the folder without ending, path below the folder).
+
+        Raises:
+            DataError: there is no image, or two images differ only in the ending.
+        """
         found: dict[str, str] = {}
         for stem, path in files_below(self.root, (*IMAGE_TYPES, ARRAY_TYPE)):
             other = found.setdefault(stem, path)

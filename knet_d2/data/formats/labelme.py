@@ -51,11 +51,11 @@ def read_labelme(entry: dict[str, Any], builder: Builder) -> None:
                 builder.error(where, f"lacks {error}" if isinstance(error, KeyError) else error)
     for _, path in files_below(builder.root, (*IMAGE_TYPES, ARRAY_TYPE)):
         if path not in known:
-            builder.note("an image has no JSON file; left out", path)
+            builder.notes.add("an image has no JSON file; left out", path)
 
 
 def _objects(shapes: list[Any]) -> dict[tuple, list[tuple[int, dict]]]:
-    """The shapes of each object by (label, group or number): lists of (number, shape)."""
+    """Group the shapes to objects: (label, its group or number) -> (number, shape) of each part."""
     objects: dict[tuple, list[tuple[int, dict]]] = {}
     for number, shape in enumerate(shapes):
         shape = shape if isinstance(shape, dict) else {}
@@ -66,7 +66,11 @@ def _objects(shapes: list[Any]) -> dict[tuple, list[tuple[int, dict]]]:
 
 
 def _image_file(root: str, stem: str, stated: Any) -> str:
-    """The image of a JSON file, below root: the stated name in the folder of the JSON, else the name of the JSON."""
+    """Find the image of a JSON file, as a path below root.
+
+    It is in the folder of the JSON, with the stated name or else with the name of the JSON. If there is no such file,
+    the first of these names is returned, so that reading the image names it.
+    """
     folder = os.path.dirname(stem)
     names = [re.split(r"[\\/]", stated)[-1]] if isinstance(stated, str) and stated else []
     names += [os.path.basename(stem) + ending for ending in (*IMAGE_TYPES, ARRAY_TYPE)]
@@ -93,7 +97,7 @@ def _part(shape: dict[str, Any], size: tuple[int, int] | None) -> Any:
             raise ValueError("a mask needs imageHeight and imageWidth")
         content = base64.b64decode(shape["mask"])
         image = Image.open(io.BytesIO(content), formats=("PNG",))
-        if image.width > size[1] or image.height > size[0]:  # nothing is decoded before this
+        if image.width > size[1] or image.height > size[0]:  # the header alone has been read so far
             raise ValueError("the mask is larger than the image")
         crop = np.asarray(image.convert("L")) > 0
         left, top = (round(min(points[i::2])) for i in (0, 1))

@@ -11,7 +11,7 @@ from ...errors import DataError
 from ..files import color_code, files_below, read_colors, read_labels
 from .builder import ONE_CLASS, Builder, Place, class_names, read_text
 
-# Of an image; a photo has more values
+# Most objects in one PNG. A photo in place of the PNG has more values than this.
 _MOST_OBJECTS = 20_000
 # Colour of the border of objects in Pascal VOC
 _BORDER = (224, 224, 192)
@@ -69,7 +69,7 @@ def read_png_per_instance(entry: dict[str, Any], builder: Builder) -> None:
             builder.error(Place(path), f"is the mask of no image in {builder.root}")
     for stem, file_name in images.items():
         if not of_image[stem]:
-            builder.note("an image has no masks; read as an image without objects", file_name)
+            builder.notes.add("an image has no masks; read as an image without objects", file_name)
         image_id = builder.add_image(file_name)
         for name, path in of_image[stem]:
             values = read_labels(path)
@@ -77,7 +77,13 @@ def read_png_per_instance(entry: dict[str, Any], builder: Builder) -> None:
 
 
 def _owner(mask: str, images: Mapping[str, str], of_folder: Mapping[str, str]) -> tuple[str | None, str]:
-    """The image of a mask, and the folders between the image's folder of masks and the mask."""
+    """Find the image that a mask belongs to (None: there is none), and the folders that name the mask's class.
+
+    Args:
+        mask: path of the mask below its folder, without ending.
+        images: keys are the images' paths without ending.
+        of_folder: folder of masks -> the one image whose masks are there.
+    """
     *folders, name = mask.split("/")
     for i in range(len(folders), 0, -1):
         folder = "/".join(folders[:i])
@@ -173,7 +179,7 @@ def _rgb(code: int) -> tuple[int, int, int]:
 
 
 def _paired(builder: Builder, root: str) -> Iterable[tuple[str, str]]:
-    """(file name of an image, path of its PNG); an image without a PNG is an error."""
+    """Yield the file name of each image and the path of its PNG; images without a PNG become errors of the builder."""
     files = dict(files_below(root, (".png",)))
     if not files:
         raise DataError(f"{root}: this folder has no PNGs. Correct the path in DATASETS.CUSTOM.")

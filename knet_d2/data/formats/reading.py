@@ -1,4 +1,4 @@
-"""The table of readers, and what is done with what each of them reads."""
+"""The table of readers, and the steps that follow every reader: ids, sizes, boxes, areas and checks."""
 
 import os
 from collections.abc import Callable
@@ -65,8 +65,8 @@ class Annotations(NamedTuple):
 
     Attributes:
         content: of a COCO instances JSON, complete.
-        notes: what was read in another way than it is written.
-        errors: what can't be read, and is left out of content.
+        notes: what was read in another way than it is written, with the numbers of places.
+        errors: places that can't be read; ``content`` leaves them out.
     """
 
     content: dict[str, Any]
@@ -104,4 +104,4 @@ def read_annotations(entry: dict[str, Any]) -> Annotations:
     mend_coco(content, builder.root)  # sizes, boxes and areas, which these formats do not have
     for image in leave_out_missing_images(content, builder.root):
         builder.error(Place(os.path.join(builder.root, image)), "is annotated, but does not exist. " + MISSING_IMAGE)
-    return Annotations(content, builder.notes(), builder.errors)
+    return Annotations(content, builder.notes.all(), builder.errors)

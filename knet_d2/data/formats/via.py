@@ -52,7 +52,7 @@ def _json_images(text: str, path: str) -> Iterator[_Image]:
         regions = list(regions.values()) if isinstance(regions, dict) else regions
         if not isinstance(regions, list):
             raise DataError(f"{path}: the regions of {image['filename']} are no list. Export the annotations again.")
-        found = [x if isinstance(x, dict) else {} for x in regions]  # a region that is none has no shape, which is told
+        found = [x if isinstance(x, dict) else {} for x in regions]  # {} becomes the error "has no shape"
         yield image["filename"], [(x.get("shape_attributes"), x.get("region_attributes")) for x in found]
 
 
@@ -84,7 +84,7 @@ def _rows(rows: csv.DictReader, path: str) -> Iterator[dict[str, Any]]:
 
 
 def _class_attribute(regions: list[tuple[Any, Any]]) -> str | None:
-    """The attribute that most regions have, the first one where several do; None if no region has one."""
+    """The attribute that most regions have; of several, the first. None if no region has attributes."""
     counts = Counter(key for _, attributes in regions if isinstance(attributes, dict) for key in attributes)
     return counts.most_common(1)[0][0] if counts else None
 

@@ -27,7 +27,7 @@ def read_yolo(entry: dict[str, Any], builder: Builder) -> None:
         size = image_size(os.path.join(builder.root, file_name))
         image_id = builder.add_image(file_name, size)
         if not os.path.isfile(path):
-            builder.note("an image has no text file; read as an image without objects", file_name)
+            builder.notes.add("an image has no text file; read as an image without objects", file_name)
             continue
         seen = set()
         for number, row in enumerate(read_text(path).splitlines(), 1):
@@ -35,7 +35,7 @@ def read_yolo(entry: dict[str, Any], builder: Builder) -> None:
             if not words:
                 continue
             if tuple(words) in seen:
-                builder.note("a row occurs twice; read once", str(where))
+                builder.notes.add("a row occurs twice; read once", str(where))
                 continue
             seen.add(tuple(words))
             try:
@@ -65,7 +65,7 @@ def _segmentation(words: list[str], size: tuple[int, int], builder: Builder, whe
         wrong = next(x for x in numbers if not -_ROUNDING <= x <= 1 + _ROUNDING)
         raise ValueError(f"the coordinate {wrong} is not a fraction of the image from 0 to 1")
     if len(numbers) == 4:
-        builder.note("a row is a box and not a polygon; read as a rectangle", str(where))
+        builder.notes.add("a row is a box and not a polygon; read as a rectangle", str(where))
         x, y, w, h = numbers
         return rectangle((x - w / 2) * width, (y - h / 2) * height, w * width, h * height)
     numbers = [min(max(x, 0.0), 1.0) for x in numbers]
