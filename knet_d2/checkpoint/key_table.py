@@ -10,29 +10,36 @@ Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 class KeyRule(NamedTuple):
-    """A rule for all keys that match a pattern."""
+    """A rule for all keys that match a pattern.
+
+    Attributes:
+        pattern: regular expression that matches the whole key.
+        target: our key: a template for ``re.Match.expand`` or a function of the match; None: our models have no such
+            entry.
+        transform: converts the tensor to our layout.
+        optional: whether the entry is ignored if the model does not have our key.
+    """
 
     pattern: str
-    """Regular expression that matches the whole key."""
     target: str | Callable[[re.Match], str] | None
-    """Our key: a template for ``re.Match.expand`` or a function of the match; None: our models have no such entry."""
     transform: Transform | None = None
-    """Converts the tensor to our layout."""
     optional: bool = False
-    """Whether the entry is ignored if the model does not have our key."""
 
 
 class Translation(NamedTuple):
-    """A translated state dict."""
+    """A translated state dict.
+
+    Attributes:
+        state_dict: our key -> tensor.
+        source_keys: our key -> original key.
+        ignored: original keys that the model does not need.
+        unknown: original keys that match no rule.
+    """
 
     state_dict: dict[str, Any]
-    """Our key -> tensor."""
     source_keys: dict[str, str]
-    """Our key -> original key."""
     ignored: list[str]
-    """Original keys that the model does not need."""
     unknown: list[str]
-    """Original keys that match no rule."""
 
 
 def find_rule(key: str, rules: Sequence[KeyRule]) -> KeyRule | None:

@@ -26,15 +26,19 @@ _MOST_NAMES = 4
 
 
 class Layout(NamedTuple):
-    """A recognised state dict in our names."""
+    """A state dict whose layout is recognised.
+
+    Attributes:
+        name: of the layout, for messages.
+        scope: the part of the model in the file: "model" (a whole K-Net), "backbone" (pretrained), or "unknown".
+        translation: the state dict with our names.
+        backbone_prefix: prefix of our names in the backbone; with an FPN, in the network below it.
+    """
 
     name: str
-    """For people."""
     scope: str
-    """The part of the model in the file: "model" (a whole K-Net), "backbone" (pretrained), or "unknown"."""
     translation: Translation
     backbone_prefix: str
-    """Prefix of our names of the (bottom-up) backbone."""
 
 
 def recognise(state_dict: Mapping[str, torch.Tensor], model_keys: Collection[str]) -> Layout:
@@ -90,25 +94,30 @@ class ShapePair(NamedTuple):
 
 
 class LoadReport(NamedTuple):
-    """Every name of the file and of the model is in exactly one of the lists (``reshaped`` is a part of ``loaded``)."""
+    """What became of each parameter of a file and of a model.
+
+    Each name is in exactly one of the lists, but those in ``reshaped`` are also in ``loaded``.
+
+    Attributes:
+        layout: name of the layout.
+        loaded: our names of the loaded parameters.
+        reshaped: loaded parameters that the file stores in another shape.
+        other_shape: not loaded, for example because the number of classes differs; they keep their initialisation.
+        missing: in the model only; they keep their initialisation. The counters of batch norms are left out.
+        unexpected: in the file only; with the file's name where we have none.
+        ignored: in the file only, and known not to be needed (a classifier of ImageNet, counters of batch norms).
+    """
 
     layout: str
-    """Name of the layout."""
     loaded: list[str]
-    """Our names of the loaded parameters."""
     reshaped: list[ShapePair]
-    """Loaded parameters that the layout stores in another shape."""
     other_shape: list[ShapePair]
-    """Not loaded, for example because the number of classes differs; they keep their initialisation."""
     missing: list[str]
-    """In the model only; they keep their initialisation. Counters of batch norms, which nothing uses, are left out."""
     unexpected: list[str]
-    """In the file only; the file's names where we have none."""
     ignored: list[str]
-    """In the file only, and known to carry nothing that the model needs (a classifier of ImageNet, counters)."""
 
     def as_text(self) -> str:
-        """A table with a line for each kind; names that differ in numbers only stand together."""
+        """Return a table with one row for each list; names that differ only in numbers are merged."""
         rows = [
             ["loaded", len(self.loaded), ""],
             ["... in another shape", len(self.reshaped), _pairs(self.reshaped)],
@@ -172,17 +181,20 @@ def adapt_input_layer(layout: Layout, model_state: Mapping[str, torch.Tensor]) -
 
 
 def find_misfits(report: LoadReport, layout: Layout, partial: bool) -> list[str]:
-    """The reasons why a file can't be loaded into a model; none if it fits.
+    """Return the reasons why a file can't be loaded into a model; none if it fits.
 
     Args:
-        partial: the model is going to be trained, so what depends on the numbers of classes and kernels may start
-            anew, and so may everything around a pretrained backbone.
+        report: the file compared with the model.
+        layout: of the file.
+        partial: whether the model is going to be trained. Then parameters whose shape depends on the number of classes
+            or kernels may keep their initialisation, and so may everything outside of a pretrained backbone.
     """
     missing = [name for name in report.missing if not name.startswith(_TRAINING_ONLY)]
     unexpected = [name for name in report.unexpected if not name.startswith(_TRAINING_ONLY)]
     other_shape = list(report.other_shape)
     if layout.scope == "backbone":
-        stages = {None, *(_stage(name, layout) for name in report.loaded)}  # the model may end before the file
+        # The model may use only the first stages of the file. None: names that belong to no stage.
+        stages = {None, *(_stage(name, layout) for name in report.loaded)}
         unexpected = [name for name in unexpected if _stage(name, layout) in stages]
         if partial:
             missing = [
@@ -194,7 +206,7 @@ def find_misfits(report: LoadReport, layout: Layout, partial: bool) -> list[str]
             ]
         elif missing:
             return ["it is a pretrained backbone to start a training from, and the rest of the model is not in it"]
-    elif layout.scope == "unknown":
+    elif layout.scope == "unknown":  # the checkpointer raises an error if nothing is loaded
         unexpected = []
         if partial:
             missing, other_shape = [], []
@@ -208,7 +220,7 @@ def _differs_in_count(pair: ShapePair) -> bool:
 
 
 def _stage(name: str, layout: Layout) -> str | None:
-    """The beginning of a backbone parameter's name, up to its stage ("res4", "stages.2")."""
+    """Return a backbone parameter's name up to its stage ("res4", "stages.2"); None outside of the backbone."""
     match = re.match(re.escape(layout.backbone_prefix) + r"(?:(?:stages|blocks|layers)\.\d+|\w+)\.", name)
     return match[0] if match else None
 
@@ -234,12 +246,12 @@ def _some(names: list[str]) -> str:
 
 
 def is_counter(name: str) -> bool:
-    """Whether a name is of a batch norm's counter, which has no influence on anything here."""
+    """Whether a name is that of a batch norm's counter of batches, which no computation here reads."""
     return name.endswith(".num_batches_tracked")
 
 
 def summarise(names: Iterable[str]) -> list[str]:
-    """Names that differ in numbers or in the last part only, as one: "res{2,3}.0.conv1.{weight,bias}"."""
+    """Merge names that differ only in numbers or in the last part, as "res{2,3}.0.conv1.{weight,bias}"."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name in names:
         groups.setdefault(tuple(re.sub(r"\d+", "#", part) for part in name.split(".")[:-1]), []).append(name)

@@ -7,7 +7,7 @@ interval (percentile bootstrap: Efron and Tibshirani, An Introduction to the Boo
 import numpy as np
 
 RESAMPLES = 1000
-# More images are put together in this number of groups, which are drawn in place of images, to save memory.
+# If there are more images, they are divided into this number of groups, and groups are drawn: that saves memory.
 MOST_GROUPS = 2000
 
 

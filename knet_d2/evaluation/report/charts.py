@@ -14,7 +14,7 @@ _WIDTH, _HEIGHT = 560, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40
 # The style sheet has this number of colours
 NUM_COLORS = 6
-# A longer curve is thinned out
+# Points of a curve that are drawn
 _MOST_POINTS = 400
 
 
@@ -31,7 +31,7 @@ def line_chart(
     Returns:
         HTML; "" if no curve has a finite point.
     """
-    points = [_finite_points(curve) for curve in curves]
+    points = [_thinned_points(curve) for curve in curves]
     every = np.concatenate([p[np.isfinite(p).all(axis=1)] for p in points]) if points else np.zeros((0, 2))
     if not len(every):
         return ""
@@ -78,8 +78,8 @@ def line_chart(
     return f'<figure><figcaption>{escape(y_title)}</figcaption>{"".join(parts)}<p class="legend">{legend}</p></figure>'
 
 
-def _finite_points(curve: Curve) -> np.ndarray:
-    """Return the points [n, 2], thinned out; the last is kept."""
+def _thinned_points(curve: Curve) -> np.ndarray:
+    """Return at most _MOST_POINTS of the points [n, 2]; the first and the last are among them."""
     points = np.array([curve.x, curve.y], np.float64).T.reshape(-1, 2)
     if len(points) > _MOST_POINTS:
         points = points[np.linspace(0, len(points) - 1, _MOST_POINTS).astype(int)]

@@ -15,7 +15,7 @@ from .matches import Matches, confusion_matrix, greedy_pairs
 from .section import ClassRow, Curve, Metric, Section, Thresholds
 
 _MATCH_IOU = 0.5
-# Fewer resamples are drawn if there are many detections: detections times resamples, and the fewest.
+# Detections times resamples is at most _MOST_WORK, but at least _FEWEST_RESAMPLES are drawn.
 _MOST_WORK, _FEWEST_RESAMPLES = 100_000_000, 100
 _RECALLS = np.linspace(0, 1, 101).tolist()
 

@@ -47,7 +47,7 @@ class Matches(NamedTuple):
         return (self.true == self.predicted) & (self.true >= 0)
 
     def quality(self) -> float:
-        """The panoptic quality of the image without regard to classes' means: IoU sum / (TP + FP / 2 + FN / 2)."""
+        """The panoptic quality of the image over all its classes together: IoU sum / (TP + FP / 2 + FN / 2)."""
         half = ((self.true >= 0).sum() + (self.predicted >= 0).sum()) / 2  # TP + FP / 2 + FN / 2
         return float(self.iou[self.right].sum() / half) if half else float("nan")
 

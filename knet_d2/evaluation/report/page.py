@@ -13,7 +13,7 @@ import numpy as np
 from .charts import NUM_COLORS, line_chart
 from .section import ClassRow, Curve, Metric, Section, Thresholds
 
-# The matrix shows at most this number of classes; the others are put together.
+# The confusion matrix has at most this number of classes; the last one then stands for all others.
 _MOST_CLASSES = 30
 # At most this number of classes have a precision-recall curve of their own.
 _MOST_CLASS_CURVES = 48
@@ -95,7 +95,7 @@ def page(title: str, charts: Sequence[str], datasets: Sequence[DatasetReport], r
         "'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{_STYLE}{_COLORS}</style></head><body>{''.join(body)}</body></html>\n"
     )
-    return text.encode("utf-8", errors="replace")  # a JSON can hold halves of characters, which have no encoding
+    return text.encode("utf-8", errors="replace")  # JSON may hold lone surrogates, which UTF-8 can't encode
 
 
 def _section(section: Section, dataset: str) -> str:
@@ -161,7 +161,14 @@ def _thresholds(thresholds: Thresholds, option: str) -> str:
 
 
 def merge_rare(confusion: np.ndarray, names: Sequence[str], most: int = _MOST_CLASSES) -> tuple[np.ndarray, list[str]]:
-    """Put the classes with the fewest errors together, so that at most ``most`` rows are left; sums stay the same."""
+    """Merge the classes with the fewest errors into one, so that at most ``most`` classes are left.
+
+    Args:
+        confusion: see :class:`Section`.
+
+    Returns:
+        the merged matrix, whose sum is the same, and the names of its classes.
+    """
     if len(names) <= most:
         return confusion, list(names)
     errors = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * confusion.diagonal()

@@ -60,7 +60,8 @@ def panoptic_section(names: list[str], things: Sequence[bool], matches: Mapping[
         notes=[
             "Segments are matched at an IoU above 0.5; void pixels and crowd regions count for nothing.",
             f"The intervals come from {len(draws)} draws of the {num_images} images.",
-            "Thresholds count things alone, with their masks as they are; lower ones than the model's can't be judged.",
+            "Thresholds count things alone, with the masks of this evaluation. They begin at the model's threshold, "
+            "below which it gives no segments.",
         ],
         curves=curves,
         class_curves=[],

@@ -50,7 +50,7 @@ class Thresholds(NamedTuple):
             scores: score of each prediction [n].
             right: whether each prediction is right [n].
             num_objects: number of objects that are to be found.
-            lowest: thresholds below the step at or below it are left out.
+            lowest: the lowest score that the model gives; thresholds begin at the last step that is not above it.
 
         Returns:
             None if no prediction is right.

@@ -82,7 +82,7 @@ def _draw(cfg: CfgNode, model: nn.Module, dataset: str, section: Section) -> lis
             Picture(os.path.basename(records[key]["file_name"]), quality, _jpeg(picture))
             for (key, quality), picture in zip(wanted.items(), drawn, strict=True)
         ]
-    except DataError as error:  # the evaluation needs less ground truth than the pictures, which show all of it
+    except DataError as error:  # pictures read all ground truth of a record, an evaluation maybe not all
         logger.warning("The report has no pictures of %s: %s", dataset, error)
         return []
 
