@@ -1,6 +1,5 @@
 """train_net.py and the demo programs end to end, with tiny models on a few generated images."""
 
-import gc
 import json
 import os
 import re
@@ -14,10 +13,7 @@ import pytest
 import torch
 import yaml
 from detectron2.engine import default_argument_parser
-from detectron2.modeling import build_model
-from detectron2.utils.visualizer import Visualizer
 from helpers import spread_scores
-from matplotlib.figure import Figure
 from PIL import Image
 from program_helpers import NUM_IMAGES, ROOT, SIZE, Program, shapes, write_config  # noqa: F401
 
@@ -28,7 +24,7 @@ from knet_d2.inference import ImagePredictor
 from knet_d2.inference.sources import Video
 from knet_d2.programs import compare, demo, train
 from knet_d2.results import Segment
-from knet_d2.results.comparison import draw_validation_pictures, ground_truth
+from knet_d2.results.comparison import ground_truth
 from knet_d2.results.pictures import draw_segments, picture_sheet
 
 
@@ -114,23 +110,6 @@ def test_training_of_the_other_tasks(tmp_path, shapes, task, metric):
     # what was resolved from the data is what is saved
     knet = saved["MODEL"]["KNET"]
     assert (knet["NUM_THING_CLASSES"], knet["NUM_STUFF_CLASSES"]) == ((4, 0) if task == "instance" else (0, 7))
-
-
-def test_nothing_stays_of_the_figures_of_validation_pictures(tmp_path, shapes, monkeypatch):
-    """Figures contain reference cycles, and Python collects cycles less often when much memory is in use."""
-    cfg = load_config(write_config(tmp_path, shapes, "panoptic"))
-    drawn, original = [], Visualizer.get_output
-    monkeypatch.setattr(Visualizer, "get_output", lambda self: drawn.append(1) or original(self))
-    gc.collect()
-    gc.disable()
-    try:
-        before = sum(isinstance(x, Figure) for x in gc.get_objects())
-        pictures = draw_validation_pictures(cfg, build_model(cfg), 2)
-        after = sum(isinstance(x, Figure) for x in gc.get_objects())
-    finally:
-        gc.enable()
-    assert len(pictures) == 2 and len(drawn) == 4  # ground truth and prediction
-    assert after == before
 
 
 def test_step_that_is_not_finite_can_be_repeated(tmp_path, shapes, capsys):

@@ -1,7 +1,12 @@
 """Predictions, their files and pictures; sources and sinks, also with unusual names and wrong paths."""
 
+import base64
+import functools
+import io
 import json
 import os
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import cv2
 import numpy as np
@@ -14,10 +19,11 @@ from PIL import Image
 from knet_d2.data.classes import ClassTable
 from knet_d2.data.pixels import PixelFormat
 from knet_d2.errors import ConfigError, DataError
-from knet_d2.inference.sinks import PictureFiles, VideoFile
+from knet_d2.inference.sinks import JsonLines, PictureFiles, Stop, VideoFile
 from knet_d2.inference.sources import Frame, ImageFiles, Video
+from knet_d2.programs import demo
 from knet_d2.results import Prediction, Segment, main_prediction, predictions_of
-from knet_d2.results.pictures import draw_segments
+from knet_d2.results.pictures import Drawn, draw_segments, inner_point, write_labels
 from knet_d2.results.video import VideoDrawer
 from knet_d2.results.writers import JsonWriter
 
@@ -100,6 +106,91 @@ def test_confident_leaves_stuff():
     segments = [square(0, 0, 5, 0, 0.2), square(5, 5, 5, 0, 0.4), square(10, 10, 5, 1, 0.1)]
     kept = Prediction(SIZE, segments, classes).confident(0.3)
     assert [x.score for x in kept.segments] == [0.4, 0.1]
+
+
+def test_labels_are_inside_and_beside_each_other():
+    """At the edges of the picture, and for two objects at one place; a class has one colour."""
+    size = (100, 120)
+
+    def white(corners):
+        segments = [square(0, 0, 9, 0)._replace(corner=corner, size=size) for corner in corners]
+        items = [Drawn(x, (0, 0, 0), "a name", False) for x in segments]
+        return (write_labels(np.zeros((*size, 3), np.uint8), items) > 200).sum()
+
+    corners = [(0, 0), (91, 0), (0, 111), (91, 111), (45, 50), (46, 51)]
+    assert white(corners) == 6 * white([(45, 50)]) > 0  # none is cut off, and none lies on another
+    segments, classes = [square(0, 0, 9, 0), square(18, 20, 9, 0), square(19, 21, 7, 0)], table(["a long name"])
+    drawn = draw_segments(np.zeros((400, 500, 3), np.uint8), [square(0, 0, 9, 0)._replace(size=(400, 500))], classes)
+    assert (drawn[2, 2] == np.array(classes.colors[0]) // 2).all() and (drawn[0, :9] == 255).all()
+    with_others = draw_segments(np.zeros((400, 500, 3), np.uint8), segments, classes)
+    assert (with_others[2, 2] == drawn[2, 2]).all()
+
+
+def test_a_label_lies_in_its_segment():
+    """Where the mean of the pixels does not: a ring, and lines that are one pixel wide."""
+    ring = np.zeros((200, 300), bool)
+    ring[10:190, 10:290] = True
+    ring[30:170, 30:270] = False
+    lines = np.zeros((200, 300), bool)
+    lines[101, 1:299] = True
+    lines[1:199, 7] = True
+    for mask in (ring, lines, lines[::-1], lines.T):
+        x, y = inner_point(Segment.from_mask(mask, 0))
+        assert mask[max(y - 5, 0) : y + 6, max(x - 5, 0) : x + 6].any()
+
+
+def test_lines_of_json(tmp_path):
+    classes = table(["thing", "stuff"], num_things=1)
+    prediction = Prediction(SIZE, [square(5, 5, 20, 0), square(0, 30, 9, 1, None)], classes)
+    stream = io.StringIO()
+    sink = JsonLines(stream, {"task": "panoptic"}, classes)
+    frame = Frame("a.jpg", noise())
+    sink.write(frame, {"panoptic_seg": prediction})
+    sink.write(frame, {"instances": prediction})
+    head, panoptic, instances = map(json.loads, stream.getvalue().splitlines())
+    assert [x["name"] for x in head["categories"]] == ["thing", "stuff"]
+    kind, data = panoptic["panoptic"]["file_name"].split(",")
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    assert kind == "data:image/png;base64" and (pixels[:, :, 0] == prediction.segment_map()).all()
+    assert instances["instances"][0]["segmentation"] == prediction.segments[0].rle()
+
+    class Ended(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError
+
+    with pytest.raises(Stop):
+        JsonLines(Ended(), {}, classes)
+
+
+def test_standard_output_has_json_alone(monkeypatch, capfd):
+    def predict(args, lines):
+        os.write(1, b"a line of a log\n")
+        print("{}", file=lines)
+        return 0
+
+    monkeypatch.setattr(demo, "predict", predict)
+    assert demo.main(demo.get_parser().parse_args(["--input", "a.jpg", "--json", "-"])) == 0
+    os.write(1, b"later\n")
+    assert capfd.readouterr() == ("{}\nlater\n", "a line of a log\n")
+
+
+def test_streams(tmp_path):
+    """A stream over HTTP has no number of frames; an address is shown without its password."""
+    path = str(tmp_path / "a.mp4")
+    writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), 10, SIZE[::-1])
+    for _ in range(3):
+        writer.write(noise())
+    writer.release()
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        video = Video(f"http://user:secret@127.0.0.1:{server.server_port}/a.mp4")
+        assert video.count is None and video.rate == 10
+        names = [frame.name for frame in video]
+        assert len(names) == 3 and names[0] == f"http://127.0.0.1:{server.server_port}/a.mp4#0"
+        with pytest.raises(DataError, match=r"^http://127.0.0.1:\d+/b.mp4 can't be read as a video. Check the address"):
+            Video(f"http://user:secret@127.0.0.1:{server.server_port}/b.mp4")
+        server.shutdown()
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES, ids=lambda name: ascii(name)[:20])

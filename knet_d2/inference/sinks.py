@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol, TextIO
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from ..data.classes import ClassTable
+from ..data.classes import ClassTable, categories
 from ..data.files import IMAGE_TYPES
 from ..errors import ConfigError, DataError
 from ..results.prediction import Prediction
 from ..results.video import VideoDrawer
-from ..results.writers import JsonWriter
+from ..results.writers import JsonWriter, image_record
 from ..video.tracks import TrackWriter
 from .sources import Frame, Video
 
@@ -89,6 +92,36 @@ class JsonFile(JsonWriter):
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
         self.add(frame.name, predictions)
+
+
+class JsonLines:
+    """A :class:`Sink` that writes a line with info and categories, then one for each image, as entries of the file.
+
+    The PNGs of panoptic results are in the lines, as data URIs.
+    """
+
+    def __init__(self, stream: TextIO, info: Mapping[str, Any], classes: ClassTable):
+        self._stream, self._ids = stream, classes.category_ids
+        self._write({"info": dict(info), "categories": categories(classes)})
+
+    def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
+        self._write(image_record(frame.name, predictions, self._ids, png_address))
+
+    def _write(self, content: dict[str, Any]) -> None:
+        try:
+            print(json.dumps(content), file=self._stream, flush=True)
+        except BrokenPipeError:  # the program that reads has ended, as "head" does
+            raise Stop from None
+
+    def close(self) -> None:
+        pass
+
+
+def png_address(pixels: np.ndarray) -> str:
+    """A picture as a PNG in a data URI."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
 class TrackFile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -20,6 +21,10 @@ logger = logging.getLogger(__name__)
 
 # The frame count in the header of an intact video may be too high by this number, or by this share of the frames
 _FEW_FRAMES, _FEW_PART = 3, 0.05
+# Milliseconds after which a stream that gives nothing has ended
+_PATIENCE = 15000
+# Streams without a rate state 0, or the 90,000 ticks of their clock
+_LARGEST_RATE, _USUAL_RATE = 1000.0, 25.0
 # Largest ratio of two steps of time in a video of constant rate, whose times are rounded
 _EQUAL_STEPS = 1.5
 
@@ -91,10 +96,10 @@ class ImageFiles:
 
 
 class Video:
-    """A :class:`Source` of the frames of a video file, or of the webcam.
+    """A :class:`Source` of the frames of a video file, of a stream, or of the webcam.
 
     Attributes:
-        name: the file.
+        name: the file, or the address without user and password.
         rate: frames in a second.
         size: (height, width) of a frame.
     """
@@ -104,21 +109,25 @@ class Video:
     def __init__(self, path: str | None):
         """
         Args:
-            path: None: the webcam.
+            path: a file, a named pipe, or an address as rtsp://..., http://...; None: the webcam.
 
         Raises:
             DataError: there is no such file, or no frame can be read from it.
         """
-        if path is not None and not os.path.isfile(path):
+        is_stream = path is not None and "://" in path
+        if path is not None and not is_stream and (not os.path.exists(path) or os.path.isdir(path)):
             raise DataError(f"{path}: there is no such video file. Correct the path.")
-        self.name = path or "webcam"
-        self._capture = cv2.VideoCapture(0 if path is None else path)
+        self.name = "webcam" if path is None else without_password(path)
+        self._capture = _open_stream(path) if is_stream else cv2.VideoCapture(0 if path is None else path)
         success, self._first = self._capture.read()
         if not success:
-            raise DataError(f"{path or 'The webcam'} can't be read as a video.")
+            advice = "Check the address, user and password, and whether a player shows it." if is_stream else ""
+            raise DataError(f"{'The webcam' if path is None else self.name} can't be read as a video. {advice}".strip())
         self.size = self._first.shape[:2]
-        self.rate = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
-        self.count = None if path is None else int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        rate = self._capture.get(cv2.CAP_PROP_FPS)
+        self.rate = rate if 0 < rate <= _LARGEST_RATE else _USUAL_RATE
+        is_file = path is not None and os.path.isfile(path)
+        self.count = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)) if is_file else None
         self.failed = 0
 
     def __iter__(self) -> Iterator[Frame]:
@@ -147,3 +156,13 @@ class Video:
     def _milliseconds(self) -> float:
         """The time of the last frame; 0 where it is not known."""
         return self._capture.get(cv2.CAP_PROP_POS_MSEC)
+
+
+def _open_stream(address: str) -> cv2.VideoCapture:
+    limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _PATIENCE, cv2.CAP_PROP_READ_TIMEOUT_MSEC, _PATIENCE]
+    return cv2.VideoCapture(address, cv2.CAP_FFMPEG, limits)
+
+
+def without_password(address: str) -> str:
+    """An address without the user and the password before its host."""
+    return re.sub(r"(?<=://)[^/@]*@", "", address)

@@ -166,11 +166,12 @@ def _predict(arguments: Sequence[str]) -> int:
         prog="knet predict", description="Segment images. Other options: as demo/demo.py.", allow_abbrev=False
     )
     parser.add_argument("model", help="folder of a training run, weights file, or knet:// name")
-    parser.add_argument("inputs", nargs="+", help="image files, folders, or quoted patterns such as 'a/*.jpg'")
+    parser.add_argument("inputs", nargs="*", help="image files, folders, or quoted patterns such as 'a/*.jpg'")
     args, rest = parser.parse_known_args(arguments)
     place = rest.index("--opts") if "--opts" in rest else len(rest)
     options = [*rest[place + 1 :], "MODEL.WEIGHTS", checkpoint_of(args.model)]
-    return run_program("demo", ["--input", *args.inputs, *rest[:place], "--opts", *options], "knet predict")
+    inputs = ["--input", *args.inputs] if args.inputs else []
+    return run_program("demo", [*inputs, *rest[:place], "--opts", *options], "knet predict")
 
 
 def _with_checkpoint(program: str, name: str, arguments: Sequence[str]) -> int:

@@ -3,13 +3,15 @@
 import argparse
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 import tqdm
 
 from ..inference.from_file import resolve_model, threshold_options
 from ..inference.image_predictor import ImagePredictor
-from ..inference.sinks import JsonFile, PictureFiles, Sink, Stop, TrackFile, VideoFile, VideoWindow, Window
+from ..inference.sinks import JsonFile, JsonLines, PictureFiles, Sink, Stop, TrackFile, VideoFile, VideoWindow, Window
 from ..inference.sources import Frame, ImageFiles, Video
 from ..results.prediction import Prediction
 from ..video.reading import read_ahead
@@ -22,10 +24,14 @@ def get_parser() -> argparse.ArgumentParser:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", help="image files, folders, or quoted patterns such as 'a/*.jpg'")
-    source.add_argument("--video-input", metavar="FILE", help="video file")
+    source.add_argument("--video-input", metavar="FILE", help="video file, or address of a stream as rtsp://...")
     source.add_argument("--webcam", action="store_true", help="use the webcam")
     parser.add_argument("--output", help="folder or file for the pictures; default: show them in a window")
-    parser.add_argument("--json", metavar="FILE", help="write the results of all images or frames to this file")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the results of all images or frames to this file; -: to the standard output, a line for each",
+    )
     parser.add_argument(
         "--trail", type=int, default=0, metavar="FRAMES", help="video: draw the path of objects in the last frames"
     )
@@ -44,17 +50,24 @@ def build_predictor(args: argparse.Namespace) -> ImagePredictor:
     return ImagePredictor(cfg, classes)
 
 
-def build_sinks(args: argparse.Namespace, source: ImageFiles | Video, predictor: ImagePredictor) -> list[Sink]:
+def build_sinks(
+    args: argparse.Namespace, source: ImageFiles | Video, predictor: ImagePredictor, lines: TextIO | None = None
+) -> list[Sink]:
     """Build the sinks for the results: files, or a window if the command line names no file.
 
     The files are opened at once, so that a wrong path is an error before the first image is read.
+
+    Args:
+        lines: where the results of --json - are written.
     """
     sinks: list[Sink] = []
-    if args.json:
-        info = {"task": predictor.cfg.MODEL.KNET.TASK, "weights": predictor.cfg.MODEL.WEIGHTS}
+    info = {"task": predictor.cfg.MODEL.KNET.TASK, "weights": predictor.cfg.MODEL.WEIGHTS}
+    if lines is not None:
+        sinks.append(JsonLines(lines, info, predictor.classes))
+    elif args.json:
         sinks.append(JsonFile(args.json, info, predictor.classes))
     if isinstance(source, Video):
-        if args.json:
+        if args.json and lines is None:
             sinks.append(TrackFile(os.path.splitext(args.json)[0] + "_tracks.json"))
         if args.output:
             sinks.append(VideoFile(video_path(args.output, source.name), source, predictor.classes, args.trail))
@@ -74,19 +87,39 @@ def video_path(output: str, name: str) -> str:
     return os.path.join(output, os.path.splitext(os.path.basename(name))[0] + "_knet.mp4")
 
 
+@contextlib.contextmanager
+def reserved_output() -> Iterator[TextIO]:
+    """The standard output of the process, for results alone; what else is written to it goes to standard error."""
+    sys.stdout.flush()
+    stream = open(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        yield stream
+    finally:
+        sys.stdout.flush()
+        os.dup2(stream.fileno(), 1)
+        with contextlib.suppress(BrokenPipeError):
+            stream.close()
+
+
 def main(args: argparse.Namespace) -> int:
     """Run the demo; returns exit code 1 if an image or a part of the video can't be read, else 0."""
+    with reserved_output() if args.json == "-" else contextlib.nullcontext() as lines:
+        return predict(args, lines)
+
+
+def predict(args: argparse.Namespace, lines: TextIO | None = None) -> int:
+    """Predict on the source, and write the results; lines: see :func:`build_sinks`."""
     predictor = build_predictor(args)
     if args.input:
         source: ImageFiles | Video = ImageFiles(args.input, predictor.pixel_format, args.workers)
     else:
         source = Video(args.video_input)
     found: Iterator[tuple[Frame, dict[str, Prediction]]]
-    with contextlib.ExitStack() as stack:
-        sinks = build_sinks(args, source, predictor)
+    with contextlib.suppress(Stop), contextlib.ExitStack() as stack:
+        sinks = build_sinks(args, source, predictor, lines)
         for sink in sinks:
             stack.callback(sink.close)
-        stack.enter_context(contextlib.suppress(Stop))
         frames = tqdm.tqdm(source, total=source.count, unit=source.unit, disable=source.count == 1)
         if isinstance(source, Video):
             follow = predictor.follower()

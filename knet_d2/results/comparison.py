@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -56,10 +55,7 @@ def draw_validation_pictures(cfg: CfgNode, model: nn.Module, number: int) -> dic
     """
     records = spread(load_dataset(cfg.DATASETS.TEST[0], "DATASETS.TEST"), number)
     names = [os.path.basename(record["file_name"]) for record in records]
-    pictures = dict(zip(names, draw_comparisons(cfg, model, records), strict=True))
-    # Matplotlib's figures contain reference cycles, so Python would free them only after hundreds of pictures.
-    gc.collect()
-    return pictures
+    return dict(zip(names, draw_comparisons(cfg, model, records), strict=True))
 
 
 def draw_comparisons(

@@ -1,60 +1,139 @@
-"""Draws pictures of segments by Detectron2's Visualizer. All images are uint8 RGB [H, W, 3]."""
+"""Draws pictures of segments. All images are uint8 RGB [H, W, 3]."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import cv2
+import matplotlib
 import numpy as np
-from detectron2.utils.visualizer import Visualizer
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from ..data.classes import ClassTable
 from .segment import Segment
 
 # Pictures whose shorter side is smaller are enlarged, because the text would not be readable.
 _READABLE_SIZE = 320
+_FONT = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+_SMALLEST_TEXT, _TEXT_PART = 9, 0.02  # height of letters: pixels, and part of the picture's shorter side
+# Largest side of the mask in which the place of a label is searched
+_LABEL_SEARCH = 64
 _MARGIN = 8
 _TITLE_HEIGHT = 20
 _LONGEST_TEXT = 40
 
 
+class Drawn(NamedTuple):
+    """How a segment is drawn.
+
+    Attributes:
+        color: uint8 RGB.
+        text: its label.
+        outlined: whether a white line surrounds it.
+    """
+
+    segment: Segment
+    color: tuple[int, int, int]
+    text: str
+    outlined: bool
+
+
 def draw_segments(image: np.ndarray, segments: Sequence[Segment], classes: ClassTable) -> np.ndarray:
-    """Paint segments with class names and scores over an image, small segments over large ones.
+    """Paint segments in the colours of their classes, with names and scores; things have a white outline.
 
     The result is a multiple of the image's size if the image is small.
     """
     factor = max(1, -(-_READABLE_SIZE // min(image.shape[:2])))
-    visualizer = Visualizer(_enlarge(image, factor))
-    for number, segment in enumerate(sorted(segments, key=lambda x: -x.mask.sum())):
-        is_thing = segment.label < classes.num_things
+    items = []
+    for segment in segments:
         text = drawable_text(classes.names[segment.label])
-        visualizer.draw_binary_mask(
-            _enlarge(segment.mask, factor).astype(np.uint8),
-            color=_vary(classes.colors[segment.label], number if is_thing else 0),
-            edge_color="white" if is_thing else None,
-            text=text if segment.score is None else f"{text} {segment.score:.0%}",
-            alpha=0.5,
-            area_threshold=0,
-        )
-    return visualizer.get_output().get_image()
+        text = text if segment.score is None else f"{text} {segment.score:.0%}"
+        is_thing = segment.label < classes.num_things
+        items.append(Drawn(_enlarged_segment(segment, factor), classes.colors[segment.label], text, is_thing))
+    return write_labels(paint(_enlarge(image, factor), items), items)
+
+
+def paint(image: np.ndarray, items: Sequence[Drawn]) -> np.ndarray:
+    """Paint segments over an image, half transparent, small segments over large ones."""
+    colors = image.copy()
+    items = sorted(items, key=lambda x: -x.segment.area)
+    for segment, color, _, _ in items:
+        colors[segment.window][segment.crop] = color
+    drawn = cv2.addWeighted(image, 0.5, colors, 0.5, -0.25)  # the mean, rounded down
+    for segment, _, _, outlined in items:
+        if outlined:
+            outlines, _ = cv2.findContours(segment.crop.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+            cv2.drawContours(drawn, outlines, -1, (255, 255, 255), 1, offset=segment.corner[::-1])
+    return drawn
+
+
+def write_labels(drawn: np.ndarray, items: Sequence[Drawn]) -> np.ndarray:
+    """Write the label of each segment into it: inside the picture, in white with a black rim, beside other labels."""
+    picture = Image.fromarray(drawn)
+    canvas = ImageDraw.Draw(picture)
+    font = ImageFont.truetype(_FONT, max(_SMALLEST_TEXT, round(_TEXT_PART * min(drawn.shape[:2]))))
+    taken: list[tuple[float, float, float, float]] = []
+    for segment, _, text, _ in sorted(items, key=lambda x: -x.segment.area):
+        if text:
+            width, height = canvas.textbbox((0, 0), text, font, stroke_width=1)[2:]
+            box = _free_box(inner_point(segment), (width, height), drawn.shape[:2], taken)
+            taken.append(box)
+            canvas.text(box[:2], text, "white", font, stroke_width=1, stroke_fill="black")
+    return np.asarray(picture)
+
+
+def _free_box(
+    center: tuple[int, int],
+    size: tuple[float, float],
+    picture: tuple[int, int],
+    taken: Sequence[tuple[float, float, float, float]],
+) -> tuple[float, float, float, float]:
+    """The box (left, top, right, bottom) of a text inside the picture, near a point, where no other text is.
+
+    Where all places nearby are taken, it is that at the point.
+    """
+    (x, y), (width, height), (rows, columns) = center, size, picture
+    left = round(min(max(x - width / 2, 1), max(columns - width - 1, 1)))
+    boxes = []
+    for steps in (0, 1, -1, 2, -2):
+        top = round(min(max(y - height / 2 + steps * height, 1), max(rows - height - 1, 1)))
+        boxes.append((left, top, left + width, top + height))
+    free = (b for b in boxes if not any(_overlap(b, other) for other in taken))
+    return next(free, boxes[0])
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def inner_point(segment: Segment) -> tuple[int, int]:
+    """(x, y) of the point that is about the farthest from the edge of a segment."""
+    step = max(1, -(-max(segment.crop.shape) // _LABEL_SEARCH))
+    mask = np.pad(segment.crop[::step, ::step].astype(np.uint8), 1)
+    if not mask.any():  # a line that the steps leave out
+        rows, columns = segment.crop.nonzero()
+        return segment.corner[1] + int(columns[0]), segment.corner[0] + int(rows[0])
+    row, column = np.unravel_index(cv2.distanceTransform(mask, cv2.DIST_L2, 3).argmax(), mask.shape)
+    return segment.corner[1] + (int(column) - 1) * step, segment.corner[0] + (int(row) - 1) * step
 
 
 def drawable_text(text: str) -> str:
-    """Make a class name safe for Matplotlib: one line, not too long, and without formulas ("$")."""
+    """Make a class name safe to draw: one line, and not too long."""
     line = "".join(x if x.isprintable() else " " for x in text)
-    if len(line) > _LONGEST_TEXT:
-        line = line[: _LONGEST_TEXT - 3] + "..."
-    return line.replace("$", r"\$")
+    return line if len(line) <= _LONGEST_TEXT else line[: _LONGEST_TEXT - 3] + "..."
 
 
-def _vary(color: tuple[int, int, int], number: int) -> tuple[float, ...]:
-    """Return a colour in 0 .. 1, darker or lighter by number, so that neighbours of one class look different."""
-    lightness = (0.0, -0.3, 0.3, -0.15, 0.15)[number % 5]
-    return tuple(c / 255 * (1 + lightness) if lightness < 0 else c / 255 + (1 - c / 255) * lightness for c in color)
+def _enlarged_segment(segment: Segment, factor: int) -> Segment:
+    top, left = segment.corner
+    height, width = segment.size
+    size = (height * factor, width * factor)
+    return segment._replace(crop=_enlarge(segment.crop, factor), corner=(top * factor, left * factor), size=size)
 
 
 def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
-    return array.repeat(factor, axis=0).repeat(factor, axis=1)
+    return array if factor == 1 else array.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def picture_sheet(pictures: Sequence[np.ndarray], columns: int, title: str) -> np.ndarray:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import colorsys
-import os
 from collections import deque
 
 import cv2
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from ..data.classes import ClassTable
-from .pictures import drawable_text
+from .pictures import Drawn, drawable_text, paint, write_labels
 from .prediction import Prediction
 from .segment import Segment
 
-_FONT = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-_SMALLEST_TEXT, _TEXT_PART = 9, 0.02  # height of letters: pixels, and part of the frame's shorter side
 _GOLDEN_RATIO = 0.618
 
 
@@ -35,24 +30,19 @@ class VideoDrawer:
 
     def draw(self, frame: np.ndarray, prediction: Prediction) -> np.ndarray:
         """Paint the segments over a frame, uint8 RGB [H, W, 3], small segments over large ones."""
-        drawn = frame.copy()
-        segments = sorted(prediction.segments, key=lambda x: -x.area)
-        for segment in segments:
-            pixels, color = drawn[segment.window], self._color(segment)
-            pixels[segment.crop] = pixels[segment.crop] // 2 + color // 2
-            if self._is_thing(segment):
-                outlines, _ = cv2.findContours(segment.crop.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-                cv2.drawContours(drawn, outlines, -1, (255, 255, 255), 1, offset=segment.corner[::-1])
-        self._draw_paths(drawn, segments)
-        return self._with_text(drawn, segments)
+        items = [self._drawn(x) for x in prediction.segments]
+        drawn = paint(frame, items)
+        self._draw_paths(drawn, prediction.segments)
+        return write_labels(drawn, items)
+
+    def _drawn(self, segment: Segment) -> Drawn:
+        color, text = self._classes.colors[segment.label], drawable_text(self._classes.names[segment.label])
+        if segment.track_id is not None and self._is_thing(segment):
+            color, text = tuple(track_color(segment.track_id).tolist()), f"{text} {segment.track_id}"
+        return Drawn(segment, color, text, self._is_thing(segment))
 
     def _is_thing(self, segment: Segment) -> bool:
         return segment.label < self._classes.num_things
-
-    def _color(self, segment: Segment) -> np.ndarray:
-        if segment.track_id is None or not self._is_thing(segment):
-            return np.array(self._classes.colors[segment.label], np.uint8)
-        return track_color(segment.track_id)
 
     def _draw_paths(self, drawn: np.ndarray, segments: list[Segment]) -> None:
         for segment in segments if self._trail else ():
@@ -67,17 +57,6 @@ class VideoDrawer:
             points = np.array([point for _, point in path], np.int32).reshape(-1, 1, 2)
             cv2.polylines(drawn, [points], False, track_color(track_id).tolist(), 2)
         self._frame += 1
-
-    def _with_text(self, drawn: np.ndarray, segments: list[Segment]) -> np.ndarray:
-        picture = Image.fromarray(drawn)
-        canvas = ImageDraw.Draw(picture)
-        font = ImageFont.truetype(_FONT, max(_SMALLEST_TEXT, round(_TEXT_PART * min(drawn.shape[:2]))))
-        for segment in segments:
-            text = drawable_text(self._classes.names[segment.label])
-            if segment.track_id is not None and self._is_thing(segment):
-                text += f" {segment.track_id}"
-            canvas.text(_center(segment), text, "white", font, "mm", stroke_width=1, stroke_fill="black")
-        return np.asarray(picture)
 
 
 def track_color(track_id: int) -> np.ndarray:
