@@ -1,0 +1,60 @@
+"""Pages of the documents whose examples are one program, run from the first to the last with a tiny model."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from helpers import RESNET, SMALL, TASKS, set_options
+
+import knet_d2
+from knet_d2 import model_zoo
+from knet_d2.config import add_knet_config
+from knet_d2.data.shapes import THING_CLASSES, write_shapes
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+# What makes a program of a page short
+SHORT = {"cfg.SOLVER.MAX_ITER": 2, "cfg.SOLVER.STEPS": (), "cfg.TEST.EVAL_PERIOD": 2}
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """The reader's files."""
+    write_shapes(str(tmp_path / "my_photos"), num_images=4, seed=5, size=64)
+    folder = tmp_path / "my_photos"
+    (folder / "instances.json").rename(folder / "annotations.json")
+    shutil.copy(folder / "images" / "000000.jpg", folder / "new.jpg")
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def tiny_instance_config(name, trained=False):
+    assert name in model_zoo.names() and trained
+    cfg = get_cfg()
+    add_knet_config(cfg)
+    sizes = {"INPUT.MIN_SIZE_TRAIN": (64,), "INPUT.MIN_SIZE_TEST": 64, "DATALOADER.NUM_WORKERS": 0}
+    sizes.update({"MODEL.KNET.NUM_STAGES": 1, "TEST.REPORT": False, "TEST.NUM_PICTURES": 0})
+    return set_options(cfg, {**SMALL, **RESNET, **TASKS["instance"], "MODEL.KNET.TASK": "instance", **sizes})
+
+
+def test_from_mask_rcnn(photos, monkeypatch, capsys):
+    monkeypatch.setattr(model_zoo, "get_config", tiny_instance_config)
+    text = (DOCS / "FROM_MASK_RCNN.md").read_text()
+    for key, value in SHORT.items():
+        text, count = re.subn(rf"(?<={re.escape(key)} = ).*", str(value), text)
+        assert count == 1, key
+    names = {}
+    for example in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        exec(compile(example, "FROM_MASK_RCNN.md", "exec"), names)
+    assert names["cfg"].MODEL.KNET.NUM_THING_CLASSES == 4
+    for name in ("model_final", "my_loop"):
+        predictor = knet_d2.load(f"output/mine/{name}.pth")
+        assert predictor.classes.names == list(THING_CLASSES)
+    for key, value in predictor.model.state_dict().items():
+        assert torch.equal(value, names["model"].state_dict()[key])  # the loop's weights are those of its file
+    ours, detectron2s = [float(x) for x in capsys.readouterr().out.splitlines() if re.fullmatch(r"[\d.]+", x)][-2:]
+    assert ours == pytest.approx(detectron2s)
+    assert len(names["lazy_model"].sem_seg_head.instance_kernels.weight) == 50
+    assert Path("output/mine/model.onnx").stat().st_size > 1000 and Path("output/mine/new.png").exists()
