@@ -243,5 +243,11 @@ def _add_engine_config(cfg: CN) -> None:
     cfg.TEST.VALIDATION_LOSS = False
     # Number of validation images that every evaluation draws into TensorBoard, ground truth beside prediction.
     cfg.TEST.NUM_PICTURES = 4
+    cfg.TEST.TILES = CN()
+    # Side in pixels of the overlapping tiles in which evaluation predicts large images, whose objects are joined; 0 =
+    # whole images.
+    cfg.TEST.TILES.SIZE = 0
+    # Pixels that neighbouring tiles share; 0 = a quarter of TEST.TILES.SIZE.
+    cfg.TEST.TILES.OVERLAP = 0
     # Whether every evaluation writes OUTPUT_DIR/report.html.
     cfg.TEST.REPORT = True

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 
 from ..errors import ConfigError, KNetError
 from ..tasks import build_bank
-from .class_coverage import warn_of_absent_classes_in
+from .class_coverage import warn_of_absent_classes_in, warn_of_crowded_images
 from .coco_json import forget_large_files
 from .files import read_image
 from .ground_truth import CompactMapper
@@ -63,6 +63,7 @@ def build_train_loader(
         if mapper is None:
             if comm.is_main_process():
                 warn_of_absent_classes_in(dataset, cfg.DATASETS.TRAIN, cfg)
+                warn_of_crowded_images(dataset, cfg)
             # Find images of another format before the training starts.
             read_image(dataset[0]["file_name"], PixelFormat.from_config(cfg))
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()

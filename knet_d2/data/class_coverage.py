@@ -87,6 +87,28 @@ def warn_of_absent_classes_in(records: list[dict[str, Any]], names: Sequence[str
     warn_of_absent_classes(data, unit_of(task), _class_names(names[0], cfg), occurring)
 
 
+def warn_of_crowded_images(records: list[dict[str, Any]], cfg: CfgNode) -> None:
+    """Log one warning if training images have more objects than there are kernels for them."""
+    if "instances" not in get_task(cfg).annotations:
+        return
+    num_kernels = cfg.MODEL.KNET.NUM_KERNELS
+    counts = [_num_objects(record) for record in records]
+    crowded = sum(count > num_kernels for count in counts)
+    if crowded:
+        most = int(np.argmax(counts))
+        logger.warning(
+            "MODEL.KNET.NUM_KERNELS = %d: %d of %d training images have more objects (%s has %d). Each kernel learns "
+            "one object, so the others are learned as background. Raise it and TEST.DETECTIONS_PER_IMAGE, or cut the "
+            "images into tiles (tools/cut_tiles.py).",
+            *(num_kernels, crowded, len(records), records[most]["file_name"], counts[most]),
+        )
+
+
+def _num_objects(record: dict[str, Any]) -> int:
+    objects = record["annotations"] if "annotations" in record else record.get("segments_info", ())
+    return sum(bool(x.get("isthing", True)) and not x.get("iscrowd", 0) for x in objects)
+
+
 def _class_names(data_set: str, cfg: CfgNode) -> list[str]:
     """Names of the model's classes in the metadata of a data set; the ids where it has none."""
     metadata, names = MetadataCatalog.get(data_set), []

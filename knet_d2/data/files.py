@@ -10,19 +10,30 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from .pixels import PixelFormat, picture_of
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 ARRAY_TYPE = ".npy"
 # What Pillow may open. It reads these by itself; for others, as PostScript, it starts programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+def _megapixels() -> int:
+    text = os.environ.get("KNET_D2_MAX_MEGAPIXELS", "100")
+    if not text.isdecimal():
+        raise ConfigError(f"KNET_D2_MAX_MEGAPIXELS = {text!r}: set this environment variable to a whole number.")
+    return int(text)
+
+
 # Most pixels of an image, and most values of all its channels: checked before anything is unpacked
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = _megapixels() * 10**6
+Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MAX_PIXELS)  # Pillow's own limit
 MAX_VALUES = 4 * MAX_PIXELS
 _TOO_LARGE = (
     f"it is too large: images of up to {MAX_PIXELS // 10**6} megapixels (with more than 4 channels: up to "
-    f"{MAX_VALUES // 10**6} million values) are read; cut it into parts"
+    f"{MAX_VALUES // 10**6} million values) are read; cut it into parts, or set "
+    "the environment variable KNET_D2_MAX_MEGAPIXELS"
 )
 
 # Places in the first chunk of a PNG, and OpenCV's channels by the type of its colours
@@ -99,6 +110,11 @@ def read_image(path: str, pixel_format: PixelFormat | str) -> np.ndarray:
         DataError: it can't be read, or is of another number of channels.
     """
     wanted = PixelFormat(pixel_format) if isinstance(pixel_format, str) else pixel_format
+    return wanted.prepare(read_stored(path, wanted), f"Image {path}")
+
+
+def read_stored(path: str, wanted: PixelFormat) -> np.ndarray:
+    """Read an image in its file's own type: [H, W] or [H, W, C], colours in RGB order; else as :func:`read_image`."""
     _check_exists(path, "Image")
 
     def read() -> np.ndarray:
@@ -107,7 +123,7 @@ def read_image(path: str, pixel_format: PixelFormat | str) -> np.ndarray:
         with PathManager.open(path, "rb") as f:
             return _read_pixels(f.read(), wanted, path)
 
-    return _prepared(read, wanted, path)
+    return _readable(read, path)
 
 
 def read_image_content(content: bytes, pixel_format: PixelFormat, name: str) -> np.ndarray:
@@ -118,19 +134,18 @@ def read_image_content(content: bytes, pixel_format: PixelFormat, name: str) -> 
         pixel_format: see there.
         name: of the image, for messages.
     """
-    return _prepared(lambda: _read_pixels(content, pixel_format, name), pixel_format, name)
+    return pixel_format.prepare(_readable(lambda: _read_pixels(content, pixel_format, name), name), f"Image {name}")
 
 
-def _prepared(read: Callable[[], np.ndarray], wanted: PixelFormat, name: str) -> np.ndarray:
+def _readable(read: Callable[[], np.ndarray], name: str) -> np.ndarray:
     try:
-        pixels = read()
+        return read()
     except DataError:
         raise
     except Exception as error:
         raise DataError(
             f"Image {name} can't be read ({error}). Replace the file or take it out of the data set."
         ) from error
-    return wanted.prepare(pixels, f"Image {name}")
 
 
 def image_size(path: str) -> tuple[int, int]:

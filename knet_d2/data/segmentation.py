@@ -127,7 +127,7 @@ def read_rle(segmentation: dict[str, Any], image_size: tuple[int, int] | None = 
     if image_size is not None and tuple(size) != image_size:
         raise SegmentationError("bad RLE", f"its size is {list(size)}, but the image has {list(image_size)}")
     if isinstance(counts, (str, bytes)):
-        numbers = _decode_counts(counts if isinstance(counts, str) else counts.decode("latin1"))
+        numbers = decode_counts(counts)
     elif isinstance(counts, list) and all(type(x) is int for x in counts):
         numbers = counts
     else:
@@ -138,15 +138,15 @@ def read_rle(segmentation: dict[str, Any], image_size: tuple[int, int] | None = 
     return mask_util.frPyObjects(segmentation, *size) if isinstance(counts, list) else segmentation
 
 
-def _decode_counts(string: str) -> list[int]:
-    """Decode the run lengths of COCO's compressed RLE.
+def decode_counts(string: str | bytes) -> list[int]:
+    """Decode the run lengths of COCO's compressed RLE, column by column: of pixels outside, inside, outside, ...
 
     Each character holds 5 bits of a signed number. From the fourth number on, the string holds the difference to the
     number two places before. pycocotools can't check a string: it reads beyond the end of a damaged one.
     """
     counts: list[int] = []
     value, shift = 0, 0
-    for character in string:
+    for character in string if isinstance(string, str) else string.decode("latin1"):
         bits = ord(character) - 48
         if not 0 <= bits < 64:
             raise SegmentationError("bad RLE", f"counts has the character {character!r}")

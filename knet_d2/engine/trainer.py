@@ -30,6 +30,7 @@ from ..data import build_loss_loader, build_test_loader, build_train_loader, reg
 from ..data.classes import class_table
 from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import Evaluators, best_metric, build_evaluators, write_report
+from ..inference.tiled_model import TiledKNet
 from ..modeling.tta import KNetWithTTA
 from ..results.comparison import draw_validation_pictures
 from ..video.model import follow_videos
@@ -166,7 +167,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list | None = None) -> dict[str, Any]:
-        """Evaluate on DATASETS.TEST, with a memory for frames of videos."""
+        """Evaluate on DATASETS.TEST, with a memory for frames of videos, and in tiles if TEST.TILES asks for it."""
+        if cfg.TEST.TILES.SIZE:
+            return super().test(_with_whole_images(cfg), TiledKNet(cfg, model), evaluators)
         return super().test(cfg, follow_videos(cfg, model), evaluators)
 
     @classmethod
@@ -174,9 +177,7 @@ class Trainer(DefaultTrainer):
         """Evaluate with test-time augmentation (TEST.AUG); the keys of the results end in "_TTA"."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         augmented = KNetWithTTA(cfg, model)
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.INPUT.MIN_SIZE_TEST = 0  # images as they are: every view is resized from them
+        cfg = _with_whole_images(cfg)
         cfg.TEST.REPORT = False  # the report is on the evaluation without augmentation
         evaluators = [cls.build_evaluator(cfg, name, os.path.join(folder, name)) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, augmented, evaluators)
@@ -351,6 +352,14 @@ class Trainer(DefaultTrainer):
         if changed:
             values = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
             logger.warning(f"Options that differ from those of the run so far, and hold from now on: {values}.")
+
+
+def _with_whole_images(cfg: CfgNode) -> CfgNode:
+    """A copy whose loaders leave images as they are: tiles and views of them are resized later."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.MIN_SIZE_TEST = 0
+    return cfg
 
 
 def _check_hook_options(cfg: CfgNode) -> None:

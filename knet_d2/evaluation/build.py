@@ -33,11 +33,17 @@ from .semantic import SemanticEvaluator
 
 logger = logging.getLogger(__name__)
 
+# TEST.DETECTIONS_PER_IMAGE is of one tile
+_MOST_OF_TILES = 10_000
+# Types of data sets whose evaluators take the results of tiles
+_TILED = ("coco", "coco_panoptic_seg", "cityscapes_panoptic_seg", "sem_seg")
+
 Builder = Callable[[CfgNode, str, "str | None"], DatasetEvaluator]
 
 
 def _instance(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
-    return InstanceEvaluator(name, folder, cfg.TEST.DETECTIONS_PER_IMAGE, report=cfg.TEST.REPORT)
+    most = _MOST_OF_TILES if cfg.TEST.TILES.SIZE else cfg.TEST.DETECTIONS_PER_IMAGE
+    return InstanceEvaluator(name, folder, most, report=cfg.TEST.REPORT)
 
 
 def _panoptic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
@@ -178,6 +184,11 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None 
         raise ConfigError(
             f"DATASETS.TEST: data set {dataset_name} has evaluator_type {kind!r} in its metadata; use one of "
             f"{', '.join(EVALUATORS)}."
+        )
+    if cfg.TEST.TILES.SIZE and kind not in _TILED:
+        raise ConfigError(
+            f"TEST.TILES.SIZE = {cfg.TEST.TILES.SIZE}: data set {dataset_name} with evaluator_type {kind!r} can't be "
+            f"evaluated in tiles, only {', '.join(_TILED)}. Set it to 0."
         )
     if any(not PathManager.isfile(metadata.get(key)) for key in ("json_file", "panoptic_json") if metadata.get(key)):
         load_dataset(dataset_name, "DATASETS.TEST")  # generates the files, or raises an error that names the file

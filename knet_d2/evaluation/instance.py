@@ -92,10 +92,13 @@ class InstanceEvaluator(DatasetEvaluator):
         """
         Args:
             inputs: dicts with "image_id".
-            outputs: dicts with "instances".
+            outputs: dicts with "instances", whose masks are "pred_masks" or "rles".
         """
         for image, output in zip(inputs, outputs, strict=True):
-            instances = instances_to_coco_json(output["instances"].to("cpu"), image["image_id"])
+            found = output["instances"].to("cpu")
+            instances = instances_to_coco_json(found, image["image_id"])
+            if found.has("rles"):
+                instances = [{**x, "segmentation": rle} for x, rle in zip(instances, found.rles, strict=True)]
             for instance in instances:
                 instance["category_id"] = self._category_ids[instance["category_id"]]
             self._predictions.append({"image_id": image["image_id"], "instances": instances})

@@ -66,11 +66,12 @@ class SemanticEvaluator(DatasetEvaluator):
         """
         Args:
             inputs: dicts with "file_name".
-            outputs: dicts with "sem_seg": scores [K, H, W] of the K classes of the model.
+            outputs: dicts with "sem_seg": scores [K, H, W] of the K classes of the model, or label maps [H, W].
         """
         size, ignored = len(self._confusion), self._metadata.get("ignore_label", 255)
         for image, output in zip(inputs, outputs, strict=True):
-            predicted = self._class_ids[output["sem_seg"].argmax(dim=0).cpu().numpy()]
+            scores = output["sem_seg"]
+            predicted = self._class_ids[(scores if scores.dim() == 2 else scores.argmax(dim=0)).cpu().numpy()]
             labels = read_sem_seg(self._records[image["file_name"]], predicted.shape, size - 1, ignored)
             labels = np.where(labels == ignored, size - 1, labels)
             pairs = np.bincount((size * predicted + labels).reshape(-1), minlength=size**2).reshape(size, size)

@@ -71,10 +71,10 @@ def predict_tiles(
 
 def _place(segment: Segment, y: Span, x: Span, size: tuple[int, int]) -> _Part:
     seen = segment._replace(corner=(segment.corner[0] + y.start, segment.corner[1] + x.start), size=size)
-    return _Part(seen, _clip(seen, (y.own_start, y.own_stop), (x.own_start, x.own_stop)))
+    return _Part(seen, clip(seen, (y.own_start, y.own_stop), (x.own_start, x.own_stop)))
 
 
-def _clip(segment: Segment, y: tuple[int, int], x: tuple[int, int]) -> Segment | None:
+def clip(segment: Segment, y: tuple[int, int], x: tuple[int, int]) -> Segment | None:
     """Return the part of a segment in a rectangle of rows and columns [start, stop); None if it is empty."""
     (top, left), (height, width) = segment.corner, segment.crop.shape
     first, last = (max(y[0], top), max(x[0], left)), (min(y[1], top + height), min(x[1], left + width))
@@ -115,7 +115,7 @@ def _same_objects(
     a: list[_Part], b: list[_Part], strip: list[tuple[int, int]], num_things: int
 ) -> list[tuple[int, int]]:
     """Return pairs of things of one class in two tiles whose masks agree where the tiles overlap."""
-    clipped = [[(i, _clip(part.seen, *strip)) for i, part in enumerate(found)] for found in (a, b)]
+    clipped = [[(i, clip(part.seen, *strip)) for i, part in enumerate(found)] for found in (a, b)]
     rows, columns = ([(i, s) for i, s in found if s is not None and s.label < num_things] for found in clipped)
     ious = np.array([[_iou(p, q) if p.label == q.label else 0.0 for _, q in columns] for _, p in rows])
     if not ious.size:
@@ -125,7 +125,7 @@ def _same_objects(
 
 
 def _iou(a: Segment, b: Segment) -> float:
-    shared = _clip(a, *((window.start, window.stop) for window in b.window))
+    shared = clip(a, *((window.start, window.stop) for window in b.window))
     if shared is None:
         return 0.0
     y, x = shared.corner[0] - b.corner[0], shared.corner[1] - b.corner[1]

@@ -28,6 +28,7 @@ NAMES = (
     "predict_bulk",
     "check_dataset",
     "convert_dataset",
+    "cut_tiles",
     "export_model",
     "convert_checkpoint",
     "visualize_kernels",

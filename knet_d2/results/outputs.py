@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 
 from ..data.classes import ClassTable
 from .prediction import Prediction
@@ -75,6 +75,54 @@ def _prediction(output: str, result: Any, classes: ClassTable) -> Prediction:
     segments = (Segment.from_mask(*item) for item in OUTPUTS[output].masks(result, classes))
     found = [segment for segment in segments if segment is not None]
     return Prediction(OUTPUTS[output].size(result), found, classes).named()
+
+
+def result_of(output: str, prediction: Prediction) -> Any:
+    """The opposite: a prediction in Detectron2's form, as evaluators take it.
+
+    Instances have "rles" in place of "pred_masks", because the image may be large; semantic results are label maps.
+    """
+    return _RESULTS[output](prediction)
+
+
+def _as_instances(prediction: Prediction) -> Instances:
+    segments = prediction.segments
+    boxes = torch.tensor([x.box for x in segments], dtype=torch.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return Instances(
+        prediction.size,
+        pred_boxes=Boxes(boxes),
+        scores=torch.tensor([x.score for x in segments], dtype=torch.float32),
+        pred_classes=torch.tensor([x.label for x in segments], dtype=torch.int64),
+        rles=[x.rle() for x in segments],
+    )
+
+
+def _as_panoptic(prediction: Prediction) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    classes = prediction.classes
+    segments = [
+        {
+            "id": i,
+            "isthing": x.label < classes.num_things,
+            "category_id": classes.category_ids[x.label],
+            "score": x.score,
+            "area": x.area,
+        }
+        for i, x in enumerate(prediction.segments, start=1)
+    ]
+    return torch.from_numpy(prediction.segment_map()), segments
+
+
+def _as_label_map(prediction: Prediction) -> torch.Tensor:
+    labels = np.array([len(prediction.classes.names), *(x.label for x in prediction.segments)])
+    return torch.from_numpy(labels[prediction.segment_map()])
+
+
+_RESULTS: dict[str, Callable[[Prediction], Any]] = {
+    "panoptic_seg": _as_panoptic,
+    "instances": _as_instances,
+    "sem_seg": _as_label_map,
+}
 
 
 def draw_prediction(image: np.ndarray, results: Mapping[str, Any], classes: ClassTable) -> np.ndarray:
