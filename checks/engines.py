@@ -1,9 +1,10 @@
 """Compare engines and exported files on a COCO data set: mask AP of one model, and milliseconds per image.
 
-    python -m checks.engines model.pth model.onnx model_int8.onnx --annotations val.json --images val/images
+    python -m checks.engines m.pth m.onnx m.onnx=openvino m_int8.onnx --annotations val.json --images val/images
 
-The weights file is computed by PyTorch. All are asked image by image in turn, so that a change of the machine's speed
-meets them alike; the time is the median, with reading the file.
+The weights file is computed by PyTorch, an exported file by onnxruntime or by the engine behind its name. All are asked
+image by image in turn, so that a change of the machine's speed meets them alike; the time is the median, with reading
+the file. Of a panoptic model, the AP is that of its things.
 """
 
 import argparse
@@ -24,9 +25,10 @@ from knet_d2.programs import run
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="model", help="weights or .onnx files of one instance model")
+    parser.add_argument("models", nargs="+", metavar="model", help="weights or FILE.onnx[=ENGINE] of one model")
     parser.add_argument("--annotations", required=True, help="COCO JSON")
     parser.add_argument("--images", required=True, help="folder of its images")
+    parser.add_argument("--confidence-threshold", type=float, default=0.0, help="a panoptic model: that of its export")
     parser.add_argument("--number", type=int, default=100, help="number of images")
     return parser
 
@@ -47,7 +49,11 @@ def mask_ap(truth: COCO, images: list[int], results: list[dict]) -> float:
 def main(args: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(args.annotations)
-    predictors = {path: load(path, confidence_threshold=0.0, device="cpu") for path in args.models}
+    predictors = {}
+    for path in args.models:
+        file, _, engine = path.partition("=")
+        threshold = args.confidence_threshold
+        predictors[path] = load(file, confidence_threshold=threshold, device="cpu", engine=engine or None)
     images = sorted(truth.imgs)[: args.number]
     seconds: dict[str, list[float]] = {path: [] for path in args.models}
     results: dict[str, list[dict]] = {path: [] for path in args.models}
