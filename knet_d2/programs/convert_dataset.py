@@ -1,28 +1,49 @@
-"""Convert annotations of a label tool to a COCO instances JSON.
+"""Convert annotations of a label tool to a COCO instances JSON; or instances to a COCO panoptic data set.
 
     python tools/convert_dataset.py yolo_seg coco.json images=photos/images labels=photos/labels classes=data.yaml
+    python tools/convert_dataset.py coco_instance panoptic.json json=coco.json images=photos --panoptic pngs
 
-The types and their keys are those of DATASETS.CUSTOM; see docs/DATASETS.md. File names in the JSON are relative to the
-folder of the images.
+With --panoptic, pixels without an object are of the stuff class that --rest names. The types and their keys are those
+of DATASETS.CUSTOM; see docs/DATASETS.md. File names in the JSON are relative to the folder of the images.
 """
 
 import argparse
 import json
+from typing import Any
 
 import yaml
 
+from ..data.coco_json import read_coco_json
 from ..data.coco_mending import for_other_programs, log_mends
 from ..data.custom import checked_entry
 from ..data.formats import READERS, read_annotations
+from ..data.panoptic_writer import write_panoptic
 from ..errors import ConfigError
+
+COCO = "coco_instance"
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("type", choices=READERS, help="type of the annotations")
+    parser.add_argument("type", choices=[*READERS, COCO], help="type of the annotations")
     parser.add_argument("output", metavar="JSON", help="file to write")
     parser.add_argument("keys", nargs="+", metavar="KEY=VALUE", help="keys of the type; lists as [a, b]")
+    parser.add_argument("--panoptic", metavar="FOLDER", help="write a panoptic JSON, and PNGs into this folder")
+    parser.add_argument(
+        "--rest", metavar="NAME", default="rest", help='stuff class of all other pixels; default: "rest"'
+    )
     return parser
+
+
+def read_content(entry: dict[str, Any]) -> dict[str, Any]:
+    """The content of a COCO instances JSON with the annotations of an entry of DATASETS.CUSTOM."""
+    if entry["type"] == COCO:
+        return read_coco_json(entry["json"], entry["images"])
+    annotations = read_annotations(entry)
+    source = READERS[entry["type"]].source(entry)
+    content = annotations.checked(source)
+    log_mends(source, annotations.notes)
+    return content
 
 
 def main(args: argparse.Namespace) -> None:
@@ -32,12 +53,11 @@ def main(args: argparse.Namespace) -> None:
         if not separator:
             raise ConfigError(f"{word}: write it as KEY=VALUE.")
         entry[key] = yaml.safe_load(value)
-    entry = checked_entry(entry, "The command line")
-    annotations = read_annotations(entry)
-    source = READERS[args.type].source(entry)
-    content = annotations.checked(source)
-    log_mends(source, annotations.notes)
-    with open(args.output, "w", encoding="utf-8") as f:
-        json.dump(for_other_programs(content), f)
+    content = read_content(checked_entry(entry, "The command line"))
+    if args.panoptic:
+        write_panoptic(content, args.output, args.panoptic, args.rest)
+    else:
+        with open(args.output, "w", encoding="utf-8") as f:
+            json.dump(for_other_programs(content), f)
     counts = ", ".join(f"{len(content[key])} {key}" for key in ("images", "annotations", "categories"))
     print(f"Wrote {args.output}: {counts}")
