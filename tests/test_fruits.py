@@ -80,6 +80,18 @@ def test_the_committed_maps_are_the_converter_s(fold, tmp_path, capsys):
             assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
+def test_objects_of_one_class(tmp_path):
+    command = f"coco_instance {tmp_path}/one.json json={FRUITS}/fold0.json images={FRUITS}/images --one-class object"
+    convert_dataset.main(convert_dataset.get_parser().parse_args(command.split()))
+    written, source = json.loads((tmp_path / "one.json").read_text()), json.loads((FRUITS / "fold0.json").read_text())
+    assert [x["name"] for x in written["categories"]] == ["object"]
+    assert (
+        {x["category_id"] for x in written["annotations"]} == {1} != {x["category_id"] for x in source["annotations"]}
+    )
+    outlines = [[x["segmentation"] for x in y["annotations"]] for y in (written, source)]
+    assert outlines[0] == outlines[1]
+
+
 def records(task, monkeypatch, options=()):
     """The config of a task on the fruits, and the records of its training set, with names of their own."""
     monkeypatch.chdir(ROOT)

@@ -2,6 +2,7 @@
 
     python tools/convert_dataset.py yolo_seg coco.json images=photos/images labels=photos/labels classes=data.yaml
     python tools/convert_dataset.py coco_instance panoptic.json json=coco.json images=photos --panoptic pngs
+    python tools/convert_dataset.py coco_instance objects.json json=coco.json images=photos --one-class object
 
 With --panoptic, pixels without an object are of the stuff class that --rest names. The types and their keys are those
 of DATASETS.CUSTOM; see docs/DATASETS.md. File names in the JSON are relative to the folder of the images.
@@ -32,7 +33,14 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rest", metavar="NAME", default="rest", help='stuff class of all other pixels; default: "rest"'
     )
+    parser.add_argument("--one-class", metavar="NAME", help="give all objects this class instead of their own")
     return parser
+
+
+def of_one_class(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """The same objects, all of one class: for models that find objects whatever they are."""
+    annotations = [{**annotation, "category_id": 1} for annotation in content["annotations"]]
+    return {**content, "annotations": annotations, "categories": [{"id": 1, "name": name}]}
 
 
 def read_content(entry: dict[str, Any]) -> dict[str, Any]:
@@ -54,6 +62,8 @@ def main(args: argparse.Namespace) -> None:
             raise ConfigError(f"{word}: write it as KEY=VALUE.")
         entry[key] = yaml.safe_load(value)
     content = read_content(checked_entry(entry, "The command line"))
+    if args.one_class:
+        content = of_one_class(content, args.one_class)
     if args.panoptic:
         write_panoptic(content, args.output, args.panoptic, args.rest)
     else:
