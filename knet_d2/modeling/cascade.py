@@ -186,8 +186,6 @@ class KernelUpdateHead(nn.Module):
             kernels: K_{i-1}, [B, N, C].
             mask_logits: M_{i-1}, [B, N, H, W].
         """
-        if mask_logits.shape[-2:] != feature.shape[-2:]:
-            mask_logits = F.interpolate(mask_logits, feature.shape[-2:], mode="bilinear", align_corners=False)
         group_features = self._gather(feature, mask_logits)
         kernels = self.interaction(self.kernel_update(group_features, kernels))
         class_logits = None if self.class_branch is None else self.class_branch(kernels)
