@@ -17,6 +17,9 @@ from detectron2.config import CfgNode
 
 from .errors import ConfigError
 
+# Options of MODEL.KNET.VIDEO that make a model learn to follow objects, from pairs of frames
+VIDEO_SWITCHES = ("EMBEDDING", "LINKING", "FUSING")
+
 
 class Assignment(Enum):
     """How the kernels of a group find what they have to segment in training."""

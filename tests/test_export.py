@@ -298,6 +298,26 @@ def test_runner_follows_objects_as_the_predictor_does(exported):
         assert found == [(names[x.label], x.track_id) for x in expected.segments] and found
 
 
+def test_runner_gives_a_model_its_memory(tmp_path):
+    """Kernel linking and fusing: the ids of PyTorch, and kernels that are passed on from frame to frame."""
+    learned = {f"MODEL.KNET.VIDEO.{key}": True for key in ("EMBEDDING", "LINKING", "FUSING")}
+    weights = save_model(tmp_path, "panoptic", {**learned, "MODEL.KNET.NUM_STAGES": 2})
+    path = str(tmp_path / "panoptic.onnx")
+    export_model.main(export_model.get_parser().parse_args([weights, path, "--opts", *ALL_SEGMENTS]))
+    predictor, runner = knet_d2.load(weights, device="cpu", opts=ALL_SEGMENTS), onnx_runner.OnnxRunner(path)
+    images = [cv2.GaussianBlur(x.transpose(1, 2, 0), (0, 0), 2) for x in random_images(2, (75, 90))]
+    tracker, video = onnx_runner.OnnxTracker(runner), predictor.video([images[i] for i in (0, 0, 1, 0)], "BGR")
+    for i, expected in zip((0, 0, 1, 0), video, strict=True):
+        found = [(x.name, x.track_id) for x in tracker(images[i])]
+        assert found == [(expected.classes.names[x.label], x.track_id) for x in expected.segments] and found
+    first = runner.outputs(images[0])
+    second = runner.outputs(images[0], runner.outputs(images[1])["kernels"])
+    assert np.abs(second["kernels"] - first["kernels"]).max() > 1e-3
+    # Images have no frame before them
+    result = knet_d2.load(path, engine="onnxruntime")(images[0], "BGR")
+    assert [x.label for x in result.segments] == [x.label for x in predictor(images[0], "BGR").segments]
+
+
 @pytest.mark.parametrize("size, new_size", [((90, 120), (96, 128)), ((300, 221), (130, 96)), ((70, 50), (350, 250))])
 def test_runner_resizes_as_pillow_does(size, new_size):
     image = random_images(1, size)[0].transpose(1, 2, 0)

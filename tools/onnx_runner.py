@@ -63,15 +63,24 @@ class OnnxRunner:
         self.preprocessing = json.loads(metadata["preprocessing"])
         self.score_threshold = float(metadata["score_threshold"])
         self.tracker_options = json.loads(metadata.get("tracker", "{}"))
+        self._memory_shape = json.loads(metadata.get("memory", "null"))
 
     def __call__(self, image: np.ndarray) -> list[Segment]:
         """The segments of an image [H, W, channels] or [H, W] as files have it; colours in BGR order (cv2.imread)."""
         return self.segments(self.outputs(image))
 
-    def outputs(self, image: np.ndarray) -> "dict[str, np.ndarray]":
-        """What the model gives for one image, by the names of its outputs."""
+    def outputs(self, image: np.ndarray, memory: "np.ndarray | None" = None) -> "dict[str, np.ndarray]":
+        """What the model gives for one image, by the names of its outputs.
+
+        Args:
+            memory: the output "kernels" of the previous frame, of a model that has it; None for images.
+        """
         padded, size = self.prepare(image)
         inputs = {"image": padded[None], "image_size": np.array(size), "output_size": np.array(image.shape[:2])}
+        if self._memory_shape:
+            known = np.array([memory is not None])
+            memory = np.zeros(self._memory_shape, np.float32) if memory is None else memory
+            inputs.update(memory_kernels=memory[None], has_memory=known)
         outputs = dict(zip((x.name for x in self.session.get_outputs()), self.session.run(None, inputs)))
         return {name: value[0] for name, value in outputs.items()}
 
@@ -142,11 +151,12 @@ class OnnxTracker:
         self._tracker = _load_tracker()
         self._runner, self._options = runner, self._tracker.TrackerOptions(**runner.tracker_options)
         self._stuff_ids = {x["id"]: i for i, x in enumerate((x for x in runner.categories if not x["isthing"]), 1)}
-        self._state = self._tracker.new_state(1 + len(self._stuff_ids))
+        self._state, self._kernels = self._tracker.new_state(1 + len(self._stuff_ids)), None
 
     def __call__(self, image: np.ndarray) -> list[Segment]:
         """The segments of the next frame, see :meth:`OnnxRunner.__call__`; things without a track are left out."""
-        outputs = self._runner.outputs(image)
+        outputs = self._runner.outputs(image, self._kernels)
+        self._kernels = outputs.get("kernels")
         segments = self._runner.segments(outputs)
         labels, embeddings = outputs["labels"], outputs["embeddings"]
         things = [i for i in range(len(segments)) if self._runner.categories[labels[i]]["isthing"]]

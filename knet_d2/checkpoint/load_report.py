@@ -22,6 +22,8 @@ _COUNTED = re.compile(r"sem_seg_head\.instance_kernels\.|(^|\.)classifier\.|\.cl
 # Parameters that pretrained backbones lack: offsets of deformable convolutions, Swin's norms of the outputs
 _NEW_IN_BACKBONE = re.compile(r"\.conv_offset\.|\.out_norms\.")
 _TRAINING_ONLY = "auxiliary_head."
+# What a video model learns beside an image model
+_VIDEO = "video."
 _MOST_NAMES = 4
 
 
@@ -211,6 +213,7 @@ def find_misfits(report: LoadReport, layout: Layout, partial: bool) -> list[str]
         if partial:
             missing, other_shape = [], []
     elif partial:
+        missing = [name for name in missing if not name.startswith(_VIDEO)]
         other_shape = [pair for pair in other_shape if not _differs_in_count(pair)]
     return _describe(missing, unexpected, other_shape)
 

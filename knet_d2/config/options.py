@@ -128,6 +128,20 @@ def _add_model_config(cfg: CN) -> None:
     knet.TEST.MASK_NMS = 1.0
 
     knet.VIDEO = CN()
+    # Whether objects are followed by embeddings that are learned from pairs of frames, instead of by their kernels.
+    knet.VIDEO.EMBEDDING = False
+    # Whether kernels attend to those of the previous frame before the embedding.
+    knet.VIDEO.LINKING = False
+    # Whether the previous frame's kernels enter the last stage; this changes masks and classes.
+    knet.VIDEO.FUSING = False
+    # Number of channels of an embedding.
+    knet.VIDEO.EMBEDDING_DIM = 256
+    # Training: largest number of frames between a key frame and its reference frame, before or after it.
+    knet.VIDEO.REFERENCE_RANGE = 2
+    # Weight of the contrastive loss on the embeddings of a pair of frames.
+    knet.VIDEO.CONTRAST_WEIGHT = 0.25
+    # Weight of the squared error of the embeddings' cosines.
+    knet.VIDEO.COSINE_WEIGHT = 1.0
     # Things of a frame with a score of at most this do not take part in tracking.
     knet.VIDEO.MIN_SCORE = 0.3
     # Things without a match start a track above this score.

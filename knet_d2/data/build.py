@@ -12,11 +12,12 @@ from detectron2.data import DatasetFromList
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 
-from ..errors import ConfigError, KNetError
-from ..tasks import build_bank
+from ..errors import ConfigError, DataError, KNetError
+from ..tasks import VIDEO_SWITCHES, build_bank
 from .class_coverage import warn_of_absent_classes_in, warn_of_crowded_images
 from .coco_json import forget_large_files
 from .files import read_image
+from .frame_pairs import FramePairs
 from .ground_truth import CompactMapper
 from .mapper import build_loss_mapper, build_mapper
 from .pixels import PixelFormat
@@ -77,7 +78,9 @@ def build_train_loader(
         groups=_aspect_groups(dataset) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
         repeat_factors=repeat_factors(dataset, cfg),
     )
-    mapped = MappedDataset(dataset, mapper or _compact(cfg, build_mapper(cfg, is_train=True)), seed)
+    video = cfg.MODEL.KNET.VIDEO
+    pairs = FramePairs(dataset, video.REFERENCE_RANGE) if any(video[key] for key in VIDEO_SWITCHES) else None
+    mapped = MappedDataset(dataset, mapper or _compact(cfg, build_mapper(cfg, is_train=True)), seed, pairs)
     forget_large_files()
     return RaisingDataLoader(mapped, batch_sampler=sampler, **_loader_options(cfg))
 
@@ -128,7 +131,12 @@ class MappedDataset(torch.utils.data.Dataset):
     error is returned in place of the example; RaisingDataLoader raises it.
     """
 
-    def __init__(self, records: list[dict], mapper: Mapper, seed: int) -> None:
+    def __init__(self, records: list[dict], mapper: Mapper, seed: int, pairs: FramePairs | None = None) -> None:
+        """
+        Args:
+            pairs: adds to each example another frame of its video as "reference"; both have the same augmentation.
+        """
+        self._pairs = pairs
         self._records = DatasetFromList(records, copy=False)
         self._mapper = mapper
         self._seed = seed
@@ -140,9 +148,23 @@ class MappedDataset(torch.utils.data.Dataset):
         index, position = key if isinstance(key, tuple) else (key, key)
         try:
             with seeded(self._seed, position):
-                return self._mapper(self._records[index])
+                return self._mapper(self._records[index]) if self._pairs is None else self._pair(index, self._pairs)
         except KNetError as error:
             return error
+
+    def _pair(self, index: int, pairs: FramePairs) -> dict[str, Any]:
+        indices, seed = (index, pairs.draw(index)), np.random.randint(2**31)
+        frames = []
+        for i in indices:
+            with seeded(seed):
+                frames.append(self._mapper(self._records[i]))
+        key, reference = frames
+        if key["image"].shape != reference["image"].shape:
+            raise DataError(
+                f"{key['file_name']} and {reference['file_name']}: frames of one video have different sizes. Make them "
+                "equal."
+            )
+        return {**key, "reference": reference}
 
 
 class RaisingDataLoader(torch.utils.data.DataLoader):

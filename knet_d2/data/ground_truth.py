@@ -30,6 +30,7 @@ class GroundTruth(NamedTuple):
         labels: [h, w] or None, class of every pixel, or the ignore value; uint8 where that holds them.
         size: (h, w).
         seed: of what is drawn for this image in the losses; it follows the image's position in the run. None: unknown.
+        track_ids: int64 [G], numbers of the instances that are the same in all frames of a video; None for images.
     """
 
     classes: torch.Tensor
@@ -38,11 +39,13 @@ class GroundTruth(NamedTuple):
     labels: torch.Tensor | None
     size: tuple[int, int]
     seed: int | None = None
+    track_ids: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> GroundTruth:
         """A copy on a device. From pinned memory the copy does not make the CPU wait."""
-        classes, masks, stuff_classes, labels = (x if x is None else x.to(device, non_blocking=True) for x in self[:4])
-        return GroundTruth(classes, masks, stuff_classes, labels, self.size, self.seed)
+        tensors = {name: x for name, x in self._asdict().items() if isinstance(x, torch.Tensor)}
+        moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+        return self._replace(**moved)
 
     def masks(self) -> torch.Tensor:
         """The instances' masks: uint8 [G, h, w], 0 and 1."""
@@ -86,13 +89,15 @@ def ground_truth_of(x: dict[str, Any], bank: KernelBank, ignore_value: int) -> G
     height, width = x["image"].shape[-2:]
     classes, masks = torch.zeros(0, dtype=torch.int64), torch.zeros(0, height, width, dtype=torch.bool)
     stuff_classes, labels = classes, None
+    track_ids = None
     if bank.num_matched:
         classes, masks = _checked_instances(x, bank)
+        track_ids = x["instances"].get("gt_track_ids") if x["instances"].has("gt_track_ids") else None
     if bank.fixed_class_ids:
         labels, present = _checked_labels(x, bank, ignore_value)
         if bank.num_matched:
             stuff_classes = torch.tensor(sorted(present & set(bank.fixed_class_ids)), dtype=torch.int64)
-    return GroundTruth(classes, _pack(masks), stuff_classes, labels, (height, width), x.get("seed"))
+    return GroundTruth(classes, _pack(masks), stuff_classes, labels, (height, width), x.get("seed"), track_ids)
 
 
 def _pack(masks: torch.Tensor) -> torch.Tensor:

@@ -205,14 +205,17 @@ class KNetDatasetMapper:
             annotations = [x for x in record["annotations"] if not x.get("iscrowd", 0)]
             classes = [self._class_of(x, True, record) for x in annotations]
             found = [annotation_mask(x, transforms, image_size, size, record) for x in annotations]
-            return make_instances(np.stack(found) if found else np.zeros((0, *size), bool), classes, size)
+            has_tracks = "video_id" in record and all("track_id" in x for x in annotations)
+            tracks = [x["track_id"] for x in annotations] if has_tracks else None
+            return make_instances(np.stack(found) if found else np.zeros((0, *size), bool), classes, size, tracks)
         segments = record["segments_info"]
         # Not the index of the PNG as read: an image can have more segments than the 8 bits hold that PIL resizes.
         index = segment_index(transforms.apply_segmentation(png), [x["id"] for x in segments])
         classes = self._segment_classes(record)
         things = [i for i, x in enumerate(segments) if classes[i] < len(self.thing_classes) and not x.get("iscrowd", 0)]
         masks = index == np.array(things, dtype=index.dtype)[:, None, None]
-        return make_instances(masks, [classes[i] for i in things], size)
+        tracks = [segments[i]["id"] for i in things] if "video_id" in record else None
+        return make_instances(masks, [classes[i] for i in things], size, tracks)
 
     def _segment_labels(self, record: dict[str, Any], index: np.ndarray) -> np.ndarray:
         """Model classes of the pixels of a panoptic PNG, uint8 [H, W]; void is ignored.
@@ -380,12 +383,20 @@ def annotation_mask(
         ) from error
 
 
-def make_instances(masks: np.ndarray, classes: list[int], size: tuple[int, int]) -> Instances:
-    """Instances from masks, bool [M, h, w], without those that are empty; the order stays."""
+def make_instances(
+    masks: np.ndarray, classes: list[int], size: tuple[int, int], tracks: list[int] | None = None
+) -> Instances:
+    """Instances from masks, bool [M, h, w], without those that are empty; the order stays.
+
+    Args:
+        tracks: numbers that are the same in all frames of a video; they become gt_track_ids.
+    """
     keep = masks.reshape(len(masks), size[0] * size[1]).any(axis=1)
     instances = Instances(tuple(size))
     instances.gt_classes = torch.tensor(classes, dtype=torch.int64)[torch.from_numpy(keep)]
     instances.gt_masks = BitMasks(torch.from_numpy(np.ascontiguousarray(masks[keep])))
+    if tracks is not None:
+        instances.gt_track_ids = torch.tensor(tracks, dtype=torch.int64)[torch.from_numpy(keep)]
     return instances
 
 

@@ -45,7 +45,11 @@ def load_batch(path: str) -> Batch:
 
 
 def _as_plain(sample: dict[str, Any]) -> dict[str, Any]:
-    plain = {key: value for key, value in sample.items() if isinstance(value, (torch.Tensor, str, int, float))}
+    plain: dict[str, Any] = {
+        key: value for key, value in sample.items() if isinstance(value, (torch.Tensor, str, int, float))
+    }
+    if "reference" in sample:
+        plain["reference"] = _as_plain(sample["reference"])
     if "ground_truth" in sample:
         plain["ground_truth"] = sample["ground_truth"]._asdict()
     if "instances" in sample:
@@ -56,6 +60,8 @@ def _as_plain(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _from_plain(plain: dict[str, Any]) -> dict[str, Any]:
     sample = dict(plain)
+    if "reference" in sample:
+        sample["reference"] = _from_plain(sample["reference"])
     if "ground_truth" in sample:
         sample["ground_truth"] = GroundTruth(**sample["ground_truth"])
     if "gt_classes" in sample:

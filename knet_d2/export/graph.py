@@ -12,6 +12,7 @@ from ..modeling.backbone.timm import TimmBackbone
 from ..modeling.cascade import select_stage
 from ..modeling.meta_arch import KNet
 from ..modeling.postprocessing import ImageGeometry, dense
+from ..modeling.structures import KernelMemory
 
 INPUT_NAMES = ("image", "image_size", "output_size")
 # A model's main output -> names of the tensors that stand for it
@@ -20,6 +21,9 @@ OUTPUT_NAMES = {
     "panoptic_seg": ("segment_map", "scores", "labels", "areas", "embeddings"),
     "sem_seg": ("label_map",),
 }
+# More inputs and outputs of a model whose frames depend on the frame before, see ExportableKNet
+MEMORY_INPUT_NAMES = ("memory_kernels", "has_memory")
+MEMORY_OUTPUT_NAMES = ("kernels",)
 
 
 class ExportableKNet(nn.Module):
@@ -34,7 +38,11 @@ class ExportableKNet(nn.Module):
       areas (pixels), [B, N] by falling score. The segments that were kept come first, the area of other rows is 0.
     * "sem_seg": label_map int32 [B, h, w], the best class.
 
-    The first two also have embeddings [B, n or N, C], the kernel of each row, by which a tracker follows objects.
+    The first two also have embeddings [B, n or N, E], by which a tracker follows objects: those that the model learned,
+    else the kernel of each row.
+
+    A model with kernel linking or fusing takes the memory as tensors, and gives kernels [B, N, C], which are the memory
+    of the next frame.
     """
 
     def __init__(self, model: KNet):
@@ -57,7 +65,12 @@ class ExportableKNet(nn.Module):
         self.model = model
 
     def forward(
-        self, image: torch.Tensor, image_size: torch.Tensor, output_size: torch.Tensor
+        self,
+        image: torch.Tensor,
+        image_size: torch.Tensor,
+        output_size: torch.Tensor,
+        memory_kernels: torch.Tensor | None = None,
+        has_memory: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """
         Args:
@@ -65,20 +78,28 @@ class ExportableKNet(nn.Module):
                 ``model.size_divisibility``; the images at the top left, anything in the rest.
             image_size: int64 [2], height and width of the images in it.
             output_size: int64 [2], height and width of the result: those of the original images.
+            memory_kernels: float32 [B, N, C], the kernels of the previous frames.
+            has_memory: bool [B], False where there is no previous frame; the kernels are not read then.
 
         Returns:
-            The tensors in OUTPUT_NAMES.
+            The tensors in OUTPUT_NAMES, with a memory also those in MEMORY_OUTPUT_NAMES.
         """
         model, results = self.model, self.model.postprocessor
         options = results.options._replace(score_threshold=None)
         geometry = _checked_geometry(image, image_size, output_size)
-        output = model.network(self._normalise(image, geometry), image_size[None])
-        kernels, mask_logits, class_logits = select_stage(output, options.stage)
+        memory = None
+        if memory_kernels is not None and has_memory is not None:
+            memory = KernelMemory(memory_kernels, has_memory)
+        output = model.network(self._normalise(image, geometry), image_size[None], memory)
+        embeddings, mask_logits, class_logits = select_stage(output, options.stage)
+        if output.embeddings is not None:
+            embeddings = output.embeddings
         found = results.tensors(self.main_output, class_logits, mask_logits, geometry, options, dense)
         if self.main_output == "sem_seg":
             return (found[0].argmax(dim=1).int(),)
         *columns, rows = found
-        return *columns, kernels.gather(1, rows[..., None].expand(-1, -1, kernels.shape[-1]))
+        embeddings = embeddings.gather(1, rows[..., None].expand(-1, -1, embeddings.shape[-1]))
+        return (*columns, embeddings) if memory is None else (*columns, embeddings, output.stages[-1].kernels)
 
     def _normalise(self, image: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
         """Normalised pixels, and 0 around the image."""
@@ -87,6 +108,11 @@ class ExportableKNet(nn.Module):
         rows, columns = (torch.arange(padded, device=image.device) < inside for padded, inside in lengths)
         pixels = torch.where(rows[:, None] & columns, pixels, 0.0)
         return pixels.to(next(self.model.backbone.parameters()).dtype)
+
+
+def uses_memory(model: KNet) -> bool:
+    """Whether a frame's result depends on the kernels of the frame before."""
+    return model.video is not None and model.video.uses_memory
 
 
 def has_windows(model: KNet) -> bool:
@@ -109,7 +135,11 @@ def example_inputs(
     height, width = size or (-(-length // step) * step for length in (96, 128))
     image = torch.randint(0, 256, (2, len(model.pixel_mean), height, width), device=model.device).to(image_type)
     image_size = torch.tensor([height - height // 16, width - width // 16])
-    return {"image": image, "image_size": image_size, "output_size": torch.tensor([150, 200])}
+    inputs = {"image": image, "image_size": image_size, "output_size": torch.tensor([150, 200])}
+    if uses_memory(model):
+        kernels = torch.randn(2, model.bank.num_kernels, model.video.dim, device=model.device)
+        inputs |= dict(zip(MEMORY_INPUT_NAMES, (kernels, torch.tensor([True, False], device=model.device))))
+    return inputs
 
 
 def _checked_geometry(image: torch.Tensor, image_size: torch.Tensor, output_size: torch.Tensor) -> ImageGeometry:

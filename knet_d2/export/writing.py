@@ -12,7 +12,16 @@ from ..data.classes import ClassTable
 from ..errors import ConfigError
 from ..modeling.meta_arch import KNet
 from ..video.model import tracker_options
-from .graph import INPUT_NAMES, OUTPUT_NAMES, ExportableKNet, example_inputs, has_windows
+from .graph import (
+    INPUT_NAMES,
+    MEMORY_INPUT_NAMES,
+    MEMORY_OUTPUT_NAMES,
+    OUTPUT_NAMES,
+    ExportableKNet,
+    example_inputs,
+    has_windows,
+    uses_memory,
+)
 
 ONNX_COMMAND = "install what it needs with: python -m pip install onnx onnxscript onnxruntime"
 METADATA_FILE = "knet_d2.json"
@@ -57,7 +66,10 @@ def trace(model: KNet, image_type: str = "uint8", size: tuple[int, int] | None =
     sides = {2: step * Dim("rows", min=2), 3: step * Dim("columns", min=2)}
     if step == 1:
         sides = {2: Dim("height", min=64), 3: Dim("width", min=64)}
-    shapes = {"image": {0: Dim("batch", min=1), **({} if size else sides)}, "image_size": None, "output_size": None}
+    batch = Dim("batch", min=1)
+    shapes = {"image": {0: batch, **({} if size else sides)}, "image_size": None, "output_size": None}
+    if uses_memory(model):
+        shapes |= {name: {0: batch} for name in MEMORY_INPUT_NAMES}
     inputs = example_inputs(model, getattr(torch, image_type), size)
     with torch.no_grad():
         return torch.export.export(ExportableKNet(model).eval(), (), inputs, dynamic_shapes=shapes, strict=False)
@@ -89,7 +101,10 @@ def export_metadata(
         # Height and width of every padded image; null: any
         "static_size": None if size is None else list(size),
     }
+    # Shape of "memory_kernels" without the batch, where there is this input
+    memory = {"memory": json.dumps([model.bank.num_kernels, model.video.dim])} if uses_memory(model) else {}
     return {
+        **memory,
         **describe_model(cfg, classes),
         "task": cfg.MODEL.KNET.TASK,
         "output": model.postprocessor.options.outputs[0],
@@ -110,8 +125,8 @@ def save_onnx(program: ExportedProgram, path: str, metadata: dict[str, str]) -> 
     deforms = bool(program.graph.find_nodes(op="call_function", target=torch.ops.torchvision.deform_conv2d.default))
     converted = torch.onnx.export(
         program,
-        input_names=INPUT_NAMES,
-        output_names=OUTPUT_NAMES[metadata["output"]],
+        input_names=(*INPUT_NAMES, *(MEMORY_INPUT_NAMES if "memory" in metadata else ())),
+        output_names=(*OUTPUT_NAMES[metadata["output"]], *(MEMORY_OUTPUT_NAMES if "memory" in metadata else ())),
         dynamo=True,
         verbose=False,
         # Files without this operator also run where version 19 is not known

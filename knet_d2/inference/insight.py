@@ -75,7 +75,7 @@ def stage_masks(model: KNet, sample: dict[str, Any], output_size: tuple[int, int
     found = []
     with no_autocast(images.tensor):
         for stage in range(len(output.stages) + 1):
-            class_logits, mask_logits, geometry, _ = model.image_logits(output, [sized], images, stage)[0]
+            class_logits, mask_logits, geometry = model.image_logits(output, [sized], images, stage)[0][:3]
             scores, labels = class_logits.sigmoid().masked_fill(~model.postprocessor.class_mask, -1).max(dim=1)
             masks = mask_probabilities(mask_logits, geometry)
             found.append(KernelMasks(*(x.cpu().numpy() for x in (masks, scores, labels))))

@@ -60,6 +60,7 @@ class OnnxPredictor:
         self.pixel_format = PixelFormat.from_config(self.cfg)
         self.outputs = (metadata["output"],)
         self._preprocessing = json.loads(metadata["preprocessing"])
+        self._memory = json.loads(metadata.get("memory", "null"))
         shorter, longer = self._preprocessing["min_size"], self._preprocessing["max_size"]
         self._resize = Resize([shorter, shorter], longer)
 
@@ -100,7 +101,11 @@ class OnnxPredictor:
         padding = [(0, padded - length) for length, padded in zip(size, first["padded_size"])]
         images = np.pad(images, ((0, 0), (0, 0), *padding)).astype(self._preprocessing["image_type"])
         sizes = {"image_size": np.array(size, np.int64), "output_size": np.array(output_size, np.int64)}
-        return {"image": images, **sizes}
+        memory = {}
+        if self._memory:  # images are first frames
+            memory = {"memory_kernels": np.zeros((len(samples), *self._memory), np.float32)}
+            memory["has_memory"] = np.zeros(len(samples), bool)
+        return {"image": images, **sizes, **memory}
 
     def _result(self, found: dict[str, torch.Tensor], size: tuple[int, int]) -> dict[str, Any]:
         output = self.outputs[0]

@@ -4,6 +4,7 @@ A stage f_i takes the kernels K_{i-1}, their masks M_{i-1} and the feature F to 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,10 +100,17 @@ class KernelInteraction(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
         self.ffn_norm = nn.LayerNorm(dim)
 
-    def forward(self, kernels: torch.Tensor) -> torch.Tensor:
-        """kernels: [B, N, C] -> [B, N, C]; equivariant to permutations of the kernels."""
+    def forward(self, kernels: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
+        """kernels: [B, N, C] -> [B, N, C]; equivariant to permutations of the kernels.
+
+        Args:
+            others: [B, N, C], the kernels that are attended to instead of ``kernels``.
+        """
         B, N, C = kernels.shape
-        qkv = self.in_proj(kernels).reshape(B, N, 3, self.num_heads, C // self.num_heads)
+        qkv = self.in_proj(kernels)
+        if others is not None:
+            qkv = torch.cat([qkv[..., :C], self.in_proj(others)[..., C:]], dim=-1)
+        qkv = qkv.reshape(B, N, 3, self.num_heads, C // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value)
         attended = self.out_proj(attended.transpose(1, 2).reshape(B, N, C))
@@ -186,13 +194,13 @@ class KernelUpdateHead(nn.Module):
             kernels: K_{i-1}, [B, N, C].
             mask_logits: M_{i-1}, [B, N, H, W].
         """
-        group_features = self._gather(feature, mask_logits)
+        group_features = self.gather(feature, mask_logits)
         kernels = self.interaction(self.kernel_update(group_features, kernels))
         class_logits = None if self.class_branch is None else self.class_branch(kernels)
         masks = self._segment(feature, kernels)
         return StageOutput(kernels, mask_logits + masks if self.residual_masks else masks, class_logits)
 
-    def _gather(self, feature: torch.Tensor, mask_logits: torch.Tensor) -> torch.Tensor:
+    def gather(self, feature: torch.Tensor, mask_logits: torch.Tensor) -> torch.Tensor:
         """Group features of the transformed feature F': [B, N, C]."""
         if self.soft_gather:
             weights = mask_logits.softmax(dim=1)
@@ -259,13 +267,22 @@ class KernelUpdateCascade(nn.Module):
             "xavier_init": head.INIT == "xavier",
         }
 
-    def forward(self, state: KernelState) -> list[StageOutput]:
-        """The predictions of all stages, in order."""
+    def forward(
+        self, state: KernelState, fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    ) -> list[StageOutput]:
+        """The predictions of all stages, in order.
+
+        Args:
+            fuse: (group features of the last stage, its kernels), [B, N, C] each -> the kernels to use instead; see
+                :mod:`.association`.
+        """
         with no_autocast(state.feature):
             feature = full_precision(state.feature)
             kernels, mask_logits = full_precision(state.kernels), full_precision(state.mask_logits)
             outputs = []
             for stage in self.stages:
+                if fuse is not None and stage is self.stages[-1]:
+                    kernels = fuse(stage.gather(feature, mask_logits), kernels)  # type: ignore[operator]
                 outputs.append(stage(feature, kernels, mask_logits))
                 kernels, mask_logits = outputs[-1].kernels, outputs[-1].mask_logits
         return outputs

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -27,7 +27,7 @@ class StaticNetwork(Protocol):
 
     training: bool
 
-    def static_network(self, images: torch.Tensor, image_sizes: torch.Tensor | None) -> NetworkOutput: ...
+    def static_network(self, images: torch.Tensor, image_sizes: torch.Tensor | None, *more: Any) -> NetworkOutput: ...
 
 
 class CompiledNetwork:
@@ -40,10 +40,12 @@ class CompiledNetwork:
         self._variants: set[tuple] = set()
         self._is_limit_told = False
 
-    def __call__(self, model: StaticNetwork, images: torch.Tensor, image_sizes: torch.Tensor | None) -> NetworkOutput:
+    def __call__(
+        self, model: StaticNetwork, images: torch.Tensor, image_sizes: torch.Tensor | None, *more: Any
+    ) -> NetworkOutput:
         """The static network of a model. Arguments as for :meth:`KNet.network`."""
         # All that makes torch.compile compile again
-        modes = model.training, torch.is_grad_enabled(), image_sizes is None
+        modes = model.training, torch.is_grad_enabled(), image_sizes is None, *(x is None for x in more)
         variant = (images.shape, images.dtype, half_type(images), *modes)
         if variant not in self._variants and len(self._variants) == MOST_COMPILED:
             if not self._is_limit_told:
@@ -54,9 +56,9 @@ class CompiledNetwork:
                     *(MOST_COMPILED, list(images.shape)),
                 )
             self._is_limit_told = True
-            return model.static_network(images, image_sizes)
+            return model.static_network(images, image_sizes, *more)
         self._variants.add(variant)
-        return compiled_function()(model, images, image_sizes)
+        return compiled_function()(model, images, image_sizes, *more)
 
 
 @functools.cache

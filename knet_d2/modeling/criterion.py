@@ -24,6 +24,8 @@ from .structures import KernelState, Match, Positives, StageOutput, Targets
 
 # The weighted scalar of a term, and the count of this process that normalises it
 Value = tuple[torch.Tensor, int | torch.Tensor]
+# (matches, targets) of all images -> weighted means by name, each with the count of this process that normalises it
+Association = Callable[[Sequence[Match], Sequence[Targets]], dict[str, tuple[torch.Tensor, torch.Tensor]]]
 # Pixels of the rank loss's targets that no kernel owns
 UNOWNED = -1
 # The Gaussian of an instance in the map of centres: sigma in cells per square root of the area in cells, and the least
@@ -132,6 +134,7 @@ class KNetCriterion(nn.Module):
         stages: Sequence[StageOutput],
         targets: Sequence[Targets],
         auxiliary_logits: torch.Tensor | None = None,
+        association: Association | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
@@ -139,9 +142,11 @@ class KNetCriterion(nn.Module):
             stages: predictions of the S update stages.
             targets: ground truth of every image.
             auxiliary_logits: the auxiliary head's [B, K, h, w], if there is one.
+            association: the losses of embeddings from the matches of the last stage's input and the targets, if there
+                are some; see :meth:`.association.VideoKernels.losses`.
 
         Returns:
-            "loss_<log_name>_s<stage>" -> weighted scalar, and "loss_auxiliary".
+            "loss_<log_name>_s<stage>" -> weighted scalar, "loss_auxiliary", and the losses of ``association``.
         """
         parts = {}
         with no_autocast(state.feature):
@@ -155,6 +160,9 @@ class KNetCriterion(nn.Module):
             if auxiliary_logits is not None:
                 loss = kernel_cross_entropy(full_precision(auxiliary_logits), batch.labels, self.ignore_value)
                 parts["loss_auxiliary"] = Part(self.auxiliary_weight * loss, batch.labels.numel(), is_sum=False)
+            if association is not None:
+                found = association(batch.matches[-1], targets)
+                parts |= {name: Part(value, count, is_sum=False) for name, (value, count) in found.items()}
             losses = self._normalize(parts)
         self.failure = batch.failure
         if self.failure is not None:

@@ -9,6 +9,10 @@ from torchvision.ops import sigmoid_focal_loss
 
 # Keeps the dice coefficient of two empty masks defined; part of the official numbers
 DICE_EPS = 1e-3
+# Of two things that are not the same, only a cosine above this costs something
+COSINE_MARGIN = 0.1
+# At most this number of pairs of different things for each pair of the same thing
+NEGATIVES_PER_POSITIVE = 3
 
 
 def focal_loss(
@@ -82,3 +86,45 @@ def kernel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, ignore_val
         logits = F.interpolate(logits, targets.shape[-2:], mode="bilinear", align_corners=False)
     total = F.cross_entropy(logits, targets, ignore_index=ignore_value, reduction="sum")
     return total / max(targets.numel(), 1)
+
+
+def contrastive_loss(
+    key: torch.Tensor, reference: torch.Tensor, same: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multi-positive contrastive cross entropy on dot products (Video K-Net; QDTrack, arXiv:2006.06664, Eq. 5).
+
+    Of a thing it is log(1 + sum over its negatives n and positives p of exp(n - p)).
+
+    Args:
+        key, reference: embeddings of the things of two frames, [P, E] and [R, E].
+        same: bool [P, R], which of them are the same.
+
+    Returns:
+        Sum over the things of the key frame that are in both frames, and their number.
+    """
+    dots = key @ reference.T
+    exponents = dots[:, :, None] - dots[:, None, :]
+    exponents = exponents.masked_fill(same[:, :, None] | ~same[:, None, :], -torch.inf).flatten(1)
+    costs = torch.cat([exponents.new_zeros(len(key), 1), exponents], dim=1).logsumexp(dim=1)
+    found = same.any(dim=1)
+    return (costs * found).sum(), found.sum()
+
+
+def cosine_loss(key: torch.Tensor, reference: torch.Tensor, same: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared distance of cosines to 1 (same thing) or 0 (another one, above COSINE_MARGIN), as in Video K-Net.
+
+    Of the pairs of different things, the NEGATIVES_PER_POSITIVE most alike for each pair of the same thing count.
+
+    Args:
+        key, reference, same: see :func:`contrastive_loss`.
+
+    Returns:
+        Sum over the pairs that count, and their number; both 0 without a pair of the same thing.
+    """
+    cosines = F.normalize(key, dim=1) @ F.normalize(reference, dim=1).T
+    positives = ((1 - cosines).square() * same).sum()
+    negatives = (cosines - COSINE_MARGIN).clamp(min=0).square().masked_fill(same, -1).flatten()
+    hardest = negatives.sort(descending=True).values
+    number = same.sum()
+    counts = (torch.arange(len(hardest), device=same.device) < NEGATIVES_PER_POSITIVE * number) & (hardest >= 0)
+    return positives + (hardest * counts).sum(), number + counts.sum()

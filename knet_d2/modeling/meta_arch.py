@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..data.ground_truth import GroundTruth, ground_truth_of
 from ..data.pixels import PixelFormat
 from ..errors import ConfigError, DataError, NonFiniteError
 from ..tasks import build_bank, get_task
+from .association import VideoKernels, build_video_kernels, network_of_pairs, with_references
 from .cascade import KernelUpdateCascade, select_stage
 from .compilation import CompiledNetwork
 from .criterion import KNetCriterion
@@ -23,7 +25,7 @@ from .layers import channels_last, use_folded_convolutions
 from .postprocessing import ImageGeometry, ImageLogits, PostProcessor
 from .resize import upsampled_size
 from .static_kernels import build_auxiliary_head, build_static_kernels
-from .structures import KernelState, NetworkOutput, Targets
+from .structures import KernelMemory, KernelState, NetworkOutput, Targets
 from .targets import build_targets
 
 
@@ -48,6 +50,7 @@ class KNet(nn.Module):
         pixel_std: Sequence[float],
         pads_images: bool,
         compile_network: bool,
+        video: VideoKernels | None = None,
     ):
         """
         Args:
@@ -57,6 +60,7 @@ class KNet(nn.Module):
             pixel_mean, pixel_std: per channel, in the order of INPUT.FORMAT.
             pads_images: whether images of several sizes may share a padded batch in evaluation.
             compile_network: whether torch.compile compiles backbone, static kernels and cascade.
+            video: what the model learns to follow objects by; None: an image model.
         """
         super().__init__()
         self.backbone = backbone
@@ -64,6 +68,7 @@ class KNet(nn.Module):
         self.cascade = cascade
         self.criterion = criterion
         self.auxiliary_head = auxiliary_head
+        self.video = video
         self.postprocessor = postprocessor
         self.bank = criterion.bank
         self.pads_images = pads_images
@@ -95,6 +100,7 @@ class KNet(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "pads_images": task.pads_images,
             "compile_network": cfg.MODEL.COMPILE,
+            "video": build_video_kernels(cfg, bank),
         }
 
     @property
@@ -119,7 +125,8 @@ class KNet(nn.Module):
         Args:
             batched_inputs: per image a dict with "image", [channels, height, width] in the order of INPUT.FORMAT,
                 values 0 .. 255; for training "ground_truth" as the loaders give it, or "instances" (gt_classes,
-                gt_masks) and / or "sem_seg" [height, width], the class of every pixel; for inference optionally
+                gt_masks) and / or "sem_seg" [height, width], the class of every pixel; for the training of a video
+                model also "reference", such a dict of another frame; for inference optionally
                 "height" and "width" of the result, and "padded_size", the least (height, width) of the padded batch.
             do_postprocess: False gives the :class:`ImageLogits` of each image in evaluation.
 
@@ -133,38 +140,57 @@ class KNet(nn.Module):
         if not self.training:
             logits = self.predict_logits(batched_inputs)
             return [self.postprocessor(image_logits) for image_logits in logits] if do_postprocess else logits
-        images = self.preprocess_image(batched_inputs)
-        truths = self.send_ground_truth(batched_inputs)  # before the network, so that the copies run beside it
-        output = self.network(images.tensor, torch.tensor(images.image_sizes))
+        frames = batched_inputs if self.video is None else with_references(batched_inputs)
+        is_paired = len(frames) > len(batched_inputs)
+        images = self.preprocess_image(frames)
+        truths = self.send_ground_truth(frames)  # before the network, so that the copies run beside it
+        network = functools.partial(network_of_pairs, self) if is_paired else self.network
+        output = network(images.tensor, torch.tensor(images.image_sizes))
         auxiliary_logits = None if self.auxiliary_head is None else self.auxiliary_head(output.features)
         targets = self.prepare_targets(truths, images, output.state)
-        return self.criterion(output.state, output.stages, targets, auxiliary_logits)
+        association = None
+        if is_paired and output.embeddings is not None:
+            association = functools.partial(self.video.losses, output.embeddings)
+        return self.criterion(output.state, output.stages, targets, auxiliary_logits, association)
 
-    def network(self, images: torch.Tensor, image_sizes: torch.Tensor | None = None) -> NetworkOutput:
+    def network(
+        self, images: torch.Tensor, image_sizes: torch.Tensor | None = None, memory: KernelMemory | None = None
+    ) -> NetworkOutput:
         """The one way through the network: backbone -> static kernels -> cascade.
 
         Args:
             images: normalised and padded, [B, C, H, W]; H and W multiples of ``size_divisibility``.
             image_sizes: int64 [B, 2], height and width of the images without padding (one may stand for all), on any
                 device; None: there is no padding.
+            memory: the previous frames' kernels, which a video model may use; None: there are none.
         """
         if self.compiled is None or torch.compiler.is_compiling():
-            return self.static_network(images, image_sizes)
-        return self.compiled(self, images, image_sizes)
+            return self.static_network(images, image_sizes, memory)
+        return self.compiled(self, images, image_sizes, memory)
 
-    def static_network(self, images: torch.Tensor, image_sizes: torch.Tensor | None) -> NetworkOutput:
+    def static_network(
+        self, images: torch.Tensor, image_sizes: torch.Tensor | None, memory: KernelMemory | None = None
+    ) -> NetworkOutput:
         """What MODEL.COMPILE compiles: the part whose shapes depend on the batch's size alone. See :meth:`network`."""
         features = self.backbone(channels_last(images))
         state = self.sem_seg_head(features, image_sizes)
-        return NetworkOutput(features, state, self.cascade(state))
+        if self.video is None:
+            return NetworkOutput(features, state, self.cascade(state))
+        return NetworkOutput(features, state, *self.video(self.cascade, state, memory))
 
-    def predict_logits(self, batched_inputs: list[dict[str, Any]]) -> list[ImageLogits]:
-        """The logits of each image from the stage that MODEL.KNET.TEST.STAGE names, before post-processing."""
+    def predict_logits(
+        self, batched_inputs: list[dict[str, Any]], memory: KernelMemory | None = None
+    ) -> list[ImageLogits]:
+        """The logits of each image from the stage that MODEL.KNET.TEST.STAGE names, before post-processing.
+
+        Args:
+            memory: see :meth:`network`.
+        """
         if not self.pads_images and len({x["image"].shape for x in batched_inputs}) > 1:
             # An image's result must not depend on the sizes of its neighbours
             return [logits for x in batched_inputs for logits in self.predict_logits([x])]
         images = self.preprocess_image(batched_inputs)
-        output = self.network(images.tensor, torch.tensor(images.image_sizes))
+        output = self.network(images.tensor, torch.tensor(images.image_sizes), memory)
         return self.image_logits(output, batched_inputs, images)
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
@@ -206,7 +232,10 @@ class KNet(nn.Module):
             output_size = (x.get("height", image_size[0]), x.get("width", image_size[1]))
             geometry = ImageGeometry(tuple(images.tensor.shape[-2:]), image_size, output_size)
             class_logits = None if shown.class_logits is None else shown.class_logits[i]
-            logits.append(ImageLogits(class_logits, shown.mask_logits[i], geometry, shown.kernels[i]))
+            last, embeddings = (output.stages[-1] if output.stages else shown).kernels[i], shown.kernels[i]
+            if output.embeddings is not None:
+                embeddings = output.embeddings[i]
+            logits.append(ImageLogits(class_logits, shown.mask_logits[i], geometry, embeddings, last))
         return logits
 
 

@@ -6,6 +6,8 @@ Shapes:
     G: instances of an image        U: stuff classes in an image        h, w: size of the masks in the losses
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
@@ -50,11 +52,30 @@ class NetworkOutput(NamedTuple):
         features: the backbone's, by name.
         state: the static kernels.
         stages: predictions of the S kernel update stages.
+        embeddings: of the last stage's kernels, [B, N, E], if the model learns some to follow objects by.
     """
 
     features: dict[str, torch.Tensor]
     state: KernelState
     stages: list[StageOutput]
+    embeddings: torch.Tensor | None = None
+
+
+class KernelMemory(NamedTuple):
+    """The last stage's kernels in the previous frame of each video of a batch.
+
+    Attributes:
+        kernels: [B, N, C].
+        known: bool [B], whether there was a previous frame.
+    """
+
+    kernels: torch.Tensor
+    known: torch.Tensor
+
+    @classmethod
+    def of_frame(cls, kernels: torch.Tensor) -> KernelMemory:
+        """The memory of a frame with these kernels, [B, N, C]."""
+        return cls(kernels, torch.ones(len(kernels), dtype=torch.bool, device=kernels.device))
 
 
 class Targets(NamedTuple):
@@ -69,6 +90,7 @@ class Targets(NamedTuple):
             auxiliary head.
         image_size: height and width of the image in the padded input.
         seed: of the points that are drawn for the image.
+        track_ids: int64 [G], numbers of the instances that are the same in all frames of a video; None for images.
 
     Where masks are compared at sampled points, they are uint8 [., Hp, Wp] instead of soft [., h, w].
     """
@@ -80,6 +102,7 @@ class Targets(NamedTuple):
     sem_seg: torch.Tensor | None = None
     image_size: tuple[int, int] = (0, 0)
     seed: int | None = None
+    track_ids: torch.Tensor | None = None
 
 
 # (indices of kernels, indices of instances), both int64 [min(N, G)], the first one ascending

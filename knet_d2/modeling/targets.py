@@ -36,4 +36,5 @@ def build_targets(
         stuff_masks = resized(labels == truth.stuff_classes[:, None, None])
         sem_seg = F.pad(labels, padding, value=ignore_value)
     masks = resized(truth.masks())
-    return Targets(truth.classes, masks, truth.stuff_classes, stuff_masks, sem_seg, truth.size, truth.seed)
+    rest = truth.size, truth.seed, truth.track_ids
+    return Targets(truth.classes, masks, truth.stuff_classes, stuff_masks, sem_seg, *rest)

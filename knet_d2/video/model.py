@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..modeling.postprocessing import ImageLogits
 from ..modeling.postprocessing.rules import masks_to_boxes
+from ..modeling.structures import KernelMemory
 from . import tracker
 from .tracker import NO_TRACK, Detections, TrackerOptions, TrackerState
 
@@ -75,6 +76,7 @@ class TrackingKNet(nn.Module):
         self._stuff_ids = {c: i for i, c in enumerate(self.model.postprocessor.category_ids[bank.num_things :], 1)}
         self._states: dict[str, TrackerState] = {}
         self._video: Any = None
+        self._memory: KernelMemory | None = None
         self.train(model.training)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -83,8 +85,18 @@ class TrackingKNet(nn.Module):
             batched_inputs: as for the model, and "video_id" of the frame's video; another one than before starts a new
                 memory.
         """
-        predictions = self.model(batched_inputs, do_postprocess=False)
-        return [self._follow(x, prediction) for x, prediction in zip(batched_inputs, predictions)]
+        if self.model.video is None or not self.model.video.uses_memory:
+            predictions = self.model(batched_inputs, do_postprocess=False)
+            return [self._follow(x, prediction) for x, prediction in zip(batched_inputs, predictions)]
+        return [self._follow(x, self._predict(x)) for x in batched_inputs]
+
+    def _predict(self, x: dict[str, Any]) -> ImageLogits:
+        """The logits of an image, or of a frame by the kernels of the frame before it."""
+        is_next = "video_id" in x and x["video_id"] == self._video
+        (prediction,) = self.model.predict_logits([x], self._memory if is_next else None)
+        if "video_id" in x:
+            self._memory = KernelMemory.of_frame(prediction.kernels[None])
+        return prediction
 
     def _follow(self, x: dict[str, Any], prediction: ImageLogits) -> dict[str, Any]:
         results = self.model.postprocessor
@@ -94,18 +106,18 @@ class TrackingKNet(nn.Module):
             self._video, self._states = x["video_id"], {}
         follow = {"instances": self._instances, "panoptic_seg": self._panoptic}
         return {
-            key: follow[key](*results.with_kernels(key, prediction))
+            key: follow[key](*results.with_embeddings(key, prediction))
             if key in follow
             else results(prediction, results.options._replace(outputs=(key,)))[key]
             for key in results.options.outputs
         }
 
-    def _instances(self, instances: Instances, kernels: torch.Tensor) -> Instances:
+    def _instances(self, instances: Instances, embeddings: torch.Tensor) -> Instances:
         likely = instances.scores > self.options.min_score
-        instances, kernels = instances[likely], kernels[likely]
+        instances, embeddings = instances[likely], embeddings[likely]
         scores, masks = instances.scores.cpu().numpy(), instances.pred_masks.cpu().numpy()
         kept, owned = tracker.one_owner(masks, scores, self.options.overlap_threshold)
-        ids = self._step("instances", instances.pred_classes.cpu().numpy()[kept], scores[kept], kernels[kept])
+        ids = self._step("instances", instances.pred_classes.cpu().numpy()[kept], scores[kept], embeddings[kept])
         followed = ids != NO_TRACK
         device, rows = instances.scores.device, kept[followed]
         owned_masks = torch.from_numpy(owned[followed]).to(device)
@@ -119,22 +131,22 @@ class TrackingKNet(nn.Module):
         )
 
     def _panoptic(
-        self, result: tuple[torch.Tensor, list[dict[str, Any]]], kernels: torch.Tensor
+        self, result: tuple[torch.Tensor, list[dict[str, Any]]], embeddings: torch.Tensor
     ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         segment_map, segments = result
         things = [i for i, x in enumerate(segments) if x["isthing"]]
         labels = np.array([segments[i]["category_id"] for i in things], np.int64)
-        ids = self._step("panoptic_seg", labels, np.array([segments[i]["score"] for i in things]), kernels[things])
+        ids = self._step("panoptic_seg", labels, np.array([segments[i]["score"] for i in things]), embeddings[things])
         of_thing = dict(zip(things, ids.tolist()))
         track_ids = [of_thing.get(i, self._stuff_ids.get(x["category_id"])) for i, x in enumerate(segments)]
         lookup = torch.tensor([0, *(x["id"] if i else 0 for x, i in zip(segments, track_ids))], dtype=torch.int32)
         followed = [{**x, "track_id": i} for x, i in zip(segments, track_ids) if i]
         return lookup.to(segment_map.device)[segment_map.long()], followed
 
-    def _step(self, output: str, labels: np.ndarray, scores: np.ndarray, kernels: torch.Tensor) -> np.ndarray:
+    def _step(self, output: str, labels: np.ndarray, scores: np.ndarray, embeddings: torch.Tensor) -> np.ndarray:
         """The track id of each detection, from the memory of one output, which is updated."""
         state = self._states.get(output) or tracker.new_state(self._first_id)
-        detections = Detections(labels, scores, kernels.float().cpu().numpy())
+        detections = Detections(labels, scores, embeddings.float().cpu().numpy())
         self._states[output], ids = tracker.step(state, detections, self.options)
         return ids
 

@@ -25,12 +25,15 @@ class ImageLogits(NamedTuple):
         class_logits: [N, K], or None without a class branch.
         mask_logits: [N, h, w], at the head's resolution.
         geometry: sizes of the image.
-        kernels: [N, C]; None for the mean of several views (test-time augmentation).
+        embeddings: [N, E], by which objects are followed: those that the model learns, else its kernels. None for the
+            mean of several views (test-time augmentation).
+        kernels: [N, C], of the last stage, for the memory of a video model; None likewise.
     """
 
     class_logits: torch.Tensor | None
     mask_logits: torch.Tensor
     geometry: ImageGeometry
+    embeddings: torch.Tensor | None = None
     kernels: torch.Tensor | None = None
 
 
@@ -112,19 +115,19 @@ class PostProcessor(nn.Module):
         options = options or self.options
         return {output: self._result(output, logits, options)[0] for output in options.outputs}
 
-    def with_kernels(self, output: str, logits: ImageLogits) -> tuple[Any, torch.Tensor]:
-        """Return one result, "instances" or "panoptic_seg", with the kernels of its segments, [n, C].
+    def with_embeddings(self, output: str, logits: ImageLogits) -> tuple[Any, torch.Tensor]:
+        """Return one result, "instances" or "panoptic_seg", with the embeddings of its segments, [n, E].
 
-        The kernels are in the order of the instances, or of the list of segments.
+        The embeddings are in the order of the instances, or of the list of segments.
         """
         result, rows = self._result(output, logits, self.options)
         count = len(result) if output == "instances" else len(result[1])
-        assert logits.kernels is not None
-        return result, logits.kernels[rows[:count]]
+        assert logits.embeddings is not None
+        return result, logits.embeddings[rows[:count]]
 
     def _result(self, output: str, logits: ImageLogits, options: ResultOptions) -> tuple[Any, torch.Tensor]:
         """Return a result in Detectron2's form, and the last of the tensors from which it is made."""
-        class_logits, mask_logits, geometry, _ = logits
+        class_logits, mask_logits, geometry = logits[:3]
         with no_autocast(mask_logits):
             found = self.tensors(output, class_logits, mask_logits, geometry, options, pixel_functions(mask_logits))
             return _OUTPUTS[output].result(self, geometry, *found), found[-1]
