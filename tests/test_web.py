@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
@@ -152,6 +153,41 @@ def test_an_unexpected_failure_is_a_message(viewer, photo, monkeypatch, caplog):
     assert "can't be segmented" in view.message and view.picture is None and "no room for it" in caplog.text
 
 
+def write_video(path, frames):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, frames[0].shape[1::-1])
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+    return str(path)
+
+
+def test_videos_are_followed(viewer, tmp_path, monkeypatch):
+    """By panoptic models; the drawn video has the frames of the upload, up to a limit, and the ids are counted."""
+    assert viewer.trackers() == ["run0/model_final.pth"]
+    name, target = viewer.trackers()[0], str(tmp_path)
+    path = write_video(tmp_path / "in.mp4", [random_image((64, 96))] * 4)
+    message, drawn = viewer.follow(path, name, target)
+    found = list(viewer._models[name].video(path))
+    things = {x.track_id for frame in found for x in frame.segments if x.label < 3}
+    assert message == f"{len(things)} objects in 4 frames." and things
+    assert drawn == str(tmp_path / "in_tracked.mp4") and cv2.VideoCapture(drawn).get(cv2.CAP_PROP_FRAME_COUNT) == 4
+    monkeypatch.setattr(web, "MAX_FRAMES", 2)
+    message, drawn = viewer.follow(path, name, target)
+    assert "in 2 frames; the page uses the first 2 frames." in message
+    assert cv2.VideoCapture(drawn).get(cv2.CAP_PROP_FRAME_COUNT) == 2
+
+
+def test_bad_videos_are_messages(viewer, tmp_path, monkeypatch):
+    name = viewer.trackers()[0]
+    (tmp_path / "junk.mp4").write_bytes(b"junk")
+    message, drawn = viewer.follow(str(tmp_path / "junk.mp4"), name, str(tmp_path))
+    assert "junk.mp4" in message and "can't be read" in message and str(tmp_path) not in message and drawn is None
+    large = write_video(tmp_path / "large.mp4", [random_image((128, 128))])  # 0.016 megapixels; the limit is 0.01
+    message, drawn = viewer.follow(large, name, str(tmp_path))
+    assert "megapixels" in message and drawn is None
+    assert viewer.follow(None, name, str(tmp_path)) == ("Upload a video.", None)
+
+
 def test_exif_rotation(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # to be turned by 90 degrees
@@ -248,7 +284,11 @@ def test_page(viewer, photo, tmp_path, monkeypatch):
 
         (tmp_path / "junk.png").write_bytes(b"junk")
         message = client.predict(handle_file(str(tmp_path / "junk.png")), choice, 0.0, 1, api_name="/segment")[0]
-        assert "junk.png is no image" in message
+        assert "junk.png: it is no image" in message
+
+        video = write_video(tmp_path / "in.mp4", [random_image((64, 96))] * 3)
+        message, download = client.predict(handle_file(video), viewer.trackers()[0], api_name="/follow")
+        assert "in 3 frames" in message and cv2.VideoCapture(download["value"]).read()[0]
 
         # Files outside the page's folder: neither by address nor as input
         assert get(f"{address}gradio_api/file={photo}")[0] == 403

@@ -1,7 +1,8 @@
-"""A web page that segments uploaded images and shows the segments of every stage. See docs/DEPLOYMENT.md."""
+"""A web page that segments uploaded images and short videos. See docs/DEPLOYMENT.md."""
 
 import argparse
 import functools
+import itertools
 import json
 import logging
 import os
@@ -19,6 +20,8 @@ from ..data.files import ARRAY_TYPE, read_image
 from ..data.pixels import PixelFormat, picture_of
 from ..errors import ConfigError, DataError
 from ..inference import ImagePredictor, Prediction, Trace, load
+from ..inference.sinks import VideoFile
+from ..inference.sources import Video
 from ..results.outputs import OUTPUTS
 
 COLUMNS = ("class", "score", "pixels", "x", "y", "width", "height")
@@ -29,6 +32,9 @@ MAX_FILE_SIZE = "64mb"
 MAX_WAITING = 32
 # Seconds after which files of visitors are deleted
 MAX_FILE_AGE = 3600
+# Largest number of frames of a video that are used, and frames of the path that is drawn behind an object
+MAX_FRAMES = 300
+TRAIL = 15
 
 logger = logging.getLogger("knet_d2.demo")
 
@@ -114,6 +120,51 @@ class Viewer:
         message = f"{len(prediction.segments)} segments by {where}; {width} x {height} pixels."
         coco = prediction.to_coco_file(PurePath(path).name)
         return View(message, prediction.draw(image), table(prediction), coco, num_stages)
+
+    def trackers(self) -> list[str]:
+        """Return the names of the models that follow objects through a video."""
+        return [name for name, model in self._models.items() if model.outputs[0] != "sem_seg"]
+
+    def follow(self, path: str | None, name: str, folder: str) -> tuple[str, str | None]:
+        """Draw the objects of a video, with numbers and colours that stay, into an MP4 file.
+
+        Args:
+            path: path of the uploaded file; None: nothing was uploaded.
+            name: one of :meth:`trackers`.
+            folder: where the file is written.
+
+        Returns:
+            A line of text, and the path of the file; None after an error, which is the text.
+        """
+        if path is None:
+            return "Upload a video.", None
+        target = os.path.join(folder, f"{PurePath(path).stem}_tracked.mp4")
+        try:
+            source = Video(path)
+            pixels, limit = source.size[0] * source.size[1], self._max_megapixels * 1e6
+            if pixels > limit:
+                raise DataError(f"a frame has {pixels / 1e6:.1f} megapixels, and the page takes up to {limit / 1e6:g}.")
+            count, ids = self._draw_tracks(source, self._models[name], target)
+        except DataError as error:
+            return f"**Error:** {PurePath(path).name}: {error}".replace(path, PurePath(path).name), None
+        except Exception:  # for example too little memory; the page must continue
+            logger.exception("An uploaded video could not be segmented")
+            return "**Error:** this video can't be segmented; the log says why.", None
+        ending = f"; the page uses the first {MAX_FRAMES} frames" if count == MAX_FRAMES else ""
+        return f"{ids} objects in {count} frames{ending}.", target
+
+    def _draw_tracks(self, source: Video, model: ImagePredictor, target: str) -> tuple[int, int]:
+        """Return the numbers of frames and of the tracks of things."""
+        drawn, follow = VideoFile(target, source, model.classes, TRAIL), model.follower()
+        count, ids = 0, set()
+        for frame in itertools.islice(source, MAX_FRAMES):
+            predictions = follow(frame.picture)
+            drawn.write(frame, predictions)
+            things = (x for x in next(iter(predictions.values())).segments if x.label < model.classes.num_things)
+            ids.update(x.track_id for x in things)
+            count += 1
+        drawn.close()
+        return count, len(ids)
 
     def _new_trace(self, path: str, name: str) -> tuple[np.ndarray, Trace]:
         model = self._models[name]
@@ -214,7 +265,27 @@ def build_page(viewer: Viewer, folder: str) -> Any:
             trigger_mode="always_last",
             api_name="segment",
         )
+        if viewer.trackers():
+            _add_video(gradio, viewer, folder)
     return page
+
+
+def _add_video(gradio: Any, viewer: Viewer, folder: str) -> None:
+    """Add the part of the page that follows the objects of a video."""
+
+    def follow(path: str | None, name: str) -> list[Any]:
+        message, drawn = viewer.follow(path, name, tempfile.mkdtemp(dir=folder))
+        return [message, gradio.DownloadButton(value=drawn, interactive=drawn is not None)]
+
+    gradio.Markdown(f"# Video\nUpload a video of up to {MAX_FRAMES} frames to follow its objects.")
+    with gradio.Row():
+        upload = gradio.File(label="Video", file_types=["video"])
+        with gradio.Column():
+            name = gradio.Radio(viewer.trackers(), value=viewer.trackers()[0], label="Model")
+            button = gradio.Button("Follow objects")
+            message = gradio.Markdown()
+            download = gradio.DownloadButton("Download the drawn video (MP4)", interactive=False)
+    button.click(follow, [upload, name], [message, download], api_name="follow")
 
 
 def _stage_info(view: View) -> str:
