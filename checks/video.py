@@ -1,13 +1,20 @@
 """Compare trackers on moving shapes: a model's kernels beside a plain IoU tracker, with the same detections.
 
     python -m checks.video output/shapes_panoptic/model_final.pth
+    python -m checks.video output/moving_shapes_kae/model_final.pth --trackers embeddings kernels
 
-This prints a Markdown table. Both trackers get the things of the same panoptic maps, and start tracks above the same
-score. "ids kept" is the share of the ids that are the same before and after a crossing of look-alikes, of the things
-that are seen on both sides. The model is of the data set shapes, or of moving shapes.
+This prints a Markdown table. All trackers get the things of the same panoptic maps, and start tracks above the same
+score. "embeddings" are those of a model with MODEL.KNET.VIDEO.EMBEDDING, "kernels" the kernels of any model, "iou" an
+IoU tracker, "byte" ByteTrack by the package trackers, which has to be installed (pip install trackers); its tracks have
+an id from their second frame on.
+
+"ids kept" is the share of the ids that are the same before and after a crossing of look-alikes, of the things that are
+seen on both sides. The model is of the data set shapes, or of moving shapes.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import sys
@@ -16,32 +23,38 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import inference_on_dataset
+from tqdm import tqdm
 
 import knet_d2
 from knet_d2.data import build_test_loader
+from knet_d2.modeling.meta_arch import KNet
+from knet_d2.modeling.postprocessing import ImageLogits, PostProcessor
 from knet_d2.video.evaluators import VideoInstanceEvaluator, VideoPanopticEvaluator
 from knet_d2.video.model import TrackingKNet
 from knet_d2.video.tracker import NO_TRACK
 
 DATASET = "moving_shapes_panoptic_val"
+MOST_CLASSES = 1000
+TRACKERS = ("embeddings", "kernels", "iou", "byte")
 METRICS = {"video_panoptic": ("STQ", "AQ", "SQ", "VPQ"), "video_instance": ("AP",)}
 
 
 class IouTracker:
     """A thing joins the track of its class whose last mask it overlaps most, if the IoU is above a threshold."""
 
-    def __init__(self, min_iou: float, memory: int):
+    def __init__(self, min_iou: float, memory: int, new_track_score: float):
         """
         Args:
             memory: number of successive frames that a track may miss.
+            new_track_score: things start tracks above this score.
         """
-        self._min_iou, self._memory = min_iou, memory
+        self._min_iou, self._memory, self._new = min_iou, memory, new_track_score
         self._frame, self._next_id = 0, 1
         self._tracks: dict[int, tuple[int, np.ndarray, int]] = {}  # id: class, last mask, last frame
 
-    def __call__(self, labels: Sequence[int], masks: Sequence[np.ndarray], starts: Sequence[bool]) -> list[int]:
+    def __call__(self, labels: Sequence[int], masks: Sequence[np.ndarray], scores: Sequence[float]) -> list[int]:
         """The ids of a frame's things; NO_TRACK for those without a track that may not start one."""
         pairs = [
             (_iou(mask, last), i, track)
@@ -54,13 +67,54 @@ class IouTracker:
             if iou > self._min_iou and i not in ids and track not in ids.values():
                 ids[i] = track
         for i in range(len(labels)):
-            if i not in ids and starts[i]:
+            if i not in ids and scores[i] > self._new:
                 ids[i], self._next_id = self._next_id, self._next_id + 1
             if i in ids:
                 self._tracks[ids[i]] = labels[i], masks[i], self._frame
         self._tracks = {k: x for k, x in self._tracks.items() if self._frame - x[2] <= self._memory}
         self._frame += 1
         return [ids.get(i, NO_TRACK) for i in range(len(labels))]
+
+
+class ByteTracker:
+    """ByteTrack (arXiv:2110.06864) of the package trackers, which sees the boxes of masks; one for each class."""
+
+    def __init__(self, memory: int, new_track_score: float):
+        """
+        Args:
+            memory, new_track_score: see :class:`IouTracker`.
+        """
+        import supervision
+        import trackers
+
+        self._supervision = supervision
+        self._new_tracker = functools.partial(
+            trackers.ByteTrackTracker,
+            lost_track_buffer=memory,  # frames, at the default rate
+            track_activation_threshold=new_track_score,
+            high_conf_det_threshold=new_track_score,  # the tracks of other detections begin with those above it
+            minimum_consecutive_frames=1,
+        )
+        self._trackers: dict[int, Any] = {}
+
+    def __call__(self, labels: Sequence[int], masks: Sequence[np.ndarray], scores: Sequence[float]) -> list[int]:
+        """See :meth:`IouTracker.__call__`."""
+        ids = [NO_TRACK] * len(labels)
+        for label in {*labels, *self._trackers}:
+            rows = np.array([i for i, x in enumerate(labels) if x == label], int)
+            found = self._supervision.Detections.empty()
+            if len(rows):
+                boxes = self._supervision.mask_to_xyxy(np.stack([masks[i] for i in rows])) + [0, 0, 1, 1]
+                found = self._supervision.Detections(
+                    boxes.astype(np.float32), confidence=np.array(scores)[rows], data={"row": rows}
+                )
+            if label not in self._trackers:
+                self._trackers[label] = self._new_tracker()
+            tracked = self._trackers[label].update(found)
+            for row, track in zip(tracked.data.get("row", ()), tracked.tracker_id if len(tracked) else ()):
+                if track >= 0:  # -1: neither joins nor starts a track
+                    ids[row] = 1 + label + MOST_CLASSES * int(track)
+        return ids
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:
@@ -92,25 +146,26 @@ def _first(ids: Callable[[Any, int, int], int | None], video: Any, track: int, f
     return next((x for x in found if x is not None), None)
 
 
-class TrackingIou(torch.nn.Module):
-    """A :class:`TrackingKNet` whose ids of things are replaced by those of an :class:`IouTracker`."""
+class TrackingMasks:
+    """Follows the things of panoptic maps by a tracker that sees masks; see :meth:`TrackingKNet.follow`."""
 
-    def __init__(self, cfg: Any, model: torch.nn.Module, min_iou: float):
-        super().__init__()
-        video = cfg.MODEL.KNET.VIDEO
-        self._model, self._min_iou, self._memory, self._new = model, min_iou, video.MEMORY, video.NEW_TRACK_SCORE
+    def __init__(self, results: PostProcessor, new_tracker: Callable[[], Any]):
+        """
+        Args:
+            results: of the model.
+            new_tracker: makes the tracker of a video, called as an :class:`IouTracker` is.
+        """
+        self._results, self._new_tracker = results, new_tracker
         self._video: Any = None
 
-    def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [self._follow(x, self._model([x])[0]) for x in batched_inputs]
-
-    def _follow(self, x: dict[str, Any], output: dict[str, Any]) -> dict[str, Any]:
+    def follow(self, x: dict[str, Any], prediction: ImageLogits) -> dict[str, Any]:
         if x["video_id"] != self._video:
-            self._video, self._tracker = x["video_id"], IouTracker(self._min_iou, self._memory)
+            self._video, self._tracker = x["video_id"], self._new_tracker()
+        output = self._results(prediction)
         segment_map, segments = output["panoptic_seg"]
         ids, things = segment_map.numpy(), [x for x in segments if x["isthing"]]
         columns = [x["category_id"] for x in things], [ids == x["id"] for x in things]
-        found = iter(self._tracker(*columns, [x["score"] > self._new for x in things]))
+        found = iter(self._tracker(*columns, [x["score"] for x in things]))
         followed = []
         for segment in segments:
             track_id = 1000 + next(found) if segment["isthing"] else 1 + segment["category_id"]
@@ -144,29 +199,73 @@ class IdCollector(VideoPanopticEvaluator):
                     self.ids[frame["video_id"], t, track] = int(predicted.ids[int(np.argmax(ious))])
 
 
+class TrackingKernels(TrackingKNet):
+    """Follows objects by their kernels, whatever embeddings the model learned."""
+
+    def follow(self, x: dict[str, Any], prediction: ImageLogits) -> dict[str, Any]:
+        return super().follow(x, prediction._replace(embeddings=prediction.kernels))
+
+
+def new_followers(cfg: CfgNode, model: KNet, trackers: Sequence[str], min_ious: Sequence[float]) -> dict[str, Any]:
+    """From a name in the table to what follows objects."""
+    rule = cfg.MODEL.KNET.VIDEO.MEMORY, cfg.MODEL.KNET.VIDEO.NEW_TRACK_SCORE
+    followers: dict[str, Any] = {}
+    for tracker in trackers:
+        if tracker == "embeddings":
+            followers["embeddings"] = TrackingKNet(cfg, model)
+        elif tracker == "kernels":
+            followers["kernels"] = TrackingKernels(cfg, model)
+        elif tracker == "byte":
+            followers["ByteTrack"] = TrackingMasks(model.postprocessor, lambda: ByteTracker(*rule))
+        else:
+            makers = {x: functools.partial(IouTracker, x, *rule) for x in min_ious}
+            followers |= {f"IoU above {x}": TrackingMasks(model.postprocessor, make) for x, make in makers.items()}
+    return followers
+
+
+@torch.no_grad()
+def evaluate(cfg: CfgNode, model: KNet, followers: dict[str, Any], dataset: str) -> dict[str, dict[str, float]]:
+    """The metrics of each follower by name; all get the same predictions."""
+    root = os.path.dirname(MetadataCatalog.get(dataset).image_root)
+    with open(os.path.join(root, "crossings.json")) as f:
+        crossings = json.load(f)
+    source = TrackingKNet(cfg, model)
+    evaluators = {name: (IdCollector(dataset), VideoInstanceEvaluator(dataset, "panoptic_seg")) for name in followers}
+    for evaluator in itertools.chain(*evaluators.values()):
+        evaluator.reset()
+    for inputs in tqdm(build_test_loader(cfg, dataset), unit="frame", mininterval=5, disable=None):
+        prediction = source.predict(inputs[0])
+        source.follow(inputs[0], prediction)
+        for name, follower in followers.items():
+            output = follower.follow(inputs[0], prediction)
+            for evaluator in evaluators[name]:
+                evaluator.process(inputs, [output])
+    found = {}
+    for name, (panoptic, instances) in evaluators.items():
+        results: dict[str, Any] = {**panoptic.evaluate(), **instances.evaluate()}  # type: ignore[dict-item]
+        kept = ids_kept(crossings, lambda *key, ids=panoptic.ids: ids.get(key), 10**6)
+        found[name] = {key: results[part][key] for part, keys in METRICS.items() for key in keys} | {
+            "ids kept": 100 * kept
+        }
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights")
     parser.add_argument("--dataset", default=DATASET, help="a registered panoptic set of moving shapes")
+    parser.add_argument("--trackers", nargs="+", choices=TRACKERS, default=["kernels", "iou"])
     parser.add_argument("--min-iou", type=float, nargs="+", default=[0.1, 0.3], help="of the IoU tracker")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
     args = parser.parse_args()
     predictor = knet_d2.load(args.weights, device="cpu", opts=args.opts)
     cfg, model = predictor.cfg, predictor.model
     cfg.DATASETS.TEST = (args.dataset,)
-    loader = build_test_loader(cfg, args.dataset)
-    with open(os.path.join(os.path.dirname(MetadataCatalog.get(args.dataset).image_root), "crossings.json")) as f:
-        crossings = json.load(f)
-    columns = [key for keys in METRICS.values() for key in keys]
-    print("| tracker | " + " | ".join(columns) + " | ids kept |\n|---|" + "---|" * (len(columns) + 1))
-    models = {"kernels": TrackingKNet(cfg, model)}
-    models |= {f"IoU above {x}": TrackingIou(cfg, model, x) for x in args.min_iou}
-    for name, tracking in models.items():
-        panoptic, instances = IdCollector(args.dataset), VideoInstanceEvaluator(args.dataset, "panoptic_seg")
-        results: dict[str, Any] = inference_on_dataset(tracking, loader, [panoptic, instances])
-        kept = ids_kept(crossings, lambda *key, ids=panoptic.ids: ids.get(key), 10**6)
-        values = [results[part][key] for part, keys in METRICS.items() for key in keys]
-        print(f"| {name} | " + " | ".join(f"{x:.1f}" for x in [*values, 100 * kept]) + " |", flush=True)
+    found = evaluate(cfg, model, new_followers(cfg, model, args.trackers, args.min_iou), args.dataset)
+    columns = list(next(iter(found.values())))
+    print("| tracker | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    for name, metrics in found.items():
+        print(f"| {name} | " + " | ".join(f"{x:.1f}" for x in metrics.values()) + " |")
     return 0
 
 

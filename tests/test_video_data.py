@@ -133,11 +133,11 @@ def test_an_iou_tracker_loses_ids_where_look_alikes_cross(videos):
     for min_iou in (0.1, 0.3, 0.5):
         ids, crossings = {}, []
         for number, video in enumerate(videos):
-            tracker = IouTracker(min_iou, memory=4)
+            tracker = IouTracker(min_iou, memory=4, new_track_score=0.35)
             crossings += [{"video_id": number, **x._asdict()} for x in video.crossings]
             for t, frame in enumerate(video.frames):
                 labels = [video.categories[track] for track in frame.things]
-                found = tracker(labels, list(frame.things.values()), [True] * len(labels))
+                found = tracker(labels, list(frame.things.values()), [1.0] * len(labels))
                 ids |= {(number, t, track): i for track, i in zip(frame.things, found)}
         assert ids_kept(crossings, lambda *key, ids=ids: ids.get(key), 20) < 0.8
         assert ids_kept(crossings, lambda *key, ids=ids: key[2] if key in ids else None, 20) == 1.0

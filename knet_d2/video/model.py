@@ -87,18 +87,19 @@ class TrackingKNet(nn.Module):
         """
         if self.model.video is None or not self.model.video.uses_memory:
             predictions = self.model(batched_inputs, do_postprocess=False)
-            return [self._follow(x, prediction) for x, prediction in zip(batched_inputs, predictions)]
-        return [self._follow(x, self._predict(x)) for x in batched_inputs]
+            return [self.follow(x, prediction) for x, prediction in zip(batched_inputs, predictions)]
+        return [self.follow(x, self.predict(x)) for x in batched_inputs]
 
-    def _predict(self, x: dict[str, Any]) -> ImageLogits:
-        """The logits of an image, or of a frame by the kernels of the frame before it."""
+    def predict(self, x: dict[str, Any]) -> ImageLogits:
+        """The logits of an image, or of a frame by the kernels of the frame before it; :meth:`follow` comes next."""
         is_next = "video_id" in x and x["video_id"] == self._video
         (prediction,) = self.model.predict_logits([x], self._memory if is_next else None)
         if "video_id" in x:
             self._memory = KernelMemory.of_frame(prediction.kernels[None])
         return prediction
 
-    def _follow(self, x: dict[str, Any], prediction: ImageLogits) -> dict[str, Any]:
+    def follow(self, x: dict[str, Any], prediction: ImageLogits) -> dict[str, Any]:
+        """The results of an image, or of a frame with ids."""
         results = self.model.postprocessor
         if "video_id" not in x:
             return results(prediction)
