@@ -21,6 +21,7 @@ from knet_d2.engine import Trainer, load_config
 from knet_d2.engine.optimizer import build_gradient_clipper
 from knet_d2.engine.stop_signals import StopSignals
 from knet_d2.engine.train_step import TrainStep
+from knet_d2.tasks import VIDEO_SWITCHES
 
 # Instances of the images of every step's batch: none on the second half of the processes, none at all, all over
 COUNTS = ([2, 3, 0, 0], [0, 0, 0, 0], [1, 0, 2, 4], [0, 0, 1, 0], [3, 1, 1, 2])
@@ -33,9 +34,12 @@ OPTIONS = {
 }
 
 
-def make_model(task, is_global):
+FOLLOWS = {f"MODEL.KNET.VIDEO.{key}": True for key in VIDEO_SWITCHES}
+
+
+def make_model(task, is_global, more=None):
     """A model in float64, in training mode, that DistributedDataParallel wraps where there are other processes."""
-    options = {**OPTIONS[task], "MODEL.KNET.LOSS.GLOBAL_NORMALIZERS": is_global}
+    options = {**OPTIONS[task], "MODEL.KNET.LOSS.GLOBAL_NORMALIZERS": is_global, **(more or {})}
     model = tiny_model(task, options).double().train()
     return model, create_ddp_model(model, broadcast_buffers=False, device_ids=None)
 
@@ -76,6 +80,23 @@ def train(task):
         steps.append({"losses": means, "gradients": gradients})
         optimizer.step()
     return steps
+
+
+def step_of_pairs():
+    """The backward pass of a model that learns to follow objects, with global normalisers.
+
+    Returns:
+        the losses' means over the processes, and the gradients.
+    """
+    model, ddp = make_model("panoptic", is_global=True, more=FOLLOWS)
+    shares = [share_of_batch(step, comm.get_rank(), comm.get_world_size()) for step in (4, 2)]
+    for x in (x for share in shares for x in share):
+        x["instances"].gt_track_ids = torch.arange(len(x["instances"]))
+    losses = ddp([{**key, "reference": reference} for key, reference in zip(*shares)])
+    sum(losses.values()).backward()
+    gathered = comm.all_gather(numbers(losses))
+    means = {name: sum(x[name] for x in gathered) / len(gathered) for name in losses}
+    return means, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def step_over_costs_that_are_not_finite():
@@ -168,6 +189,7 @@ def train_and_save(path, configs):
     _, ddp = make_model("instance", is_global=False)
     losses = ddp(share_of_batch(0, comm.get_rank(), comm.get_world_size()))
     results["local"] = comm.all_gather(numbers(losses))
+    results["pairs"] = step_of_pairs()
     results["parts"] = step_in_parts(num_parts_of(comm.get_world_size()))
     results["collectives"] = comm.all_gather(collectives_of_steps())
     results["signals"] = comm.all_gather(signals_of_steps())

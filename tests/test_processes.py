@@ -18,6 +18,7 @@ from process_helpers import (
     num_parts_of,
     numbers,
     share_of_batch,
+    step_of_pairs,
     train,
     train_and_save,
 )
@@ -66,6 +67,17 @@ def test_global_normalizers(single, shared, task):
     print(f"{task}: largest relative differences: losses {loss_error:.1e}, gradients {gradient_error:.1e}")
     assert loss_error < 1e-9 and gradient_error < 1e-9
     assert expected["losses"] != single[task][0]["losses"]
+
+
+def test_pairs_of_frames(shared):
+    """Each process has other pairs, and some have nothing to compare; losses and gradients are those of one process."""
+    (expected, gradients), (found, shared_gradients) = step_of_pairs(), shared["pairs"]
+    assert list(found) == list(expected) and found["loss_track_contrast"] > 0 < found["loss_track_cosine"]
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert set(gradients) == set(shared_gradients) and any(name.startswith("video.") for name in gradients)
+    largest = max(float(x.abs().max()) for x in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(shared_gradients[name], gradient, rtol=1e-7, atol=1e-9 * largest, msg=name)
 
 
 @pytest.mark.parametrize("task, group", [("instance", "segm"), ("panoptic", "panoptic_seg"), ("semantic", "sem_seg")])
