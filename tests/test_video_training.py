@@ -9,6 +9,7 @@ import torch
 from data_helpers import custom_entry, data_cfg
 from helpers import make_example, spread_scores, tiny_config, tiny_model
 
+from checks.video import TrackingKernels
 from knet_d2.checkpoint import Checkpointer
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.data import build as data_build
@@ -283,6 +284,22 @@ def test_objects_are_followed_by_their_embeddings():
     torch.testing.assert_close(logits.embeddings[:6], expected)
     assert logits.embeddings.shape == (8, 16) and (logits.embeddings[6:] == 0).all()
     torch.testing.assert_close(logits.kernels, output.stages[-1].kernels[0])
+
+
+@torch.no_grad()
+def test_kernels_of_a_model_with_embeddings_follow_as_those_of_an_image_model():
+    """What checks.video compares the embeddings with; the embeddings themselves give other ids."""
+    options = {"MODEL.KNET.VIDEO.TEMPERATURE": 1e-3, "MODEL.KNET.TEST.OVERLAP_THRESHOLD": 0.0}
+    image, model = spread_scores(tiny_model("panoptic", options)), tiny_model("panoptic", {**options, **KAE})
+    model.load_state_dict(image.state_dict(), strict=False)
+    frames = [{"image": example(2, i)["image"], "video_id": 0} for i in range(4)]
+
+    def ids_of(tracking):
+        return [[x["track_id"] for x in result["panoptic_seg"][1]] for result in tracking(frames)]
+
+    cfg = tiny_config("panoptic", {**options, **KAE})
+    expected = ids_of(TrackingKNet(cfg, image.eval()))
+    assert ids_of(TrackingKernels(cfg, model.eval())) == expected != ids_of(TrackingKNet(cfg, model))
 
 
 def test_references_for_some_examples_only_are_an_error():
