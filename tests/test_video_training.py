@@ -1,6 +1,8 @@
 """Learning to follow objects: losses, pairs of frames, memory, and that image models stay as they are."""
 
+import json
 import math
+import shutil
 from itertools import islice
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from data_helpers import custom_entry, data_cfg
 from helpers import make_example, spread_scores, tiny_config, tiny_model
+from toys import assert_identical
 
 from checks.video import TrackingKernels
 from knet_d2.checkpoint import Checkpointer
@@ -15,6 +18,7 @@ from knet_d2.checkpoint.saving import save_weights
 from knet_d2.data import build as data_build
 from knet_d2.data import build_train_loader
 from knet_d2.data.frame_pairs import FramePairs
+from knet_d2.engine import Trainer
 from knet_d2.engine.dump import load_batch, save_batch
 from knet_d2.errors import CheckpointError, ConfigError, DataError
 from knet_d2.modeling.association import VideoKernels, network_of_pairs
@@ -457,6 +461,39 @@ def test_a_kept_batch_has_its_reference_frames(root, tmp_path):
     batch = batches(train_cfg(root), 1)[0]
     save_batch(str(tmp_path / "batch.pth"), batch)
     assert summary(load_batch(str(tmp_path / "batch.pth"))) == summary(batch)
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(root, tmp_path):
+    """From an image model's weights, with all three switches, exact to the bit; then it is evaluated as any model."""
+    name = train_cfg(root).DATASETS.TRAIN[0]
+    size = {"MODEL.KNET.NUM_THING_CLASSES": 4, "MODEL.KNET.NUM_STUFF_CLASSES": 3}
+    save_weights(str(tmp_path / "image.pth"), tiny_model("panoptic", size).state_dict(), {})
+
+    def run(folder, resume):
+        cfg = tiny_config("panoptic", {**size, **ALL, "MODEL.WEIGHTS": str(tmp_path / "image.pth")})
+        cfg.DATASETS.TRAIN, cfg.OUTPUT_DIR, cfg.SEED, cfg.TEST.EVAL_PERIOD = (name,), str(folder), 3, 0
+        cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.LOG_PERIOD = 2, 4, 2, 1
+        cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TRAIN, cfg.DATALOADER.NUM_WORKERS = "RGB", (48, 64), 0
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+        lines = (folder / "metrics.json").read_text().splitlines()
+        return trainer, [json.loads(x) for x in lines], torch.load(folder / "model_final.pth", weights_only=True)
+
+    trainer, metrics, whole = run(tmp_path / "whole", resume=False)
+    assert all(set(x) >= LOSSES for x in metrics) and trainer.checkpointer.report.missing
+    (tmp_path / "part").mkdir()
+    for file in ("model_0000001.pth", "metrics.json"):
+        shutil.copy(tmp_path / "whole" / file, tmp_path / "part")
+    (tmp_path / "part" / "last_checkpoint").write_text("model_0000001.pth")
+    resumed, again, part = run(tmp_path / "part", resume=True)
+    assert resumed.start_iter == 2 and again == metrics
+    assert_identical(whole["model"], part["model"])
+    cfg = resumed.cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TEST = (name,)
+    results = Trainer.test(cfg, resumed.model)
+    assert 0 <= results["video_panoptic"]["STQ"] < 60
 
 
 # ---- learning --------------------------------------------------------------------------------------------------
