@@ -30,7 +30,7 @@ from torch import nn
 from knet_d2.data.files import find_images, read_image
 from knet_d2.data.pixels import PixelFormat
 from knet_d2.errors import ConfigError
-from knet_d2.export import OUTPUT_NAMES, default_image_type
+from knet_d2.export import INPUT_NAMES, MEMORY_INPUT_NAMES, OUTPUT_NAMES, default_image_type, memory_shape
 from knet_d2.inference.from_file import load
 from knet_d2.modeling.meta_arch import KNet
 from knet_d2.programs import run
@@ -91,8 +91,20 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_exported(path: str, output: str) -> Runner:
-    """Open an exported model; returns a function that maps the inputs of the graph to its outputs by name."""
+def open_exported(path: str, output: str, memory: tuple[int, int] | None = None) -> Runner:
+    """Open an exported model; returns a function that maps the inputs of the graph to its outputs by name.
+
+    Args:
+        memory: :func:`memory_shape` of the model. Images are the first frames of videos.
+    """
+
+    def named(*inputs: np.ndarray) -> Tensors:
+        found = dict(zip(INPUT_NAMES, inputs))
+        if memory is not None:
+            batch = len(inputs[0])
+            found |= zip(MEMORY_INPUT_NAMES, (np.zeros((batch, *memory), np.float32), np.zeros(batch, bool)))
+        return found
+
     if path.endswith(".onnx"):
         import onnxruntime
 
@@ -102,7 +114,7 @@ def open_exported(path: str, output: str) -> Runner:
         names = [x.name for x in session.get_outputs()]
 
         def run(*inputs: np.ndarray) -> Tensors:
-            return dict(zip(names, session.run(None, dict(zip(("image", "image_size", "output_size"), inputs)))))
+            return dict(zip(names, session.run(None, named(*inputs))))
 
         return run
     if not path.endswith(".pt2"):
@@ -110,9 +122,9 @@ def open_exported(path: str, output: str) -> Runner:
     module = torch.export.load(path).module()
 
     def run_program(*inputs: np.ndarray) -> Tensors:
-        image, image_size, output_size = map(torch.from_numpy, inputs)
+        tensors = {name: torch.from_numpy(x) for name, x in named(*inputs).items()}
         with torch.inference_mode():
-            outputs = module(image=image, image_size=image_size, output_size=output_size)
+            outputs = module(**tensors)
         return {name: value.numpy() for name, value in zip(OUTPUT_NAMES[output], outputs)}
 
     return run_program
@@ -377,7 +389,8 @@ def main(args: argparse.Namespace) -> int:
     model, pixel_format = predictor.model, predictor.pixel_format
     image_type = args.image_type or default_image_type(predictor.cfg)
     exact = copy.deepcopy(model).double()
-    runners = {path: open_exported(path, model.postprocessor.options.outputs[0]) for path in args.exported}
+    output, memory = model.postprocessor.options.outputs[0], memory_shape(model)
+    runners = {path: open_exported(path, output, memory) for path in args.exported}
     files = find_images(args.images)[: args.number]
     print(f"{predictor.cfg.MODEL.KNET.TASK} model, {model.postprocessor.options.outputs[0]}\n{HEADER}")
     rows = []

@@ -24,7 +24,7 @@ from knet_d2.checkpoint.saving import save_weights
 from knet_d2.data import resolve_classes
 from knet_d2.data.classes import ClassTable
 from knet_d2.errors import CheckpointError, ConfigError, DataError
-from knet_d2.export import OUTPUT_NAMES, ExportableKNet
+from knet_d2.export import OUTPUT_NAMES, ExportableKNet, memory_shape
 from knet_d2.export.quantization import quantize, share_of_operations
 from knet_d2.export.writing import METADATA_FILE
 from knet_d2.inference import ImagePredictor, onnx_engine
@@ -303,7 +303,8 @@ def test_runner_gives_a_model_its_memory(tmp_path):
     learned = {f"MODEL.KNET.VIDEO.{key}": True for key in ("EMBEDDING", "LINKING", "FUSING")}
     weights = save_model(tmp_path, "panoptic", {**learned, "MODEL.KNET.NUM_STAGES": 2})
     path = str(tmp_path / "panoptic.onnx")
-    export_model.main(export_model.get_parser().parse_args([weights, path, "--opts", *ALL_SEGMENTS]))
+    program = str(tmp_path / "panoptic.pt2")
+    export_model.main(export_model.get_parser().parse_args([weights, path, program, "--opts", *ALL_SEGMENTS]))
     predictor, runner = knet_d2.load(weights, device="cpu", opts=ALL_SEGMENTS), onnx_runner.OnnxRunner(path)
     images = [cv2.GaussianBlur(x.transpose(1, 2, 0), (0, 0), 2) for x in random_images(2, (75, 90))]
     tracker, video = onnx_runner.OnnxTracker(runner), predictor.video([images[i] for i in (0, 0, 1, 0)], "BGR")
@@ -313,7 +314,17 @@ def test_runner_gives_a_model_its_memory(tmp_path):
     first = runner.outputs(images[0])
     second = runner.outputs(images[0], runner.outputs(images[1])["kernels"])
     assert np.abs(second["kernels"] - first["kernels"]).max() > 1e-3
-    # Images have no frame before them
+    # Images have no frame before them; the check of exported files knows it, for both kinds of files
+    shape = memory_shape(predictor.model)
+    assert shape == (8, 32) and memory_shape(tiny_model("panoptic")) is None
+    size, images = (96, 128), random_images(2, (96, 128))
+    expected = exports.run_model(predictor.model, images, size)
+    inputs = exports.padded(images, predictor.model.size_divisibility), np.array(size), np.array(size)
+    for file in (path, program):
+        tensors = exports.open_exported(file, "panoptic_seg", shape)(*inputs)
+        found = exports.agreement(expected[1], {name: x[1] for name, x in tensors.items()}, 0.3)
+        assert found.is_good, (file, found)
+    images = [x.transpose(1, 2, 0) for x in images]
     result = knet_d2.load(path, engine="onnxruntime")(images[0], "BGR")
     assert [x.label for x in result.segments] == [x.label for x in predictor(images[0], "BGR").segments]
 

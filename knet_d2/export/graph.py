@@ -110,9 +110,11 @@ class ExportableKNet(nn.Module):
         return pixels.to(next(self.model.backbone.parameters()).dtype)
 
 
-def uses_memory(model: KNet) -> bool:
-    """Whether a frame's result depends on the kernels of the frame before."""
-    return model.video is not None and model.video.uses_memory
+def memory_shape(model: KNet) -> tuple[int, int] | None:
+    """(N, C) of "memory_kernels", if a frame's result depends on the kernels of the frame before."""
+    if model.video is None or not model.video.uses_memory:
+        return None
+    return model.bank.num_kernels, model.video.dim
 
 
 def has_windows(model: KNet) -> bool:
@@ -136,8 +138,9 @@ def example_inputs(
     image = torch.randint(0, 256, (2, len(model.pixel_mean), height, width), device=model.device).to(image_type)
     image_size = torch.tensor([height - height // 16, width - width // 16])
     inputs = {"image": image, "image_size": image_size, "output_size": torch.tensor([150, 200])}
-    if uses_memory(model):
-        kernels = torch.randn(2, model.bank.num_kernels, model.video.dim, device=model.device)
+    memory = memory_shape(model)
+    if memory is not None:
+        kernels = torch.randn(2, *memory, device=model.device)
         inputs |= dict(zip(MEMORY_INPUT_NAMES, (kernels, torch.tensor([True, False], device=model.device))))
     return inputs
 

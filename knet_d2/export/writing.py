@@ -20,7 +20,7 @@ from .graph import (
     ExportableKNet,
     example_inputs,
     has_windows,
-    uses_memory,
+    memory_shape,
 )
 
 ONNX_COMMAND = "install what it needs with: python -m pip install onnx onnxscript onnxruntime"
@@ -68,7 +68,7 @@ def trace(model: KNet, image_type: str = "uint8", size: tuple[int, int] | None =
         sides = {2: Dim("height", min=64), 3: Dim("width", min=64)}
     batch = Dim("batch", min=1)
     shapes = {"image": {0: batch, **({} if size else sides)}, "image_size": None, "output_size": None}
-    if uses_memory(model):
+    if memory_shape(model) is not None:
         shapes |= {name: {0: batch} for name in MEMORY_INPUT_NAMES}
     inputs = example_inputs(model, getattr(torch, image_type), size)
     with torch.no_grad():
@@ -101,10 +101,10 @@ def export_metadata(
         # Height and width of every padded image; null: any
         "static_size": None if size is None else list(size),
     }
-    # Shape of "memory_kernels" without the batch, where there is this input
-    memory = {"memory": json.dumps([model.bank.num_kernels, model.video.dim])} if uses_memory(model) else {}
+    memory = memory_shape(model)
     return {
-        **memory,
+        # Without the batch, where there is this input
+        **({"memory": json.dumps(memory)} if memory is not None else {}),
         **describe_model(cfg, classes),
         "task": cfg.MODEL.KNET.TASK,
         "output": model.postprocessor.options.outputs[0],
