@@ -268,6 +268,10 @@ ERRORS = {
     "a category that isn't there": (_set_in_turn("annotations", "category_id", "7.5"), "7.5"),
     "half an id": (_set_in_turn("images", "id", 0.5, 1.5), r"images[0].id"),
     "a box elsewhere": (_update("annotations", bbox=lambda x: [x[0] + 60, *x[1:]]), "bbox is"),
+    "a box beyond any number": (
+        _update("annotations", bbox=lambda x: [10**400, *x[1:]]),
+        "it must be a list of numbers",
+    ),
     "a box around everything": (_set_in_turn("annotations", "bbox", [0, 0, 128, 64]), "bbox is"),
     "only two points": (_set_in_turn("annotations", "segmentation", [[1, 1, 9, 9]]), "it has 2 points"),
     "a crowd of 2": (_set_in_turn("annotations", "iscrowd", 2), "iscrowd"),
