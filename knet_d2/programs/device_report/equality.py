@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ...data.classes import class_table
 from ...export import INPUT_NAMES, OUTPUT_NAMES, default_image_type, export_metadata, save_onnx, trace
 from ...modeling.backbone.deform_conv import DeformConv2d
 from ...modeling.postprocessing import ImageGeometry, cells, dense
+from ...tasks import TASKS
 from ..benchmark.filling import damp_residual_blocks, fill
 from ..benchmark.measure import precision
 from ..benchmark.models import Subject, build_subject
@@ -24,8 +26,8 @@ MODELS = {
     "instance": "coco/instance/knet_r50_fpn_1x.yaml",
     "semantic": "ade20k/semantic/knet_fcn_r50_d8_80k.yaml",
 }
-# Largest relative differences from the CPU in float64. A hard gate makes rounding of a logit near 0 visible in all that
-# follows.
+# Largest relative differences from the CPU in float64. They are larger than rounding, because a mask's logit near 0 can
+# change its sign: the pixel then enters or leaves the gathered sum, and all later stages change.
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 GRADIENT_TOLERANCE = {
     "instance": {torch.float32: 5e-3, torch.float64: 1e-5},
@@ -34,21 +36,22 @@ GRADIENT_TOLERANCE = {
     "semantic": {torch.float32: 5e-2, torch.float64: 1e-5},
 }
 OPERATOR_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-# Share of pixels or entries that may differ: of masks near their threshold, and of matches with nearly equal costs
+# Share of pixels that may differ, since their probability is near the threshold of a mask
 PIXEL_TOLERANCE = 1e-3
+# Share of instances that may be matched with another kernel, since the costs of both are nearly equal
 MATCH_TOLERANCE = {torch.float32: 0.05, torch.float64: 0.0}
-# The same graph in another runtime
+# Share of pixels, and relative difference of scores, between a model and its exported graph
 GRAPH_TOLERANCE = 1e-3
 
 
 def steps(setup: Setup) -> Iterator[Step]:
     """Yield the comparisons that need no recordings."""
-    yield Step("deformable convolution", lambda: compare_deformable_convolution(setup))
+    yield Step("deformable convolution", partial(compare_deformable_convolution, setup))
     for task in MODELS:
-        yield Step(f"{task}: training step", lambda task=task: compare_training_step(setup, task))  # type: ignore[misc]
-        yield Step(f"{task}: post-processing", lambda task=task: compare_results(setup, task))  # type: ignore[misc]
+        yield Step(f"{task}: training step", partial(compare_training_step, setup, task))
+        yield Step(f"{task}: post-processing", partial(compare_results, setup, task))
     for task in setup.size.exported:
-        yield Step(f"{task}: exported graph", lambda task=task: compare_graph(setup, task))  # type: ignore[misc]
+        yield Step(f"{task}: exported graph", partial(compare_graph, setup, task))
 
 
 def row(check: str, dtype: torch.dtype | str, difference: float, tolerance: float, detail: str = "") -> Row:
@@ -140,7 +143,7 @@ def compare_training_step(setup: Setup, task: str) -> list[Row]:
 
     def run(dtype: torch.dtype, device: str | torch.device) -> tuple[dict[str, torch.Tensor], ...]:
         model = subject.model.to(device, dtype).train()
-        model.load_state_dict(state)  # also what the step before changed: statistics of batch norm
+        model.load_state_dict(state)  # the previous run changed the statistics of batch norm
         model.zero_grad()
         matches = _record_matches(model)
         losses = model(batch)
@@ -214,9 +217,7 @@ def compare_results(setup: Setup, task: str) -> list[Row]:
     geometry = ImageGeometry(logits.geometry.padded, logits.geometry.image, (height * 3 // 2, width * 3 // 2))
     classes, masks = logits.class_logits, logits.mask_logits
     processor, rows = subject.model.postprocessor, []
-    outputs = ["instances", "panoptic_seg", "sem_seg"]
-    outputs = {"panoptic": outputs, "instance": outputs[:1], "semantic": outputs[2:]}[task]
-    for output in outputs:
+    for output in TASKS[task].outputs:
         expected = processor.tensors(output, classes, masks, geometry, processor.options, cells)
         processor.to(setup.device)
         moved = None if classes is None else classes.to(setup.device)
@@ -282,7 +283,7 @@ def _run_onnx(setup: Setup, subject: Subject, inputs: dict[str, Any], output: st
 
 
 def _graph_tensors(result: dict[str, Any], output: str) -> dict[str, torch.Tensor]:
-    """Return of a result what a graph also gives: the pixels of the best class, segment or instance, and the scores."""
+    """Return what is compared of a result: "pixels" (label map, or whether anything covers a pixel) and "scores"."""
     if output == "sem_seg":
         return {"pixels": result["sem_seg"].argmax(0)}
     if output == "panoptic_seg":

@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 class Step(NamedTuple):
-    """A piece of work of a part, which fails alone.
+    """A piece of work of a part. If it fails, the other steps still run.
 
     Attributes:
         name: what it does.

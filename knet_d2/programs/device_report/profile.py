@@ -4,6 +4,7 @@ import inspect
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from .speed import PANOPTIC
 
 NUM_WAITS = 5
 _PACKAGE = Path(__file__).resolve().parents[2]
-# Results whose shape or value the processor needs before it goes on
+# Operators whose result has a shape or value that the processor needs before it continues
 _WAITING = {
     "_local_scalar_dense",
     "_unique2",
@@ -44,8 +45,8 @@ class Wait(NamedTuple):
 def steps(setup: Setup) -> Iterator[Step]:
     """Yield the profile of a training step and of an inference."""
     batch = 8 if setup.size.is_full else 2
-    yield Step("training step", lambda: _profile(setup, "training step", batch, train=True))
-    yield Step("inference", lambda: _profile(setup, "inference", 1, train=False))
+    yield Step("training step", partial(_profile, setup, "training step", batch, train=True))
+    yield Step("inference", partial(_profile, setup, "inference", 1, train=False))
 
 
 def _profile(setup: Setup, name: str, batch: int, *, train: bool) -> list[Row]:
@@ -54,7 +55,7 @@ def _profile(setup: Setup, name: str, batch: int, *, train: bool) -> list[Row]:
     subject.model.eval()
     fill(subject, subject.inputs(size, 1, size))
     run = Run(subject, subject.inputs(size, batch, size), train=train)
-    run()  # caches, the choice of convolution algorithms
+    run()  # fills caches, and lets the device choose its convolution algorithms
     counts: Row = {"run": f"{name}, batch {batch}", **count_events(run, setup.device)}
     with WaitRecorder(setup.device) as recorder:
         run()
@@ -117,7 +118,7 @@ class WaitRecorder(TorchDispatchMode):
         inputs = [x for x in _flat(args) if isinstance(x, torch.Tensor)]
         if any(x.device.type == self._device_type for x in inputs) and self._waits(name, inputs, result):
             line = source_line()
-            # On a CPU, what the optimiser reads are numbers that are on the CPU whatever the device of the weights
+            # On a CPU, a line that is not of knet_d2 is the optimiser's, whose step counters are always on the CPU
             if line is not None or self._device_type != "cpu":
                 self.waits.append(Wait(name, seconds, line or "backward pass or optimiser"))
         return result

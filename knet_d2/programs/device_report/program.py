@@ -39,7 +39,7 @@ class Part(NamedTuple):
     """A part of the report.
 
     Attributes:
-        share: its share of the time; what it leaves over is for the parts after it.
+        share: its share of the time; the parts after it also get the time that it does not need.
         steps: yields its steps.
     """
 
@@ -123,7 +123,7 @@ def run_part(steps: Steps, further: Steps | None, setup: Setup, part: dict[str, 
     """Run the steps of a part until its time ends; ``write`` is called after each of them.
 
     Args:
-        part: its "limit" in seconds is read; "rows", "failures", "not_run" and "seconds" are filled.
+        part: has its "limit" in seconds; "rows", "failures", "not_run" and "seconds" are filled in.
     """
     start = time.monotonic()
     for step in _collected(steps, further, setup, part):

@@ -4,6 +4,7 @@ import gc
 import itertools
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ MORE_MODELS = (
     "coco/panoptic/knet_swin_l_fpn_3x.yaml",
     "ade20k/semantic/knet_upernet_r50_80k.yaml",
 )
-# A setting is measured for at most this many seconds beyond its first measurement
+# Time in seconds for the further measurements of a setting, after its first one
 _SECONDS = 3.0
 
 
@@ -64,7 +65,7 @@ def settings(setup: Setup) -> list[Setting]:
     important += [Setting(model, False, 1, name) for model in models for name in ("fp32", best)]
     important += [Setting(PANOPTIC, True, batch, name) for batch in (2, 8, 16) for name in ("fp32", best)]
     compiled = [Setting(PANOPTIC, False, 1, best, compiled=True)]
-    # What is slow to prepare changes least often: compiling takes up to a minute, another memory format a new model
+    # The outer loops are those whose change is slow: compiling takes up to a minute, another memory format a new model
     grid = [
         Setting(PANOPTIC, False, batch, name, channels_last, compiled)
         for compiled, channels_last, name, batch in itertools.product((False, True), (False, True), types, (1, 4, 16))
@@ -76,7 +77,7 @@ def steps(setup: Setup) -> Iterator[Step]:
     """Yield the settings. A model is kept until another one is measured."""
     subjects, rates = _Subjects(setup), _Rates(setup)
     for setting in settings(setup):
-        yield Step(describe(setting), lambda setting=setting: [measure(setup, setting, subjects, rates)])  # type: ignore[misc]
+        yield Step(describe(setting), partial(measure, setup, setting, subjects, rates))
 
 
 def describe(setting: Setting) -> str:
@@ -146,7 +147,7 @@ class _Rates:
         return self._rates[name]
 
 
-def measure(setup: Setup, setting: Setting, subjects: _Subjects, rates: _Rates) -> Row:
+def measure(setup: Setup, setting: Setting, subjects: _Subjects, rates: _Rates) -> list[Row]:
     """Measure one setting."""
     device, size = setup.device, setup.size.image
     subject = subjects.get(setting)
@@ -158,7 +159,7 @@ def measure(setup: Setup, setting: Setting, subjects: _Subjects, rates: _Rates) 
         rounds = max(1, min(setup.size.rounds, math.floor(_SECONDS / first)))
         seconds = median(interleave([run], rounds, 0, device)[0])
         memory = measure_memory(run, device)
-    return {
+    row = {
         **setting._asdict(),
         "mode": "training" if setting.train else "inference",
         "image": list(size),
@@ -167,3 +168,4 @@ def measure(setup: Setup, setting: Setting, subjects: _Subjects, rates: _Rates) 
         "peak_mib": memory.peak if memory else None,
         "share_of_matrix_rate": operations / seconds / rates.get(setting.precision),
     }
+    return [row]

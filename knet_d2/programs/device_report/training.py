@@ -6,6 +6,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ...engine.train_step import amp_dtype
 from ...errors import ConfigError
 from .plan import Row, Setup, Step
 
-# Task -> (group of results, metric, name of the column)
+# Task -> (group of results, metric)
 METRICS = {
     "panoptic": ("panoptic_seg", "PQ"),
     "instance": ("segm", "AP"),
@@ -39,9 +40,9 @@ def steps(setup: Setup) -> Iterator[Step]:
     for precision in PRECISIONS:
         for task in METRICS:
             name = f"{task}, {precision}"
-            yield Step(name, lambda task=task, precision=precision: train(setup, task, precision))  # type: ignore[misc]
+            yield Step(name, partial(train, setup, task, precision))
             if (task, precision) == RESUMED:
-                yield Step(f"{name}, resumed", lambda task=task, precision=precision: resume(setup, task, precision))  # type: ignore[misc]
+                yield Step(f"{name}, resumed", partial(resume, setup, task, precision))
 
 
 def config(setup: Setup, task: str, precision: str, name: str) -> CfgNode:
