@@ -70,6 +70,49 @@ def described(dataset, tmp_path):
     return model, save
 
 
+def test_the_file_is_read_once(described, monkeypatch):
+    read = []
+
+    def counted(path, *args):
+        read.append(path)
+        return load_file(path, *args)
+
+    for module in ("knet_d2.inference.from_file", "knet_d2.checkpoint.checkpointer"):
+        monkeypatch.setattr(f"{module}.load_file", counted)
+    path = described[1]("m.pth")
+    knet_d2.load(path, device="cpu")
+    assert read == [path]
+
+
+def test_options_that_the_weights_were_not_trained_with_are_told(described, caplog):
+    """They fit any parameters: a model takes images with red and blue exchanged without an error."""
+    path = described[1]("m.pth")
+
+    def told(load):
+        caplog.clear()
+        load()
+        return [x for x in caplog.messages if "was trained with" in x]
+
+    def predictor(*opts):
+        return lambda: knet_d2.load(path, device="cpu", opts=opts)
+
+    def fine_tuning(options):
+        cfg = tiny_config("panoptic", {**OPTIONS, **options})
+        resolve_classes(cfg)
+        model = tiny_model("panoptic", {**OPTIONS, **options})
+        return lambda: Checkpointer(model, partial=True, metadata=describe_model(cfg)).load(path)
+
+    assert told(predictor()) == told(fine_tuning({})) == []
+    first = f"INPUT.FORMAT = RGB: {path} was trained with BGR. Set it to BGR, or results get worse."
+    assert told(predictor("INPUT.FORMAT", "RGB")) == told(fine_tuning({"INPUT.FORMAT": "RGB"})) == [first]
+    (scale,) = told(predictor("MODEL.PIXEL_STD", "[58.0, 57.0, 57.0]"))
+    assert scale.startswith("MODEL.PIXEL_STD = [58.0, 57.0, 57.0]:") and "was trained with [" in scale
+    assert told(fine_tuning({"MODEL.PIXEL_STD": [58.0, 57.0, 57.0]})) == []
+    other = {"MODEL.KNET.UPDATE_HEAD.NUM_HEADS": "2", "MODEL.KNET.POSITION_ENCODING": "none"}
+    found = told(predictor(*(x for item in other.items() for x in item), "MODEL.KNET.TEST.SCORE_THRESHOLD", "0.9"))
+    assert sorted(x.split(":")[0] for x in found) == sorted(f"{key} = {value}" for key, value in other.items())
+
+
 def random_image(size, seed=0):
     return np.random.RandomState(seed).randint(0, 256, (*size, 3), np.uint8)
 

@@ -1,7 +1,8 @@
 """Detectron2's checkpointer with atomic writing, safe reading, and errors for files that do not fit the model."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,20 @@ from .saving import write_checkpoint
 from .zoo import fitting_hint
 
 _MOST_LISTED = 20
+# Options that change what a model computes, but none of its parameters: a wrong value fits any weights
+_WITHOUT_PARAMETERS = (
+    "INPUT.FORMAT",
+    "MODEL.FPN.FUSE_TYPE",
+    "MODEL.KNET.POSITION_ENCODING",
+    "MODEL.KNET.UPDATE_HEAD.NUM_HEADS",
+    "MODEL.KNET.UPDATE_HEAD.RESIDUAL_MASKS",
+    "MODEL.PIXEL_MEAN",
+    "MODEL.PIXEL_STD",
+    "MODEL.RESNETS.RES4_DILATION",
+    "MODEL.RESNETS.RES5_DILATION",
+    "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE",
+)
 _PREFIX_HINT = (
     " If the file's names only lack a prefix of the model's, end its path in MODEL.WEIGHTS with "
     "?matching_heuristics=True."
@@ -105,13 +120,20 @@ class Checkpointer(DetectionCheckpointer):
         if not os.path.isfile(local):
             raise CheckpointError(f"{address}: there is no such weights file. Check MODEL.WEIGHTS.")
         try:
-            return super().load(local, *args, **kwargs)
-        except KNetError:
-            raise
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as e:
-            raise CheckpointError(f"{path}: does not fit this model or its optimiser. {e}") from e
+            with _misfits_named(path):
+                return super().load(local, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # else Detectron2 refuses to load again after a failure
+
+    def load_content(self, content: Any, path: str) -> None:
+        """Load the model alone from a file that has been read.
+
+        Args:
+            content: result of :func:`load_file`.
+            path: the file's name, for messages.
+        """
+        with _misfits_named(path):
+            self._load_model({**as_checkpoint(content, path), "file": path})
 
     def has_checkpoint(self) -> bool:
         return bool(resumable_checkpoints(self.save_dir))
@@ -157,8 +179,29 @@ class Checkpointer(DetectionCheckpointer):
         for name in self.report.loaded:
             _check_values(path, name, checkpoint["model"][name], model_state[name].dtype)
         super()._load_model(checkpoint)
+        if not self._restores_training:
+            self._warn_of_other_options(path)
         log = self.logger.warning if self.report.other_shape or self.report.missing else self.logger.info
         log(f"{path}\n{self.report.as_text()}")
+
+    def _warn_of_other_options(self, path: str) -> None:
+        """Warn of options without parameters whose values are not those in the file.
+
+        A training run may start from a model with other options, but hardly from one with red and blue exchanged.
+        """
+        if not self.metadata or not has_description({"metadata": self.file_metadata}):
+            return
+        try:
+            changed = changed_options(self.metadata, self.file_metadata)
+        except Exception:  # the config in use needs nothing of the file, whose text may raise almost any exception
+            return
+        for key, (before, now) in changed.items():
+            if key not in _WITHOUT_PARAMETERS or not before and isinstance(before, list):  # []: the file does not tell
+                continue
+            if not self.partial or sorted([str(before), str(now)]) == ["BGR", "RGB"]:
+                self.logger.warning(
+                    f"{key} = {now}: {path} was trained with {before}. Set it to {before}, or results get worse."
+                )
 
     def _match_classes(self, path: str, layout: Layout, model_state: dict[str, torch.Tensor]) -> Layout:
         """The layout with its classes in the model's order, see ``classes`` of the constructor."""
@@ -223,6 +266,17 @@ class Checkpointer(DetectionCheckpointer):
         changed = changed_options(self.metadata, self.file_metadata)
         texts = [f"{key} {before} -> {now}" for key, (before, now) in changed.items() if key.startswith("MODEL.")]
         return f" Options that differ from those of the run so far: {', '.join(texts)}. Set them back." if texts else ""
+
+
+@contextlib.contextmanager
+def _misfits_named(path: str) -> Iterator[None]:
+    """Turn what PyTorch raises about a file that does not fit into a CheckpointError."""
+    try:
+        yield
+    except KNetError:
+        raise
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as e:
+        raise CheckpointError(f"{path}: does not fit this model or its optimiser. {e}") from e
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
-from ..checkpoint import Checkpointer
+from ..checkpoint import Checkpointer, describe_model
 from ..data.augmentation import Resize
 from ..data.classes import class_table, with_classes
 from ..data.pixels import PixelFormat
@@ -37,12 +37,20 @@ class Predictor(DefaultPredictor):
 
     name = "pytorch"
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode, content: Any = None):
+        """
+        Args:
+            cfg: with MODEL.WEIGHTS.
+            content: of that file, as :func:`load_file` returns it; None: it is read.
+        """
         self.cfg = cfg = with_classes(cfg).clone()
         self.pixel_format = PixelFormat.from_config(cfg)
         self.network = self.model = build_model(cfg).eval()
-        checkpointer = Checkpointer(self.network, classes=class_table(cfg))
-        checkpointer.load(cfg.MODEL.WEIGHTS)
+        checkpointer = Checkpointer(self.network, metadata=describe_model(cfg), classes=class_table(cfg))
+        if content is None:
+            checkpointer.load(cfg.MODEL.WEIGHTS)
+        else:
+            checkpointer.load_content(content, cfg.MODEL.WEIGHTS)
         self.classes = class_table(cfg).named_like(checkpointer.file_classes)
         shorter = cfg.INPUT.MIN_SIZE_TEST
         if cfg.TEST.AUG.ENABLED:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from detectron2.config import CfgNode
 
@@ -15,6 +16,7 @@ from ..config.merging import choose_device, load_config, merge_config
 from ..config.unread import warn_of_unread_options
 from ..data.classes import ClassTable, class_table
 from ..errors import ConfigError
+from .detectron2_predictor import Predictor
 from .image_predictor import ImagePredictor
 from .onnx_engine import OnnxPredictor, exported_file
 from .runtimes import RUNTIMES
@@ -62,10 +64,10 @@ def load(
     threshold = 0.3 if confidence_threshold is None else confidence_threshold
     device_options = ("MODEL.DEVICE", device) if device else ()
     options = [*threshold_options(threshold), *device_options, *opts, "MODEL.WEIGHTS", path]
-    cfg, classes = resolve_model(config_file, options)
+    cfg, classes, content = resolve_model(config_file, options)
     if engine in RUNTIMES:
         return _load_exported(exported_file(cfg, classes), None, device, engine)
-    return ImagePredictor(cfg, classes)
+    return ImagePredictor(cfg, classes, Predictor(cfg, content))
 
 
 def _load_exported(path: str, confidence_threshold: float | None, device: str | None, engine: str) -> ImagePredictor:
@@ -87,12 +89,15 @@ def threshold_options(confidence_threshold: float) -> list[str]:
     return ["MODEL.KNET.TEST.SCORE_THRESHOLD", threshold, "MODEL.KNET.TEST.THING_SCORE_THRESHOLD", threshold]
 
 
-def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode, ClassTable]:
+def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode, ClassTable, Any]:
     """Return the config and the classes of a model.
 
     Args:
         config_file: None: read both from the weights file, or from the model zoo for an official model.
         opts: KEY VALUE ...; without a config file, MODEL.WEIGHTS is one of the keys.
+
+    Returns:
+        config, classes, and the content of the weights file if it was read for them, else None.
 
     Raises:
         ConfigError: there are no weights; or see :func:`load_config`.
@@ -104,15 +109,16 @@ def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode
         opts = [*opts, "MODEL.WEIGHTS", weights]
     if not config_file and weights.startswith(PREFIX):
         config_file = get_config_file(zoo_entry(weights.removeprefix(PREFIX)).name + ".yaml")
+    content = None
     if config_file:
         cfg = load_config(config_file, opts)
         classes = class_table(cfg)
     elif weights:
-        # Like Detectron2's DefaultPredictor, the predictor is built from a config alone, so it reads the file again
-        cfg, classes = read_description(load_file(weights), weights)
+        content = load_file(weights)
+        cfg, classes = read_description(content, weights)
         merge_config(cfg, "", opts)
         cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, explicit="MODEL.DEVICE" in opts[0::2])
     if not (weights or (config_file and cfg.MODEL.WEIGHTS)):
         raise ConfigError("MODEL.WEIGHTS is empty; name the weights, as MODEL.WEIGHTS path/to/model_final.pth.")
     warn_of_unread_options(cfg)
-    return cfg, classes
+    return cfg, classes, content

@@ -9,6 +9,7 @@ from typing import TextIO
 
 import tqdm
 
+from ..inference.detectron2_predictor import Predictor
 from ..inference.from_file import resolve_model, threshold_options
 from ..inference.image_predictor import ImagePredictor
 from ..inference.sinks import JsonFile, JsonLines, PictureFiles, Sink, Stop, TrackFile, VideoFile, VideoWindow, Window
@@ -46,8 +47,9 @@ def get_parser() -> argparse.ArgumentParser:
 
 def build_predictor(args: argparse.Namespace) -> ImagePredictor:
     """Build the predictor, with --confidence-threshold as its score threshold; --opts can overwrite it."""
-    cfg, classes = resolve_model(args.config_file, [*threshold_options(args.confidence_threshold), *args.opts])
-    return ImagePredictor(cfg, classes)
+    options = [*threshold_options(args.confidence_threshold), *args.opts]
+    cfg, classes, content = resolve_model(args.config_file, options)
+    return ImagePredictor(cfg, classes, Predictor(cfg, content))
 
 
 def build_sinks(

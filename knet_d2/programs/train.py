@@ -14,7 +14,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from ..checkpoint import Checkpointer
+from ..checkpoint import Checkpointer, describe_model
 from ..data.classes import class_table
 from ..engine import Trainer, launch, setup
 from ..engine.output_dir import save_config
@@ -28,7 +28,7 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     if not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty: name the data sets to evaluate on.")
     model = Trainer.build_model(cfg)
-    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, classes=class_table(cfg))
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, metadata=describe_model(cfg), classes=class_table(cfg))
     if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
         where = f", and OUTPUT_DIR = {cfg.OUTPUT_DIR} has no checkpoint" if resume else ""
         raise ConfigError(
