@@ -155,6 +155,8 @@ EVALUATORS: dict[str, dict[str, tuple[str, Builder]]] = {
 # Evaluators that warn of classes which do not occur in what they evaluate; the ground truth of others is searched for
 # them.
 _KNOW_ABSENT_CLASSES = (InstanceEvaluator, PanopticEvaluator, SemanticEvaluator)
+# (data set, task) that were searched; reading LVIS or Cityscapes takes too long for each evaluation of a training run
+_searched: set[tuple[str, str]] = set()
 
 # Output of the model -> metric by which model_best.pth is chosen
 _BEST_METRICS = {"panoptic_seg": "panoptic_seg/PQ", "instances": "segm/AP", "sem_seg": "sem_seg/mIoU"}
@@ -205,7 +207,10 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None 
             f"{', '.join(EVALUATORS[kind])}, but the model has the outputs {', '.join(outputs)}. Choose a data set for "
             f"MODEL.KNET.TASK = {cfg.MODEL.KNET.TASK!r}, or change MODEL.KNET.TEST.OUTPUTS."
         )
-    if comm.is_main_process() and not any(isinstance(x, _KNOW_ABSENT_CLASSES) for x in evaluators):
+    search = (dataset_name, cfg.MODEL.KNET.TASK)
+    is_known = search in _searched or any(isinstance(x, _KNOW_ABSENT_CLASSES) for x in evaluators)
+    if comm.is_main_process() and not is_known:
+        _searched.add(search)
         with contextlib.suppress(KNetError):  # the loader raises it when the evaluation starts
             warn_of_absent_classes_in(load_dataset(dataset_name, "DATASETS.TEST"), [dataset_name], cfg)
     return evaluators
