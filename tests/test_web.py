@@ -65,6 +65,21 @@ def test_tasks_of_each_model(viewer):
     assert [viewer.num_stages(choice) for choice in viewer.choices()] == [2, 2, 2, 1]
 
 
+def test_description(viewer):
+    first, second = viewer.description().splitlines()
+    assert first.startswith("- **run0&#47;model&#95;final&#46;pth** (5 classes): ") and first.count(", ") == 4
+    names = list(viewer._models["run1/model_final.pth"].classes.names)
+    assert re.sub(r"&#(\d+);", lambda x: chr(int(x[1])), second).endswith(", ".join(names))
+
+
+def test_files_to_download(viewer, photo, tmp_path):
+    view = viewer.view(photo, list(viewer.choices())[1], 0.0, 2)
+    picture, masks = web.write_files(view, str(tmp_path))
+    assert (os.path.basename(picture), os.path.basename(masks)) == ("photo_segments.png", "photo_masks.json")
+    assert (np.asarray(Image.open(picture)) == view.picture).all() and json.load(open(masks))["annotations"]
+    assert web.write_files(viewer.view(None, list(viewer.choices())[1], 0.0, 2), str(tmp_path)) == [None, None]
+
+
 def test_what_is_shown_is_what_the_model_finds(viewer, photo):
     panoptic, instances, _, semantic = viewer.choices()
     model = viewer._models["run0/model_final.pth"]
@@ -138,7 +153,7 @@ def test_bad_uploads_are_messages(viewer, photo, tmp_path):
     for side in (10001, 20000):
         Image.new("1", (side, side)).save(tmp_path / "large.png")
         assert "up to 100 megapixels" in message_of("large.png", (tmp_path / "large.png").read_bytes())
-    assert viewer.view(None, choice, 0.3, 2).message == "Upload an image."
+    assert viewer.view(None, choice, 0.3, 2).message == "Upload an image, or click an example."
     # After all this, the next one works
     assert viewer.view(photo, choice, 0.0, 2).rows
 
@@ -210,7 +225,7 @@ def test_uploads_go_when_the_page_is_stopped(tmp_path, monkeypatch, capsys):
     """Service managers stop the page by SIGTERM."""
     folders = []
 
-    def build_page(viewer, folder):
+    def build_page(viewer, folder, examples):
         folders.append(folder)
         return SimpleNamespace(block_thread=lambda: os.kill(os.getpid(), signal.SIGTERM))
 
@@ -262,7 +277,7 @@ def test_page(viewer, photo, tmp_path, monkeypatch):
         monkeypatch.setenv(name, "")
     folder = tmp_path / "served"
     folder.mkdir()
-    page = web.build_page(viewer, str(folder))
+    page = web.build_page(viewer, str(folder), [photo])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -275,10 +290,11 @@ def test_page(viewer, photo, tmp_path, monkeypatch):
         client = Client(address, download_files=str(tmp_path / "downloads"), verbose=False)
         choice = list(viewer.choices())[1]
         shown = client.predict(handle_file(photo), choice, 0.0, 1, api_name="/segment")
-        message, picture, rows, download, stage = shown
+        message, picture, rows, png, download, stage = shown
         expected = viewer.view(photo, choice, 0.0, 1)
         assert message == expected.message and rows["data"] == expected.rows
         assert (np.asarray(Image.open(picture).convert("RGB")) == expected.picture).all()
+        assert (np.asarray(Image.open(png["value"])) == expected.picture).all()
         assert json.loads(open(download["value"]).read()) == json.loads(json.dumps(expected.coco))
         assert stage["value"] == 1 and stage["maximum"] == 2
 
@@ -301,6 +317,7 @@ def test_page(viewer, photo, tmp_path, monkeypatch):
         assert event == "complete" and expected.message in data
         content = get(address)[1].decode()
         assert "fonts.googleapis.com/css" not in content
+        assert "(5 classes): " in content and "Examples: click one" in content
     finally:
         page.close()
     assert contacted <= {"127.0.0.1", "localhost", "::1"}

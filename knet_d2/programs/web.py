@@ -6,6 +6,8 @@ import itertools
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -14,9 +16,10 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from ..data.augmentation import ResizeTransform
-from ..data.files import ARRAY_TYPE, read_image
+from ..data.files import ARRAY_TYPE, find_images, read_image, read_picture
 from ..data.pixels import PixelFormat, picture_of
 from ..errors import ConfigError, DataError
 from ..inference import ImagePredictor, Prediction, Trace, load
@@ -24,12 +27,15 @@ from ..inference.sinks import VideoFile
 from ..inference.sources import Video
 from ..results.outputs import OUTPUTS
 
+DOWNLOADS = ("picture (PNG)", "masks (COCO JSON)")
 COLUMNS = ("class", "score", "pixels", "x", "y", "width", "height")
 # Number of images whose network outputs are kept, so that moving a slider does not run the network again
 NUM_KEPT = 4
 # Largest upload, and largest number of requests that wait for the model
 MAX_FILE_SIZE = "64mb"
 MAX_WAITING = 32
+# Number of examples, and of classes that are named for each model
+MOST_EXAMPLES, MOST_CLASSES = 6, 40
 # Seconds after which files of visitors are deleted
 MAX_FILE_AGE = 3600
 # Largest number of frames of a video that are used, and frames of the path that is drawn behind an object
@@ -45,6 +51,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on")
+    parser.add_argument(
+        "--examples", nargs="+", default=[], metavar="PATH", help="images, folders or patterns: examples to click"
+    )
     parser.add_argument("--max-megapixels", type=float, default=2, help="larger images are shrunk to this size")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
     return parser
@@ -89,6 +98,15 @@ class Viewer:
             for output in model.outputs
         }
 
+    def description(self) -> str:
+        """Return the names and classes of the models as Markdown."""
+        lines = []
+        for name, model in self._models.items():
+            names = [_as_text(x) for x in model.classes.names]
+            more = f" and {len(names) - MOST_CLASSES} more" if len(names) > MOST_CLASSES else ""
+            lines.append(f"- **{_as_text(name)}** ({len(names)} classes): {', '.join(names[:MOST_CLASSES])}{more}")
+        return "\n".join(lines)
+
     def num_stages(self, choice: str) -> int:
         """Return the number of stages of a choice's model."""
         return len(self._models[self.choices()[choice][0]].model.cascade.stages)
@@ -105,7 +123,7 @@ class Viewer:
         name, output = self.choices()[choice]
         num_stages = self.num_stages(choice)
         if path is None:
-            return View("Upload an image.", None, [], None, num_stages)
+            return View("Upload an image, or click an example.", None, [], None, num_stages)
         try:
             image, trace = self._trace(path, name)
         except DataError as error:
@@ -118,6 +136,7 @@ class Viewer:
         height, width = prediction.size
         where = "the static kernels, before any update" if stage == 0 else f"stage {stage} of {num_stages}"
         message = f"{len(prediction.segments)} segments by {where}; {width} x {height} pixels."
+        message += "" if prediction.segments else " A lower score threshold shows more."
         coco = prediction.to_coco_file(PurePath(path).name)
         return View(message, prediction.draw(image), table(prediction), coco, num_stages)
 
@@ -172,6 +191,11 @@ class Viewer:
         return picture_of(image), model.trace_image(image)
 
 
+def _as_text(name: str) -> str:
+    """A name in Markdown, with nothing that would be read as Markdown or HTML."""
+    return re.sub(r"([\W_])", lambda match: f"&#{ord(match[0])};" if match[0] != " " else " ", name)
+
+
 def read_upload(path: str, max_megapixels: float, pixel_format: PixelFormat) -> np.ndarray:
     """Read an uploaded image: [H, W, C] from 0 to 255, colours in RGB order.
 
@@ -216,11 +240,12 @@ def load_models(paths: Sequence[str], config_file: str | None, opts: Sequence[st
     return models
 
 
-def build_page(viewer: Viewer, folder: str) -> Any:
+def build_page(viewer: Viewer, folder: str, examples: Sequence[str] = ()) -> Any:
     """Build the page, a gradio.Blocks.
 
     Args:
         folder: folder of uploads and downloads; the page serves files of no other folder.
+        examples: image files that visitors can click; they are copied into the folder.
 
     Raises:
         ConfigError: Gradio is missing.
@@ -238,13 +263,17 @@ def build_page(viewer: Viewer, folder: str) -> Any:
     def update(path: str | None, choice: str, threshold: float, stage: int) -> list[Any]:
         view = viewer.view(path, choice, threshold, stage)
         slider = gradio.Slider(maximum=view.num_stages, value=min(stage, view.num_stages), info=_stage_info(view))
-        return [view.message, view.picture, view.rows, _download(gradio, view, folder), slider]
+        files = write_files(view, folder)
+        buttons = [gradio.DownloadButton(value=x, interactive=x is not None) for x in files]
+        return [view.message, files[0], view.rows, *buttons, slider]
 
     with gradio.Blocks(title="K-Net", analytics_enabled=False, delete_cache=(MAX_FILE_AGE, MAX_FILE_AGE)) as page:
-        gradio.Markdown("# K-Net\nUpload an image to see its segments; the stages show how the kernels find them.")
+        gradio.Markdown(f"# K-Net\nThe segments of an image, stage by stage.\n\n{viewer.description()}")
         with gradio.Row():
             with gradio.Column(scale=1):
-                upload = gradio.File(label="Image", file_types=["image", ARRAY_TYPE])
+                upload = gradio.File(label="Image", file_types=["image", ARRAY_TYPE], height=140)
+                if examples:
+                    _add_examples(gradio, upload, examples, folder)
                 choice = gradio.Radio(choices, value=choices[0], label="Task")
                 threshold = gradio.Slider(
                     0, 1, 0.3, step=0.01, label="Score threshold", info="of instances and things; stuff is always shown"
@@ -254,14 +283,15 @@ def build_page(viewer: Viewer, folder: str) -> Any:
                 message = gradio.Markdown()
                 # Omit the share button, which would send the picture to another server
                 picture = gradio.Image(label="Segments", format="png", buttons=["download", "fullscreen"])
-                download = gradio.DownloadButton("Download masks (COCO JSON)", interactive=False)
+                with gradio.Row():
+                    downloads = [gradio.DownloadButton(f"Download {x}", interactive=False) for x in DOWNLOADS]
                 rows = gradio.Dataframe(headers=list(COLUMNS), label="List of segments", interactive=False)
         inputs = [upload, choice, threshold, stage]
         gradio.on(
             [page.load, upload.change, choice.input, threshold.input, stage.input],
             update,
             inputs,
-            [message, picture, rows, download, stage],
+            [message, picture, rows, *downloads, stage],
             trigger_mode="always_last",
             api_name="segment",
         )
@@ -292,14 +322,55 @@ def _stage_info(view: View) -> str:
     return f"0: static kernels, before any update; {view.num_stages}: the last stage"
 
 
-def _download(gradio: Any, view: View, folder: str) -> Any:
-    if view.coco is None:
-        return gradio.DownloadButton(value=None, interactive=False)
+def _add_examples(gradio: Any, upload: Any, examples: Sequence[str], folder: str) -> None:
+    """Add pictures to the page; a click on one is an upload of its file."""
+    place = tempfile.mkdtemp(prefix="examples_", dir=folder)
+    files = [shutil.copy(path, place) for path in examples[:MOST_EXAMPLES]]
+    pictures = [read_picture(path, PixelFormat("RGB")) for path in files]
+    gallery = gradio.Gallery(
+        pictures,
+        label="Examples: click one",
+        columns=2,
+        object_fit="cover",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],  # the share button would send pictures to another server
+    )
+
+    def choose(event: gradio.SelectData) -> str:
+        return files[event.index]
+
+    gallery.select(choose, None, upload, api_visibility="private")
+
+
+def write_files(view: View, folder: str) -> list[str | None]:
+    """Write what DOWNLOADS names into a folder of its own; returns the paths, or None where there is nothing."""
+    if view.coco is None or view.picture is None:
+        return [None] * len(DOWNLOADS)
+    place = tempfile.mkdtemp(dir=folder)
     stem = PurePath(view.coco["images"][0]["file_name"]).stem
-    path = os.path.join(tempfile.mkdtemp(dir=folder), f"{stem}_masks.json")
-    with open(path, "w") as f:
+    picture, masks = (os.path.join(place, f"{stem}_{x}") for x in ("segments.png", "masks.json"))
+    Image.fromarray(view.picture).save(picture, compress_level=1)  # a slider waits for it
+    with open(masks, "w") as f:
         json.dump(view.coco, f)
-    return gradio.DownloadButton(value=path, interactive=True)
+    return [picture, masks]
+
+
+def theme() -> Any:
+    """Gradio's theme with hints that can be read: its own are light grey on white."""
+    import gradio
+
+    dark, light = "*neutral_700", "*neutral_300"
+    return gradio.themes.Default().set(
+        block_info_text_color=dark,
+        block_info_text_color_dark=light,
+        block_label_text_color=dark,
+        block_label_text_color_dark=light,
+        block_title_text_color=dark,
+        block_title_text_color_dark=light,
+        body_text_color_subdued=dark,
+        body_text_color_subdued_dark=light,
+    )
 
 
 def serve(page: Any, host: str, port: int) -> str:
@@ -320,6 +391,7 @@ def serve(page: Any, host: str, port: int) -> str:
             run_history=False,
             ssr_mode=False,
             footer_links=[],
+            theme=theme(),
             prevent_thread_lock=True,
             quiet=True,
         )
@@ -333,7 +405,7 @@ def main(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     viewer = Viewer(load_models(args.weights, args.config_file, args.opts), args.max_megapixels)
     with tempfile.TemporaryDirectory(prefix="knet_d2_web_") as folder:
-        page = build_page(viewer, folder)
+        page = build_page(viewer, folder, find_images(args.examples) if args.examples else ())
         address = serve(page, args.host, args.port)
         print(f"Open {address} in a browser; Ctrl+C ends the page.", flush=True)
         page.block_thread()
