@@ -29,7 +29,7 @@ DOCUMENTS = [path for folder in (".", "docs", "demo", "checks") for path in sort
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEREDOC = re.compile(r"<<'END'\n(.*?)^END$", re.MULTILINE | re.DOTALL)
 # Pages whose examples are one program: tests/test_pages.py runs them
-PROGRAMS = ("FROM_MASK_RCNN.md",)
+PROGRAMS = ("FROM_MASK_RCNN.md", "NOTHING_IS_FOUND.md")
 # Files that a reader has, not this repository
 READERS_FILES = ("my_", "output/", "test_dev", "...")
 SHELL_WORDS = {

@@ -1,5 +1,6 @@
 """Pages of the documents whose examples are one program, run from the first to the last with a tiny model."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from knet_d2.config import add_knet_config
 from knet_d2.data.shapes import THING_CLASSES, write_shapes
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What makes a program of a page short
 SHORT = {"cfg.SOLVER.MAX_ITER": 2, "cfg.SOLVER.STEPS": (), "cfg.TEST.EVAL_PERIOD": 2}
 
@@ -46,7 +48,7 @@ def test_from_mask_rcnn(photos, monkeypatch, capsys):
         text, count = re.subn(rf"(?<={re.escape(key)} = ).*", str(value), text)
         assert count == 1, key
     names = {}
-    for example in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+    for example in PYTHON.findall(text):
         exec(compile(example, "FROM_MASK_RCNN.md", "exec"), names)
     assert names["cfg"].MODEL.KNET.NUM_THING_CLASSES == 4
     for name in ("model_final", "my_loop"):
@@ -58,3 +60,18 @@ def test_from_mask_rcnn(photos, monkeypatch, capsys):
     assert ours == pytest.approx(detectron2s)
     assert len(names["lazy_model"].sem_seg_head.instance_kernels.weight) == 50
     assert Path("output/mine/model.onnx").stat().st_size > 1000 and Path("output/mine/new.png").exists()
+
+
+def test_nothing_is_found(tmp_path, monkeypatch, capsys):
+    """Means of the first and of the last two of ten lines; lines of evaluations do not count."""
+    (tmp_path / "output" / "my_photos").mkdir(parents=True)
+    rows = [{"iteration": i, "total_loss": 10.0 - i, "loss_mask_s0": 3.0, "lr": 0.1} for i in range(10)]
+    rows.append({"iteration": 9, "segm/AP": 1.0})
+    (tmp_path / "output" / "my_photos" / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    (example,) = PYTHON.findall((DOCS / "NOTHING_IS_FOUND.md").read_text())
+    exec(compile(example, "NOTHING_IS_FOUND.md", "exec"), {})
+    assert [x.split() for x in capsys.readouterr().out.splitlines()] == [
+        ["loss_mask_s0", "3.000", "->", "3.000"],
+        ["total_loss", "9.500", "->", "1.500"],
+    ]
