@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from detectron2.config import get_cfg
 from helpers import RESNET, SMALL, TASKS, set_options
 
+import knet_command
 import knet_d2
 from knet_d2 import model_zoo
 from knet_d2.config import add_knet_config
@@ -75,3 +77,39 @@ def test_nothing_is_found(tmp_path, monkeypatch, capsys):
         ["loss_mask_s0", "3.000", "->", "3.000"],
         ["total_loss", "9.500", "->", "1.500"],
     ]
+
+
+# A small model and small images for two iterations, from random weights
+NOTEBOOK = {
+    **{"MODEL.WEIGHTS": "", "MODEL.DEVICE": "cpu", "MODEL.KNET.NUM_KERNELS": 5, "MODEL.KNET.NUM_STAGES": 1},
+    **{"INPUT.MIN_SIZE_TRAIN": "(64, 64)", "INPUT.MIN_SIZE_TEST": 64, "DATALOADER.NUM_WORKERS": 0},
+    **{"SOLVER.MAX_ITER": 2, "SOLVER.IMS_PER_BATCH": 2, "TEST.EVAL_PERIOD": 2, "TEST.NUM_PICTURES": 0},
+    **{"TEST.REPORT": False, "MODEL.PIXEL_MEAN": "[127.0, 127.0, 127.0]", "MODEL.PIXEL_STD": "[128.0, 128.0, 128.0]"},
+}
+
+
+def test_notebook(tmp_path, monkeypatch, capsys):
+    """Cells in their order; commands run in this process, and what installs and exports is left out."""
+    pytest.importorskip("timm")
+    exported = []
+    monkeypatch.setattr("knet_d2.programs.export_model.main", lambda args: exported.extend(args.outputs))
+    for name in ("configs", "demo"):
+        (tmp_path / name).symlink_to(DOCS.parent / name)
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((DOCS.parent / "demo" / "fine_tuning.ipynb").read_text())
+    assert notebook["nbformat"] == 4
+    names = {}
+    for cell in (x for x in notebook["cells"] if x["cell_type"] == "code"):
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        source = "".join(cell["source"])
+        for line in re.findall(r"^[!%](.*)", source, re.MULTILINE):
+            words = shlex.split(line, posix=True)
+            if words[0] == "knet":
+                options = [str(x) for pair in NOTEBOOK.items() for x in pair] if words[1] == "train" else []
+                assert knet_command.main([*words[1:], *options]) == 0
+            else:
+                assert words[0] in ("git", "cd", "pip") or words[:3] == ["python", "-m", "knet_d2.install_detectron2"]
+        exec(compile(re.sub(r"^[!%].*", "", source, flags=re.MULTILINE), "notebook", "exec"), names)
+    assert set(names["predictor"].classes.names) == {"date", "fig", "hazelnut"}
+    assert names["prediction"]._repr_png_().startswith(b"\x89PNG")
+    assert Path("output/fruits/photo.png").exists() and exported == ["output/fruits/model.onnx"]
