@@ -34,6 +34,7 @@ PROGRAMS = ("FROM_MASK_RCNN.md", "NOTHING_IS_FOUND.md")
 READERS_FILES = ("my_", "output/", "test_dev", "...")
 SHELL_WORDS = {
     "pip",
+    "python3",
     "cat",
     "cd",
     "mv",

@@ -203,6 +203,13 @@ def test_a_folder_for_each_image(tmp_path):
     assert found.entries[0]["type"] == "png_per_instance" and _number_of_images(found) == [1, 1]
 
 
+def test_masks_as_jpeg_are_refused(tmp_path):
+    write_images(tmp_path / "images")
+    write_images(tmp_path / "masks")
+    with pytest.raises(DataError, match=r"masks/000000\.jpg: a mask as JPEG has other values .* as PNG"):
+        find_annotations(str(tmp_path))
+
+
 def test_what_is_not_found(tmp_path):
     with pytest.raises(DataError, match="this folder does not exist"):
         find_annotations(str(tmp_path / "nowhere"))

@@ -321,6 +321,8 @@ def _find_masks(folder: str) -> Iterator[_Candidate]:
     images, masks = pairs.get("train") or next(iter(pairs.values()))
     stems = {stem for stem, _ in files_below(images, IMAGE_SUFFIXES)}
     labels = dict(files_below(masks, (".png",)))
+    if not labels and (lossy := next(files_below(masks, (".jpg", ".jpeg")), None)):
+        raise DataError(f"{lossy[1]}: a mask as JPEG has other values than were saved. Export the masks as PNG.")
     if stems & set(labels):
         values, is_colour = _values(list(labels.values()))
         if is_colour:
