@@ -21,7 +21,7 @@ setup(
     # The config files lie beside the package in a checkout, inside it in a wheel; knet_d2.config.files finds both.
     packages=[*find_packages(include=["knet_d2", "knet_d2.*"]), "knet_d2.configs"],
     package_dir={"knet_d2.configs": "configs"},
-    package_data={"knet_d2": ["**/*.json"], "knet_d2.configs": ["**/*.yaml"]},
+    package_data={"knet_d2": ["**/*.json", "weights/*.safetensors"], "knet_d2.configs": ["**/*.yaml"]},
     install_requires=[dependency.requirement for dependency in DEPENDENCIES["DEPENDENCIES"] if dependency.declared],
     entry_points={"console_scripts": ["knet = knet_command:main"]},
     py_modules=["knet_command"],

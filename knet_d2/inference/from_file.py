@@ -10,6 +10,7 @@ from ..checkpoint import load_file, read_description
 from ..checkpoint.download import PREFIX
 from ..checkpoint.hub import PREFIX as HUB_PREFIX
 from ..checkpoint.hub import fetch_from_hub
+from ..checkpoint.packaged import packaged_file
 from ..checkpoint.zoo import zoo_entry
 from ..config.files import get_config_file
 from ..config.merging import choose_device, load_config, merge_config
@@ -37,8 +38,8 @@ def load(
 
     Args:
         path: the ``.pth`` file of a training run, a file of tools/convert_checkpoint.py, or ``knet://<name>`` for an
-            official model, ``hf://user/name`` for one on Hugging Face's hub; or an ``.onnx`` file of
-            tools/export_model.py.
+            official model, ``hf://user/name`` for one on Hugging Face's hub, ``lite0_fruits`` for the one that comes
+            with the package; or an ``.onnx`` file of tools/export_model.py.
         confidence_threshold: instances and thing segments with a lower score are left out; None: 0.3, or what an
             exported file was exported with.
         device: "cpu", "cuda", ...; None takes a GPU if there is one (engines other than PyTorch: "cpu").
@@ -106,6 +107,9 @@ def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode
     weights = dict(zip(opts[0::2], opts[1::2])).get("MODEL.WEIGHTS", "")
     if weights.startswith(HUB_PREFIX):
         weights = fetch_from_hub(weights)
+        opts = [*opts, "MODEL.WEIGHTS", weights]
+    elif packaged := packaged_file(weights):
+        weights = packaged
         opts = [*opts, "MODEL.WEIGHTS", weights]
     if not config_file and weights.startswith(PREFIX):
         config_file = get_config_file(zoo_entry(weights.removeprefix(PREFIX)).name + ".yaml")

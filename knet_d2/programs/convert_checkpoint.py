@@ -23,6 +23,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", help="the checkpoint, a .pth file")
     parser.add_argument("output", help="the file to write: .pth or .safetensors; with --model-card a folder")
+    parser.add_argument("--half", action="store_true", help="store the numbers in float16: half the size")
     parser.add_argument(
         "--model-card",
         metavar="YAML",
@@ -83,9 +84,24 @@ def convert(
     return converted, {**metadata, "source": os.path.basename(path)}, report
 
 
+def halve(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with all floating-point numbers in float16, to which a model that loads them is as close as that allows.
+
+    Raises:
+        CheckpointError: a number is too large for float16.
+    """
+    halved = {name: x.half() if x.is_floating_point() else x for name, x in state_dict.items()}
+    for name, x in halved.items():
+        if not x.isfinite().all():
+            raise CheckpointError(f"--half: {name} has numbers above 65,504, the largest of float16. Leave --half out.")
+    return halved
+
+
 def main(args: argparse.Namespace) -> None:
     facts = read_card_facts(args.model_card) if args.model_card else None
     converted, metadata, report = convert(args.input, args.config, tuple(args.opts))
+    if args.half:
+        converted = halve(converted)
     if facts is None:
         save_weights(args.output, converted, metadata)
     else:
