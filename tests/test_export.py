@@ -24,7 +24,7 @@ from knet_d2.checkpoint.saving import save_weights
 from knet_d2.data import resolve_classes
 from knet_d2.data.classes import ClassTable
 from knet_d2.errors import CheckpointError, ConfigError, DataError
-from knet_d2.export import OUTPUT_NAMES, ExportableKNet, memory_shape
+from knet_d2.export import OUTPUT_NAMES, ExportableKNet, halve, memory_shape
 from knet_d2.export.quantization import quantize, share_of_operations
 from knet_d2.export.writing import METADATA_FILE
 from knet_d2.inference import ImagePredictor, onnx_engine
@@ -467,6 +467,19 @@ def test_half_precision(tmp_path):
     assert 0.97 < same < 1
     kinds = {x.data_type for x in __import__("onnx").load(path).graph.initializer}
     assert {1, 10} <= kinds  # float32 and float16
+
+
+@pytest.mark.parametrize("options", [{}, IMAGE_KERNELS])
+def test_half_precision_of_instances(options):
+    """Without tracing, which takes long; kernels of the image have parts that stay in float32."""
+    model = spread_scores(tiny_model("instance", {**OPTIONS, **options}).eval())
+    arrays = random_images(2, (96, 128)), np.array([90, 120]), np.array([100, 130])
+    inputs = [torch.from_numpy(x) for x in arrays]
+    with torch.no_grad():
+        expected, _, _, masks, _ = ExportableKNet(model)(*inputs)
+        scores, _, _, half_masks, _ = ExportableKNet(halve(model))(*inputs)
+    assert 0 < (scores - expected).abs().max() < 0.02
+    assert abs(half_masks.float().mean() - masks.float().mean()) < 0.02 < masks.float().mean()
 
 
 def test_attention_in_windows_is_exported_for_one_size(tmp_path):

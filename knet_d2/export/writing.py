@@ -11,6 +11,7 @@ from ..checkpoint import describe_model, write_atomically
 from ..data.classes import ClassTable
 from ..errors import ConfigError
 from ..modeling.meta_arch import KNet
+from ..modeling.static_kernels.image_kernels import ImageKernels
 from ..video.model import tracker_options
 from .graph import (
     INPUT_NAMES,
@@ -33,6 +34,10 @@ def halve(model: KNet) -> KNet:
     """Make the backbone and the static kernels' producer compute in float16 (in place); the cascade stays float32."""
     model.backbone.half()
     model.sem_seg_head.half()
+    for module in model.sem_seg_head.modules():
+        if isinstance(module, ImageKernels):  # it computes these in float32
+            for part in (module.center_predictor, module.kernel_branch, module.extent):
+                part.float()
     return model
 
 
