@@ -16,8 +16,8 @@ import sys
 import time
 
 import torch
+from detectron2.evaluation.coco_evaluation import COCOeval_opt
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from knet_d2.inference.from_file import load
 from knet_d2.programs import run
@@ -38,7 +38,7 @@ def mask_ap(truth: COCO, images: list[int], results: list[dict]) -> float:
     if not results:
         return 0.0
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(truth, truth.loadRes(results), "segm")
+        evaluation = COCOeval_opt(truth, truth.loadRes(results), "segm")
         evaluation.params.imgIds = images
         evaluation.evaluate()
         evaluation.accumulate()
