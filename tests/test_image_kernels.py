@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import IMAGE_KERNELS, expected_losses, make_batch, make_example, tiny_model
 
-from knet_d2.modeling.criterion import center_map
+from knet_d2.modeling.criterion import MatchedBatch, center_map
 from knet_d2.modeling.losses import center_focal_loss
 from knet_d2.modeling.static_kernels.image_kernels import (
     ImageKernels,
@@ -139,10 +139,11 @@ def test_center_loss_is_divided_by_the_instances_of_the_batch():
 def test_first_masks_are_convolutions_that_fall_with_the_distance_to_the_peaks():
     kernels = make_kernels()
     fused, localization = torch.randn(2, 2, DIM, 6, 7, dtype=torch.float64).unbind(0)
-    first, masks, logits = kernels.first_masks(fused, localization, None)
+    first, masks, logits, found = kernels.first_masks(fused, localization, None)
     expected_logits = kernels.center_predictor(kernels.center_conv(fused))[:, 0]
     torch.testing.assert_close(logits, expected_logits)
     places = highest_peaks(logits.sigmoid(), EVERYWHERE, KERNELS, window=3)
+    assert torch.equal(found.cells, places)
     for b, n in np.ndindex(2, KERNELS):
         y, x = divmod(places[b, n].item(), 7)
         there = localization[b, :, y, x]
@@ -151,8 +152,39 @@ def test_first_masks_are_convolutions_that_fall_with_the_distance_to_the_peaks()
         steepness, offset = kernels.extent(there).tolist()
         for i, j in np.ndindex(6, 7):
             value = kernel @ localization[b, :, i, j] + offset
-            value = value - 0.02 * math.log1p(math.exp(steepness)) * ((i - y) ** 2 + (j - x) ** 2)
+            value = value - 0.02 * math.exp(min(steepness, 6)) * ((i - y) ** 2 + (j - x) ** 2)
             torch.testing.assert_close(masks[b, n, i, j], value)
+
+
+def test_a_sure_centre_makes_every_class_of_every_stage_more_probable():
+    model = tiny_model("panoptic", {**IMAGE_KERNELS, "MODEL.KNET.NUM_STAGES": 2}).double().eval()
+    state = model.network(model.preprocess_image(make_batch([3, 1])).tensor).state
+    logits = state.center_logits.flatten(1).gather(1, state.places.cells)
+    torch.testing.assert_close(state.places.probs, logits.sigmoid())
+    with_places, without = model.cascade(state), model.cascade(state._replace(places=None))
+    for found, plain in zip(with_places, without):
+        added = (found.class_logits - plain.class_logits).detach()
+        torch.testing.assert_close(added[:, :6], (logits + math.log(9)).detach()[..., None].expand_as(added[:, :6]))
+        assert not added[:, 6:].any() and torch.equal(found.mask_logits, plain.mask_logits)
+
+
+@pytest.mark.parametrize("num_points", [0, 300])
+def test_an_instance_takes_the_kernel_with_the_surest_centre_inside_of_it(num_points):
+    """At every stage, whatever the kernels' masks are."""
+    model = tiny_model("instance", {**IMAGE_KERNELS, "MODEL.KNET.LOSS.NUM_POINTS": num_points}).double().train()
+    example = make_example((64, 64), 2)
+    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    masks[0, :32, :32] = masks[1, 32:, 32:] = True
+    example["instances"].gt_masks.tensor = masks
+    images = model.preprocess_image([example])
+    output = model.network(images.tensor, torch.tensor(images.image_sizes))
+    # Cells of 8 x 8, by rows: the first, the last and the second are inside of an instance
+    cells = torch.tensor([[0, 63, 9, 7, 6, 5]])
+    for probs, expected in (((0.3, 0.1, 0.6, 0.9, 0.9, 0.9), [1, 2]), ((0.6, 0.1, 0.3, 0.9, 0.9, 0.9), [0, 1])):
+        places = output.state.places._replace(cells=cells, probs=torch.tensor([probs], dtype=torch.float64))
+        targets = model.prepare_targets(model.send_ground_truth([example]), images, output.state)
+        batch = MatchedBatch(model.criterion, output.state._replace(places=places), output.stages, targets)
+        assert [images[0][0].tolist() for images in batch.matches] == [expected] * len(output.stages)
 
 
 @pytest.mark.parametrize("stride, window", [(4, 5), (8, 3), (16, 3)])

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..tasks import get_task
 from .layers import full_precision, no_autocast
-from .structures import KernelState, NetworkOutput, StageOutput
+from .structures import KernelState, NetworkOutput, Places, StageOutput
 
 # The paper tries up to 7; a typing error must not fill the memory
 MOST_STAGES = 100
@@ -283,9 +283,18 @@ class KernelUpdateCascade(nn.Module):
             for stage in self.stages:
                 if fuse is not None and stage is self.stages[-1]:
                     kernels = fuse(stage.gather(feature, mask_logits), kernels)  # type: ignore[operator]
-                outputs.append(stage(feature, kernels, mask_logits))
+                outputs.append(with_class_offsets(stage(feature, kernels, mask_logits), state.places))
                 kernels, mask_logits = outputs[-1].kernels, outputs[-1].mask_logits
         return outputs
+
+
+def with_class_offsets(output: StageOutput, places: Places | None) -> StageOutput:
+    """A stage's output with the offsets of the first kernels' classes, where these kernels have places."""
+    if places is None or output.class_logits is None:
+        return output
+    others = output.class_logits.shape[1] - places.class_offsets.shape[1]
+    offsets = F.pad(places.class_offsets, (0, others)).unsqueeze(-1)
+    return output._replace(class_logits=output.class_logits + offsets)
 
 
 def select_stage(output: NetworkOutput, stage: int) -> StageOutput:

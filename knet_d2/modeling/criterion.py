@@ -18,7 +18,7 @@ from ..tasks import KernelBank, get_task
 from .comparison import MASKS_AT_ONCE, AllPixels, SampledPoints
 from .layers import full_precision, no_autocast, send
 from .losses import center_focal_loss, dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
-from .matcher import Candidates, HungarianMatcher
+from .matcher import Candidates, HungarianMatcher, place_cost
 from .resize import upsampled_size
 from .structures import KernelState, Match, Positives, StageOutput, Targets
 
@@ -260,7 +260,7 @@ class MatchedBatch:
         """
         classes, masks = [t.classes for t in self.targets], [t.masks for t in self.targets]
         try:
-            return self._matcher.match(self._candidates(), classes, masks)
+            return self._matcher.match(self._candidates(), classes, masks, self._place_costs())
         except NonFiniteError as error:
             if comm.get_world_size() == 1:
                 raise
@@ -278,6 +278,16 @@ class MatchedBatch:
                 [Candidates(*item) for item in zip(self.compared_logits(i)[:, :num_matched], class_logits)]
             )
         return candidates
+
+    def _place_costs(self) -> list[torch.Tensor] | None:
+        """Per image: the costs of the kernels' places, [N, G], or None for kernels without places."""
+        places = self.state.places
+        if places is None:
+            return None
+        size = self.state.mask_logits.shape[-2:]
+        own = [own_cells(covered_cells(x.masks, size, places.probs.dtype)).flatten(1) for x in self.full_targets]
+        inside = [cells_of_image[:, cells].T for cells_of_image, cells in zip(own, places.cells)]
+        return [place_cost(*item) for item in zip(places.probs, inside)]
 
     def _build_positives(self, matches: Sequence[Match], *, with_stuff: bool) -> Positives:
         counts, images, kernels, classes, masks, index = [], [], [], [], [], []
@@ -436,6 +446,18 @@ def dense_labels(targets: Targets, match: Match, background: int) -> torch.Tenso
     return last_nonzero(masks, classes, background)
 
 
+def covered_cells(masks: torch.Tensor, size: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Which share of each cell of a map of H x W a mask covers: [G, h, w] -> [G, H, W]."""
+    # Whole masks as numbers, a few at a time
+    parts = [F.adaptive_avg_pool2d(x.to(dtype), size) for x in masks.split(MASKS_AT_ONCE)]
+    return torch.cat(parts) if parts else masks.new_zeros(0, *size, dtype=dtype)
+
+
+def own_cells(covered: torch.Tensor) -> torch.Tensor:
+    """The cells that may be an instance's centre: [G, H, W] -> bool. Cells at its border are not, if it has others."""
+    return (covered > 0) & (covered >= 0.5 * covered.amax(dim=(1, 2), keepdim=True))
+
+
 def center_map(masks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """What a map of centres has to show for the instances of an image.
 
@@ -451,20 +473,18 @@ def center_map(masks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     height, width = like.shape[-2:]
     if len(masks) == 0:
         return like.new_zeros(height, width)
-    # Whole masks as numbers, a few at a time
-    covered = torch.cat([F.adaptive_avg_pool2d(x.to(like.dtype), (height, width)) for x in masks.split(MASKS_AT_ONCE)])
-    areas, most = covered.sum(dim=(1, 2)), covered.amax(dim=(1, 2))
+    covered = covered_cells(masks, (height, width), like.dtype)
+    areas = covered.sum(dim=(1, 2))
     rows, columns = (torch.arange(length, dtype=like.dtype, device=like.device) for length in (height, width))
     weights = covered / areas.clamp(min=CENTER_EPS)[:, None, None]
     centroids = (weights.sum(2) @ rows)[:, None], (weights.sum(1) @ columns)[:, None]
     squares = _squared_distances(rows, columns, *centroids)
-    # Cells at the border of a mask are no centre, unless it has no others
-    own = covered >= 0.5 * most[:, None, None]
+    own = own_cells(covered)
     places = torch.where(own, squares, torch.inf).flatten(1).argmin(dim=1)[:, None]
     squares = _squared_distances(rows, columns, places // width, places % width)
     sigmas = (CENTER_SPREAD * areas.sqrt()).clamp(min=CENTER_LEAST_SIGMA)
     gaussians = torch.exp(-squares / (2 * sigmas.square())[:, None, None])
-    return (gaussians * (most > 0)[:, None, None]).amax(dim=0)
+    return (gaussians * own.any(dim=(1, 2), keepdim=True)).amax(dim=0)
 
 
 def _squared_distances(rows: torch.Tensor, columns: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,20 @@ from typing import NamedTuple
 import torch
 
 
+class Places(NamedTuple):
+    """Where in an image its N matched kernels are read, by a map of the instances' centres; without gradients.
+
+    Attributes:
+        cells: int64 [B, N], y W + x of the cell in a map of H x W.
+        probs: [B, N], probabilities that the cells are centres.
+        class_offsets: [B, N], added to the logits of all classes at every stage.
+    """
+
+    cells: torch.Tensor
+    probs: torch.Tensor
+    class_offsets: torch.Tensor
+
+
 class KernelState(NamedTuple):
     """What the producer of the static kernels hands to the cascade.
 
@@ -22,6 +36,7 @@ class KernelState(NamedTuple):
         mask_logits: M_0, [B, N, H, W].
         semantic_logits: S_0, [B, K, H, W], or None where M_0 are the semantic logits themselves.
         center_logits: of a map of the instances' centres, [B, H, W], which learns by the term "center", or None.
+        places: of the matched kernels, where they are read from the image, or None.
     """
 
     feature: torch.Tensor
@@ -29,6 +44,7 @@ class KernelState(NamedTuple):
     mask_logits: torch.Tensor
     semantic_logits: torch.Tensor | None = None
     center_logits: torch.Tensor | None = None
+    places: Places | None = None
 
 
 class StageOutput(NamedTuple):

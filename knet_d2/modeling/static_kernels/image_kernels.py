@@ -15,14 +15,17 @@ from torch import nn
 
 from ...tasks import KernelBank
 from ..layers import full_precision, no_autocast, send
-from .semantic_fpn import SemanticFPNKernelHead, conv_norm_relu, coordinate_channels
+from ..structures import Places
+from .semantic_fpn import FirstMasks, SemanticFPNKernelHead, conv_norm_relu, coordinate_channels
 
 # Probability of a centre in every cell at initialisation, as in CenterNet
 CENTER_PRIOR = 0.1
+CENTER_BIAS = -math.log((1 - CENTER_PRIOR) / CENTER_PRIOR)
 # A maximum is the highest cell within this many pixels along each axis (but at least within the neighbouring cells)
 PEAK_DISTANCE = 8
-# Fall of a first mask's logits per squared distance in cells, before it is learned
+# Fall of a first mask's logits per squared distance in cells, before it is learned, and its largest learned exponent
 DISTANCE_SCALE = 0.02
+MOST_STEEPNESS = 6.0
 # Standard deviation of the initial weights of the coordinates; those of the other convolutions are 0.01
 COORDINATE_STD = 0.3
 
@@ -78,7 +81,8 @@ class ImageKernels(nn.Module):
     """The InstanceKernels of .semantic_fpn that are read at the N highest maxima of a map of centres.
 
     The first masks fall with the distance to a kernel's place, and F_loc is given channels that tell the place. Without
-    these two, kernels of alike objects have alike masks.
+    these two, kernels of alike objects have alike masks. The logit of the centre is added to those of the classes, so
+    that a kernel beside a peak is less sure than that of the peak.
     """
 
     def __init__(self, dim: int, num_kernels: int, norm: str, stride: int):
@@ -96,7 +100,7 @@ class ImageKernels(nn.Module):
     def init_weights(self) -> None:
         """See :class:`.semantic_fpn.InstanceKernels`."""
         nn.init.normal_(self.coordinates.weight, std=COORDINATE_STD)
-        nn.init.constant_(self.center_predictor.bias, -math.log((1 - CENTER_PRIOR) / CENTER_PRIOR))
+        nn.init.constant_(self.center_predictor.bias, CENTER_BIAS)
         nn.init.zeros_(self.extent.weight)
         nn.init.zeros_(self.extent.bias)
 
@@ -106,7 +110,7 @@ class ImageKernels(nn.Module):
 
     def first_masks(
         self, fused: torch.Tensor, localization_feature: torch.Tensor, image_sizes: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> FirstMasks:
         """See :class:`.semantic_fpn.InstanceKernels`."""
         centers = self.center_conv(fused)
         with no_autocast(fused):
@@ -115,13 +119,17 @@ class ImageKernels(nn.Module):
             center_logits = F.conv2d(full_precision(centers), predictor.weight, predictor.bias)[:, 0]
             feature = full_precision(localization_feature)
             height, width = feature.shape[-2:]
-            places = self._places(center_logits.detach(), image_sizes)
-            at_places = feature.flatten(2).gather(2, places[:, None].expand(-1, feature.shape[1], -1)).transpose(1, 2)
-            kernels = self.kernel_branch(at_places)
-            steepness, offset = self.extent(at_places).unbind(dim=2)
-            falls = DISTANCE_SCALE * F.softplus(steepness)[..., None, None] * squared_distances(places, height, width)
+            cells = self._places(center_logits.detach(), image_sizes)
+            at_cells = feature.flatten(2).gather(2, cells[:, None].expand(-1, feature.shape[1], -1)).transpose(1, 2)
+            kernels = self.kernel_branch(at_cells)
+            steepness, offset = self.extent(at_cells).unbind(dim=2)
+            # Exponential: the steepness that an object needs falls with its area
+            scales = DISTANCE_SCALE * steepness.clamp(max=MOST_STEEPNESS).exp()
+            falls = scales[..., None, None] * squared_distances(cells, height, width)
             masks = (kernels @ feature.flatten(2)).unflatten(2, (height, width)) + offset[..., None, None]
-            return kernels, masks - falls, center_logits
+            logits = center_logits.detach().flatten(1).gather(1, cells)
+            places = Places(cells, logits.sigmoid(), class_offsets=logits - CENTER_BIAS)
+            return FirstMasks(kernels, masks - falls, center_logits, places)
 
     def _places(self, logits: torch.Tensor, image_sizes: torch.Tensor | None) -> torch.Tensor:
         """[B, H, W] -> int64 [B, N]."""

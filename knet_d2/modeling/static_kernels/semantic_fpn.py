@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from ...errors import ConfigError
 from ...tasks import KernelBank
 from ..cascade import PRIOR_PROBABILITY, gather_group_features
 from ..layers import full_precision, mask_convolution, no_autocast, resolve_norm
-from ..structures import KernelState
+from ..structures import KernelState, Places
 
 POSITION_ENCODINGS = ("sine", "coordinates", "none")
 # Of the sine encoding
@@ -143,6 +143,21 @@ class SemanticFPN(nn.Module):
         return x
 
 
+class FirstMasks(NamedTuple):
+    """What instance kernels give.
+
+    Attributes:
+        kernels: [N, C] or [B, N, C].
+        mask_logits: M_0, [B, N, H, W].
+        center_logits, places: see :class:`KernelState`.
+    """
+
+    kernels: torch.Tensor
+    mask_logits: torch.Tensor
+    center_logits: torch.Tensor | None = None
+    places: Places | None = None
+
+
 class InstanceKernels(Protocol):
     """The N instance kernels of a semantic FPN head: a module, built from (C, N, norm of convolutions, stride of F)."""
 
@@ -154,16 +169,12 @@ class InstanceKernels(Protocol):
 
     def first_masks(
         self, fused: torch.Tensor, localization_feature: torch.Tensor, image_sizes: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> FirstMasks:
         """
         Args:
             fused: the semantic FPN's sum, [B, C, H, W].
             localization_feature: F_loc, [B, C, H, W].
             image_sizes: see :meth:`SemanticFPNKernelHead.forward`.
-
-        Returns:
-            kernels [N, C] or [B, N, C]; their mask logits M_0 [B, N, H, W]; logits of a map of centres [B, H, W], which
-            learns by the term "center", or None.
         """
 
 
@@ -183,9 +194,9 @@ class LearnedKernels(nn.Conv2d):
 
     def first_masks(
         self, fused: torch.Tensor, localization_feature: torch.Tensor, image_sizes: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+    ) -> FirstMasks:
         """See :class:`InstanceKernels`."""
-        return self.weight.flatten(1), mask_convolution(self, localization_feature), None
+        return FirstMasks(self.weight.flatten(1), mask_convolution(self, localization_feature))
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -277,18 +288,17 @@ class SemanticFPNKernelHead(nn.Module):
         localization_feature = self.instance_kernels.localize(self.localization_branch(fused))
         semantic_feature = self.semantic_branch(fused)
         feature = localization_feature + semantic_feature
-        first_kernels, mask_logits, center_logits = self.instance_kernels.first_masks(
-            fused, localization_feature, image_sizes
-        )
+        first = self.instance_kernels.first_masks(fused, localization_feature, image_sizes)
+        mask_logits = first.mask_logits
         semantic_logits = mask_convolution(self.classifier, semantic_feature)
 
         with no_autocast(feature):
             masks = (mask_logits > 0).to(full_precision(feature).dtype)
             kernels = gather_group_features(masks, full_precision(feature))
-            kernels = first_kernels + kernels
+            kernels = first.kernels + kernels
             fixed = self.fixed_class_ids
             if len(fixed):
                 stuff_kernels = self.classifier.weight[fixed].flatten(1).expand(kernels.shape[0], -1, -1)
                 kernels = torch.cat([kernels, stuff_kernels], dim=1)
                 mask_logits = torch.cat([mask_logits, semantic_logits[:, fixed]], dim=1)
-        return KernelState(feature, kernels, mask_logits, semantic_logits, center_logits)
+        return KernelState(feature, kernels, mask_logits, semantic_logits, first.center_logits, first.places)
