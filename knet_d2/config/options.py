@@ -210,6 +210,9 @@ def _add_input_config(cfg: CN) -> None:
     # Whether training images are rotated by 0, 90, 180 or 270 degrees at random: for images without an up, as those
     # from above or of a microscope.
     cfg.INPUT.QUARTER_TURNS = False
+    # Training augmentations in their order: {name, arguments ...}, by the names of Detectron2. "Default" stands for
+    # INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, QUARTER_TURNS, CROP, RANDOM_FLIP and COLOR_AUG_SSD.
+    cfg.INPUT.AUGMENTATIONS = [{"name": "Default"}]
     # Whether training images are augmented with SSD's photometric distortion.
     cfg.INPUT.COLOR_AUG_SSD = False
     # Semantic training: no class covers more than this share of a crop (1.0 = no constraint).

@@ -1,5 +1,8 @@
 """The augmentations of training and testing, from INPUT of the config."""
 
+import inspect
+from typing import Any
+
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
@@ -8,6 +11,12 @@ from PIL import Image
 
 from ..errors import ConfigError, DataError
 from ..tasks import get_task
+from .pixels import PixelFormat
+
+# The entry of INPUT.AUGMENTATIONS that stands for the other options of INPUT
+DEFAULT = "Default"
+# Height and width of the image on which the entries of INPUT.AUGMENTATIONS are tried
+_TRIAL_SIZE = (48, 64)
 
 
 class ResizeTransform(T.ResizeTransform):
@@ -64,16 +73,129 @@ class RandomQuarterTurns(T.Augmentation):
         return QuarterTurns(image.shape[0], image.shape[1], int(self._rand_range(4)))
 
 
-def build_augmentations(cfg: CfgNode, is_train: bool) -> list:
-    """Resize (INPUT.MIN_SIZE_*, MAX_SIZE_*); in training also quarter turns, crop, flip and colour, in this order.
+class FixedResize(T.Resize):
+    """Detectron2's, with :class:`ResizeTransform`."""
 
-    A crop is taken from the resized image, so that INPUT.CROP.SIZE is the size that the model sees.
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        transform = super().get_transform(image)
+        return ResizeTransform(transform.h, transform.w, transform.new_h, transform.new_w, transform.interp)
+
+
+class ResizeScale(T.ResizeScale):
+    """Detectron2's, with :class:`ResizeTransform`; at least one pixel is left of each side."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        transform = super().get_transform(image)
+        size = max(1, int(transform.new_h)), max(1, int(transform.new_w))
+        return ResizeTransform(transform.h, transform.w, *size, transform.interp)
+
+
+class FixedSizeCrop(T.FixedSizeCrop):
+    """Detectron2's without its padding, whose labels depend on Detectron2's version.
+
+    What is smaller is padded in the batch as all images are, see :func:`padded_size`: labels are ignored there, masks
+    are 0, and no point of a loss is sampled.
+    """
+
+    def __init__(self, crop_size: tuple[int, int]):
+        super().__init__(tuple(crop_size), pad=False)
+
+
+# What INPUT.AUGMENTATIONS may name, by Detectron2's names. RandomExtent is left out: it interpolates labels.
+AUGMENTATIONS: dict[str, type[T.Augmentation]] = {
+    "FixedSizeCrop": FixedSizeCrop,
+    "RandomBrightness": T.RandomBrightness,
+    "RandomContrast": T.RandomContrast,
+    "RandomCrop": T.RandomCrop,
+    "RandomFlip": T.RandomFlip,
+    "RandomLighting": T.RandomLighting,
+    "RandomQuarterTurns": RandomQuarterTurns,
+    "RandomRotation": T.RandomRotation,
+    "RandomSaturation": T.RandomSaturation,
+    "Resize": FixedResize,
+    "ResizeScale": ResizeScale,
+    "ResizeShortestEdge": Resize,
+}
+# These reckon with the order of the channels
+_NEED_RGB = ("RandomLighting", "RandomSaturation")
+
+
+def build_augmentations(cfg: CfgNode, is_train: bool) -> list:
+    """Return the augmentations of training, INPUT.AUGMENTATIONS, or the resizing of testing (INPUT.MIN_SIZE_TEST).
+
+    Raises:
+        ConfigError: an option of INPUT has a value that makes no sense; names the key.
     """
     if not is_train:
         return [Resize(_sizes(cfg, "MIN_SIZE_TEST"), *_sizes(cfg, "MAX_SIZE_TEST"), "choice")]
+    augmentations = []
+    for i, entry in enumerate(cfg.INPUT.AUGMENTATIONS):
+        if entry == {"name": DEFAULT}:
+            augmentations += _default_augmentations(cfg)
+        else:
+            augmentations.append(_from_entry(entry, f"INPUT.AUGMENTATIONS[{i}]", PixelFormat.from_config(cfg)))
+    return augmentations
+
+
+def has_default_augmentations(cfg: CfgNode) -> bool:
+    """Whether INPUT.CROP and the other options of INPUT for training are in force."""
+    return {"name": DEFAULT} in list(cfg.INPUT.AUGMENTATIONS)
+
+
+def padded_size(augmentations: list) -> tuple[int, int] | None:
+    """The least (height, width) to which training batches are padded: that of the last FixedSizeCrop, if there is one.
+
+    All batches then have one size.
+    """
+    sizes = [x.crop_size for x in augmentations if isinstance(x, FixedSizeCrop)]
+    return sizes[-1] if sizes else None
+
+
+def _from_entry(entry: Any, key: str, pixel_format: PixelFormat) -> T.Augmentation:
+    """An augmentation from its name and arguments, {"name": ..., **arguments}, which is tried on a small image.
+
+    "prob" of an augmentation that has no such argument is the probability with which it is applied at all.
+    """
+    names = ", ".join([DEFAULT, *AUGMENTATIONS])
+    name = entry.get("name") if isinstance(entry, dict) else None
+    if name not in AUGMENTATIONS:
+        raise ConfigError(f"{key} = {entry}: use {{name: NAME, ARGUMENT: VALUE, ...}}, where NAME is one of {names}.")
+    if name in _NEED_RGB and pixel_format.name != "RGB":
+        raise ConfigError(f"{key} = {entry}: leave it out. It needs INPUT.FORMAT 'RGB', not {pixel_format.name!r}.")
+    kind, arguments = AUGMENTATIONS[name], {k: x for k, x in entry.items() if k != "name"}
+    signature = inspect.signature(kind)
+    probability = None if "prob" in signature.parameters else arguments.pop("prob", None)
+    try:
+        augmentation = kind(**arguments)
+        _try(augmentation, pixel_format.channels)
+        return augmentation if probability is None else T.RandomApply(augmentation, probability)
+    except Exception as error:
+        raise ConfigError(
+            f"{key} = {entry}: correct the arguments, {name}{signature}. It fails: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _try(augmentation: T.Augmentation, channels: int) -> None:
+    """Augment a grey image, with generators of its own for what is drawn; wrong arguments raise any exception."""
+    image = np.full((*_TRIAL_SIZE, channels), 100, np.uint8)
+    state = np.random.get_state()
+    try:
+        transform = augmentation(aug_input := T.AugInput(image, sem_seg=image[:, :, 0]))
+    finally:
+        np.random.set_state(state)
+    transform.apply_coords(np.zeros((4, 2)))
+    if not aug_input.image.size:
+        raise ValueError("nothing is left of an image")
+
+
+def _default_augmentations(cfg: CfgNode) -> list:
+    """Resize (INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN), quarter turns, crop, flip and colour, in this order.
+
+    A crop is taken from the resized image, so that INPUT.CROP.SIZE is the size that the model sees.
+    """
     style = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
     resize = Resize(_sizes(cfg, "MIN_SIZE_TRAIN"), *_sizes(cfg, "MAX_SIZE_TRAIN"), style)
-    _, *flip = detection_utils.build_augmentation(cfg, is_train)
+    _, *flip = detection_utils.build_augmentation(cfg, is_train=True)
     augmentations = [resize]
     if cfg.INPUT.QUARTER_TURNS:
         augmentations.append(RandomQuarterTurns())

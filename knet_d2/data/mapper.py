@@ -16,7 +16,7 @@ from detectron2.structures import BitMasks, Instances, polygons_to_bitmask
 
 from ..errors import ConfigError, DataError
 from ..tasks import Task, get_task
-from .augmentation import build_augmentations
+from .augmentation import build_augmentations, has_default_augmentations, padded_size
 from .files import read_image, read_labels, read_panoptic
 from .pixels import PixelFormat
 from .segmentation import check_coordinates, from_kitti_step, read_rle, segment_index
@@ -58,6 +58,7 @@ class KNetDatasetMapper:
         ignore_value: int,
         pad_size: tuple[int, int] | None = None,
         pad_pixel: tuple[float, ...] = (0.0,),
+        padded_size: tuple[int, int] | None = None,
     ) -> None:
         """
         Args:
@@ -70,6 +71,7 @@ class KNetDatasetMapper:
             ignore_value: label of pixels without a class.
             pad_size: smallest (height, width) of training examples with "sem_seg"; smaller ones are padded.
             pad_pixel: the colour to pad with, in pixel_format.
+            padded_size: least (height, width) of padded training batches.
         """
         self.is_train = is_train
         self.task = task
@@ -80,21 +82,25 @@ class KNetDatasetMapper:
         self.ignore_value = ignore_value
         self.pad_size = pad_size
         self.pad_pixel = pad_pixel
+        self.padded_size = padded_size
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool) -> dict[str, Any]:
         knet, crop, task = cfg.MODEL.KNET, cfg.INPUT.CROP, get_task(cfg)
-        pads = is_train and "instances" not in task.annotations and crop.ENABLED and crop.TYPE == "absolute"
+        crops = is_train and has_default_augmentations(cfg) and crop.ENABLED and crop.TYPE == "absolute"
+        pads = crops and "instances" not in task.annotations
+        augmentations = build_augmentations(cfg, is_train)
         return {
             "is_train": is_train,
             "task": task,
-            "augmentations": build_augmentations(cfg, is_train),
+            "augmentations": augmentations,
             "pixel_format": PixelFormat.from_config(cfg),
             "thing_category_ids": knet.THING_CATEGORY_IDS,
             "stuff_category_ids": knet.STUFF_CATEGORY_IDS,
             "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
             "pad_size": tuple(int(x) for x in crop.SIZE) if pads else None,
             "pad_pixel": tuple(cfg.MODEL.PIXEL_MEAN),
+            "padded_size": padded_size(augmentations),
         }
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +111,7 @@ class KNetDatasetMapper:
         Returns:
             dict: the record without annotations, and "image": uint8 or float32 [C, h, w], 0 to 255. In training also
                 "instances" (gt_classes, gt_masks as BitMasks) and "sem_seg": int64 [h, w], as far as the task learns
-                from them.
+                from them, and "padded_size" if there is one.
         """
         image = read_image(record["file_name"], self.pixel_format)
         result = {key: copy.deepcopy(value) for key, value in record.items() if key not in _ANNOTATION_KEYS}
@@ -180,14 +186,20 @@ class KNetDatasetMapper:
         # Labels are uint8, as PIL resizes no other; its nearest neighbour is the one that agrees with the image.
         aug_input = T.AugInput(image, sem_seg=labels)
         transforms = self.augmentations(aug_input)
-        example = {}
-        if "instances" in needed:
-            example["instances"] = self._instances(record, png, transforms, size, aug_input.image.shape[:2])
         image, labels = aug_input.image, aug_input.sem_seg
+        # What a rotation or a padding adds is filled with 0, which is a class, or with 255, which is true in a mask
+        added = transforms.apply_segmentation(np.ones(size, np.uint8)) != 1
+        example: dict[str, Any] = {}
+        if "instances" in needed:
+            example["instances"] = self._instances(record, png, transforms, size, added)
+        if labels is not None and added.any():
+            labels = np.where(added, np.uint8(self.ignore_value), labels)
         if self.pad_size is not None:
             image = pad_image(image, self.pad_size, self.pad_pixel)
             labels = pad_image(labels, self.pad_size, (self.ignore_value,))
         example["image"] = _to_tensor(image)
+        if self.padded_size is not None:
+            example["padded_size"] = self.padded_size
         if labels is not None:
             example["sem_seg"] = torch.from_numpy(labels.astype(np.int64))
         return example
@@ -198,16 +210,23 @@ class KNetDatasetMapper:
         png: np.ndarray | None,
         transforms: T.TransformList,
         image_size: tuple[int, int],
-        size: tuple[int, int],
+        added: np.ndarray,
     ) -> Instances:
-        """The things of a panoptic PNG, or the annotations, after augmentation; see annotation_mask for the sizes."""
+        """The things of a panoptic PNG, or the annotations, after augmentation.
+
+        Args:
+            image_size: (height, width) before augmentation.
+            added: bool [h, w], pixels that show nothing of the image.
+        """
+        size = added.shape
         if png is None:
             annotations = [x for x in record["annotations"] if not x.get("iscrowd", 0)]
             classes = [self._class_of(x, True, record) for x in annotations]
             found = [annotation_mask(x, transforms, image_size, size, record) for x in annotations]
             has_tracks = "video_id" in record and all("track_id" in x for x in annotations)
             tracks = [x["track_id"] for x in annotations] if has_tracks else None
-            return make_instances(np.stack(found) if found else np.zeros((0, *size), bool), classes, size, tracks)
+            masks = np.stack(found) if found else np.zeros((0, *size), bool)
+            return make_instances(_without(masks, added), classes, size, tracks)
         segments = record["segments_info"]
         # Not the index of the PNG as read: an image can have more segments than the 8 bits hold that PIL resizes.
         index = segment_index(transforms.apply_segmentation(png), [x["id"] for x in segments])
@@ -215,7 +234,7 @@ class KNetDatasetMapper:
         things = [i for i, x in enumerate(segments) if classes[i] < len(self.thing_classes) and not x.get("iscrowd", 0)]
         masks = index == np.array(things, dtype=index.dtype)[:, None, None]
         tracks = [segments[i]["id"] for i in things] if "video_id" in record else None
-        return make_instances(masks, [classes[i] for i in things], size, tracks)
+        return make_instances(_without(masks, added), [classes[i] for i in things], size, tracks)
 
     def _segment_labels(self, record: dict[str, Any], index: np.ndarray) -> np.ndarray:
         """Model classes of the pixels of a panoptic PNG, uint8 [H, W]; void is ignored.
@@ -286,7 +305,7 @@ def build_truth_mapper(cfg: CfgNode, augmentations: list) -> KNetDatasetMapper:
         augmentations: what happens to the images instead; []: they stay as they are.
     """
     arguments = KNetDatasetMapper.from_config(cfg, is_train=True)
-    return KNetDatasetMapper(**{**arguments, "augmentations": augmentations, "pad_size": None})
+    return KNetDatasetMapper(**{**arguments, "augmentations": augmentations, "pad_size": None, "padded_size": None})
 
 
 def build_loss_mapper(cfg: CfgNode) -> KNetDatasetMapper:
@@ -383,6 +402,11 @@ def annotation_mask(
         ) from error
 
 
+def _without(masks: np.ndarray, added: np.ndarray) -> np.ndarray:
+    """bool [M, h, w] with False where added [h, w] is True."""
+    return masks & ~added if added.any() else masks
+
+
 def make_instances(
     masks: np.ndarray, classes: list[int], size: tuple[int, int], tracks: list[int] | None = None
 ) -> Instances:
@@ -410,4 +434,5 @@ def pad_image(image: np.ndarray, size: tuple[int, int], value: tuple[float, ...]
 
 
 def _to_tensor(image: np.ndarray) -> torch.Tensor:
-    return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    """[h, w, C], or [h, w] as some transforms leave one channel -> [C, h, w]."""
+    return torch.as_tensor(np.ascontiguousarray(np.atleast_3d(image).transpose(2, 0, 1)))
