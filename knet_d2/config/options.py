@@ -213,6 +213,8 @@ def _add_input_config(cfg: CN) -> None:
     # Training augmentations in their order: {name, arguments ...}, by the names of Detectron2. "Default" stands for
     # INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, QUARTER_TURNS, CROP, RANDOM_FLIP and COLOR_AUG_SSD.
     cfg.INPUT.AUGMENTATIONS = [{"name": "Default"}]
+    # Probability with which a training image gets objects of another one pasted onto it ("instance" and "panoptic").
+    cfg.INPUT.COPY_PASTE = 0.0
     # Whether training images are augmented with SSD's photometric distortion.
     cfg.INPUT.COLOR_AUG_SSD = False
     # Semantic training: no class covers more than this share of a crop (1.0 = no constraint).

@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..errors import ConfigError, DataError, KNetError
 from ..tasks import VIDEO_SWITCHES, build_bank
 from .class_coverage import warn_of_absent_classes_in, warn_of_crowded_images
 from .coco_json import forget_large_files
+from .copy_paste import Mapper, with_copy_paste
 from .files import read_image
 from .frame_pairs import FramePairs
 from .ground_truth import CompactMapper
@@ -25,8 +26,6 @@ from .records import load_datasets
 from .repeat_factors import repeat_factors
 from .sampler import SampleKey, TrainingBatchSampler, VideoSampler
 from .workers import ignore_stop_signals
-
-Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def build_train_loader(
@@ -40,8 +39,8 @@ def build_train_loader(
 
     Args:
         cfg: the config, with its classes resolved.
-        mapper: maps a record to an example; default: build_mapper(cfg, is_train=True), whose ground truth is checked
-            and made compact (see :func:`.ground_truth.compact_example`).
+        mapper: maps a record to an example; default: build_mapper(cfg, is_train=True) with INPUT.COPY_PASTE, whose
+            ground truth is checked and made compact (see :func:`.ground_truth.compact_example`).
         dataset: the records; default: the records of DATASETS.TRAIN.
         start_iter: the first iteration.
 
@@ -80,7 +79,10 @@ def build_train_loader(
     )
     video = cfg.MODEL.KNET.VIDEO
     pairs = FramePairs(dataset, video.REFERENCE_RANGE) if any(video[key] for key in VIDEO_SWITCHES) else None
-    mapped = MappedDataset(dataset, mapper or _compact(cfg, build_mapper(cfg, is_train=True)), seed, pairs)
+    records = DatasetFromList(dataset, copy=False)
+    if mapper is None:
+        mapper = _compact(cfg, with_copy_paste(cfg, build_mapper(cfg, is_train=True), records))
+    mapped = MappedDataset(records, mapper, seed, pairs)
     forget_large_files()
     return RaisingDataLoader(mapped, batch_sampler=sampler, **_loader_options(cfg))
 
@@ -94,7 +96,8 @@ def build_test_loader(cfg: CfgNode, name: str, mapper: Mapper | None = None) -> 
         mapper: maps a record to an example; default: build_mapper(cfg, is_train=False).
     """
     dataset = load_datasets([name], "DATASETS.TEST")
-    mapped = MappedDataset(dataset, mapper or build_mapper(cfg, is_train=False), seed=0)
+    records = DatasetFromList(dataset, copy=False)
+    mapped = MappedDataset(records, mapper or build_mapper(cfg, is_train=False), seed=0)
     sampler = (
         VideoSampler(dataset, comm.get_rank(), comm.get_world_size())
         if "video_id" in dataset[0]
@@ -120,7 +123,7 @@ def build_loss_loader(cfg: CfgNode, name: str) -> tuple[torch.utils.data.DataLoa
     world_size, rank = comm.get_world_size(), comm.get_rank()
     steps = -(-len(dataset) // world_size)
     order = [(i * world_size + rank) % len(dataset) for i in range(steps)]
-    mapped = MappedDataset(dataset, _compact(cfg, build_loss_mapper(cfg)), seed=0)
+    mapped = MappedDataset(DatasetFromList(dataset, copy=False), _compact(cfg, build_loss_mapper(cfg)), seed=0)
     return RaisingDataLoader(mapped, sampler=order, batch_size=1, **_loader_options(cfg)), len(dataset)
 
 
@@ -131,13 +134,13 @@ class MappedDataset(torch.utils.data.Dataset):
     error is returned in place of the example; RaisingDataLoader raises it.
     """
 
-    def __init__(self, records: list[dict], mapper: Mapper, seed: int, pairs: FramePairs | None = None) -> None:
+    def __init__(self, records: Sequence[dict], mapper: Mapper, seed: int, pairs: FramePairs | None = None) -> None:
         """
         Args:
             pairs: adds to each example another frame of its video as "reference"; both have the same augmentation.
         """
         self._pairs = pairs
-        self._records = DatasetFromList(records, copy=False)
+        self._records = records
         self._mapper = mapper
         self._seed = seed
 
