@@ -71,6 +71,11 @@ TASKS = {
 IMAGE_KERNELS = {"MODEL.SEM_SEG_HEAD.NAME": "ImageKernelHead", "MODEL.KNET.LOSS.CENTER_WEIGHT": 1.0}
 
 
+def neck(name):
+    """Options of a small neck."""
+    return {"MODEL.NECK.NAME": name, "MODEL.NECK.NUM_LAYERS": 1, "MODEL.NECK.FFN_DIM": 48}
+
+
 def set_options(cfg, options):
     """Options by their keys into a config, in place; returns the config."""
     cfg.merge_from_list([item for pair in options.items() for item in pair])

@@ -6,6 +6,7 @@ import timm_helpers  # noqa: F401  registers small networks
 from architecture_base import CONFIGS, ArchitectureTests, read_config
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
+from helpers import neck
 
 from knet_d2.modeling.backbone.fpn import add_fpn
 
@@ -170,6 +171,23 @@ class TestTimmViT(OfTimm):
     options = {"MODEL.TIMM.NAME": "test_vit"}
 
 
+# ---- other necks than the FPN
+
+
+class TestBiFPN(TestR18Panoptic):
+    options = neck("BiFPN")
+
+
+class TestMSDeformAttn(TestR18Instance):
+    options = neck("MSDeformAttn")
+
+
+class TestBiFPNSemantic(TestLiteSemantic):
+    """Behind a backbone without an FPN."""
+
+    options = TestBiFPN.options
+
+
 # ---- backbones of others
 
 
@@ -208,6 +226,13 @@ class TestDetectron2RegNet(Detection):
         "MODEL.FPN.IN_FEATURES": ["s1", "s2", "s3", "s4"],
     }
     frozen = ("backbone.bottom_up.stem.",)
+
+
+class TestDetectron2ResNetWithBiFPN(Detection):
+    """The neck replaces the FPN of a builder that knows nothing of it."""
+
+    config = "coco/instance/knet_r50_fpn_1x.yaml"
+    options = {**TestDetectron2ResNet.options, **TestBiFPN.options}
 
 
 # ---- none is left out

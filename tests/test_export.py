@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_helpers import ROOT
-from helpers import IMAGE_KERNELS, spread_scores, tiny_config, tiny_model
+from helpers import IMAGE_KERNELS, neck, spread_scores, tiny_config, tiny_model
 from PIL import Image
 
 import knet_d2
@@ -46,12 +46,12 @@ OPTIONS = {
     "INPUT.MAX_SIZE_TEST": 160,
     "INPUT.FORMAT": "RGB",
 }
-# What makes a graph harder than the tiny model's: coordinates, peaks of a map, scores by masks, pyramid pooling
+# What makes a graph harder than the tiny model's: coordinates, peaks of a map, scores by masks, pyramid pooling, necks
 SCORES_BY_MASKS = {"MODEL.KNET.TEST.SCORE_EXPONENT": 1.0, "MODEL.KNET.TEST.MASK_NMS": 0.9}
 KINDS = {
-    "instance": {"MODEL.KNET.POSITION_ENCODING": "coordinates", **SCORES_BY_MASKS},
+    "instance": {"MODEL.KNET.POSITION_ENCODING": "coordinates", **SCORES_BY_MASKS, **neck("BiFPN")},
     "panoptic": {**IMAGE_KERNELS, **SCORES_BY_MASKS},
-    "semantic": {"MODEL.SEM_SEG_HEAD.NAME": "PSPKernelHead"},
+    "semantic": {"MODEL.SEM_SEG_HEAD.NAME": "PSPKernelHead", **neck("MSDeformAttn")},
 }
 DEFORMABLE = {
     "MODEL.RESNETS.DEPTH": 50,
@@ -454,7 +454,7 @@ def test_weights_are_exported_once_for_the_engine(tmp_path, monkeypatch):
 
 
 def test_half_precision(tmp_path):
-    weights = save_model(tmp_path, "semantic", {"MODEL.KNET.NUM_STAGES": 0})
+    weights = save_model(tmp_path, "semantic", {"MODEL.KNET.NUM_STAGES": 0, **neck("MSDeformAttn")})
     path = str(tmp_path / "half.onnx")
     export_model.main(export_model.get_parser().parse_args([weights, path, "--fp16"]))
     session = onnxruntime.InferenceSession(path)

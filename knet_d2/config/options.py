@@ -169,6 +169,22 @@ def _add_backbone_config(cfg: CN) -> None:
     # (which may be 1, 2, or 4 after a dilated res4).
     cfg.MODEL.RESNETS.RES4_DILATION = 1
 
+    cfg.MODEL.NECK = CN()
+    neck = cfg.MODEL.NECK
+    # What merges the backbone's features before the head: "FPN" (what the backbone's builder has), "BiFPN" or
+    # "MSDeformAttn". Its maps have MODEL.FPN.OUT_CHANNELS channels.
+    neck.NAME = "FPN"
+    # Number of layers of "BiFPN" and "MSDeformAttn".
+    neck.NUM_LAYERS = 6
+    # Normalisation of the convolutions of "BiFPN" and "MSDeformAttn".
+    neck.NORM = "GN"
+    # "MSDeformAttn": number of heads.
+    neck.NUM_HEADS = 8
+    # "MSDeformAttn": number of points that a head samples in each map.
+    neck.NUM_POINTS = 4
+    # "MSDeformAttn": hidden channels of the feed-forward network.
+    neck.FFN_DIM = 1024
+
     cfg.MODEL.SWIN = CN()
     swin = cfg.MODEL.SWIN
     # Number of channels of the first stage (Swin-T 96, Swin-L 192); every later stage doubles it.

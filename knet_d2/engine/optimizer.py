@@ -13,10 +13,13 @@ from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
+from ..modeling.backbone.necks import DeformableAttention
 from ..modeling.backbone.timm import TimmBackbone
 
 # Position embeddings have the weight decay of norms, as in the official Swin configs.
 _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
+# Factor on the learning rate of what gives the sampling offsets of deformable attention (arXiv:2010.04159, Sec. 5.1)
+_OFFSETS_MULTIPLIER = 0.1
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -44,7 +47,8 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     The weight decay of norms and position embeddings is WEIGHT_DECAY_NORM, that of biases WEIGHT_DECAY_BIAS (None: as
     for weights). The learning rate of the backbone, without its feature pyramid, is multiplied by BACKBONE_MULTIPLIER,
     and that of a layer of a timm network by LAYER_DECAY to the power of its distance from the network's end: 1 for the
-    last block, one more for each block before it, and most for the stem.
+    last block, one more for each block before it, and most for the stem. Sampling offsets of deformable attention learn
+    at a tenth of the rate.
     """
     solver = cfg.SOLVER
     groups = get_default_optimizer_params(
@@ -66,6 +70,9 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
         raise ConfigError(
             f"SOLVER.LAYER_DECAY = {solver.LAYER_DECAY}: only backbones of timm have layers. Set it to 1."
         )
+    for module in model.modules():
+        if isinstance(module, DeformableAttention):
+            slowed.update({id(p): _OFFSETS_MULTIPLIER for p in module.sampling_offsets.parameters()})
     undecayed = {id(backbone.get_parameter(name)) for name in backbone.undecayed_parameters()} if is_timm else set()
     # Split the groups into one per parameter, and merge those with equal settings again.
     single = [{**group, "params": [p]} for group in groups for p in group["params"]]

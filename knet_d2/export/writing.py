@@ -10,6 +10,7 @@ from torch.export import Dim, ExportedProgram
 from ..checkpoint import describe_model, write_atomically
 from ..data.classes import ClassTable
 from ..errors import ConfigError
+from ..modeling.backbone import DeformableAttention
 from ..modeling.meta_arch import KNet
 from ..modeling.static_kernels.image_kernels import ImageKernels
 from ..video.model import tracker_options
@@ -31,11 +32,16 @@ DEFORM_CONV_OPSET = 19
 
 
 def halve(model: KNet) -> KNet:
-    """Make the backbone and the static kernels' producer compute in float16 (in place); the cascade stays float32."""
+    """Make backbone, neck and the static kernels' producer compute in float16 (in place).
+
+    Deformable attention, whose coordinates need it, and the cascade stay float32.
+    """
     model.backbone.half()
     model.sem_seg_head.half()
-    for module in model.sem_seg_head.modules():
-        if isinstance(module, ImageKernels):  # it computes these in float32
+    for module in model.modules():
+        if isinstance(module, DeformableAttention):
+            module.float()
+        elif isinstance(module, ImageKernels):  # it computes these in float32
             for part in (module.center_predictor, module.kernel_branch, module.extent):
                 part.float()
     return model

@@ -18,6 +18,7 @@ from ..data.pixels import PixelFormat
 from ..errors import ConfigError, DataError, NonFiniteError
 from ..tasks import build_bank, get_task
 from .association import VideoKernels, build_video_kernels, network_of_pairs, with_references
+from .backbone import add_neck
 from .cascade import KernelUpdateCascade, select_stage
 from .compilation import CompiledNetwork
 from .criterion import KNetCriterion
@@ -87,7 +88,7 @@ class KNet(nn.Module):
         PixelFormat.from_config(cfg)  # refuses a mean or deviation for another number of channels
         bank = build_bank(cfg)
         postprocessor = PostProcessor(cfg, bank)
-        backbone = build_backbone(cfg)
+        backbone = add_neck(cfg, build_backbone(cfg))
         shape = backbone.output_shape()
         return {
             "backbone": backbone,
