@@ -27,9 +27,10 @@ from knet_d2.tasks import VIDEO_SWITCHES
 COUNTS = ([2, 3, 0, 0], [0, 0, 0, 0], [1, 0, 2, 4], [0, 0, 1, 0], [3, 1, 1, 2])
 PARTS_STEP = 2
 SIZE = (64, 64)
+GROUPS = {"MODEL.KNET.DENOISING.NUM_KERNELS": 7, "MODEL.KNET.ONE_TO_MANY.NUM_KERNELS": 8}
 OPTIONS = {
-    "instance": {"MODEL.RESNETS.NORM": "EvalBN", **IMAGE_KERNELS, "MODEL.KNET.LOSS.NUM_POINTS": 50},
-    "panoptic": {"MODEL.RESNETS.NORM": "EvalBN"},
+    "instance": {"MODEL.RESNETS.NORM": "EvalBN", **IMAGE_KERNELS, **GROUPS, "MODEL.KNET.LOSS.NUM_POINTS": 50},
+    "panoptic": {"MODEL.RESNETS.NORM": "EvalBN", **GROUPS},
     "semantic": {"MODEL.RESNETS.NORM": "SyncBN", "MODEL.SEM_SEG_HEAD.NORM": "SyncBN", "MODEL.KNET.DROPOUT": 0.0},
 }
 

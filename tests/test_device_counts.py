@@ -56,8 +56,8 @@ def reads(monkeypatch):
     return found
 
 
-def make_model(task):
-    options = {key: value for key, value in COCO.items() if task == "panoptic" or "STUFF" not in key}
+def make_model(task, more=()):
+    options = {key: value for key, value in COCO.items() if task == "panoptic" or "STUFF" not in key} | dict(more)
     return tiny_model(task, options), tiny_config(task, options)
 
 
@@ -87,10 +87,17 @@ def take_step(step, monkeypatch):
 
 
 @needs_fake_cuda
-@pytest.mark.parametrize("task, copies", [("instance", 4), ("panoptic", 5)])
-def test_a_training_step_waits_twice(task, copies, reads, monkeypatch):
+@pytest.mark.parametrize(
+    "task, options, copies, num_losses",
+    [
+        ("instance", {}, 4, 12),
+        ("panoptic", {}, 5, 16),
+        ("panoptic", {"MODEL.KNET.ONE_TO_MANY.NUM_KERNELS": 300}, 5, 27),
+    ],
+)
+def test_a_training_step_waits_twice(task, options, copies, num_losses, reads, monkeypatch):
     """For the matching costs of all images and stages, and for all losses together with the norm of the gradient."""
-    model, cfg = make_model(task)
+    model, cfg = make_model(task, options)
     batch = [
         compact_example(make_example(SIZE, 7, seed=i, num_classes=THINGS + 2), model.bank, IGNORE) for i in range(2)
     ]
@@ -102,7 +109,6 @@ def test_a_training_step_waits_twice(task, copies, reads, monkeypatch):
         reads.clear()
         with Transfers() as transfers:
             take_step(step, monkeypatch)
-    num_losses = {"instance": 12, "panoptic": 16}[task]
     assert transfers.waits == [] and reads == [(num_losses + 1,)]
     to_cpu = [copy for copy in transfers.copies if copy[0] == "cuda"]
     to_device = [copy for copy in transfers.copies if copy[0] == "cpu"]

@@ -145,7 +145,7 @@ class GivenMatches:
     def __init__(self, matches):
         self.matches = matches
 
-    def match(self, stages, classes, masks, place_costs=None):
+    def match(self, stages, classes, masks):
         assert len(stages) == len(self.matches)
         columns = [[torch.tensor(sorted(image)).long().reshape(-1, 2) for image in stage] for stage in self.matches]
         return [[(pairs[:, 0], pairs[:, 1]) for pairs in stage] for stage in columns]
@@ -380,9 +380,9 @@ def test_last_stage_is_not_matched_but_all_others_are():
     seen = []
 
     class Recorder(HungarianMatcher):
-        def match(self, stages, classes, masks, place_costs=None):
+        def match(self, stages, classes, masks):
             seen.extend(stages)
-            return super().match(stages, classes, masks, place_costs)
+            return super().match(stages, classes, masks)
 
     state, stages = make_predictions(2)
     make_criterion(Recorder(**matcher_options()))(state, stages, [make_targets([0], [2]), make_targets([1], [])])

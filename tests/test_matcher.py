@@ -95,7 +95,7 @@ def test_order_of_kernels_and_instances_does_not_matter():
     prediction, classes, masks = make_image(3)
     expected = set(as_pairs(match_one((prediction, classes, masks))))
     order, shuffled = [2, 0, 3, 1], [1, 2, 0]
-    permuted = Candidates(*(x[order] for x in prediction)), classes[shuffled], masks[shuffled]
+    permuted = Candidates(*(x[order] for x in prediction[:2])), classes[shuffled], masks[shuffled]
     assert {(order[k], shuffled[g]) for k, g in as_pairs(match_one(permuted))} == expected
 
 
@@ -112,7 +112,7 @@ def test_every_image_and_stage_is_matched_on_its_own():
 
 def test_matching_needs_no_gradient():
     prediction, classes, masks = make_image(2)
-    prediction = Candidates(*(x.requires_grad_() for x in prediction))
+    prediction = Candidates(*(x.requires_grad_() for x in prediction[:2]))
     seen = []
 
     class Recorder(HungarianMatcher):
@@ -124,11 +124,21 @@ def test_matching_needs_no_gradient():
     assert not any(cost.requires_grad for cost in seen[0].values())
 
 
+def test_repeated_instances_get_the_cheapest_set_of_kernels():
+    (prediction, classes, masks), matcher = make_image(2, seed=4), HungarianMatcher(**matcher_options())
+    kernels, instances = match_one((prediction._replace(repeats=2), classes, masks), matcher)
+    assert kernels.tolist() == sorted(set(kernels.tolist())) and sorted(instances.tolist()) == [0, 0, 1, 1]
+    costs = sum(matcher.cost_terms(prediction, classes, masks).values())
+    choices = permutations(range(N), 4)
+    cheapest = min(sum(costs[n, g] for n, g in zip(choice, (0, 0, 1, 1))) for choice in choices)
+    assert costs[kernels, instances].sum().item() == pytest.approx(cheapest.item())
+
+
 @pytest.mark.parametrize("term, stage, image", [("class", 1, 1), ("mask", 0, 1), ("mask", 1, 0)])
 def test_a_cost_that_is_not_finite_names_term_stage_and_image(term, stage, image):
     images = [make_image(2, seed=10 * i) for i in range(2)]
     predictions, classes, masks = zip(*images)
-    stages = [[Candidates(*(x.clone() for x in p)) for p in predictions] for _ in range(2)]
+    stages = [[Candidates(*(x.clone() for x in p[:2])) for p in predictions] for _ in range(2)]
     broken = stages[stage][image]
     (broken.class_logits if term == "class" else broken.mask_logits)[1] = float("nan")
     with pytest.raises(NonFiniteError, match=f"The {term} cost of stage {stage} is not finite for image {image} "):

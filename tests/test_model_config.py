@@ -37,6 +37,8 @@ NODES = {
     "LOSS.NUM_POINTS": ("panoptic", 40),
     "LOSS.FOCAL_ALPHA": ("panoptic", 0.5),
     "LOSS.FOCAL_GAMMA": ("panoptic", 1.0),
+    "DENOISING.NUM_KERNELS": ("panoptic", 9),
+    "ONE_TO_MANY.NUM_KERNELS": ("panoptic", 9),
     "MATCHER.CLASS_WEIGHT": ("panoptic", 0.0),
     "MATCHER.MASK_WEIGHT": ("panoptic", 100.0),
     "MATCHER.DICE_WEIGHT": ("panoptic", 0.0),
@@ -94,8 +96,9 @@ def default_behaviour():
 
 
 def test_all_nodes_are_tested():
-    # See test_processes.py and test_image_kernels.py
-    elsewhere = {"LOSS.GLOBAL_NORMALIZERS", "LOSS.CENTER_WEIGHT"}
+    # See test_processes.py, test_image_kernels.py and test_training_kernels.py
+    elsewhere = {"LOSS.GLOBAL_NORMALIZERS", "LOSS.CENTER_WEIGHT", "DENOISING.NOISE", "DENOISING.WEIGHT"}
+    elsewhere |= {"ONE_TO_MANY.REPEATS", "ONE_TO_MANY.WEIGHT"}
     names = {name for name in node_names(tiny_config("panoptic").MODEL.KNET) if not name.startswith("VIDEO.")}
     assert names == set(NODES) | elsewhere  # those of videos: test_video_model.py
 
@@ -110,7 +113,8 @@ def test_every_node_changes_something(node, default_behaviour):
     losses, results = behaviour(task, {f"MODEL.KNET.{node}": value})
     default_losses, default_results = default_behaviour[task]
     trains = not node.startswith("TEST.") and not node.endswith("CATEGORY_IDS")
-    tests = not node.startswith(("LOSS.", "MATCHER.", "AUXILIARY_HEAD.")) and node != "DROPOUT"
+    in_training = ("LOSS.", "MATCHER.", "AUXILIARY_HEAD.", "DENOISING.", "ONE_TO_MANY.")
+    tests = not node.startswith(in_training) and node != "DROPOUT"
     assert (losses != default_losses) == trains
     if tests:
         assert results != default_results

@@ -181,7 +181,8 @@ class Checkpointer(DetectionCheckpointer):
         super()._load_model(checkpoint)
         if not self._restores_training:
             self._warn_of_other_options(path)
-        log = self.logger.warning if self.report.other_shape or self.report.missing else self.logger.info
+        is_incomplete = self.report.other_shape or self.report.missing_in_evaluation()
+        log = self.logger.warning if is_incomplete else self.logger.info
         log(f"{path}\n{self.report.as_text()}")
 
     def _warn_of_other_options(self, path: str) -> None:

@@ -18,10 +18,10 @@ _OFFICIAL_HEADS = ("rpn_head.localization_fpn.", "decode_head.kernel_generate_he
 _OUR_HEADS = ("sem_seg_head.", "cascade.")
 
 # Parameters whose first dimension is the number of classes or of instance kernels
-_COUNTED = re.compile(r"sem_seg_head\.instance_kernels\.|(^|\.)classifier\.|\.class_branch\.")
+_COUNTED = re.compile(r"sem_seg_head\.instance_kernels\.|training_kernels\.|(^|\.)classifier\.|\.class_branch\.")
 # Parameters that pretrained backbones lack: offsets of deformable convolutions, Swin's norms of the outputs
 _NEW_IN_BACKBONE = re.compile(r"\.conv_offset\.|\.out_norms\.")
-_TRAINING_ONLY = "auxiliary_head."
+_TRAINING_ONLY = ("auxiliary_head.", "training_kernels.")
 # What a video model learns beside an image model
 _VIDEO = "video."
 _MOST_NAMES = 4
@@ -118,6 +118,10 @@ class LoadReport(NamedTuple):
     unexpected: list[str]
     ignored: list[str]
 
+    def missing_in_evaluation(self) -> list[str]:
+        """The missing parameters that an evaluated model needs."""
+        return [name for name in self.missing if not name.startswith(_TRAINING_ONLY)]
+
     def as_text(self) -> str:
         """Return a table with one row for each list; names that differ only in numbers are merged."""
         rows = [
@@ -191,7 +195,7 @@ def find_misfits(report: LoadReport, layout: Layout, partial: bool) -> list[str]
         partial: whether the model is going to be trained. Then parameters whose shape depends on the number of classes
             or kernels may keep their initialisation, and so may everything outside of a pretrained backbone.
     """
-    missing = [name for name in report.missing if not name.startswith(_TRAINING_ONLY)]
+    missing = report.missing_in_evaluation()
     unexpected = [name for name in report.unexpected if not name.startswith(_TRAINING_ONLY)]
     other_shape = list(report.other_shape)
     if layout.scope == "backbone":

@@ -95,6 +95,24 @@ def _add_model_config(cfg: CN) -> None:
     # one process with B images.
     knet.LOSS.GLOBAL_NORMALIZERS = False
 
+    knet.DENOISING = CN()
+    # Most denoising kernels of an image (Mask DINO: 100; in training only): each starts from the moved mask of an
+    # instance, which it has to restore. 0 = off.
+    knet.DENOISING.NUM_KERNELS = 0
+    # Largest shift of a mask's box, as a share of half its side, and largest change of its scale.
+    knet.DENOISING.NOISE = 0.4
+    # Factor on the losses of the denoising kernels.
+    knet.DENOISING.WEIGHT = 1.0
+
+    knet.ONE_TO_MANY = CN()
+    # Number of kernels of the one-to-many group (H-DETR: 1500 beside 300; in training only), of which several are
+    # matched to each instance. 0 = off.
+    knet.ONE_TO_MANY.NUM_KERNELS = 0
+    # Number of its kernels that each instance is matched with; fewer in images with many instances.
+    knet.ONE_TO_MANY.REPEATS = 6
+    # Factor on the losses of the one-to-many group.
+    knet.ONE_TO_MANY.WEIGHT = 1.0
+
     knet.MATCHER = CN()
     # Weight of the focal class term in the matching cost.
     knet.MATCHER.CLASS_WEIGHT = 2.0

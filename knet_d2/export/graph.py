@@ -3,6 +3,8 @@
 Shapes: B images of one size, H x W in the network's input and h x w in the result; n rows of a table of results.
 """
 
+import copy
+
 import torch
 from torch import nn
 
@@ -62,7 +64,7 @@ class ExportableKNet(nn.Module):
             )
         if self.main_output == "instances" and model.postprocessor.options.max_instances == 0:
             raise ConfigError("TEST.DETECTIONS_PER_IMAGE = 0: there would be no result. Use 1 or more.")
-        self.model = model
+        self.model = _without_training_parts(model)
 
     def forward(
         self,
@@ -115,6 +117,15 @@ def memory_shape(model: KNet) -> tuple[int, int] | None:
     if model.video is None or not model.video.uses_memory:
         return None
     return model.bank.num_kernels, model.video.dim
+
+
+def _without_training_parts(model: KNet) -> KNet:
+    """A copy that shares the weights, without the modules that an evaluated model never calls."""
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    exported = copy.deepcopy(model, shared)
+    exported.auxiliary_head = None
+    exported.training_kernels.groups.clear()
+    return exported
 
 
 def has_windows(model: KNet) -> bool:

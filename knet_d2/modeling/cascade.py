@@ -100,11 +100,14 @@ class KernelInteraction(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
         self.ffn_norm = nn.LayerNorm(dim)
 
-    def forward(self, kernels: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, kernels: torch.Tensor, others: torch.Tensor | None = None, visible: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """kernels: [B, N, C] -> [B, N, C]; equivariant to permutations of the kernels.
 
         Args:
             others: [B, N, C], the kernels that are attended to instead of ``kernels``.
+            visible: bool [B, N, N], which of them (last axis) each kernel sees, one at least; None: all.
         """
         B, N, C = kernels.shape
         qkv = self.in_proj(kernels)
@@ -112,10 +115,21 @@ class KernelInteraction(nn.Module):
             qkv = torch.cat([qkv[..., :C], self.in_proj(others)[..., C:]], dim=-1)
         qkv = qkv.reshape(B, N, 3, self.num_heads, C // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        mask = None if visible is None else visible[:, None]
+        attended = F.scaled_dot_product_attention(query, key, value, mask)
         attended = self.out_proj(attended.transpose(1, 2).reshape(B, N, C))
         kernels = self.attention_norm(kernels + attended)
         return self.ffn_norm(kernels + self.ffn(kernels))
+
+
+class NoInteraction(nn.Module):
+    """The ablation without interaction: kernels do not see each other."""
+
+    def forward(
+        self, kernels: torch.Tensor, others: torch.Tensor | None = None, visible: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See :meth:`KernelInteraction.forward`."""
+        return kernels
 
 
 def _linear_norm_relu(dim: int) -> nn.Sequential:
@@ -160,7 +174,7 @@ class KernelUpdateHead(nn.Module):
         self.feature_transform = nn.Linear(dim, dim)
         self.kernel_update = AdaptiveKernelUpdate(update_dim) if kernel_update else LinearKernelUpdate(update_dim)
         self.interaction = (
-            KernelInteraction(dim, num_heads=num_heads, ffn_dim=ffn_dim) if kernel_interaction else nn.Identity()
+            KernelInteraction(dim, num_heads=num_heads, ffn_dim=ffn_dim) if kernel_interaction else NoInteraction()
         )
         self.class_branch = None
         if num_classes is not None:
@@ -187,15 +201,22 @@ class KernelUpdateHead(nn.Module):
         if self.class_branch is not None:
             nn.init.constant_(self.class_branch[-1].bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
 
-    def forward(self, feature: torch.Tensor, kernels: torch.Tensor, mask_logits: torch.Tensor) -> StageOutput:
+    def forward(
+        self,
+        feature: torch.Tensor,
+        kernels: torch.Tensor,
+        mask_logits: torch.Tensor,
+        visible: torch.Tensor | None = None,
+    ) -> StageOutput:
         """
         Args:
             feature: F, [B, C, H, W].
             kernels: K_{i-1}, [B, N, C].
             mask_logits: M_{i-1}, [B, N, H, W].
+            visible: see :meth:`KernelInteraction.forward`.
         """
         group_features = self.gather(feature, mask_logits)
-        kernels = self.interaction(self.kernel_update(group_features, kernels))
+        kernels = self.interaction(self.kernel_update(group_features, kernels), visible=visible)
         class_logits = None if self.class_branch is None else self.class_branch(kernels)
         masks = self._segment(feature, kernels)
         return StageOutput(kernels, mask_logits + masks if self.residual_masks else masks, class_logits)
@@ -268,13 +289,17 @@ class KernelUpdateCascade(nn.Module):
         }
 
     def forward(
-        self, state: KernelState, fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+        self,
+        state: KernelState,
+        fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        visible: torch.Tensor | None = None,
     ) -> list[StageOutput]:
         """The predictions of all stages, in order.
 
         Args:
             fuse: (group features of the last stage, its kernels), [B, N, C] each -> the kernels to use instead; see
                 :mod:`.association`.
+            visible: bool [B, N, N], which kernels (last axis) each kernel sees in the interaction; None: all.
         """
         with no_autocast(state.feature):
             feature = full_precision(state.feature)
@@ -283,7 +308,8 @@ class KernelUpdateCascade(nn.Module):
             for stage in self.stages:
                 if fuse is not None and stage is self.stages[-1]:
                     kernels = fuse(stage.gather(feature, mask_logits), kernels)  # type: ignore[operator]
-                outputs.append(with_class_offsets(stage(feature, kernels, mask_logits), state.places))
+                output = stage(feature, kernels, mask_logits, visible=visible)
+                outputs.append(with_class_offsets(output, state.places))
                 kernels, mask_logits = outputs[-1].kernels, outputs[-1].mask_logits
         return outputs
 

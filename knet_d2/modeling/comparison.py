@@ -20,20 +20,20 @@ import torch.nn.functional as F
 
 from .resize import upsample_masks
 from .structures import KernelState, Match, Positives, Targets
+from .targets import MASKS_AT_ONCE
 
 # At most this share of the pixels of the up-sampled masks is sampled: small images have few
 LARGEST_SHARE = 0.25
 # PointRend's rule: candidates per point, and the share of the points that are the least certain candidates
 CANDIDATES = 3
 UNCERTAIN_SHARE = 0.75
-# Ground truth masks of full resolution that are in memory together as numbers
-MASKS_AT_ONCE = 16
 
 
 class MatchedStages(Protocol):
-    """What a comparison reads of a batch: see :class:`.criterion.MatchedBatch`."""
+    """What a comparison reads of a batch: see :class:`.criterion.LossBatch`."""
 
     state: KernelState
+    stream: int
 
     @property
     def matches(self) -> Sequence[Sequence[Match]]: ...
@@ -50,6 +50,7 @@ class AllPixels:
 
     Attributes:
         targets: of every image, with the masks where all kernels are compared.
+        full_targets: as they are given.
     """
 
     def __init__(self, targets: Sequence[Targets]):
@@ -57,7 +58,7 @@ class AllPixels:
         Args:
             targets: with masks of h x w.
         """
-        self.targets = targets
+        self.targets = self.full_targets = targets
 
     def read(self, mask_logits: torch.Tensor) -> torch.Tensor:
         """Logits where all kernels are compared: [B, N, H, W] -> [B, N, h, w]."""
@@ -87,10 +88,9 @@ class SampledPoints:
             mask_size: height and width that up-sampled masks would have.
             num_points: L, where that is not more than LARGEST_SHARE of the up-sampled pixels.
         """
-        self._full, self._mask_size = targets, mask_size
+        self.full_targets, self._mask_size = targets, mask_size
         self.num_points = max(1, min(num_points, round(LARGEST_SHARE * mask_size[0] * mask_size[1])))
-        # Images that do not come from a loader have no seed: theirs follows PyTorch's generator
-        self._seeds = [int(torch.randint(2**62, ())) if x.seed is None else x.seed for x in targets]
+        self._seeds = [seed_of(target) for target in targets]
         self._extents = [self._extent(target) for target in targets]
         self._points = torch.stack(
             [self._uniform(b, self._generator(b, like), (1, self.num_points), like) for b in range(len(targets))]
@@ -106,13 +106,13 @@ class SampledPoints:
         positives = batch.positives(stage)
         logits = batch.mask_logits(stage)[positives.image_index, positives.kernel_index]
         pairs = zip(logits.split(positives.counts), positives.target_index.split(positives.counts))
-        found = [self._image_pairs(b, stage, *pair) for b, pair in enumerate(pairs)]
+        found = [self._image_pairs(b, (stage, batch.stream), *pair) for b, pair in enumerate(pairs)]
         return torch.cat([x for x, _ in found]), torch.cat([x for _, x in found])
 
     def foreground_count(self, batch: MatchedStages, labels: torch.Tensor, background: int) -> torch.Tensor:
         """Pixels of the up-sampled maps that are not the background, times points per pixel; labels are not read."""
         count = batch.state.feature.new_zeros((), dtype=torch.float64)
-        for target, extent, (_, instances) in zip(self._full, self._extents, batch.matches[0]):
+        for target, extent, (_, instances) in zip(self.full_targets, self._extents, batch.matches[0]):
             covered = torch.cat([target.stuff_masks, target.masks[instances]]).any(dim=0)
             covered = F.interpolate(covered[None, None].float(), self._mask_size, mode="bilinear") > 0
             num_pixels = extent[0] * self._mask_size[1] * extent[1] * self._mask_size[0]
@@ -120,12 +120,13 @@ class SampledPoints:
         return count
 
     def _image_pairs(
-        self, image: int, stage: int, logits: torch.Tensor, target_index: torch.Tensor
+        self, image: int, key: tuple[int, ...], logits: torch.Tensor, target_index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the P kernels of one image: logits [P, H, W] -> logits and targets, [P, 1, L] each."""
-        generator = self._generator(image, logits, stage)
+        generator = self._generator(image, logits, *key)
         points = self._uncertain(image, generator, logits)
-        masks = torch.cat([self._full[image].masks, self._full[image].stuff_masks])
+        full = self.full_targets[image]
+        masks = torch.cat([full.masks, full.stuff_masks])
         return sample(logits[:, None], points)[:, 0], sample_masks(masks, target_index, points)
 
     def _uncertain(self, image: int, generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
@@ -152,9 +153,8 @@ class SampledPoints:
         height, width = target.masks.shape[-2:]
         return target.image_size[1] / width, target.image_size[0] / height
 
-    def _generator(self, image: int, like: torch.Tensor, *more: int) -> torch.Generator:
-        seed = np.random.SeedSequence((self._seeds[image], *more)).generate_state(1, np.uint64)[0]
-        return torch.Generator(like.device).manual_seed(int(seed) >> 1)
+    def _generator(self, image: int, like: torch.Tensor, *key: int) -> torch.Generator:
+        return generator_of(self._seeds[image], like.device, *key)
 
     def _at_points(self, target: Targets, points: torch.Tensor) -> Targets:
         """The target with its masks read at the points [1, L, 2]: [., 1, L]."""
@@ -163,6 +163,17 @@ class SampledPoints:
             for x in (target.masks, target.stuff_masks)
         )
         return target._replace(masks=masks, stuff_masks=stuff_masks)
+
+
+def seed_of(target: Targets) -> int:
+    """The image's seed. Images that do not come from a loader have none: theirs follows PyTorch's generator."""
+    return int(torch.randint(2**62, ())) if target.seed is None else target.seed
+
+
+def generator_of(seed: int, device: torch.device, *key: int) -> torch.Generator:
+    """A generator for one purpose, which the key names, of the image with a seed."""
+    state = np.random.SeedSequence((seed, *key)).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state) >> 1)
 
 
 def sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

@@ -8,19 +8,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.utils import comm
 from torch import distributed, nn
 
 from ..errors import ConfigError, NonFiniteError
-from ..tasks import KernelBank, get_task
-from .comparison import MASKS_AT_ONCE, AllPixels, SampledPoints
+from ..tasks import Assignment, KernelBank, KernelGroup, get_task
+from .comparison import AllPixels, SampledPoints
 from .layers import full_precision, no_autocast, send
 from .losses import center_focal_loss, dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
 from .matcher import Candidates, HungarianMatcher, place_cost
 from .resize import upsampled_size
-from .structures import KernelState, Match, Positives, StageOutput, Targets
+from .structures import KernelState, Match, Positives, StageOutput, Targets, TrainingGroup
+from .targets import covered_cells, own_cells
 
 # The weighted scalar of a term, and the count of this process that normalises it
 Value = tuple[torch.Tensor, int | torch.Tensor]
@@ -28,6 +28,8 @@ Value = tuple[torch.Tensor, int | torch.Tensor]
 Association = Callable[[Sequence[Match], Sequence[Targets]], dict[str, tuple[torch.Tensor, torch.Tensor]]]
 # Pixels of the rank loss's targets that no kernel owns
 UNOWNED = -1
+# The terms of groups that exist in training only; rank and dense compare kernels that share the pixels out
+GROUP_TERMS = ("class", "mask", "dice")
 # The Gaussian of an instance in the map of centres: sigma in cells per square root of the area in cells, and the least
 CENTER_SPREAD = 0.12
 CENTER_LEAST_SIGMA = 0.8
@@ -42,11 +44,13 @@ class Part(NamedTuple):
         value: weighted scalar: a mean over ``number``, or the sum that ``number`` is to divide.
         number: count of this process.
         is_sum: see :class:`Term`.
+        is_global: whether all processes together normalise it by one count.
     """
 
     value: torch.Tensor
     number: int | torch.Tensor
     is_sum: bool
+    is_global: bool
 
 
 class KNetCriterion(nn.Module):
@@ -135,6 +139,7 @@ class KNetCriterion(nn.Module):
         targets: Sequence[Targets],
         auxiliary_logits: torch.Tensor | None = None,
         association: Association | None = None,
+        training_groups: Sequence[TrainingGroup] = (),
     ) -> dict[str, torch.Tensor]:
         """
         Args:
@@ -144,42 +149,97 @@ class KNetCriterion(nn.Module):
             auxiliary_logits: the auxiliary head's [B, K, h, w], if there is one.
             association: the losses of embeddings from the matches of the last stage's input and the targets, if there
                 are some; see :meth:`.association.VideoKernels.losses`.
+            training_groups: kernels that exist in training only; they change no other loss.
 
         Returns:
-            "loss_<log_name>_s<stage>" -> weighted scalar, "loss_auxiliary", and the losses of ``association``.
+            "loss_<log_name>_s<stage>" -> weighted scalar, "loss_<log_name>_<group>_s<stage>", "loss_auxiliary",
+            and the losses of ``association``.
         """
-        parts = {}
+        parts: dict[str, Part] = {}
         with no_autocast(state.feature):
-            batch = MatchedBatch(self, state, stages, targets)
+            comparison = self._compare(state, targets)
+            batch = MatchedBatch(self, state, stages, comparison, self.bank)
+            groups = [self._group_batch(group, comparison, i) for i, group in enumerate(training_groups, start=1)]
+            self.failure = self._match([batch, *(x for x in groups if isinstance(x, MatchedBatch))])
             for stage in range(len(stages) + 1):
                 for name, weight in self.weights.items():
-                    term = TERMS[name]
-                    if term.applies(stage, weight):
-                        value, count = term.compute(self, batch, stage, weight)
-                        parts[f"loss_{term.log_name}_s{stage}"] = Part(value, count, term.is_sum)
+                    self._add_term(parts, batch, name, stage, weight)
             if auxiliary_logits is not None:
                 loss = kernel_cross_entropy(full_precision(auxiliary_logits), batch.labels, self.ignore_value)
-                parts["loss_auxiliary"] = Part(self.auxiliary_weight * loss, batch.labels.numel(), is_sum=False)
+                value = self.auxiliary_weight * loss
+                parts["loss_auxiliary"] = Part(value, batch.labels.numel(), False, self.global_normalizers)
             if association is not None:
                 found = association(batch.matches[-1], targets)
-                parts |= {name: Part(value, count, is_sum=False) for name, (value, count) in found.items()}
+                for name, (value, number) in found.items():
+                    parts[name] = Part(value, number, False, self.global_normalizers)
+            for group, group_batch in zip(training_groups, groups):
+                for stage in range(group_batch.first_stage, len(stages) + 1):
+                    for name in GROUP_TERMS:
+                        weight = group.weight * self.weights[name]
+                        self._add_term(parts, group_batch, name, stage, weight, group.name)
             losses = self._normalize(parts)
-        self.failure = batch.failure
         if self.failure is not None:
             losses = {name: loss * math.nan for name, loss in losses.items()}
         return losses
 
+    def _compare(self, state: KernelState, targets: Sequence[Targets]) -> AllPixels | SampledPoints:
+        if not self.num_points:
+            return AllPixels(targets)
+        masks = full_precision(state.mask_logits)
+        return SampledPoints(targets, masks, upsampled_size(masks), self.num_points)
+
+    def _group_batch(self, group: TrainingGroup, comparison: AllPixels | SampledPoints, stream: int) -> LossBatch:
+        if group.instances is not None:
+            return AssignedBatch(self, group.state, group.stages, comparison, group.instances, stream)
+        things = KernelGroup(group.state.mask_logits.shape[1], Assignment.HUNGARIAN, range(self.bank.num_things))
+        bank = KernelBank([things], self.bank.num_classes)
+        return MatchedBatch(self, group.state, group.stages, comparison, bank, group.repeats, group.name, stream)
+
+    def _match(self, batches: Sequence[MatchedBatch]) -> NonFiniteError | None:
+        """Match the kernels of all groups to the instances, with one transfer to the CPU.
+
+        Returns:
+            why that is impossible, where there are several processes; one process alone raises the error.
+        """
+        targets = batches[0].targets
+        classes, masks = [t.classes for t in targets], [t.masks for t in targets]
+        candidates = [stage for batch in batches for stage in batch._candidates()]
+        if not candidates:
+            return None
+        try:
+            found = iter(self.matcher.match(candidates, classes, masks))
+        except NonFiniteError as error:
+            if comm.get_world_size() == 1:
+                raise
+            for batch in batches:
+                batch.matches = batch.any_matches()
+            return error
+        for batch in batches:
+            batch.matches = [next(found) for _ in batch.stages]
+        return None
+
+    def _add_term(
+        self, parts: dict[str, Part], batch: LossBatch, name: str, stage: int, weight: float, group: str = ""
+    ) -> None:
+        """Compute a term of a stage, where it applies."""
+        term = TERMS[name]
+        if term.applies(stage, weight):
+            value, count = term.compute(self, batch, stage, weight)
+            key = f"loss_{term.log_name}{'_' * bool(group)}{group}_s{stage}"
+            parts[key] = Part(value, count, term.is_sum, bool(group) or self.global_normalizers)
+
     def _normalize(self, parts: dict[str, Part]) -> dict[str, torch.Tensor]:
         """The losses, with counts of all processes where these are needed: by one all-reduce for all terms."""
         world_size = comm.get_world_size()
-        shared = [name for name, part in parts.items() if part.is_sum or self.global_normalizers]
+        shared = [name for name, part in parts.items() if part.is_sum or part.is_global]
         if world_size == 1 or not shared:
             return {name: x.value / max(x.number, 1) if x.is_sum else x.value for name, x in parts.items()}
         numbers = mean_over_processes([parts[name].number for name in shared], parts[shared[0]].value)
         # All processes together count at least 1, as one process alone does
-        means = dict(zip(shared, numbers.clamp(min=1 / world_size if self.global_normalizers else 1)))
+        least = [1 / world_size if parts[name].is_global else 1.0 for name in shared]
+        means = dict(zip(shared, numbers.clamp(min=send(torch.tensor(least, dtype=numbers.dtype), numbers.device))))
         losses = {}
-        for name, (value, number, is_sum) in parts.items():
+        for name, (value, number, is_sum, _) in parts.items():
             if is_sum:
                 value = value / means[name]
             elif name in means:
@@ -189,62 +249,48 @@ class KNetCriterion(nn.Module):
         return losses
 
 
-class MatchedBatch:
-    """Predictions, ground truth and matches of a batch; what several terms share is computed when first asked for.
+class LossBatch:
+    """Predictions of a group of kernels beside the ground truth; what several terms share is computed when asked for.
 
     A stage is given by its number: 0 for the static kernels, 1 to S for the update stages. At stage 0, mask, dice and
     rank losses are computed for the matched kernels only; the static stuff kernels learn from the dense term.
+
+    Attributes:
+        first_stage: the first one that has losses.
+        class_mask: which classes each kernel can take, bool [B or 1, N or 1, K].
+        stream: number of the group, which points that are drawn for it depend on.
     """
+
+    first_stage = 0
 
     def __init__(
         self,
-        criterion: KNetCriterion,
         state: KernelState,
         stages: Sequence[StageOutput],
-        targets: Sequence[Targets],
+        comparison: AllPixels | SampledPoints,
+        class_mask: torch.Tensor,
+        stream: int = 0,
     ):
-        self.state, self.stages, self.full_targets = state, stages, targets
-        self.comparison: AllPixels | SampledPoints = AllPixels(targets)
-        if criterion.num_points:
-            self.comparison = SampledPoints(
-                targets, full_precision(state.mask_logits), upsampled_size(state.mask_logits), criterion.num_points
-            )
-        self.targets = self.comparison.targets
-        self._bank, self._matcher = criterion.bank, criterion.matcher
-        self._kernel_of_class = criterion.kernel_of_class
-        self.failure: NonFiniteError | None = None
+        self.state, self.stages, self.comparison = state, stages, comparison
+        self.targets = comparison.targets
+        self.class_mask, self.stream = class_mask, stream
+        self.matches: list[list[Match]] = []
         self._compared: dict[int, torch.Tensor] = {}
-        self._positives: dict[int, Positives] = {}
         self._positive_pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    @functools.cached_property
-    def labels(self) -> torch.Tensor:
-        """Class of every pixel: int64 [B, Hp, Wp]."""
-        return torch.stack([target.sem_seg for target in self.targets])
 
     def mask_logits(self, stage: int) -> torch.Tensor:
         """All kernels' masks of a stage at the head's resolution: [B, N, H, W]."""
         return self.stages[stage - 1].mask_logits if stage else full_precision(self.state.mask_logits)
 
     def compared_logits(self, stage: int) -> torch.Tensor:
-        """The masks of a stage where all kernels are compared, see :mod:`.comparison`: [B, N, h, w].
-
-        Of stage 0, only those of the matched kernels, which come first.
-        """
+        """The masks of a stage where all kernels are compared, see :mod:`.comparison`: [B, N, h, w]."""
         if stage not in self._compared:
-            logits = self.mask_logits(stage)
-            self._compared[stage] = self.comparison.read(logits if stage else logits[:, : self._bank.num_matched])
+            self._compared[stage] = self.comparison.read(self.mask_logits(stage))
         return self._compared[stage]
 
     def positives(self, stage: int) -> Positives:
-        """What the kernels of a stage have to segment.
-
-        Stages 0 and 1 learn from the match of stage 0, and stage i from that of stage i - 1, which is its input.
-        """
-        if stage not in self._positives:
-            matches = self.matches[max(stage - 1, 0)]
-            self._positives[stage] = self._build_positives(matches, with_stuff=stage > 0)
-        return self._positives[stage]
+        """What the kernels of a stage have to segment."""
+        raise NotImplementedError
 
     def positive_pairs(self, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and targets of the positive kernels' masks: [P, h, w] each."""
@@ -252,31 +298,78 @@ class MatchedBatch:
             self._positive_pairs[stage] = self.comparison.positive_pairs(self, stage)
         return self._positive_pairs[stage]
 
-    @functools.cached_property
-    def matches(self) -> list[list[Match]]:
-        """Per stage, per image: the matches of all stages but the last one, which no loss needs.
 
-        If the costs are not finite, one process alone raises the error; one of several keeps it in ``failure``.
+class MatchedBatch(LossBatch):
+    """The kernels of a bank, some of which are matched to the instances.
+
+    Attributes:
+        matches: per stage, per image: the matches of all stages but the last one, which no loss needs.
+    """
+
+    def __init__(
+        self,
+        criterion: KNetCriterion,
+        state: KernelState,
+        stages: Sequence[StageOutput],
+        comparison: AllPixels | SampledPoints,
+        bank: KernelBank,
+        repeats: int = 1,
+        name: str = "",
+        stream: int = 0,
+    ):
         """
-        classes, masks = [t.classes for t in self.targets], [t.masks for t in self.targets]
-        try:
-            return self._matcher.match(self._candidates(), classes, masks, self._place_costs())
-        except NonFiniteError as error:
-            if comm.get_world_size() == 1:
-                raise
-            self.failure = error
-        index = [torch.arange(min(self._bank.num_matched, len(x)), device=x.device) for x in classes]
+        Args:
+            repeats, name: see :class:`.structures.TrainingGroup`.
+        """
+        class_mask = criterion.class_mask if bank is criterion.bank else criterion.class_mask[:1]
+        super().__init__(state, stages, comparison, class_mask, stream)
+        self._bank, self._repeats, self._name = bank, repeats, name
+        self._kernel_of_class = criterion.kernel_of_class
+        self._positives: dict[int, Positives] = {}
+
+    @functools.cached_property
+    def labels(self) -> torch.Tensor:
+        """Class of every pixel: int64 [B, Hp, Wp]."""
+        return torch.stack([target.sem_seg for target in self.targets])
+
+    def compared_logits(self, stage: int) -> torch.Tensor:
+        """Of stage 0, only the masks of the matched kernels, which come first."""
+        if stage == 0 and stage not in self._compared:
+            self._compared[0] = self.comparison.read(self.mask_logits(0)[:, : self._bank.num_matched])
+        return super().compared_logits(stage)
+
+    def positives(self, stage: int) -> Positives:
+        """What the kernels of a stage have to segment.
+
+        Stages 0 and 1 learn from the match of stage 0, and stage i from that of stage i - 1, which is its input.
+        """
+        if stage not in self._positives:
+            matches, has_stuff = self.matches[max(stage - 1, 0)], bool(self._bank.fixed_class_ids)
+            self._positives[stage] = self._build_positives(matches, with_stuff=has_stuff and stage > 0)
+        return self._positives[stage]
+
+    def any_matches(self) -> list[list[Match]]:
+        """Matches without a meaning, of the form of :attr:`matches`."""
+        counts = [len(target.classes) for target in self.targets]
+        index = [torch.arange(min(self._bank.num_matched, x), device=self.state.feature.device) for x in counts]
         return [[(x, x) for x in index] for _ in self.stages]
 
     def _candidates(self) -> list[list[Candidates]]:
         """Per stage, per image: what is matched to the instances. The static kernels have no classes."""
         num_matched, num_things = self._bank.num_matched, self._bank.num_things
-        candidates = [[Candidates(masks, None) for masks in self.compared_logits(0)]]
-        for i, stage in enumerate(self.stages[:-1], start=1):
-            class_logits = stage.class_logits[:, :num_matched, :num_things]
-            candidates.append(
-                [Candidates(*item) for item in zip(self.compared_logits(i)[:, :num_matched], class_logits)]
-            )
+        if not num_matched:
+            return []
+        # Each instance of a crowded image is given a kernel before another gets its second
+        repeats = [min(self._repeats, max(1, num_matched // max(len(t.classes), 1))) for t in self.targets]
+        place_costs = self._place_costs() or [None] * len(repeats)
+        candidates = []
+        for i in range(len(self.stages)):
+            name = f"stage {i} of the group {self._name!r}" if self._name else ""
+            classes = [None] * len(repeats)
+            if i:
+                classes = list(self.stages[i - 1].class_logits[:, :num_matched, :num_things])
+            images = zip(self.compared_logits(i)[:, :num_matched], classes, place_costs, repeats)
+            candidates.append([Candidates(*image, name) for image in images])
         return candidates
 
     def _place_costs(self) -> list[torch.Tensor] | None:
@@ -285,7 +378,9 @@ class MatchedBatch:
         if places is None:
             return None
         size = self.state.mask_logits.shape[-2:]
-        own = [own_cells(covered_cells(x.masks, size, places.probs.dtype)).flatten(1) for x in self.full_targets]
+        own = [
+            own_cells(covered_cells(x.masks, size, places.probs.dtype)).flatten(1) for x in self.comparison.full_targets
+        ]
         inside = [cells_of_image[:, cells].T for cells_of_image, cells in zip(own, places.cells)]
         return [place_cost(*item) for item in zip(places.probs, inside)]
 
@@ -308,26 +403,68 @@ class MatchedBatch:
         return Positives(counts, *map(torch.cat, (images, kernels, classes, masks, index)))
 
 
+class AssignedBatch(LossBatch):
+    """Kernels that start from an instance of their own, and have to give this instance; padding may follow them."""
+
+    first_stage = 1
+
+    def __init__(
+        self,
+        criterion: KNetCriterion,
+        state: KernelState,
+        stages: Sequence[StageOutput],
+        comparison: AllPixels | SampledPoints,
+        instances: Sequence[torch.Tensor],
+        stream: int,
+    ):
+        """
+        Args:
+            instances: see :class:`.structures.TrainingGroup`.
+        """
+        counts = torch.tensor([len(x) for x in instances])
+        is_used = torch.arange(state.kernels.shape[1]) < counts[:, None]
+        class_mask = send(is_used, state.feature.device)[..., None] & criterion.class_mask[:1]
+        super().__init__(state, stages, comparison, class_mask, stream)
+        self._instances = instances
+
+    def positives(self, stage: int) -> Positives:
+        """The same for every stage."""
+        return self._assigned
+
+    @functools.cached_property
+    def _assigned(self) -> Positives:
+        counts = [len(x) for x in self._instances]
+        chosen = list(zip(self.targets, self._instances))
+        return Positives(
+            counts,
+            torch.cat([x.new_full((len(x),), b) for b, x in enumerate(self._instances)]),
+            torch.cat([torch.arange(count, device=self.state.feature.device) for count in counts]),
+            torch.cat([target.classes[index] for target, index in chosen]),
+            torch.cat([target.masks[index] for target, index in chosen]),
+            torch.cat(list(self._instances)),
+        )
+
+
 # The terms: each gives its weighted scalar for one stage, and what that is normalised by
 
 
-def _class_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
+def _class_term(criterion: KNetCriterion, batch: LossBatch, stage: int, weight: float) -> Value:
     """Focal loss on the kernels' classes, over the classes that each kernel can take."""
     logits, positives = batch.stages[stage - 1].class_logits, batch.positives(stage)
     one_hot = torch.zeros_like(logits)
     index = (positives.image_index, positives.kernel_index, positives.classes)
     one_hot.index_put_(index, logits.new_ones(()))  # made on the device; a number would be copied there
-    total = focal_loss(logits, one_hot, criterion.class_mask.to(logits.dtype), **criterion.focal)
+    total = focal_loss(logits, one_hot, batch.class_mask.to(logits.dtype), **criterion.focal)
     return weight * total, len(positives.kernel_index)
 
 
-def _mask_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
+def _mask_term(criterion: KNetCriterion, batch: LossBatch, stage: int, weight: float) -> Value:
     """Binary cross entropy on the masks of the positive kernels."""
     logits, targets = batch.positive_pairs(stage)
     return weight * mask_loss(logits, targets), logits.numel()
 
 
-def _dice_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
+def _dice_term(criterion: KNetCriterion, batch: LossBatch, stage: int, weight: float) -> Value:
     """Dice loss on the masks of the positive kernels."""
     logits, targets = batch.positive_pairs(stage)
     return weight * dice_loss(logits, targets), len(logits)
@@ -352,8 +489,8 @@ def _dense_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weigh
 def _center_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
     """Focal loss on the map of the instances' centres, per instance."""
     logits = full_precision(batch.state.center_logits)
-    maps = torch.stack([center_map(target.masks, logits) for target in batch.full_targets])
-    return weight * center_focal_loss(logits, maps), sum(len(target.masks) for target in batch.full_targets)
+    maps = torch.stack([center_map(target.masks, logits) for target in batch.comparison.full_targets])
+    return weight * center_focal_loss(logits, maps), sum(len(target.masks) for target in batch.comparison.full_targets)
 
 
 def _label_map_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
@@ -378,7 +515,7 @@ class Term(NamedTuple):
 
     log_name: str
     weight_key: str
-    compute: Callable[[KNetCriterion, MatchedBatch, int, float], Value]
+    compute: Callable[[KNetCriterion, Any, int, float], Value]
     at_static: bool = True
     at_updates: bool = True
     is_optional: bool = False
@@ -444,18 +581,6 @@ def dense_labels(targets: Targets, match: Match, background: int) -> torch.Tenso
     masks = torch.cat([targets.stuff_masks, targets.masks[instances]])
     classes = torch.cat([targets.stuff_classes, targets.classes[instances]])
     return last_nonzero(masks, classes, background)
-
-
-def covered_cells(masks: torch.Tensor, size: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Which share of each cell of a map of H x W a mask covers: [G, h, w] -> [G, H, W]."""
-    # Whole masks as numbers, a few at a time
-    parts = [F.adaptive_avg_pool2d(x.to(dtype), size) for x in masks.split(MASKS_AT_ONCE)]
-    return torch.cat(parts) if parts else masks.new_zeros(0, *size, dtype=dtype)
-
-
-def own_cells(covered: torch.Tensor) -> torch.Tensor:
-    """The cells that may be an instance's centre: [G, H, W] -> bool. Cells at its border are not, if it has others."""
-    return (covered > 0) & (covered >= 0.5 * covered.amax(dim=(1, 2), keepdim=True))
 
 
 def center_map(masks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

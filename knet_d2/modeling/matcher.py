@@ -22,10 +22,16 @@ class Candidates(NamedTuple):
     Attributes:
         mask_logits: [N, h, w], at the targets' resolution.
         class_logits: [N, T] for the T thing classes, or None where classes don't enter the cost.
+        place_costs: [N, G], added to the other costs, see :func:`place_cost`; or None.
+        repeats: number of kernels that each instance is given.
+        name: of the stage, for errors; "": its number.
     """
 
     mask_logits: torch.Tensor
     class_logits: torch.Tensor | None
+    place_costs: torch.Tensor | None = None
+    repeats: int = 1
+    name: str = ""
 
 
 def focal_cost(class_logits: torch.Tensor, classes: torch.Tensor, *, alpha: float, gamma: float) -> torch.Tensor:
@@ -62,7 +68,10 @@ def place_cost(probs: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
 
 
 class HungarianMatcher:
-    """Minimise the sum of class, mask and dice costs over one-to-one assignments."""
+    """Minimise the sum of class, mask and dice costs over one-to-one assignments.
+
+    To give each instance several kernels, it is repeated (hybrid matching, arXiv:2207.13080, Sec. 3.2).
+    """
 
     def __init__(
         self,
@@ -88,11 +97,7 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def match(
-        self,
-        stages: Sequence[Sequence[Candidates]],
-        classes: Sequence[torch.Tensor],
-        masks: Sequence[torch.Tensor],
-        place_costs: Sequence[torch.Tensor] | None = None,
+        self, stages: Sequence[Sequence[Candidates]], classes: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
     ) -> list[list[Match]]:
         """Match all stages of all images, with one transfer to the CPU.
 
@@ -100,28 +105,31 @@ class HungarianMatcher:
             stages: per stage, per image: what is matched. Stage 0 are the static kernels.
             classes: per image: int64 [G].
             masks: per image: [G, h, w].
-            place_costs: per image: [N, G], added to the costs of all stages, see :func:`place_cost`.
 
         Returns:
-            per stage, per image: the matches, min(N, G) many.
+            per stage, per image: the matches, min(N, repeats x G) many.
 
         Raises:
             NonFiniteError: naming term, stage and image.
         """
-        costs = [
-            [sum(self.cost_terms(*arguments).values()) for arguments in zip(images, classes, masks)]
-            for images in stages
-        ]
-        if place_costs is not None:
-            costs = [[cost + place for cost, place in zip(images, place_costs)] for images in costs]
+        costs = [[self._costs(*arguments) for arguments in zip(images, classes, masks)] for images in stages]
         flat = torch.cat([cost.flatten() for images in costs for cost in images]).cpu()
-        pairs = self._assign(flat, [tuple(cost.shape) for images in costs for cost in images])
+        pairs = self._assign(flat, [(len(cost), cost.shape[1]) for images in costs for cost in images])
         if pairs is None:
             self._raise_non_finite(stages, classes, masks)
+        counts = [len(x) for _ in stages for x in classes]
+        pairs = [np.stack([kernels, repeated % max(count, 1)]) for (kernels, repeated), count in zip(pairs, counts)]
         # Back to the device in one piece as well
         moved = send(torch.from_numpy(np.concatenate(pairs, axis=1)), costs[0][0].device)
         matches = iter(moved.split([pair.shape[1] for pair in pairs], dim=1))
         return [[tuple(next(matches)) for _ in images] for images in costs]
+
+    def _costs(self, prediction: Candidates, classes: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """Cost of each kernel for each repeated instance: [N, repeats G]."""
+        costs = sum(self.cost_terms(prediction, classes, masks).values())
+        if prediction.place_costs is not None:
+            costs = costs + prediction.place_costs
+        return costs if prediction.repeats == 1 else costs.repeat(1, prediction.repeats)
 
     @staticmethod
     def _assign(costs: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray] | None:
@@ -140,6 +148,7 @@ class HungarianMatcher:
                 for name, cost in self.cost_terms(*arguments).items():
                     if not cost.isfinite().all():
                         raise NonFiniteError(
-                            f"The {name} cost of stage {s} is not finite for image {b} of the batch: the network's "
-                            "predictions are NaN or infinite. Lower SOLVER.BASE_LR, or check that image."
+                            f"The {name} cost of {arguments[0].name or f'stage {s}'} is not finite for image {b} of "
+                            "the batch: the network's predictions are NaN or infinite. Lower SOLVER.BASE_LR, or check "
+                            "that image."
                         )

@@ -28,6 +28,7 @@ from .resize import upsampled_size
 from .static_kernels import build_auxiliary_head, build_static_kernels
 from .structures import KernelMemory, KernelState, NetworkOutput, Targets
 from .targets import build_targets
+from .training_kernels import TrainingKernels
 
 
 @META_ARCH_REGISTRY.register()
@@ -46,6 +47,7 @@ class KNet(nn.Module):
         cascade: KernelUpdateCascade,
         criterion: KNetCriterion,
         auxiliary_head: nn.Module | None,
+        training_kernels: TrainingKernels,
         postprocessor: PostProcessor,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
@@ -57,6 +59,7 @@ class KNet(nn.Module):
         Args:
             sem_seg_head: producer of the static kernels.
             auxiliary_head: a second semantic head for training only, or None.
+            training_kernels: more groups of kernels, for training only.
             postprocessor: makes the results of an image from its logits.
             pixel_mean, pixel_std: per channel, in the order of INPUT.FORMAT.
             pads_images: whether images of several sizes may share a padded batch in evaluation.
@@ -70,6 +73,7 @@ class KNet(nn.Module):
         self.criterion = criterion
         self.auxiliary_head = auxiliary_head
         self.video = video
+        self.training_kernels = training_kernels
         self.postprocessor = postprocessor
         self.bank = criterion.bank
         self.pads_images = pads_images
@@ -96,6 +100,8 @@ class KNet(nn.Module):
             "cascade": KernelUpdateCascade(cfg, bank.num_classes),
             "criterion": KNetCriterion(cfg, bank),
             "auxiliary_head": build_auxiliary_head(cfg, shape, bank),
+            # The last one with weights, so that the others' initial values do not depend on it
+            "training_kernels": TrainingKernels(cfg, bank),
             "postprocessor": postprocessor,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -152,7 +158,8 @@ class KNet(nn.Module):
         association = None
         if is_paired and output.embeddings is not None:
             association = functools.partial(self.video.losses, output.embeddings)
-        return self.criterion(output.state, output.stages, targets, auxiliary_logits, association)
+        groups = self.training_kernels(self.cascade, output.state, targets)
+        return self.criterion(output.state, output.stages, targets, auxiliary_logits, association, groups)
 
     def network(
         self, images: torch.Tensor, image_sizes: torch.Tensor | None = None, memory: KernelMemory | None = None

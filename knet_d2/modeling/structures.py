@@ -37,6 +37,7 @@ class KernelState(NamedTuple):
         semantic_logits: S_0, [B, K, H, W], or None where M_0 are the semantic logits themselves.
         center_logits: of a map of the instances' centres, [B, H, W], which learns by the term "center", or None.
         places: of the matched kernels, where they are read from the image, or None.
+        localization_feature: F_loc, [B, C, H, W], which first masks are convolved with; in training only.
     """
 
     feature: torch.Tensor
@@ -45,6 +46,7 @@ class KernelState(NamedTuple):
     semantic_logits: torch.Tensor | None = None
     center_logits: torch.Tensor | None = None
     places: Places | None = None
+    localization_feature: torch.Tensor | None = None
 
 
 class StageOutput(NamedTuple):
@@ -92,6 +94,26 @@ class KernelMemory(NamedTuple):
     def of_frame(cls, kernels: torch.Tensor) -> KernelMemory:
         """The memory of a frame with these kernels, [B, N, C]."""
         return cls(kernels, torch.ones(len(kernels), dtype=torch.bool, device=kernels.device))
+
+
+class TrainingGroup(NamedTuple):
+    """A group of n kernels that takes part in training beside the model's own, see :mod:`.training_kernels`.
+
+    Attributes:
+        name: part of its losses' names, "loss_<term>_<name>_s<stage>".
+        state, stages: as of the model's own kernels; all kernels of the group stand for things.
+        weight: factor on its losses.
+        repeats: number of kernels that each instance is matched with.
+        instances: per image int64 [m], the instances that the first m kernels have to give; the other kernels of the
+            image are padding. None: the kernels are matched.
+    """
+
+    name: str
+    state: KernelState
+    stages: list[StageOutput]
+    weight: float
+    repeats: int = 1
+    instances: list[torch.Tensor] | None = None
 
 
 class Targets(NamedTuple):

@@ -6,6 +6,9 @@ import torch.nn.functional as F
 from ..data.ground_truth import GroundTruth
 from .structures import Targets
 
+# Ground truth masks of full resolution that are in memory together as numbers
+MASKS_AT_ONCE = 16
+
 
 def build_targets(
     truth: GroundTruth, images: torch.Tensor, mask_size: tuple[int, int] | None, ignore_value: int
@@ -38,3 +41,15 @@ def build_targets(
     masks = resized(truth.masks())
     rest = truth.size, truth.seed, truth.track_ids
     return Targets(truth.classes, masks, truth.stuff_classes, stuff_masks, sem_seg, *rest)
+
+
+def covered_cells(masks: torch.Tensor, size: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Which share of each cell of a map of H x W a mask covers: [G, h, w] -> [G, H, W]."""
+    # Whole masks as numbers, a few at a time
+    parts = [F.adaptive_avg_pool2d(x.to(dtype), size) for x in masks.split(MASKS_AT_ONCE)]
+    return torch.cat(parts) if parts else masks.new_zeros(0, *size, dtype=dtype)
+
+
+def own_cells(covered: torch.Tensor) -> torch.Tensor:
+    """The cells that may be an instance's centre: [G, H, W] -> bool. Cells at its border are not, if it has others."""
+    return (covered > 0) & (covered >= 0.5 * covered.amax(dim=(1, 2), keepdim=True))

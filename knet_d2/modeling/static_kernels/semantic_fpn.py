@@ -301,4 +301,5 @@ class SemanticFPNKernelHead(nn.Module):
                 stuff_kernels = self.classifier.weight[fixed].flatten(1).expand(kernels.shape[0], -1, -1)
                 kernels = torch.cat([kernels, stuff_kernels], dim=1)
                 mask_logits = torch.cat([mask_logits, semantic_logits[:, fixed]], dim=1)
-        return KernelState(feature, kernels, mask_logits, semantic_logits, first.center_logits, first.places)
+        kept = localization_feature if self.training else None
+        return KernelState(feature, kernels, mask_logits, semantic_logits, first.center_logits, first.places, kept)
