@@ -183,7 +183,9 @@ def test_an_instance_takes_the_kernel_with_the_surest_centre_inside_of_it(num_po
     for probs, expected in (((0.3, 0.1, 0.6, 0.9, 0.9, 0.9), [1, 2]), ((0.6, 0.1, 0.3, 0.9, 0.9, 0.9), [0, 1])):
         places = output.state.places._replace(cells=cells, probs=torch.tensor([probs], dtype=torch.float64))
         targets = model.prepare_targets(model.send_ground_truth([example]), images, output.state)
-        batch = MatchedBatch(model.criterion, output.state._replace(places=places), output.stages, targets)
+        state, criterion = output.state._replace(places=places), model.criterion
+        batch = MatchedBatch(criterion, state, output.stages, criterion._compare(state, targets), criterion.bank)
+        criterion._match([batch])
         assert [images[0][0].tolist() for images in batch.matches] == [expected] * len(output.stages)
 
 

@@ -162,7 +162,7 @@ def _ours(model: torch.nn.Module, official_name: str, buffers: bool = False) -> 
 
 def _check_targets(model, case: str, arrays, calls) -> list[Result]:
     results = []
-    ((matcher, stages, classes, masks, _), matches) = calls["match"][0]
+    ((matcher, stages, classes, masks), matches) = calls["match"][0]
     names = ("rpn", "s0", "s1", "s2")
     # Stage 1 (s0) is matched on the predictions of the static kernels, so both have the same match.
     for name, stage in zip(names, (0, 0, 1, 2)):
