@@ -210,9 +210,12 @@ def test_pairs_have_the_losses_of_both_frames():
 
 
 @torch.no_grad()
-def test_key_frames_remember_their_reference_frames():
+@pytest.mark.parametrize("head", ["SemanticFPNKernelHead", "ImageKernelHead"])
+def test_key_frames_remember_their_reference_frames(head):
     """As two frames of a video: the reference frame first, then the key frame with its kernels."""
-    model = tiny_model("panoptic", ALL).eval()
+    weight = 1.0 if head == "ImageKernelHead" else 0.0
+    options = {"MODEL.SEM_SEG_HEAD.NAME": head, "MODEL.KNET.LOSS.CENTER_WEIGHT": weight}
+    model = tiny_model("panoptic", {**ALL, **options}).eval()
     images = torch.stack([example(1, i)["image"].float() / 255 for i in range(4)])
     sizes = torch.tensor([[64, 64]] * 4)
     found = network_of_pairs(model, images, sizes)
@@ -221,6 +224,10 @@ def test_key_frames_remember_their_reference_frames():
     for part, rows in ((keys, slice(0, 2)), (references, slice(2, 4))):
         torch.testing.assert_close(found.embeddings[rows], part.embeddings, rtol=0, atol=0)
         torch.testing.assert_close(found.stages[-1].mask_logits[rows], part.stages[-1].mask_logits, rtol=0, atol=0)
+    for state in (found.state, references.state):
+        assert (state.places is not None) == (head == "ImageKernelHead")
+    if found.state.places is not None:
+        assert torch.equal(found.state.places.cells[2:], references.state.places.cells)
     alone = model.network(images[:2], sizes[:2])
     assert not torch.equal(alone.embeddings, keys.embeddings)
     # Only the last stage knows of the frame before

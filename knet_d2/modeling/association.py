@@ -207,13 +207,17 @@ def network_of_pairs(model: Any, images: torch.Tensor, image_sizes: torch.Tensor
         {name: torch.cat([x, second.features[name]]) for name, x in first.features.items()},
         _join(first.state, second.state),
         [_join(*stages) for stages in zip(first.stages, second.stages)],
-        None if first.embeddings is None else torch.cat([first.embeddings, second.embeddings]),
+        _join(first.embeddings, second.embeddings),
     )
 
 
 def _join(first: Any, second: Any) -> Any:
-    """Two named tuples of batches as one batch."""
-    return type(first)(*(None if x is None else torch.cat([x, y]) for x, y in zip(first, second)))
+    """Two batches as one: tensors, None, or named tuples of these."""
+    if first is None:
+        return None
+    if isinstance(first, torch.Tensor):
+        return torch.cat([first, second])
+    return type(first)(*(_join(x, y) for x, y in zip(first, second)))
 
 
 def _previous(memory: KernelMemory | None, kernels: torch.Tensor) -> torch.Tensor:
