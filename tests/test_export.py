@@ -217,7 +217,7 @@ def test_files_say_what_a_runner_needs(exported):
 
 def test_check_tool(exported, tmp_path, capsys, monkeypatch):
     runners = exported.runners
-    monkeypatch.setattr(exports, "open_exported", lambda path, output: runners[path])
+    monkeypatch.setattr(exports, "open_exported", lambda path, *_: runners[path])
     for i in range(2):
         Image.fromarray(random_images(1, (80, 90), seed=i)[0].transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
 
