@@ -371,9 +371,8 @@ def test_the_validation_loss_is_that_of_the_evaluated_model():
 def test_a_weights_file_may_lack_them_or_have_them(tmp_path, caplog, saved, loaded):
     Checkpointer(tiny_model("instance", saved), str(tmp_path)).save("model")
     model = tiny_model("instance", loaded, seed=1)
-    with caplog.at_level(logging.WARNING):
-        Checkpointer(model).load(str(tmp_path / "model.pth"))
-    assert not caplog.records
+    Checkpointer(model).load(str(tmp_path / "model.pth"))
+    assert not [x for x in caplog.records if x.levelno >= logging.WARNING]
     assert torch.equal(
         model.cascade.stages[0].mask_branch[0].weight, tiny_model("instance").cascade.stages[0].mask_branch[0].weight
     )
