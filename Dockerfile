@@ -3,7 +3,7 @@ FROM python:3.12-slim
 WORKDIR /knet_d2
 # PyTorch without CUDA is a tenth of the size
 RUN pip install --no-cache-dir torch==2.14.1 torchvision==0.29.1 --index-url https://download.pytorch.org/whl/cpu
-COPY LICENSE NOTICE README.md setup.py ./
+COPY LICENSE NOTICE README.md setup.py knet_command.py ./
 COPY configs configs
 COPY knet_d2 knet_d2
 RUN pip install --no-cache-dir ".[opencv,safetensors,serve]" && python -m knet_d2.install_detectron2

@@ -38,7 +38,12 @@ def test_container_file():
     assert entry[:4] == ["python", "-m", "knet_d2", "serve"]
     args = serve.get_parser().parse_args([*entry[4:], *options])
     assert args.host == "0.0.0.0" and str(args.port) == words["EXPOSE"]
-    assert all((ROOT / path).exists() for line in lines if line[0] == "COPY" for path in shlex.split(line[1])[:-1])
+    copied = [path for line in lines if line[0] == "COPY" for path in shlex.split(line[1])[:-1]]
+    assert all((ROOT / path).exists() for path in copied)
+    (modules,) = re.findall(r"py_modules=\[(.*)\]", (ROOT / "setup.py").read_text())
+    needed = ["setup.py", "knet_d2", "configs", *(f"{name}.py" for name in re.findall(r"\w+", modules))]
+    unignored = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    assert set(needed) <= set(copied) and set(copied) == set(unignored)
     tested = re.findall(r"^(?:torch|torchvision)==.*", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert len(tested) == 2 and all(x in (ROOT / "Dockerfile").read_text() for x in tested)
 
