@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -249,7 +250,7 @@ class KNetCriterion(nn.Module):
         return losses
 
 
-class LossBatch:
+class LossBatch(ABC):
     """Predictions of a group of kernels beside the ground truth; what several terms share is computed when asked for.
 
     A stage is given by its number: 0 for the static kernels, 1 to S for the update stages. At stage 0, mask, dice and
@@ -288,9 +289,9 @@ class LossBatch:
             self._compared[stage] = self.comparison.read(self.mask_logits(stage))
         return self._compared[stage]
 
+    @abstractmethod
     def positives(self, stage: int) -> Positives:
         """What the kernels of a stage have to segment."""
-        raise NotImplementedError
 
     def positive_pairs(self, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and targets of the positive kernels' masks: [P, h, w] each."""

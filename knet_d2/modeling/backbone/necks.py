@@ -7,6 +7,7 @@ c = C / A channels; P points.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -60,14 +61,14 @@ class Neck(Backbone):
         return dict(zip(self._out_features, maps, strict=True))
 
 
-class NeckLayers(nn.Module):
+class NeckLayers(nn.Module, ABC):
     """A neck: L maps of a backbone, the finest first -> L maps of the same sizes and C channels."""
 
     channels: int
 
+    @abstractmethod
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """[B, ., H_l, W_l] -> [B, C, H_l, W_l]."""
-        raise NotImplementedError
 
 
 def add_neck(cfg: CfgNode, backbone: Backbone) -> Backbone:
