@@ -179,7 +179,8 @@ def _add_model_config(cfg: CN) -> None:
 def _add_backbone_config(cfg: CN) -> None:
     # Of Detectron2's MODEL.RESNETS.NORM and MODEL.FPN.NORM, two names are ours: "EvalBN" (eval mode, affine weights
     # train) and "SyncBN" (plain batch norm on one process).
-    # Whether the FPN ends with a 3x3 convolution of each level; the semantic FPN begins with another one.
+    # Whether the FPN ends with a 3x3 convolution of each level; the semantic FPN begins with another one. MODEL.NECK
+    # does without it.
     cfg.MODEL.FPN.OUTPUT_CONVS = True
     # "basic" (one 7x7 convolution) or "deeplab" (three 3x3 convolutions, ResNet-V1c).
     cfg.MODEL.RESNETS.STEM_TYPE = "basic"
