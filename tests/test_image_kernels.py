@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers import IMAGE_KERNELS, expected_losses, make_batch, make_example, tiny_model
 
-from knet_d2.modeling.criterion import MatchedBatch, center_map
 from knet_d2.modeling.losses import center_focal_loss
 from knet_d2.modeling.static_kernels.image_kernels import (
     ImageKernels,
@@ -16,6 +15,7 @@ from knet_d2.modeling.static_kernels.image_kernels import (
     quadratic_coordinates,
     squared_distances,
 )
+from knet_d2.modeling.targets import center_map
 
 DIM, KERNELS, STRIDE = 32, 5, 8
 
@@ -184,7 +184,7 @@ def test_an_instance_takes_the_kernel_with_the_surest_centre_inside_of_it(num_po
         places = output.state.places._replace(cells=cells, probs=torch.tensor([probs], dtype=torch.float64))
         targets = model.prepare_targets(model.send_ground_truth([example]), images, output.state)
         state, criterion = output.state._replace(places=places), model.criterion
-        batch = MatchedBatch(criterion, state, output.stages, criterion._compare(state, targets), criterion.bank)
+        batch = criterion._own_batch(state, output.stages, criterion._compare(state, targets))
         criterion._match([batch])
         assert [images[0][0].tolist() for images in batch.matches] == [expected] * len(output.stages)
 

@@ -8,13 +8,14 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from knet_d2.modeling import cascade, criterion, resize
+from knet_d2.modeling import cascade, criterion, loss_batches, resize
 from knet_d2.modeling.backbone import swin
 from knet_d2.modeling.losses import dice_coefficient
 from knet_d2.modeling.postprocessing import cells
 from knet_d2.modeling.resize import upsample_masks
 from knet_d2.modeling.static_kernels import semantic_fpn
 from knet_d2.modeling.structures import Match, Targets
+from knet_d2.modeling.targets import last_nonzero
 
 # (owner, attribute, replacement)
 Patch = tuple[Any, str, Any]
@@ -76,7 +77,7 @@ def _stuff_over_things(model) -> Sequence[Patch]:
         _, instances = match
         masks = torch.cat([targets.masks[instances], targets.stuff_masks])
         classes = torch.cat([targets.classes[instances], targets.stuff_classes])
-        return criterion.last_nonzero(masks, classes, background)
+        return last_nonzero(masks, classes, background)
 
     return [(criterion, "dense_labels", labels)]
 
@@ -154,13 +155,13 @@ def _mean_over_owned(model) -> Sequence[Patch]:
 
 
 def _own_matches(model) -> Sequence[Patch]:
-    original, num_matched = criterion.MatchedBatch._candidates, model.bank.num_matched
+    original, num_matched = loss_batches.MatchedBatch.candidates, model.bank.num_matched
 
     def candidates(self):
-        own = [criterion.Candidates(masks, None) for masks in self.compared_logits(1)[:, :num_matched]]
+        own = [loss_batches.Candidates(masks, None) for masks in self.compared_logits(1)[:, :num_matched]]
         return [own, *original(self)[1:]]
 
-    return [(criterion.MatchedBatch, "_candidates", candidates)]
+    return [(loss_batches.MatchedBatch, "candidates", candidates)]
 
 
 def _only_confident_compete(model) -> Sequence[Patch]:

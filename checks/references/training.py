@@ -12,7 +12,9 @@ from knet_d2.checkpoint.key_table import find_rule, translate_key
 from knet_d2.checkpoint.openmmlab import openmmlab_rules
 from knet_d2.modeling import criterion as criterion_module
 from knet_d2.modeling import meta_arch
+from knet_d2.modeling.loss_batches import MatchedBatch
 from knet_d2.modeling.matcher import HungarianMatcher
+from knet_d2.modeling.targets import UNOWNED as OWN_UNOWNED
 
 from .cases import Result, relative_difference, share_of_different
 
@@ -94,7 +96,7 @@ def check_training(
     checked = _check_running_statistics(model, case, arrays)
     with ExitStack() as stack:
         calls = {name: _record_calls(stack, criterion_module, name) for name in ("dense_labels", "rank_targets")}
-        calls["positives"] = _record_calls(stack, criterion_module.MatchedBatch, "_build_positives")
+        calls["positives"] = _record_calls(stack, MatchedBatch, "_build_positives")
         calls["match"] = _record_calls(stack, HungarianMatcher, "match")
         calls["cross_entropy"] = _record_calls(stack, criterion_module, "kernel_cross_entropy")
         calls["criterion"] = _record_calls(stack, criterion_module.KNetCriterion, "forward")
@@ -182,7 +184,7 @@ def _check_targets(model, case: str, arrays, calls) -> list[Result]:
     for name, ours in zip(names, rank_targets):
         key = f"target/{name}_rank_target"
         if key in arrays:
-            ours = ours.masked_fill(ours == criterion_module.UNOWNED, UNOWNED)
+            ours = ours.masked_fill(ours == OWN_UNOWNED, UNOWNED)
             results.append(Result(case, key, share_of_different(ours, arrays[key]), 0.0))
     for name, (_, positives) in zip(names[1:], calls["positives"][1:]):
         results += _check_kernel_targets(model, case, arrays, f"target/{name}_", positives)

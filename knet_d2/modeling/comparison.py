@@ -30,7 +30,7 @@ UNCERTAIN_SHARE = 0.75
 
 
 class MatchedStages(Protocol):
-    """What a comparison reads of a batch: see :class:`.criterion.LossBatch`."""
+    """What a comparison reads of a batch: see :class:`.loss_batches.LossBatch`."""
 
     state: KernelState
     stream: int

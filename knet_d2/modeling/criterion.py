@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,25 +15,19 @@ from ..errors import ConfigError, NonFiniteError
 from ..tasks import Assignment, KernelBank, KernelGroup, get_task
 from .comparison import AllPixels, SampledPoints
 from .layers import full_precision, no_autocast, send
+from .loss_batches import AssignedBatch, LossBatch, MatchedBatch
 from .losses import center_focal_loss, dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
-from .matcher import Candidates, HungarianMatcher, place_cost
+from .matcher import HungarianMatcher
 from .resize import upsampled_size
-from .structures import KernelState, Match, Positives, StageOutput, Targets, TrainingGroup
-from .targets import covered_cells, own_cells
+from .structures import KernelState, Match, StageOutput, Targets, TrainingGroup
+from .targets import UNOWNED, center_map, dense_labels, rank_targets
 
 # The weighted scalar of a term, and the count of this process that normalises it
 Value = tuple[torch.Tensor, int | torch.Tensor]
 # (matches, targets) of all images -> weighted means by name, each with the count of this process that normalises it
 Association = Callable[[Sequence[Match], Sequence[Targets]], dict[str, tuple[torch.Tensor, torch.Tensor]]]
-# Pixels of the rank loss's targets that no kernel owns
-UNOWNED = -1
 # The terms of groups that exist in training only; rank and dense compare kernels that share the pixels out
 GROUP_TERMS = ("class", "mask", "dice")
-# The Gaussian of an instance in the map of centres: sigma in cells per square root of the area in cells, and the least
-CENTER_SPREAD = 0.12
-CENTER_LEAST_SIGMA = 0.8
-# Keeps the centroid of an instance without a pixel finite
-CENTER_EPS = 1e-6
 
 
 class Part(NamedTuple):
@@ -159,7 +151,7 @@ class KNetCriterion(nn.Module):
         parts: dict[str, Part] = {}
         with no_autocast(state.feature):
             comparison = self._compare(state, targets)
-            batch = MatchedBatch(self, state, stages, comparison, self.bank)
+            batch = self._own_batch(state, stages, comparison)
             groups = [self._group_batch(group, comparison, i) for i, group in enumerate(training_groups, start=1)]
             self.failure = self._match([batch, *(x for x in groups if isinstance(x, MatchedBatch))])
             for stage in range(len(stages) + 1):
@@ -189,12 +181,18 @@ class KNetCriterion(nn.Module):
         masks = full_precision(state.mask_logits)
         return SampledPoints(targets, masks, upsampled_size(masks), self.num_points)
 
+    def _own_batch(
+        self, state: KernelState, stages: Sequence[StageOutput], comparison: AllPixels | SampledPoints
+    ) -> MatchedBatch:
+        return MatchedBatch(state, stages, comparison, self.class_mask, self.bank, self.kernel_of_class)
+
     def _group_batch(self, group: TrainingGroup, comparison: AllPixels | SampledPoints, stream: int) -> LossBatch:
+        things_only = self.class_mask[:1]
         if group.instances is not None:
-            return AssignedBatch(self, group.state, group.stages, comparison, group.instances, stream)
+            return AssignedBatch(group.state, group.stages, comparison, things_only, group.instances, stream)
         things = KernelGroup(group.state.mask_logits.shape[1], Assignment.HUNGARIAN, range(self.bank.num_things))
-        bank = KernelBank([things], self.bank.num_classes)
-        return MatchedBatch(self, group.state, group.stages, comparison, bank, group.repeats, group.name, stream)
+        bank, rest = KernelBank([things], self.bank.num_classes), (group.repeats, group.name, stream)
+        return MatchedBatch(group.state, group.stages, comparison, things_only, bank, self.kernel_of_class, *rest)
 
     def _match(self, batches: Sequence[MatchedBatch]) -> NonFiniteError | None:
         """Match the kernels of all groups to the instances, with one transfer to the CPU.
@@ -204,7 +202,7 @@ class KNetCriterion(nn.Module):
         """
         targets = batches[0].targets
         classes, masks = [t.classes for t in targets], [t.masks for t in targets]
-        candidates = [stage for batch in batches for stage in batch._candidates()]
+        candidates = [stage for batch in batches for stage in batch.candidates()]
         if not candidates:
             return None
         try:
@@ -248,202 +246,6 @@ class KNetCriterion(nn.Module):
                 value = value * (own / means[name])
             losses[name] = value
         return losses
-
-
-class LossBatch(ABC):
-    """Predictions of a group of kernels beside the ground truth; what several terms share is computed when asked for.
-
-    A stage is given by its number: 0 for the static kernels, 1 to S for the update stages. At stage 0, mask, dice and
-    rank losses are computed for the matched kernels only; the static stuff kernels learn from the dense term.
-
-    Attributes:
-        first_stage: the first one that has losses.
-        class_mask: which classes each kernel can take, bool [B or 1, N or 1, K].
-        stream: number of the group, which points that are drawn for it depend on.
-    """
-
-    first_stage = 0
-
-    def __init__(
-        self,
-        state: KernelState,
-        stages: Sequence[StageOutput],
-        comparison: AllPixels | SampledPoints,
-        class_mask: torch.Tensor,
-        stream: int = 0,
-    ):
-        self.state, self.stages, self.comparison = state, stages, comparison
-        self.targets = comparison.targets
-        self.class_mask, self.stream = class_mask, stream
-        self.matches: list[list[Match]] = []
-        self._compared: dict[int, torch.Tensor] = {}
-        self._positive_pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def mask_logits(self, stage: int) -> torch.Tensor:
-        """All kernels' masks of a stage at the head's resolution: [B, N, H, W]."""
-        return self.stages[stage - 1].mask_logits if stage else full_precision(self.state.mask_logits)
-
-    def compared_logits(self, stage: int) -> torch.Tensor:
-        """The masks of a stage where all kernels are compared, see :mod:`.comparison`: [B, N, h, w]."""
-        if stage not in self._compared:
-            self._compared[stage] = self.comparison.read(self.mask_logits(stage))
-        return self._compared[stage]
-
-    @abstractmethod
-    def positives(self, stage: int) -> Positives:
-        """What the kernels of a stage have to segment."""
-
-    def positive_pairs(self, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and targets of the positive kernels' masks: [P, h, w] each."""
-        if stage not in self._positive_pairs:
-            self._positive_pairs[stage] = self.comparison.positive_pairs(self, stage)
-        return self._positive_pairs[stage]
-
-
-class MatchedBatch(LossBatch):
-    """The kernels of a bank, some of which are matched to the instances.
-
-    Attributes:
-        matches: per stage, per image: the matches of all stages but the last one, which no loss needs.
-    """
-
-    def __init__(
-        self,
-        criterion: KNetCriterion,
-        state: KernelState,
-        stages: Sequence[StageOutput],
-        comparison: AllPixels | SampledPoints,
-        bank: KernelBank,
-        repeats: int = 1,
-        name: str = "",
-        stream: int = 0,
-    ):
-        """
-        Args:
-            repeats, name: see :class:`.structures.TrainingGroup`.
-        """
-        class_mask = criterion.class_mask if bank is criterion.bank else criterion.class_mask[:1]
-        super().__init__(state, stages, comparison, class_mask, stream)
-        self._bank, self._repeats, self._name = bank, repeats, name
-        self._kernel_of_class = criterion.kernel_of_class
-        self._positives: dict[int, Positives] = {}
-
-    @functools.cached_property
-    def labels(self) -> torch.Tensor:
-        """Class of every pixel: int64 [B, Hp, Wp]."""
-        return torch.stack([target.sem_seg for target in self.targets])
-
-    def compared_logits(self, stage: int) -> torch.Tensor:
-        """Of stage 0, only the masks of the matched kernels, which come first."""
-        if stage == 0 and stage not in self._compared:
-            self._compared[0] = self.comparison.read(self.mask_logits(0)[:, : self._bank.num_matched])
-        return super().compared_logits(stage)
-
-    def positives(self, stage: int) -> Positives:
-        """What the kernels of a stage have to segment.
-
-        Stages 0 and 1 learn from the match of stage 0, and stage i from that of stage i - 1, which is its input.
-        """
-        if stage not in self._positives:
-            matches, has_stuff = self.matches[max(stage - 1, 0)], bool(self._bank.fixed_class_ids)
-            self._positives[stage] = self._build_positives(matches, with_stuff=has_stuff and stage > 0)
-        return self._positives[stage]
-
-    def any_matches(self) -> list[list[Match]]:
-        """Matches without a meaning, of the form of :attr:`matches`."""
-        counts = [len(target.classes) for target in self.targets]
-        index = [torch.arange(min(self._bank.num_matched, x), device=self.state.feature.device) for x in counts]
-        return [[(x, x) for x in index] for _ in self.stages]
-
-    def _candidates(self) -> list[list[Candidates]]:
-        """Per stage, per image: what is matched to the instances. The static kernels have no classes."""
-        num_matched, num_things = self._bank.num_matched, self._bank.num_things
-        if not num_matched:
-            return []
-        # Each instance of a crowded image is given a kernel before another gets its second
-        repeats = [min(self._repeats, max(1, num_matched // max(len(t.classes), 1))) for t in self.targets]
-        place_costs = self._place_costs() or [None] * len(repeats)
-        candidates = []
-        for i in range(len(self.stages)):
-            name = f"stage {i} of the group {self._name!r}" if self._name else ""
-            classes = [None] * len(repeats)
-            if i:
-                classes = list(self.stages[i - 1].class_logits[:, :num_matched, :num_things])
-            images = zip(self.compared_logits(i)[:, :num_matched], classes, place_costs, repeats)
-            candidates.append([Candidates(*image, name) for image in images])
-        return candidates
-
-    def _place_costs(self) -> list[torch.Tensor] | None:
-        """Per image: the costs of the kernels' places, [N, G], or None for kernels without places."""
-        places = self.state.places
-        if places is None:
-            return None
-        size = self.state.mask_logits.shape[-2:]
-        own = [
-            own_cells(covered_cells(x.masks, size, places.probs.dtype)).flatten(1) for x in self.comparison.full_targets
-        ]
-        inside = [cells_of_image[:, cells].T for cells_of_image, cells in zip(own, places.cells)]
-        return [place_cost(*item) for item in zip(places.probs, inside)]
-
-    def _build_positives(self, matches: Sequence[Match], *, with_stuff: bool) -> Positives:
-        counts, images, kernels, classes, masks, index = [], [], [], [], [], []
-        for b, ((matched, instances), target) in enumerate(zip(matches, self.targets)):
-            image_kernels, image_classes = [matched], [target.classes[instances]]
-            masks.append(target.masks[instances])
-            index.append(instances)
-            if with_stuff:
-                image_kernels.append(self._kernel_of_class[target.stuff_classes])
-                image_classes.append(target.stuff_classes)
-                masks.append(target.stuff_masks)
-                number = len(target.masks)
-                index.append(torch.arange(number, number + len(target.stuff_masks), device=instances.device))
-            kernels.extend(image_kernels)
-            classes.extend(image_classes)
-            counts.append(sum(map(len, image_kernels)))
-            images.append(matched.new_full((counts[-1],), b))
-        return Positives(counts, *map(torch.cat, (images, kernels, classes, masks, index)))
-
-
-class AssignedBatch(LossBatch):
-    """Kernels that start from an instance of their own, and have to give this instance; padding may follow them."""
-
-    first_stage = 1
-
-    def __init__(
-        self,
-        criterion: KNetCriterion,
-        state: KernelState,
-        stages: Sequence[StageOutput],
-        comparison: AllPixels | SampledPoints,
-        instances: Sequence[torch.Tensor],
-        stream: int,
-    ):
-        """
-        Args:
-            instances: see :class:`.structures.TrainingGroup`.
-        """
-        counts = torch.tensor([len(x) for x in instances])
-        is_used = torch.arange(state.kernels.shape[1]) < counts[:, None]
-        class_mask = send(is_used, state.feature.device)[..., None] & criterion.class_mask[:1]
-        super().__init__(state, stages, comparison, class_mask, stream)
-        self._instances = instances
-
-    def positives(self, stage: int) -> Positives:
-        """The same for every stage."""
-        return self._assigned
-
-    @functools.cached_property
-    def _assigned(self) -> Positives:
-        counts = [len(x) for x in self._instances]
-        chosen = list(zip(self.targets, self._instances))
-        return Positives(
-            counts,
-            torch.cat([x.new_full((len(x),), b) for b, x in enumerate(self._instances)]),
-            torch.cat([torch.arange(count, device=self.state.feature.device) for count in counts]),
-            torch.cat([target.classes[index] for target, index in chosen]),
-            torch.cat([target.masks[index] for target, index in chosen]),
-            torch.cat(list(self._instances)),
-        )
 
 
 # The terms: each gives its weighted scalar for one stage, and what that is normalised by
@@ -548,71 +350,3 @@ def mean_over_processes(counts: Sequence[int | torch.Tensor], like: torch.Tensor
             means[i] = count
     distributed.all_reduce(means)
     return means / comm.get_world_size()
-
-
-def last_nonzero(masks: torch.Tensor, values: torch.Tensor, background: int) -> torch.Tensor:
-    """Value of the last mask that is above 0 at each pixel.
-
-    Args:
-        masks: [P, h, w], painted in this order, each over the ones before.
-        values: int64 [P].
-        background: value where no mask is.
-
-    Returns:
-        int64 [h, w].
-    """
-    order = torch.arange(1, len(masks) + 1, dtype=torch.int32, device=masks.device)
-    last = torch.where(masks > 0, order[:, None, None], 0)
-    last = torch.cat([last.new_zeros(1, *masks.shape[1:]), last]).amax(dim=0)
-    return torch.cat([values.new_full((1,), background), values])[last]
-
-
-def rank_targets(positives: Positives) -> torch.Tensor:
-    """The kernel that owns each pixel: int64 [B, h, w]; where several are positive the last one wins."""
-    masks, kernels = positives.target_masks.split(positives.counts), positives.kernel_index.split(positives.counts)
-    return torch.stack([last_nonzero(*item, background=UNOWNED) for item in zip(masks, kernels)])
-
-
-def dense_labels(targets: Targets, match: Match, background: int) -> torch.Tensor:
-    """Class of every pixel for the static semantic logits: int64 [h, w].
-
-    Stuff is painted first, the matched things over it in the order of their kernels; the rest is background.
-    """
-    _, instances = match
-    masks = torch.cat([targets.stuff_masks, targets.masks[instances]])
-    classes = torch.cat([targets.stuff_classes, targets.classes[instances]])
-    return last_nonzero(masks, classes, background)
-
-
-def center_map(masks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What a map of centres has to show for the instances of an image.
-
-    Each instance gives a Gaussian, 1 at that of its cells which is closest to its centroid; the map is their maximum.
-
-    Args:
-        masks: [G, h, w], instances; those without a pixel give nothing.
-        like: [..., H, W], a map of the size and type that the result has.
-
-    Returns:
-        [H, W].
-    """
-    height, width = like.shape[-2:]
-    if len(masks) == 0:
-        return like.new_zeros(height, width)
-    covered = covered_cells(masks, (height, width), like.dtype)
-    areas = covered.sum(dim=(1, 2))
-    rows, columns = (torch.arange(length, dtype=like.dtype, device=like.device) for length in (height, width))
-    weights = covered / areas.clamp(min=CENTER_EPS)[:, None, None]
-    centroids = (weights.sum(2) @ rows)[:, None], (weights.sum(1) @ columns)[:, None]
-    squares = _squared_distances(rows, columns, *centroids)
-    own = own_cells(covered)
-    places = torch.where(own, squares, torch.inf).flatten(1).argmin(dim=1)[:, None]
-    squares = _squared_distances(rows, columns, places // width, places % width)
-    sigmas = (CENTER_SPREAD * areas.sqrt()).clamp(min=CENTER_LEAST_SIGMA)
-    gaussians = torch.exp(-squares / (2 * sigmas.square())[:, None, None])
-    return (gaussians * own.any(dim=(1, 2), keepdim=True)).amax(dim=0)
-
-
-def _squared_distances(rows: torch.Tensor, columns: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Of all cells to the points (y, x), [G, 1] each: [G, H, W]."""
-    return (rows - y).square()[:, :, None] + (columns - x).square()[:, None, :]
