@@ -565,12 +565,14 @@ def test_quarter_turns_move_pixels_labels_and_polygons_alike(turns):
 
 def test_training_sees_all_quarter_turns_and_testing_none(entries):
     cfg = data_cfg("panoptic", custom=(entries["coco_panoptic"],))
-    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.QUARTER_TURNS = "none", True
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.INPUT.AUGMENTATIONS = [{"name": "Default"}, {"name": "RandomQuarterTurns"}]
     record = load_dataset(cfg.DATASETS.TRAIN[0])[0]
     mapper = build_mapper(cfg, True)
     np.random.seed(0)
     examples = [mapper(record) for _ in range(40)]
-    cfg.INPUT.QUARTER_TURNS = False
+    assert not any("Quarter" in type(x).__name__ for x in build_augmentations(cfg, False))
+    cfg.INPUT.AUGMENTATIONS = [{"name": "Default"}]
     plain = build_mapper(cfg, True)(record)
     seen = set()
     for x in examples:
@@ -579,8 +581,6 @@ def test_training_sees_all_quarter_turns_and_testing_none(entries):
         assert torch.equal(x["sem_seg"], plain["sem_seg"].rot90(same[0]))
         assert torch.equal(x["instances"].gt_masks.tensor, plain["instances"].gt_masks.tensor.rot90(same[0], (1, 2)))
     assert seen == {0, 1, 2, 3}
-    cfg.INPUT.QUARTER_TURNS = True
-    assert not any("Quarter" in type(x).__name__ for x in build_augmentations(cfg, False))
 
 
 def test_channel_order_follows_input_format(entries):

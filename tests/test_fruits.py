@@ -101,7 +101,14 @@ def records(task, monkeypatch, options=()):
 
 
 def test_panoptic_and_semantic_photos_have_fruits_and_the_rest(monkeypatch):
-    plain = ["INPUT.CROP.ENABLED", "False", "INPUT.QUARTER_TURNS", "False", "INPUT.COLOR_AUG_SSD", "False"]
+    plain = [
+        "INPUT.CROP.ENABLED",
+        "False",
+        "INPUT.AUGMENTATIONS",
+        "[{'name': 'Default'}]",
+        "INPUT.COLOR_AUG_SSD",
+        "False",
+    ]
     plain += ["INPUT.RANDOM_FLIP", "none", "INPUT.MIN_SIZE_TRAIN", "(480, 480)", "INPUT.MAX_SIZE_TRAIN", "640"]
     cfg, found = records("panoptic", monkeypatch, plain)
     assert (cfg.MODEL.KNET.NUM_THING_CLASSES, cfg.MODEL.KNET.NUM_STUFF_CLASSES, len(found)) == (3, 1, 12)

@@ -245,6 +245,30 @@ def test_keys_of_several_mappings_may_be_equal(tmp_path):
         merge_config(get_knet_cfg(), str(tmp_path / "old.yaml"))
 
 
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("QUARTER_TURNS: True", ["Default", "RandomQuarterTurns"]),
+        ("QUARTER_TURNS: False", ["Default"]),
+        (
+            "{QUARTER_TURNS: True, AUGMENTATIONS: [{name: Default}, {name: RandomFlip}]}",
+            ["Default", "RandomFlip", "RandomQuarterTurns"],
+        ),
+        (
+            "{QUARTER_TURNS: True, AUGMENTATIONS: [{name: RandomFlip}]}",
+            ["RandomFlip"],
+        ),  # Without Default it had no effect
+        ("{QUARTER_TURNS: False, AUGMENTATIONS: [{name: Default}, {name: RandomQuarterTurns}]}", ["Default"]),
+    ],
+)
+def test_the_former_key_of_quarter_turns_is_translated(tmp_path, text, expected):
+    (tmp_path / "c.yaml").write_text(f"INPUT:\n  {text}\n")
+    merge_config(cfg := get_knet_cfg(), str(tmp_path / "c.yaml"))
+    assert [entry["name"] for entry in cfg.INPUT.AUGMENTATIONS] == expected
+    with pytest.raises(ConfigError, match="INPUT.QUARTER_TURNS. Add {name: RandomQuarterTurns} to INPUT.AUGMENTATIONS"):
+        merge_config(cfg, "", ["INPUT.QUARTER_TURNS", "True"])
+
+
 # What nothing reads
 
 

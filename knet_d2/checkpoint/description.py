@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 from detectron2.config import CfgNode
 
+from ..config.merging import translate_quarter_turns
 from ..config.options import get_knet_cfg
 from ..data.classes import ClassTable, categories, class_table, from_categories, with_classes
 from ..errors import CheckpointError
@@ -179,7 +180,9 @@ def _parse_config(text: str) -> dict[str, Any]:
         level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if aliases > _MOST_ALIASES or level > _MOST_LEVELS:
             raise ValueError(f"the config has more than {_MOST_ALIASES} aliases or {_MOST_LEVELS} levels")
-    return yaml.safe_load(text)
+    config = yaml.safe_load(text)
+    translate_quarter_turns(config)
+    return config
 
 
 def _parse_classes(text: str) -> list[dict[str, Any]]:

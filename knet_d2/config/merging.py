@@ -52,12 +52,22 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> No
             loaded = cfg.load_yaml_with_base(config_file)
             if loaded.setdefault("VERSION", cfg.VERSION) != cfg.VERSION:
                 raise ValueError(f"VERSION is {loaded['VERSION']}: only configs of version {cfg.VERSION} can be read.")
+            translate_quarter_turns(loaded)
             cfg.merge_from_other_cfg(CfgNode(_with_floats(loaded, cfg)))
             _refuse_null(cfg, defaults)
     for key, value in zip(opts[0::2], opts[1::2]):
         with _clear_errors("command line", known):
             cfg.merge_from_list([key, _with_floats(value, defaults.get(key))])
             _refuse_null(cfg, defaults)
+
+
+def translate_quarter_turns(config: dict[str, Any]) -> None:
+    """Replace INPUT.QUARTER_TURNS, which files of earlier states of the package have, by its INPUT.AUGMENTATIONS."""
+    section, default, turns = config.get("INPUT", {}), {"name": "Default"}, {"name": "RandomQuarterTurns"}
+    if "QUARTER_TURNS" in section:
+        is_on, others = section.pop("QUARTER_TURNS"), section.get("AUGMENTATIONS", [default])
+        others = [entry for entry in others if entry != turns]
+        section["AUGMENTATIONS"] = [*others, turns] if is_on and default in others else others
 
 
 def _with_floats(value: Any, default: Any) -> Any:
@@ -124,6 +134,8 @@ def _place_of(error: BaseException) -> str:
 
 
 def _suggestion(key: str, known: list[str]) -> str:
+    if key == "INPUT.QUARTER_TURNS":
+        return " Add {name: RandomQuarterTurns} to INPUT.AUGMENTATIONS."
     last = key.rsplit(".", 1)[-1]
     same_name = [k for k in known if k.rsplit(".", 1)[-1] == last]
     nearest = difflib.get_close_matches(key, same_name or known, n=1, cutoff=0.0 if same_name else 0.6)

@@ -242,11 +242,8 @@ def _add_input_config(cfg: CN) -> None:
     # Lowest and highest value in the image files, which the model sees as 0 and 255; [] = the range of their type: 0 to
     # 255 (8 bits), 0 to 65535 (16 bits), 0 to 1 (floats).
     cfg.INPUT.VALUE_RANGE = []
-    # Whether training images are rotated by 0, 90, 180 or 270 degrees at random: for images without an up, as those
-    # from above or of a microscope.
-    cfg.INPUT.QUARTER_TURNS = False
     # Training augmentations in their order: {name, arguments ...}, by the names of Detectron2. "Default" stands for
-    # INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, QUARTER_TURNS, CROP, RANDOM_FLIP and COLOR_AUG_SSD.
+    # INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, CROP, RANDOM_FLIP and COLOR_AUG_SSD.
     cfg.INPUT.AUGMENTATIONS = [{"name": "Default"}]
     # Probability with which a training image gets objects of another one pasted onto it ("instance" and "panoptic").
     cfg.INPUT.COPY_PASTE = 0.0

@@ -189,7 +189,7 @@ def _try(augmentation: T.Augmentation, channels: int) -> None:
 
 
 def _default_augmentations(cfg: CfgNode) -> list:
-    """Resize (INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN), quarter turns, crop, flip and colour, in this order.
+    """Resize (INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN), crop, flip and colour, in this order.
 
     A crop is taken from the resized image, so that INPUT.CROP.SIZE is the size that the model sees.
     """
@@ -197,8 +197,6 @@ def _default_augmentations(cfg: CfgNode) -> list:
     resize = Resize(_sizes(cfg, "MIN_SIZE_TRAIN"), *_sizes(cfg, "MAX_SIZE_TRAIN"), style)
     _, *flip = detection_utils.build_augmentation(cfg, is_train=True)
     augmentations = [resize]
-    if cfg.INPUT.QUARTER_TURNS:
-        augmentations.append(RandomQuarterTurns())
     if cfg.INPUT.CROP.ENABLED:
         augmentations.append(_crop(cfg))
     augmentations += flip
