@@ -31,9 +31,9 @@ from knet_d2.data.files import find_images, read_image
 from knet_d2.data.pixels import PixelFormat
 from knet_d2.errors import ConfigError
 from knet_d2.export import INPUT_NAMES, MEMORY_INPUT_NAMES, OUTPUT_NAMES, default_image_type, memory_shape
-from knet_d2.inference.from_file import load
 from knet_d2.modeling.meta_arch import KNet
 from knet_d2.programs import run
+from knet_d2.programs.arguments import add_config_arguments, load_predictor
 
 SIZES = ((128, 128), (96, 160), (100, 140), (150, 90))
 BATCHES = (1, 2)
@@ -85,9 +85,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--number", type=int, default=20, help="number of images at each size")
     parser.add_argument("--sizes", nargs="+", metavar="HxW", default=[f"{h}x{w}" for h, w in SIZES])
     parser.add_argument("--image-type", choices=("uint8", "float32"), help="the same as in the export")
-    parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
     parser.add_argument("--confidence-threshold", type=float, default=0.3, help="the same as in the export")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    add_config_arguments(parser)
     return parser
 
 
@@ -379,13 +378,7 @@ def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 
 
 def main(args: argparse.Namespace) -> int:
-    predictor = load(
-        args.weights,
-        confidence_threshold=args.confidence_threshold,
-        device="cpu",
-        config_file=args.config_file,
-        opts=args.opts,
-    )
+    predictor = load_predictor(args.weights, args, device="cpu")
     model, pixel_format = predictor.model, predictor.pixel_format
     image_type = args.image_type or default_image_type(predictor.cfg)
     exact = copy.deepcopy(model).double()

@@ -30,6 +30,7 @@ from pycocotools.coco import COCO
 import knet_d2
 from knet_d2.data.custom import register_custom_datasets
 from knet_d2.data.records import load_dataset
+from knet_d2.programs.arguments import add_opts
 from knet_d2.video.evaluators import VideoInstanceEvaluator, VideoPanopticEvaluator
 
 # The window's longer side as a share of the photo's, at both ends of a video
@@ -173,7 +174,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="largest number of photos")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", help="a model that follows the things")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    add_opts(parser)
     args = parser.parse_args()
     write_videos(args.json, args.images, args.output, args.num_frames, args.longest, args.seed, args.limit)
     if args.weights:

@@ -31,6 +31,7 @@ import knet_d2
 from knet_d2.data import build_test_loader
 from knet_d2.modeling.meta_arch import KNet
 from knet_d2.modeling.postprocessing import ImageLogits, PostProcessor
+from knet_d2.programs.arguments import add_opts
 from knet_d2.video.evaluators import VideoInstanceEvaluator, VideoPanopticEvaluator
 from knet_d2.video.model import TrackingKNet
 from knet_d2.video.tracker import NO_TRACK
@@ -256,7 +257,7 @@ def main() -> int:
     parser.add_argument("--dataset", default=DATASET, help="a registered panoptic set of moving shapes")
     parser.add_argument("--trackers", nargs="+", choices=TRACKERS, default=["kernels", "iou"])
     parser.add_argument("--min-iou", type=float, nargs="+", default=[0.1, 0.3], help="of the IoU tracker")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    add_opts(parser)
     args = parser.parse_args()
     predictor = knet_d2.load(args.weights, device="cpu", opts=args.opts)
     cfg, model = predictor.cfg, predictor.model

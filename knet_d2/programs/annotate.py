@@ -8,8 +8,8 @@ DATASETS.CUSTOM; see docs/DATASETS.md.
 
 import argparse
 
-from ..inference import load
 from ..results.annotations import WRITERS, write_annotations
+from .arguments import add_config_arguments, load_predictor
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -20,14 +20,12 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the files")
     parser.add_argument("--confidence-threshold", type=float, default=0.3, help="lowest score of a segment")
     parser.add_argument("--tolerance", type=float, default=1.0, help="distance of polygons to masks, in pixels")
-    parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    add_config_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    options = {"config_file": args.config_file, "opts": args.opts}
-    predictor = load(args.model, confidence_threshold=args.confidence_threshold, **options)
+    predictor = load_predictor(args.model, args)
     images = predictor.images(args.inputs)
     number = write_annotations(args.format, images, args.output, predictor.classes, args.tolerance)
     print(f"Wrote annotations of {number} images to {args.output}; order.csv lists the most doubtful ones first.")

@@ -33,11 +33,11 @@ from ..data.pixels import PixelFormat
 from ..errors import ConfigError, DataError, KNetError
 from ..results.comparison import ground_truth, spread
 from ..results.pictures import picture_sheet
+from .arguments import add_config_arguments
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="path to config file")
     parser.add_argument("--output", metavar="FOLDER", help="folder for the pictures and report.json")
     parser.add_argument(
         "--draw", action="store_true", help="with --output: draw the good images even if others have errors"
@@ -50,7 +50,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--number", type=int, default=12, help="number of images to draw for each data set")
     parser.add_argument("--columns", type=int, default=4, help="number of images side by side")
     parser.add_argument("--most", type=int, default=10, help="largest number of faults of one kind to print")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    add_config_arguments(parser, required=True)
     return parser
 
 

@@ -9,15 +9,15 @@ from ..engine import Predictor, load_config
 from ..errors import ConfigError
 from ..results.comparison import draw_validation_pictures
 from ..results.pictures import picture_sheet
+from .arguments import add_config_arguments
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="path to config file")
     parser.add_argument("--output", default="comparison.png", metavar="FILE", help="the picture to write")
     parser.add_argument("--number", type=int, default=8, help="number of images")
     parser.add_argument("--columns", type=int, default=2, help="number of images side by side")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    add_config_arguments(parser, required=True)
     return parser
 
 

@@ -17,6 +17,7 @@ from ..checkpoint.zoo import build_on_meta, fitting_entries, fitting_hint
 from ..engine import load_config
 from ..errors import CheckpointError
 from ..model_zoo import get_config_file, names
+from .arguments import add_opts
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -36,7 +37,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="name in the model zoo, or a config file; default: the config in the checkpoint, or the config of the "
         "model zoo that fits it",
     )
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    add_opts(parser)
     return parser
 
 

@@ -16,6 +16,7 @@ from ..inference.sinks import JsonFile, JsonLines, PictureFiles, Sink, Stop, Tra
 from ..inference.sources import Frame, ImageFiles, Video
 from ..results.prediction import Prediction
 from ..video.reading import read_ahead
+from .arguments import add_opts
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -41,7 +42,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images predicted at once")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads that read and resize images")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    add_opts(parser)
     return parser
 
 

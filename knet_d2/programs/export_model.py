@@ -17,10 +17,10 @@ from ..errors import ConfigError
 from ..export import default_image_type, export_metadata, halve, save_onnx, save_pt2, trace
 from ..export.quantization import quantize, share_of_operations
 from ..inference import ImagePredictor
-from ..inference.from_file import load
 from ..inference.onnx_engine import OnnxPredictor
 from ..inference.sources import ImageFiles
 from ..modeling.meta_arch import KNet
+from .arguments import add_config_arguments, load_predictor
 
 logger = logging.getLogger("knet_d2")
 
@@ -31,7 +31,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", help="the trained model, a .pth or .safetensors file")
     parser.add_argument("outputs", nargs="+", metavar="output", help="files to write, ending in .onnx or .pt2")
-    parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
     parser.add_argument("--confidence-threshold", type=float, default=0.3, help="lowest score; fixed in the file")
     parser.add_argument("--fp16", action="store_true", help="compute backbone and static kernels in float16")
     parser.add_argument(
@@ -59,7 +58,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="fixed height and width of the padded images, in multiples of 32; needed by attention in windows (Swin)",
     )
     parser.add_argument("--device", default="cpu", help="device on which the .pt2 file will run: cpu, cuda, ...")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    add_config_arguments(parser)
     return parser
 
 
@@ -101,13 +100,7 @@ def main(args: argparse.Namespace) -> None:
             raise ConfigError(f"{path}: the name of an exported model must end in .onnx or .pt2.")
         if args.int8 and (args.fp16 or not path.endswith(".onnx")):
             raise ConfigError(f"--int8: {path}: use it for .onnx files and without --fp16.")
-    predictor = load(
-        args.weights,
-        confidence_threshold=args.confidence_threshold,
-        device=args.device,
-        config_file=args.config_file,
-        opts=args.opts,
-    )
+    predictor = load_predictor(args.weights, args)
     model = halve(predictor.model) if args.fp16 else predictor.model
     image_type = args.image_type or default_image_type(predictor.cfg)
     metadata = export_metadata(predictor.cfg, predictor.classes, model, image_type, args.size)

@@ -18,9 +18,9 @@ import tqdm
 from ..data.files import ARRAY_TYPE, IMAGE_TYPES, files_below
 from ..errors import ConfigError, DataError
 from ..inference.bulk import BulkJob, Progress, Share, read_list, share_of
-from ..inference.from_file import ENGINES, load
 from ..inference.ray_bulk import run_on_ray
 from ..inference.shard_files import FORMATS
+from .arguments import add_predictor_arguments, load_predictor
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -38,11 +38,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ray", type=int, metavar="N", help="N processes of Ray, on RAY_ADDRESS or this machine")
     parser.add_argument("--format", choices=tuple(FORMATS), default="jsonl", help="of the files of results")
-    parser.add_argument("--confidence-threshold", type=float, help="lowest score of an instance or thing (default 0.3)")
-    parser.add_argument("--engine", choices=ENGINES, help="what computes the model; see docs/DEPLOYMENT.md")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: one GPU for each process of a machine")
-    parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    add_predictor_arguments(parser, default_device="one GPU for each process of a machine")
     return parser
 
 
@@ -90,14 +86,7 @@ def open_job(args: argparse.Namespace) -> BulkJob:
     Raises:
         ConfigError, DataError: see :class:`BulkJob`, :func:`load` and :func:`find_inputs`.
     """
-    predictor = load(
-        args.weights,
-        confidence_threshold=args.confidence_threshold,
-        device=choose_device(args.device),
-        config_file=args.config_file,
-        opts=args.opts,
-        engine=args.engine,
-    )
+    predictor = load_predictor(args.weights, args, device=choose_device(args.device))
     return BulkJob(
         args.output,
         predictor,

@@ -15,10 +15,10 @@ from PIL import Image
 from ..data.classes import categories
 from ..errors import ConfigError, DataError
 from ..inference import ImagePredictor
-from ..inference.from_file import ENGINES, load
 from ..results.outputs import OUTPUTS
 from ..results.prediction import MASK_FORMATS
 from ..setup.dependencies import VERSION
+from .arguments import add_predictor_arguments, load_predictor
 
 # Requests that wait for the model; more are refused
 MAX_WAITING = 32
@@ -37,11 +37,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any that is free")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="images that are predicted at once")
     parser.add_argument("--max-megabytes", type=float, default=32, help="larger files are refused")
-    parser.add_argument("--confidence-threshold", type=float, help="lowest score of an instance or thing (default 0.3)")
-    parser.add_argument("--engine", choices=ENGINES, help="what computes the model; see docs/DEPLOYMENT.md")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
-    parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    add_predictor_arguments(parser, default_device="a GPU if there is one")
     return parser
 
 
@@ -156,14 +152,7 @@ def main(args: argparse.Namespace) -> None:
         raise ConfigError(f"{_MISSING} ({error}).") from error
     if args.threads < 1:
         raise ConfigError(f"--threads {args.threads}: use at least 1.")
-    predictor = load(
-        args.weights,
-        confidence_threshold=args.confidence_threshold,
-        device=args.device,
-        config_file=args.config_file,
-        opts=args.opts,
-        engine=args.engine,
-    )
+    predictor = load_predictor(args.weights, args)
     service = build_service(predictor, args.threads, args.max_megabytes)
     first, second = warm_up(predictor)
     print(f"640 x 480 pixels: first image {first:.2f} s, second {second:.2f} s, {torch.get_num_threads()} threads")

@@ -23,6 +23,7 @@ from ..checkpoint.zoo import zoo_entry
 from ..engine import Trainer, load_config
 from ..errors import CheckpointError, KNetError
 from ..model_zoo import get_checkpoint_url, get_config_file, names
+from .arguments import add_opts
 
 # Metric in the zoo's table -> (task, key) in Detectron2's results
 METRICS = {"PQ": ("panoptic_seg", "PQ"), "AP": ("segm", "AP"), "mIoU": ("sem_seg", "mIoU")}
@@ -50,7 +51,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-gpus", type=int, default=1, help="number of GPUs")
     parser.add_argument("--output", default="output/verify_zoo", metavar="FOLDER", help="folder for the predictions")
     parser.add_argument("--tolerance", type=float, default=0.1, help="largest allowed difference in percentage points")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    add_opts(parser)
     return parser
 
 

@@ -14,6 +14,7 @@ from ..data import build_mapper
 from ..data.files import find_images, read_picture
 from ..inference.from_file import load
 from ..inference.insight import average_masks, draw_average_masks, draw_stages, stage_masks
+from .arguments import add_config_arguments
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -25,8 +26,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image", metavar="FILE", help="image for the stages; default: first one of --images")
     parser.add_argument("--kernels", type=int, default=6, help="number of kernels in the picture of the stages")
     parser.add_argument("--confidence-threshold", type=float, default=0.3, help="lowest score of an object")
-    parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    add_config_arguments(parser)
     return parser
 
 

@@ -26,6 +26,7 @@ from ..inference import ImagePredictor, Prediction, Trace, load
 from ..inference.sinks import VideoFile
 from ..inference.sources import Video
 from ..results.outputs import OUTPUTS
+from .arguments import add_config_arguments
 
 DOWNLOADS = ("picture (PNG)", "masks (COCO JSON)")
 COLUMNS = ("class", "score", "pixels", "x", "y", "width", "height")
@@ -48,14 +49,13 @@ logger = logging.getLogger("knet_d2.demo")
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Show a page on which K-Net segments images.")
     parser.add_argument("--weights", nargs="+", required=True, metavar="FILE", help="weights of one or more models")
-    parser.add_argument("--config-file", metavar="FILE", help="config for weights that contain none")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on")
     parser.add_argument(
         "--examples", nargs="+", default=[], metavar="PATH", help="images, folders or patterns: examples to click"
     )
     parser.add_argument("--max-megapixels", type=float, default=2, help="larger images are shrunk to this size")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+    add_config_arguments(parser)
     return parser
 
 

@@ -1,0 +1,35 @@
+"""Command line arguments that several programs share."""
+
+import argparse
+from typing import Any
+
+from ..inference.from_file import ENGINES, load
+from ..inference.image_predictor import ImagePredictor
+
+_PREDICTOR_OPTIONS = ("confidence_threshold", "device", "config_file", "opts", "engine")
+
+
+def add_opts(parser: argparse.ArgumentParser) -> None:
+    """Add --opts, which takes the rest of the command line."""
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add --config-file, which only weights without a config need unless it is required, and --opts."""
+    description = "path to config file" if required else "config for weights that contain none"
+    parser.add_argument("--config-file", required=required, metavar="FILE", help=description)
+    add_opts(parser)
+
+
+def add_predictor_arguments(parser: argparse.ArgumentParser, *, default_device: str) -> None:
+    """Add the arguments that :func:`load_predictor` reads; what the default device is appears in the help."""
+    parser.add_argument("--confidence-threshold", type=float, help="lowest score of an instance or thing (default 0.3)")
+    parser.add_argument("--engine", choices=ENGINES, help="what computes the model; see docs/DEPLOYMENT.md")
+    parser.add_argument("--device", help=f"cpu, cuda, cuda:1, ...; default: {default_device}")
+    add_config_arguments(parser)
+
+
+def load_predictor(weights: str, args: argparse.Namespace, **options: Any) -> ImagePredictor:
+    """The predictor of a weights file, see :func:`load`: its options are those that ``args`` has, and ``options``."""
+    found = {name: getattr(args, name) for name in _PREDICTOR_OPTIONS if hasattr(args, name)}
+    return load(weights, **{**found, **options})
