@@ -41,8 +41,8 @@ from knet_d2.checkpoint import Checkpointer
 from knet_d2.config.merging import load_config
 from knet_d2.data import build_loss_loader
 from knet_d2.modeling.cascade import select_stage
+from knet_d2.modeling.postprocessing.resize import ImageGeometry, mask_probabilities
 from knet_d2.modeling.postprocessing.scores import thing_scores
-from knet_d2.modeling.resize import ImageGeometry, mask_probabilities
 from knet_d2.programs import run
 
 from .engines import mask_ap

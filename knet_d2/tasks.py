@@ -8,6 +8,7 @@ Shapes: N kernels, K classes (things first, then stuff).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import NamedTuple
@@ -59,22 +60,22 @@ class KernelBank:
         self.groups = tuple(groups)
         self.num_classes = num_classes
 
-    @property
+    @functools.cached_property
     def num_kernels(self) -> int:
         """N."""
         return sum(group.count for group in self.groups)
 
-    @property
+    @functools.cached_property
     def num_matched(self) -> int:
         """Number of kernels that are matched to instances; they come first."""
         return sum(group.count for group in self.groups if group.assignment is Assignment.HUNGARIAN)
 
-    @property
+    @functools.cached_property
     def num_things(self) -> int:
         """Number of thing classes; their ids come first."""
         return sum(len(group.class_ids) for group in self.groups if group.assignment is Assignment.HUNGARIAN)
 
-    @property
+    @functools.cached_property
     def fixed_class_ids(self) -> list[int]:
         """Class of each of the fixed kernels, which follow the matched ones."""
         return [c for group in self.groups if group.assignment is Assignment.IDENTITY for c in group.class_ids]
@@ -101,6 +102,7 @@ class Task(NamedTuple):
         annotation_files: what a data set must have for that, in words.
         losses: terms of the loss, keys of :data:`knet_d2.modeling.criterion.TERMS`, in the order in which they are
             summed.
+        rank_weight: weight of the cross entropy over kernels where MODEL.KNET.LOSS.RANK_WEIGHT leaves it to the task.
         soft_gather: whether group features are assembled by a softmax over the kernels instead of hard masks.
         has_class_branch: whether a stage classifies its kernels; without, each kernel is its class.
         pads_images: whether images of several sizes may share a padded batch in evaluation.
@@ -115,6 +117,7 @@ class Task(NamedTuple):
     annotations: tuple[str, ...]
     annotation_files: str
     losses: tuple[str, ...]
+    rank_weight: float
     soft_gather: bool
     has_class_branch: bool
     pads_images: bool
@@ -169,6 +172,7 @@ _TASKS = (
         annotations=("instances",),
         annotation_files="annotations with instance masks",
         losses=("class", "mask", "dice", "rank", "dense", "center"),
+        rank_weight=0.0,
         soft_gather=False,
         has_class_branch=True,
         pads_images=True,
@@ -183,6 +187,7 @@ _TASKS = (
         annotations=("instances", "sem_seg"),
         annotation_files="a panoptic PNG with segments, or instance masks and a label map",
         losses=("class", "mask", "dice", "rank", "dense", "center"),
+        rank_weight=0.1,
         soft_gather=False,
         has_class_branch=True,
         pads_images=True,
@@ -197,6 +202,7 @@ _TASKS = (
         annotations=("sem_seg",),
         annotation_files="a label map or a panoptic PNG",
         losses=("label_map",),
+        rank_weight=1.0,
         soft_gather=True,
         has_class_branch=False,
         pads_images=False,

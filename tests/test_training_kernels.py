@@ -16,9 +16,9 @@ from knet_d2.engine import Trainer, load_config
 from knet_d2.engine.validation import mean_loss
 from knet_d2.errors import ConfigError, NonFiniteError
 from knet_d2.export import ExportableKNet
+from knet_d2.modeling.layers import upsample_masks
 from knet_d2.modeling.losses import dice_loss, focal_loss, mask_loss
 from knet_d2.modeling.matcher import HungarianMatcher
-from knet_d2.modeling.resize import upsample_masks
 from knet_d2.modeling.structures import KernelState
 from knet_d2.modeling.training_kernels import noised_masks
 

@@ -8,11 +8,11 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from knet_d2.modeling import cascade, criterion, loss_batches, resize
+from knet_d2.modeling import cascade, criterion, loss_batches
 from knet_d2.modeling.backbone import swin
+from knet_d2.modeling.layers import upsample_masks
 from knet_d2.modeling.losses import dice_coefficient
-from knet_d2.modeling.postprocessing import cells
-from knet_d2.modeling.resize import upsample_masks
+from knet_d2.modeling.postprocessing import cells, resize
 from knet_d2.modeling.static_kernels import semantic_fpn
 from knet_d2.modeling.structures import Match, Targets
 from knet_d2.modeling.targets import last_nonzero

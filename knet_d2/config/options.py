@@ -75,9 +75,9 @@ def _add_model_config(cfg: CN) -> None:
     knet.LOSS.MASK_WEIGHT = 1.0
     # Weight of the dice loss on the positive kernels' masks.
     knet.LOSS.DICE_WEIGHT = 4.0
-    # Weight of the cross entropy over kernels. Panoptic models use it as rank loss (0.1), semantic models as main loss
-    # (1); the instance configs set it to 0.
-    knet.LOSS.RANK_WEIGHT = 0.1
+    # Weight of the cross entropy over kernels, the rank loss of panoptic models and the main loss of semantic ones;
+    # -1 = that of the task ("panoptic": 0.1, "semantic": 1, "instance": 0).
+    knet.LOSS.RANK_WEIGHT = -1.0
     # Weight of the per-pixel class loss on the static semantic logits.
     knet.LOSS.DENSE_WEIGHT = 1.0
     # Weight of the focal loss on the map of centres, which MODEL.SEM_SEG_HEAD.NAME "ImageKernelHead" has; 0 = none.

@@ -89,6 +89,7 @@ class TrainStep(TrainerBase):
         super().__init__()
         model.train()
         self.model = model
+        self._plain_model = getattr(model, "module", model)
         self.optimizer = optimizer
         self.data_loader: Iterable[list[dict[str, Any]]] = ()
         self._data_iterator: Iterator | None = None
@@ -180,7 +181,7 @@ class TrainStep(TrainerBase):
             losses = self.model(data)
         except NonFiniteError as error:  # of one process alone
             raise NonFiniteError(f"{error} {self._where(_file_names(data))}") from error
-        self._failure = self._failure or getattr(getattr(self.model, "module", self.model), "failure", None)
+        self._failure = self._failure or getattr(self._plain_model, "failure", None)
         return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
 
     def _share(self, metrics: dict[str, torch.Tensor], data_time: float) -> list[dict[str, float]]:
@@ -215,9 +216,9 @@ class TrainStep(TrainerBase):
         missing = max(comm.all_gather(missing), key=len)
         if missing:
             names = ", ".join(name.removeprefix("module.") for name in missing[:3])
+            advice = getattr(self._plain_model, "gradient_advice", "Add a loss that depends on them")
             raise ConfigError(
-                f"No loss depends on {len(missing)} trainable parameters ({names}, ...). Set one of "
-                "MODEL.KNET.LOSS.MASK_WEIGHT, DICE_WEIGHT and RANK_WEIGHT above 0, or freeze these parameters."
+                f"No loss depends on {len(missing)} trainable parameters ({names}, ...). {advice}, or freeze them."
             )
         self._gradients_are_complete = True
 

@@ -124,7 +124,7 @@ def _without_training_parts(model: KNet) -> KNet:
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     exported = copy.deepcopy(model, shared)
     exported.auxiliary_head = None
-    exported.training_kernels.groups.clear()
+    exported.training_kernels = None
     return exported
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .resize import upsample_masks
+from .layers import upsample_masks
 from .structures import KernelState, Match, Positives, Targets
 from .targets import MASKS_AT_ONCE
 

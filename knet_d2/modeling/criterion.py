@@ -14,11 +14,10 @@ from torch import distributed, nn
 from ..errors import ConfigError, NonFiniteError
 from ..tasks import Assignment, KernelBank, KernelGroup, get_task
 from .comparison import AllPixels, SampledPoints
-from .layers import full_precision, no_autocast, send
+from .layers import full_precision, no_autocast, send, upsampled_size
 from .loss_batches import AssignedBatch, LossBatch, MatchedBatch
 from .losses import center_focal_loss, dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
 from .matcher import HungarianMatcher
-from .resize import upsampled_size
 from .structures import KernelState, Match, StageOutput, Targets, TrainingGroup
 from .targets import UNOWNED, center_map, dense_labels, rank_targets
 
@@ -97,7 +96,8 @@ class KNetCriterion(nn.Module):
     @classmethod
     def from_config(cls, cfg, bank: KernelBank) -> dict[str, Any]:
         loss, matcher = cfg.MODEL.KNET.LOSS, cfg.MODEL.KNET.MATCHER
-        ignore_value = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+        task, ignore_value = get_task(cfg), cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+        weights = {**loss, "RANK_WEIGHT": task.rank_weight} if loss.RANK_WEIGHT < 0 else loss
         if bank.fixed_class_ids and 0 <= ignore_value < bank.num_classes:
             raise ConfigError(
                 f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE = {ignore_value} is one of the {bank.num_classes} classes' labels."
@@ -116,7 +116,7 @@ class KNetCriterion(nn.Module):
                 focal_alpha=loss.FOCAL_ALPHA,
                 focal_gamma=loss.FOCAL_GAMMA,
             ),
-            "weights": {name: loss[TERMS[name].weight_key] for name in get_task(cfg).losses},
+            "weights": {name: weights[TERMS[name].weight_key] for name in task.losses},
             "focal_alpha": loss.FOCAL_ALPHA,
             "focal_gamma": loss.FOCAL_GAMMA,
             "ignore_value": ignore_value,

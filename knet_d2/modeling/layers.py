@@ -1,4 +1,4 @@
-"""Layers and tensor helpers that all parts of the network share: precision, batch norm, fast convolutions."""
+"""Layers and tensor helpers that all parts of the network share: precision, masks, batch norm, fast convolutions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm, get_norm
 from detectron2.utils import comm
 from torch import distributed, nn
 
@@ -17,6 +17,8 @@ from ..setup.compat import tensor_version
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+# The masks of losses and results have twice the resolution of the head (stride 4 for a head at stride 8)
+MASK_SCALE = 2
 
 # ---- precision: sums over thousands of pixels overflow float16, and round too much in bfloat16 -----------------
 
@@ -42,6 +44,23 @@ def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.to(device, non_blocking=True)
 
 
+def conv_norm_relu(
+    in_channels: int, out_channels: int, kernel_size: int, norm: str, *, stride: int = 1, dilation: int = 1
+) -> Conv2d:
+    """A convolution of odd kernel size with normalisation and ReLU; with stride 1 it keeps the size of the map."""
+    return Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=dilation * (kernel_size // 2),
+        dilation=dilation,
+        bias=not norm,
+        norm=get_norm(resolve_norm(norm), out_channels),
+        activation=F.relu,
+    )
+
+
 def mask_convolution(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """A 1x1 convolution whose result are mask logits: [B, C, H, W] -> [B, N, H, W].
 
@@ -55,6 +74,16 @@ def mask_convolution(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     if conv.bias is not None:
         masks = masks + conv.bias[:, None]
     return masks.unflatten(2, x.shape[-2:])
+
+
+def upsample_masks(mask_logits: torch.Tensor) -> torch.Tensor:
+    """Mask logits at the resolution of losses and results: [B, N, H, W] -> [B, N, 2H, 2W], bilinear."""
+    return F.interpolate(mask_logits, scale_factor=MASK_SCALE, mode="bilinear", align_corners=False)
+
+
+def upsampled_size(mask_logits: torch.Tensor) -> tuple[int, int]:
+    """Height and width of :func:`upsample_masks`'s result."""
+    return MASK_SCALE * mask_logits.shape[-2], MASK_SCALE * mask_logits.shape[-1]
 
 
 # ---- batch norm ------------------------------------------------------------------------------------------------

@@ -12,8 +12,10 @@ from .layers import send
 from .losses import dice_coefficient
 from .structures import Match
 
-# Of a kernel that is read at a place. The other costs of an instance differ by less than about 10 from kernel to kernel
-CENTER_COST, OUTSIDE_COST = 20.0, 100.0
+# By how much focal_cost differs between probabilities of 0.001 and 0.8, with the default alpha and gamma
+FOCAL_RANGE = 2.5
+# Of a kernel that is read at a place, as multiples of the range of the other costs, so that it prevails over them
+CENTER_COST, OUTSIDE_COST = 2.0, 10.0
 
 
 class Candidates(NamedTuple):
@@ -22,7 +24,7 @@ class Candidates(NamedTuple):
     Attributes:
         mask_logits: [N, h, w], at the targets' resolution.
         class_logits: [N, T] for the T thing classes, or None where classes don't enter the cost.
-        place_costs: [N, G], added to the other costs, see :func:`place_cost`; or None.
+        place_costs: [N, G], see :func:`place_cost`; or None.
         repeats: number of kernels that each instance is given.
         name: of the stage, for errors; "": its number.
     """
@@ -57,6 +59,8 @@ def mask_costs(probs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Te
 def place_cost(probs: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     """Costs by which an instance takes the kernel with the surest centre inside of it, whatever the kernels predict.
 
+    They are multiples of the range of the other costs, :attr:`HungarianMatcher.cost_range`.
+
     Args:
         probs: [N], probabilities that the kernels' places are centres.
         inside: bool [N, G], which place is in which instance.
@@ -71,6 +75,9 @@ class HungarianMatcher:
     """Minimise the sum of class, mask and dice costs over one-to-one assignments.
 
     To give each instance several kernels, it is repeated (hybrid matching, arXiv:2207.13080, Sec. 3.2).
+
+    Attributes:
+        cost_range: by how much the costs of an instance differ from kernel to kernel, at most about.
     """
 
     def __init__(
@@ -83,6 +90,7 @@ class HungarianMatcher:
         focal_gamma: float,
     ):
         self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight}
+        self.cost_range = FOCAL_RANGE * class_weight + mask_weight + dice_weight
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
 
@@ -128,7 +136,7 @@ class HungarianMatcher:
         """Cost of each kernel for each repeated instance: [N, repeats G]."""
         costs = sum(self.cost_terms(prediction, classes, masks).values())
         if prediction.place_costs is not None:
-            costs = costs + prediction.place_costs
+            costs = costs + self.cost_range * prediction.place_costs
         return costs if prediction.repeats == 1 else costs.repeat(1, prediction.repeats)
 
     @staticmethod

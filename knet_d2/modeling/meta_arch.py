@@ -22,13 +22,12 @@ from .backbone import add_neck
 from .cascade import KernelUpdateCascade, select_stage
 from .compilation import CompiledNetwork
 from .criterion import KNetCriterion
-from .layers import channels_last, use_folded_convolutions
+from .layers import channels_last, upsampled_size, use_folded_convolutions
 from .postprocessing import ImageGeometry, ImageLogits, PostProcessor
-from .resize import upsampled_size
 from .static_kernels import build_auxiliary_head, build_static_kernels
 from .structures import KernelMemory, KernelState, NetworkOutput, Targets
 from .targets import build_targets
-from .training_kernels import TrainingKernels
+from .training_kernels import TrainingKernels, build_training_kernels
 
 
 @META_ARCH_REGISTRY.register()
@@ -37,6 +36,8 @@ class KNet(nn.Module):
 
     pixel_mean: torch.Tensor
     pixel_std: torch.Tensor
+    # What the training step advises where no loss depends on some parameters
+    gradient_advice = "Set one of MODEL.KNET.LOSS.MASK_WEIGHT, DICE_WEIGHT and RANK_WEIGHT above 0"
 
     @configurable
     def __init__(
@@ -47,7 +48,7 @@ class KNet(nn.Module):
         cascade: KernelUpdateCascade,
         criterion: KNetCriterion,
         auxiliary_head: nn.Module | None,
-        training_kernels: TrainingKernels,
+        training_kernels: TrainingKernels | None,
         postprocessor: PostProcessor,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
@@ -59,7 +60,7 @@ class KNet(nn.Module):
         Args:
             sem_seg_head: producer of the static kernels.
             auxiliary_head: a second semantic head for training only, or None.
-            training_kernels: more groups of kernels, for training only.
+            training_kernels: more groups of kernels, for training only, or None.
             postprocessor: makes the results of an image from its logits.
             pixel_mean, pixel_std: per channel, in the order of INPUT.FORMAT.
             pads_images: whether images of several sizes may share a padded batch in evaluation.
@@ -101,7 +102,7 @@ class KNet(nn.Module):
             "criterion": KNetCriterion(cfg, bank),
             "auxiliary_head": build_auxiliary_head(cfg, shape, bank),
             # The last one with weights, so that the others' initial values do not depend on it
-            "training_kernels": TrainingKernels(cfg, bank),
+            "training_kernels": build_training_kernels(cfg, bank),
             "postprocessor": postprocessor,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -158,7 +159,7 @@ class KNet(nn.Module):
         association = None
         if is_paired and output.embeddings is not None:
             association = functools.partial(self.video.losses, output.embeddings)
-        groups = self.training_kernels(self.cascade, output.state, targets)
+        groups = () if self.training_kernels is None else self.training_kernels(self.cascade, output.state, targets)
         return self.criterion(output.state, output.stages, targets, auxiliary_logits, association, groups)
 
     def network(

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import configurable
 from torch import nn
 
 from ..errors import ConfigError
@@ -143,33 +142,15 @@ class OneToManyKernels(nn.Module):
 
 
 class TrainingKernels(nn.Module):
-    """The groups that a config asks for; none by default."""
+    """The groups that a config asks for."""
 
-    @configurable
-    def __init__(self, *, groups: dict[str, nn.Module]):
+    def __init__(self, groups: dict[str, nn.Module]):
         """
         Args:
             groups: by the name in the parameters' names; (cascade, state, targets) -> TrainingGroup.
         """
         super().__init__()
         self.groups = nn.ModuleDict(groups)
-
-    @classmethod
-    def from_config(cls, cfg, bank: KernelBank) -> dict[str, Any]:
-        dim, denoising, one_to_many = (
-            cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM,
-            cfg.MODEL.KNET.DENOISING,
-            cfg.MODEL.KNET.ONE_TO_MANY,
-        )
-        _check("DENOISING", denoising, bank)
-        _check("ONE_TO_MANY", one_to_many, bank)
-        groups: dict[str, nn.Module] = {}
-        if denoising.NUM_KERNELS:
-            groups["denoising"] = DenoisingKernels(dim, denoising.NUM_KERNELS, denoising.NOISE, denoising.WEIGHT)
-        if one_to_many.NUM_KERNELS:
-            arguments = one_to_many.NUM_KERNELS, one_to_many.REPEATS, one_to_many.WEIGHT
-            groups["one_to_many"] = OneToManyKernels(dim, *arguments)
-        return {"groups": groups}
 
     def forward(
         self, cascade: KernelUpdateCascade, state: KernelState, targets: Sequence[Targets]
@@ -187,6 +168,24 @@ class TrainingKernels(nn.Module):
             return []
         with no_autocast(state.feature):
             return [group(cascade, state, targets) for group in self.groups.values()]
+
+
+def build_training_kernels(cfg: Any, bank: KernelBank) -> TrainingKernels | None:
+    """The groups that a config asks for; None if there are none, as by default.
+
+    Raises:
+        ConfigError: the options make no sense.
+    """
+    dim, denoising, one_to_many = cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM, cfg.MODEL.KNET.DENOISING, cfg.MODEL.KNET.ONE_TO_MANY
+    _check("DENOISING", denoising, bank)
+    _check("ONE_TO_MANY", one_to_many, bank)
+    groups: dict[str, nn.Module] = {}
+    if denoising.NUM_KERNELS:
+        groups["denoising"] = DenoisingKernels(dim, denoising.NUM_KERNELS, denoising.NOISE, denoising.WEIGHT)
+    if one_to_many.NUM_KERNELS:
+        arguments = one_to_many.NUM_KERNELS, one_to_many.REPEATS, one_to_many.WEIGHT
+        groups["one_to_many"] = OneToManyKernels(dim, *arguments)
+    return TrainingKernels(groups) if groups else None
 
 
 def _check(name: str, options, bank: KernelBank) -> None:

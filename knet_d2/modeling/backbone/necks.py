@@ -19,8 +19,8 @@ from detectron2.modeling.backbone import FPN, Backbone
 from torch import nn
 
 from ...errors import ConfigError
-from ..layers import full_precision, no_autocast, resolve_norm
-from ..static_kernels.semantic_fpn import conv_norm_relu, sine_position_encoding
+from ..layers import conv_norm_relu, full_precision, no_autocast, resolve_norm
+from ..static_kernels.semantic_fpn import sine_position_encoding
 
 # The FPN, or what else the builder of the backbone makes
 DEFAULT_NECK = "FPN"
@@ -208,7 +208,7 @@ class DeformableEncoder(NeckLayers):
             for _ in range(options.NUM_LAYERS)
         )
         num_fine = len(in_channels) - self.num_encoded
-        self.outputs = nn.ModuleList(conv_norm_relu(channels, channels, options.NORM) for _ in range(num_fine))
+        self.outputs = nn.ModuleList(conv_norm_relu(channels, channels, 3, options.NORM) for _ in range(num_fine))
         for conv in self.outputs:
             nn.init.kaiming_uniform_(conv.weight, a=1)
 

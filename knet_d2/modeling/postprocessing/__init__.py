@@ -5,8 +5,8 @@ What the rules need of every pixel comes from :mod:`.cells` on a CPU and from :m
 exported graphs; both have the same functions.
 """
 
-from ..resize import ImageGeometry, mask_probabilities
 from .processor import ImageLogits, PostProcessor, ResultOptions
+from .resize import ImageGeometry, mask_probabilities
 from .rules import MASK_THRESHOLD
 
 __all__ = [

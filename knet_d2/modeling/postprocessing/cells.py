@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..resize import ImageGeometry, upsampled_probabilities
+from .resize import ImageGeometry, upsampled_probabilities
 from .rules import MASK_THRESHOLD
 
 # Cells are as large as CELL_STEP probabilities, but not larger than CELL_PIXELS a side. Smaller cells skip more pixels

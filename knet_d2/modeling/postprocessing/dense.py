@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..resize import ImageGeometry, mask_probabilities
+from .resize import ImageGeometry, mask_probabilities
 from .rules import MASK_THRESHOLD
 
 # Masks of full resolution, of an image, that are in memory together as numbers. A constant, so that a tracer can unroll

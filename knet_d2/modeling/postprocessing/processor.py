@@ -12,8 +12,8 @@ from torch import nn
 from ...errors import ConfigError
 from ...tasks import KernelBank, get_task
 from ..layers import no_autocast
-from ..resize import ImageGeometry, resize
 from . import cells, dense
+from .resize import ImageGeometry, resize
 from .rules import PixelFunctions, best_pairs, masks_to_boxes, panoptic, semantic_scores
 from .scores import SUPPRESSED, thing_scores
 

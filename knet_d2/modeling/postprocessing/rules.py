@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from ..resize import ImageGeometry, resize, upsampled_probabilities
+from .resize import ImageGeometry, resize, upsampled_probabilities
 
 MASK_THRESHOLD = 0.5
 # Bounds the memory of semantic_scores beside its result

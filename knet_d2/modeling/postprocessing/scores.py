@@ -7,7 +7,7 @@ Shapes: "..." stands for nothing (one image) or B; M matched kernels, T thing cl
 
 import torch
 
-from ..resize import ImageGeometry
+from .resize import ImageGeometry
 
 # Each round decides on all kernels whose rivals were decided on in the round before. So this bounds the length of a
 # chain of masks that each overlap the next better one; a chain of more than three is hardly possible above IoU 0.5

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
 from ...errors import ConfigError
 from ...tasks import KernelBank
-from ..layers import resolve_norm
+from ..layers import conv_norm_relu
 from ..structures import KernelState
 
 # Bins per side of pyramid pooling (PSPNet)
@@ -20,18 +20,9 @@ POOLING_SCALES = (1, 2, 3, 6)
 ASPP_DILATIONS = (1, 12, 24, 36)
 
 
-def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int, norm: str, *, dilation: int = 1) -> Conv2d:
-    """A convolution that keeps the size, with normalisation and ReLU."""
-    conv = Conv2d(
-        in_channels,
-        out_channels,
-        kernel_size=kernel_size,
-        padding=dilation * (kernel_size // 2),
-        dilation=dilation,
-        bias=not norm,
-        norm=get_norm(resolve_norm(norm), out_channels),
-        activation=F.relu,
-    )
+def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str, *, dilation: int = 1) -> Conv2d:
+    """A convolution with normalisation and ReLU, initialised as those of the official decode heads."""
+    conv = conv_norm_relu(in_channels, out_channels, kernel_size, norm, dilation=dilation)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
@@ -82,7 +73,7 @@ class PyramidPooling(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, norm: str, scales: Sequence[int]):
         super().__init__()
         self.scales = tuple(scales)
-        self.convs = nn.ModuleList(conv_norm_relu(in_channels, out_channels, 1, norm) for _ in scales)
+        self.convs = nn.ModuleList(_conv(in_channels, out_channels, 1, norm) for _ in scales)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """[B, C, H, W] -> a [B, C', H, W] for every scale."""
@@ -145,10 +136,8 @@ class FCNKernelHead(DecodeKernelHead):
 
     def build_layers(self, in_channels: Sequence[int], conv_dim: int, norm: str) -> None:
         channels = in_channels[-1]
-        self.convs = nn.Sequential(
-            conv_norm_relu(channels, conv_dim, 3, norm), conv_norm_relu(conv_dim, conv_dim, 3, norm)
-        )
-        self.fuse = conv_norm_relu(channels + conv_dim, conv_dim, 3, norm)
+        self.convs = nn.Sequential(_conv(channels, conv_dim, 3, norm), _conv(conv_dim, conv_dim, 3, norm))
+        self.fuse = _conv(channels + conv_dim, conv_dim, 3, norm)
 
     def decode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         x = features[-1]
@@ -162,7 +151,7 @@ class PSPKernelHead(DecodeKernelHead):
     def build_layers(self, in_channels: Sequence[int], conv_dim: int, norm: str) -> None:
         channels = in_channels[-1]
         self.pooling = PyramidPooling(channels, conv_dim, norm, POOLING_SCALES)
-        self.fuse = conv_norm_relu(channels + len(POOLING_SCALES) * conv_dim, conv_dim, 3, norm)
+        self.fuse = _conv(channels + len(POOLING_SCALES) * conv_dim, conv_dim, 3, norm)
 
     def decode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         x = features[-1]
@@ -177,10 +166,9 @@ class ASPPKernelHead(DecodeKernelHead):
         channels = in_channels[-1]
         self.image_pooling = PyramidPooling(channels, conv_dim, norm, (1,))
         self.branches = nn.ModuleList(
-            conv_norm_relu(channels, conv_dim, 1 if dilation == 1 else 3, norm, dilation=dilation)
-            for dilation in ASPP_DILATIONS
+            _conv(channels, conv_dim, 1 if dilation == 1 else 3, norm, dilation=dilation) for dilation in ASPP_DILATIONS
         )
-        self.fuse = conv_norm_relu((1 + len(ASPP_DILATIONS)) * conv_dim, conv_dim, 3, norm)
+        self.fuse = _conv((1 + len(ASPP_DILATIONS)) * conv_dim, conv_dim, 3, norm)
 
     def decode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         x = features[-1]
@@ -195,10 +183,10 @@ class UPerKernelHead(DecodeKernelHead):
     def build_layers(self, in_channels: Sequence[int], conv_dim: int, norm: str) -> None:
         *lower, last = in_channels
         self.pooling = PyramidPooling(last, conv_dim, norm, POOLING_SCALES)
-        self.pooling_fuse = conv_norm_relu(last + len(POOLING_SCALES) * conv_dim, conv_dim, 3, norm)
-        self.lateral_convs = nn.ModuleList(conv_norm_relu(channels, conv_dim, 1, norm) for channels in lower)
-        self.output_convs = nn.ModuleList(conv_norm_relu(conv_dim, conv_dim, 3, norm) for _ in lower)
-        self.fuse = conv_norm_relu(len(in_channels) * conv_dim, conv_dim, 3, norm)
+        self.pooling_fuse = _conv(last + len(POOLING_SCALES) * conv_dim, conv_dim, 3, norm)
+        self.lateral_convs = nn.ModuleList(_conv(channels, conv_dim, 1, norm) for channels in lower)
+        self.output_convs = nn.ModuleList(_conv(conv_dim, conv_dim, 3, norm) for _ in lower)
+        self.fuse = _conv(len(in_channels) * conv_dim, conv_dim, 3, norm)
 
     def decode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         *lower, last = features
@@ -216,7 +204,7 @@ class AuxiliaryHead(nn.Module):
     def __init__(self, in_feature: str, in_channels: int, conv_dim: int, num_classes: int, norm: str, dropout: float):
         super().__init__()
         self.in_feature = in_feature
-        self.conv = conv_norm_relu(in_channels, conv_dim, 3, norm)
+        self.conv = _conv(in_channels, conv_dim, 3, norm)
         self.classifier = Classifier(conv_dim, num_classes, dropout)
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:

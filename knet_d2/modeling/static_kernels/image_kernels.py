@@ -14,9 +14,9 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
 from ...tasks import KernelBank
-from ..layers import full_precision, no_autocast, send
+from ..layers import conv_norm_relu, full_precision, no_autocast, send
 from ..structures import Places
-from .semantic_fpn import FirstMasks, SemanticFPNKernelHead, conv_norm_relu, coordinate_channels
+from .semantic_fpn import FirstMasks, SemanticFPNKernelHead, coordinate_channels
 
 # Probability of a centre in every cell at initialisation, as in CenterNet
 CENTER_PRIOR = 0.1
@@ -91,7 +91,7 @@ class ImageKernels(nn.Module):
         self.stride = stride
         self.window = 2 * max(1, PEAK_DISTANCE // stride) + 1
         self.coordinates = nn.Conv2d(5, dim, 1)
-        self.center_conv = conv_norm_relu(dim, dim, norm)
+        self.center_conv = conv_norm_relu(dim, dim, 3, norm)
         self.center_predictor = nn.Conv2d(dim, 1, 1)
         self.kernel_branch = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, dim))
         # Per kernel: how steeply its first mask falls with the distance to its place, and an offset

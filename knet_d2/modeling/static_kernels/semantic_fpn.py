@@ -5,16 +5,15 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
 from ...errors import ConfigError
 from ...tasks import KernelBank
 from ..cascade import PRIOR_PROBABILITY, gather_group_features
-from ..layers import full_precision, mask_convolution, no_autocast, resolve_norm
+from ..layers import conv_norm_relu, full_precision, mask_convolution, no_autocast
 from ..structures import KernelState, Places
 
 POSITION_ENCODINGS = ("sine", "coordinates", "none")
@@ -68,19 +67,6 @@ def _coordinates(length: int, x: torch.Tensor) -> torch.Tensor:
     return 2 * index / index.amax(dim=0).clamp(min=1) - 1
 
 
-def conv_norm_relu(in_channels: int, out_channels: int, norm: str, *, kernel_size: int = 3, stride: int = 1) -> Conv2d:
-    return Conv2d(
-        in_channels,
-        out_channels,
-        kernel_size=kernel_size,
-        stride=stride,
-        padding=kernel_size // 2,
-        bias=not norm,
-        norm=get_norm(resolve_norm(norm), out_channels),
-        activation=F.relu,
-    )
-
-
 class SemanticFPN(nn.Module):
     """Bring all FPN levels to one stride by convolutions and bilinear up-sampling, and sum them."""
 
@@ -116,13 +102,13 @@ class SemanticFPN(nn.Module):
     @staticmethod
     def _build_level(channels: int, stride: int, conv_dim: int, common_stride: int, norm: str) -> nn.Sequential:
         if stride <= common_stride:
-            return nn.Sequential(conv_norm_relu(channels, conv_dim, norm, stride=common_stride // stride))
+            return nn.Sequential(conv_norm_relu(channels, conv_dim, 3, norm, stride=common_stride // stride))
         layers: list[nn.Module] = []
         for _ in range(int(math.log2(stride // common_stride))):
-            layers.append(conv_norm_relu(channels, conv_dim, norm))
+            layers.append(conv_norm_relu(channels, conv_dim, 3, norm))
             layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
             channels = conv_dim
-        layers.append(conv_norm_relu(channels, conv_dim, norm))
+        layers.append(conv_norm_relu(channels, conv_dim, 3, norm))
         return nn.Sequential(*layers)
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -245,7 +231,7 @@ class SemanticFPNKernelHead(nn.Module):
 
     @staticmethod
     def _branch(conv_dim: int, norm: str) -> nn.Sequential:
-        return nn.Sequential(*(conv_norm_relu(conv_dim, conv_dim, norm, kernel_size=1) for _ in range(2)))
+        return nn.Sequential(*(conv_norm_relu(conv_dim, conv_dim, 1, norm) for _ in range(2)))
 
     def _init_weights(self) -> None:
         for module in self.modules():

@@ -1,12 +1,11 @@
-"""Resizes masks from the head's resolution to that of the losses, and to that of the result."""
+"""Resizes masks from the head's resolution to that of the result."""
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-# The masks of losses and results have twice the resolution of the head (stride 4 for a head at stride 8)
-SCALE = 2
+from ..layers import upsample_masks
 
 
 class ImageGeometry(NamedTuple):
@@ -15,16 +14,6 @@ class ImageGeometry(NamedTuple):
     padded: tuple[int, int]  # of the batch, the network's input
     image: tuple[int, int]  # of the image in it, at the top left
     output: tuple[int, int]  # of the result
-
-
-def upsample_masks(mask_logits: torch.Tensor) -> torch.Tensor:
-    """[B, N, H, W] -> [B, N, 2H, 2W], bilinear."""
-    return F.interpolate(mask_logits, scale_factor=SCALE, mode="bilinear", align_corners=False)
-
-
-def upsampled_size(mask_logits: torch.Tensor) -> tuple[int, int]:
-    """Height and width of :func:`upsample_masks`'s result."""
-    return SCALE * mask_logits.shape[-2], SCALE * mask_logits.shape[-1]
 
 
 def upsampled_probabilities(mask_logits: torch.Tensor) -> torch.Tensor:
