@@ -235,6 +235,26 @@ def test_tiles_are_resized_as_images_are(tmp_path):
     assert set(model.sizes) == {(96, 96)}
 
 
+class AlsoInstances(Colours):
+    def _predict(self, image):
+        return {**super()._predict(image), **Colours("instances")._predict(image)}
+
+
+def test_a_tile_is_computed_once_for_all_outputs(tmp_path):
+    cfg = data_cfg("panoptic", custom=(entries(tmp_path)["panoptic"],))
+    cfg.DATASETS.TEST, cfg.INPUT.MIN_SIZE_TEST, cfg.TEST.TILES.SIZE = cfg.DATASETS.TRAIN, 0, 64
+    (sample,) = next(iter(build_test_loader(cfg, cfg.DATASETS.TEST[0])))
+    model = AlsoInstances("panoptic_seg").eval()
+    (both,) = TiledKNet(cfg, model)([sample])
+    assert list(both) == ["panoptic_seg", "instances"] and len(model.sizes) == 2 * 4
+    for output, found in both.items():
+        (alone,) = TiledKNet(cfg, Colours(output).eval())([sample])
+        if output == "instances":
+            assert found.rles == alone[output].rles and len(found) == len(BARS)
+        else:
+            assert torch.equal(found[0], alone[output][0]) and found[1] == alone[output][1]
+
+
 def test_options_that_make_no_sense(tmp_path, monkeypatch):
     cfg = data_cfg("instance", custom=(entries(tmp_path)["instance"],))
     cfg.TEST.TILES.SIZE, cfg.TEST.TILES.OVERLAP = 64, 64

@@ -183,11 +183,11 @@ class KNetDatasetMapper:
             png, index = read_panoptic_segments(record, size)
         if "sem_seg" in needed:
             labels = self._read_label_map(record, size) if index is None else self._segment_labels(record, index)
-        # Labels are uint8, as PIL resizes no other; its nearest neighbour is the one that agrees with the image.
+        # PIL also resizes the image, so its nearest neighbour agrees with it; it resizes labels of uint8 only
         aug_input = T.AugInput(image, sem_seg=labels)
         transforms = self.augmentations(aug_input)
         image, labels = aug_input.image, aug_input.sem_seg
-        # What a rotation or a padding adds is filled with 0, which is a class, or with 255, which is true in a mask
+        # Transforms fill the pixels that they add with 0 or 255: a class in a label map, an object in a mask
         added = transforms.apply_segmentation(np.ones(size, np.uint8)) != 1
         example: dict[str, Any] = {}
         if "instances" in needed:
@@ -228,7 +228,7 @@ class KNetDatasetMapper:
             masks = np.stack(found) if found else np.zeros((0, *size), bool)
             return make_instances(_without(masks, added), classes, size, tracks)
         segments = record["segments_info"]
-        # Not the index of the PNG as read: an image can have more segments than the 8 bits hold that PIL resizes.
+        # The three bytes of the PNG are augmented, not its index: PIL resizes 8 bits, but there may be more segments
         index = segment_index(transforms.apply_segmentation(png), [x["id"] for x in segments])
         classes = self._segment_classes(record)
         things = [i for i, x in enumerate(segments) if classes[i] < len(self.thing_classes) and not x.get("iscrowd", 0)]

@@ -64,11 +64,11 @@ class ImagePredictor:
             classes: of the model; those without names get the names of the weights file.
             engine: computes the results; None: PyTorch.
         """
-        self._predictor: Engine = Predictor(cfg) if engine is None else engine
+        self._engine: Engine = Predictor(cfg) if engine is None else engine
         self.cfg = cfg
-        self.pixel_format = self._predictor.pixel_format
-        self.classes = classes.named_like(self._predictor.classes)
-        self.outputs = self._predictor.outputs
+        self.pixel_format = self._engine.pixel_format
+        self.classes = classes.named_like(self._engine.classes)
+        self.outputs = self._engine.outputs
 
     @property
     def model(self) -> KNet:
@@ -77,12 +77,12 @@ class ImagePredictor:
         Raises:
             ConfigError: the engine is not PyTorch.
         """
-        if self._predictor.network is None:
+        if self._engine.network is None:
             raise ConfigError(
-                f"engine = {self._predictor.name!r}: traces, videos and whatever else needs PyTorch's model can't be "
+                f"engine = {self._engine.name!r}: traces, videos and whatever else needs PyTorch's model can't be "
                 "done with an exported one. Load the weights file with engine='pytorch'."
             )
-        return self._predictor.network
+        return self._engine.network
 
     def __call__(
         self,
@@ -119,7 +119,8 @@ class ImagePredictor:
         self, image: Any, order: str | None, tile_size: int | None, tile_overlap: int | None
     ) -> Prediction:
         pixels = self._pixels(image, order)
-        return self._tiled(pixels, tile_size, tile_overlap)._replace(picture=self._picture(pixels))
+        found = self._main_prediction(pixels) if tile_size is None else self._tiled(pixels, tile_size, tile_overlap)
+        return found._replace(picture=self._picture(pixels))
 
     def _picture(self, pixels: np.ndarray) -> np.ndarray:
         return picture_of(pixels[:, :, ::-1] if self.pixel_format.name == "BGR" else pixels)
@@ -173,7 +174,7 @@ class ImagePredictor:
             ConfigError: pad_to is given for a semantic model, or an image is larger after resizing.
         """
         pixels = [self._pixels(image, order) for image in images]
-        results = self._predictor.predict([self._predictor.sample(x, pad_to) for x in pixels])
+        results = self._engine.predict([self._engine.sample(x, pad_to) for x in pixels])
         found = zip(results, pixels, strict=True)
         return [main_prediction(x, self.classes)._replace(picture=self._picture(image)) for x, image in found]
 
@@ -235,11 +236,11 @@ class ImagePredictor:
         self, frames: Iterable[Frame], batch_size: int, workers: int, pad_to: tuple[int, int] | None
     ) -> Iterator[tuple[Frame, dict[str, Prediction]]]:
         def prepared(frame: Frame) -> tuple[Frame, dict[str, Any]]:
-            return frame, self._predictor.sample(self._arranged(frame.image), pad_to)
+            return frame, self._engine.sample(self._arranged(frame.image), pad_to)
 
         readable = (frame for frame in frames if frame.image is not None)
         for batch in batched(map_ahead(prepared, readable, workers), batch_size):
-            results = self._predictor.predict([sample for _, sample in batch])
+            results = self._engine.predict([sample for _, sample in batch])
             for (frame, _), result in zip(batch, results, strict=True):
                 yield frame, predictions_of(result, self.classes)
 
@@ -283,14 +284,12 @@ class ImagePredictor:
 
         @torch.no_grad()
         def follow(image: np.ndarray) -> dict[str, Prediction]:
-            sample = {**self._predictor.sample(image), "video_id": 0}
+            sample = {**self._engine.sample(image), "video_id": 0}
             return predictions_of(model([sample])[0], self.classes)
 
         return follow
 
-    def _tiled(self, pixels: np.ndarray, tile_size: int | None = None, tile_overlap: int | None = None) -> Prediction:
-        if tile_size is None:
-            return self._main_prediction(pixels)
+    def _tiled(self, pixels: np.ndarray, tile_size: int, tile_overlap: int | None) -> Prediction:
         overlap = tile_size // 4 if tile_overlap is None else tile_overlap
         return predict_tiles(self._main_prediction, pixels, tile_size, overlap)
 
@@ -298,12 +297,12 @@ class ImagePredictor:
         return main_prediction(self._results(pixels), self.classes)
 
     def _results(self, pixels: np.ndarray) -> dict[str, Any]:
-        return self._predictor.predict([self._predictor.sample(pixels)])[0]
+        return self._engine.predict([self._engine.sample(pixels)])[0]
 
     def _trace(self, pixels: np.ndarray) -> Trace:
         if self.cfg.TEST.AUG.ENABLED:
             raise ConfigError("TEST.AUG.ENABLED = True: there is no trace of several views; set it to False.")
-        return Trace(self.model, self._predictor.sample(pixels), self.classes, self.outputs)
+        return Trace(self.model, self._engine.sample(pixels), self.classes, self.outputs)
 
     def _arranged(self, image: np.ndarray) -> np.ndarray:
         return self.pixel_format.arrange(image, "The image")

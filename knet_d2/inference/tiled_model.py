@@ -14,9 +14,8 @@ from ..data.pixels import whole_as_bytes
 from ..errors import ConfigError
 from ..results.outputs import predictions_of, result_of
 from ..results.prediction import Prediction
-from ..tasks import get_task
 from .detectron2_predictor import resized_sample
-from .tiles import predict_tiles
+from .tiles import predict_outputs
 
 
 class TiledKNet(nn.Module):
@@ -43,7 +42,6 @@ class TiledKNet(nn.Module):
             raise ConfigError(f"TEST.TILES.OVERLAP = {tiles.OVERLAP}: use 1 to {tiles.SIZE - 1} (TEST.TILES.SIZE).")
         self._resize = Resize([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         self._classes = class_table(cfg)
-        self._outputs = get_task(cfg).checked_outputs(cfg.MODEL.KNET.TEST.OUTPUTS)
         self.train(model.training)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -52,13 +50,9 @@ class TiledKNet(nn.Module):
             batched_inputs: as for the model; the image in its original size.
         """
         images = (whole_as_bytes(x["image"].permute(1, 2, 0).cpu().numpy()) for x in batched_inputs)
-        return [
-            {output: result_of(output, self._predict(image, output)) for output in self._outputs} for image in images
-        ]
+        found = (predict_outputs(self._predict, image, self._size, self._overlap) for image in images)
+        return [{output: result_of(output, x) for output, x in predictions.items()} for predictions in found]
 
-    def _predict(self, image: np.ndarray, output: str) -> Prediction:
-        def predict(tile: np.ndarray) -> Prediction:
-            (results,) = self.model([resized_sample(tile, self._resize)])
-            return predictions_of(results, self._classes)[output]
-
-        return predict_tiles(predict, image, self._size, self._overlap)
+    def _predict(self, tile: np.ndarray) -> dict[str, Prediction]:
+        (results,) = self.model([resized_sample(tile, self._resize)])
+        return predictions_of(results, self._classes)

@@ -4,7 +4,7 @@ The result of a pixel comes from the tile in which the pixel is farthest from th
 are joined if their masks agree in the strip where the tiles overlap.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -38,6 +38,12 @@ def tile_spans(length: int, tile_size: int, overlap: int) -> list[Span]:
     return [Span(s, s + tile_size, a, b) for s, a, b in zip(starts, [0, *borders], [*borders, length])]
 
 
+def tiles_of(size: Sequence[int], tile_size: int, overlap: int) -> list[tuple[Span, Span]]:
+    """The tiles of an image of a size (height, width), as (rows, columns)."""
+    rows, columns = (tile_spans(length, tile_size, overlap) for length in size)
+    return [(y, x) for y in rows for x in columns]
+
+
 class _Part(NamedTuple):
     """A segment of one tile: ``seen`` is its whole mask, ``own`` the part in the pixels that the tile gives."""
 
@@ -52,21 +58,30 @@ def predict_tiles(
 
     Args:
         predict: function from an image to its prediction.
-        image: [H, W, 3].
+        image: [H, W, C].
         tile_size, overlap: in pixels.
     """
+    return predict_outputs(lambda tile: {"": predict(tile)}, image, tile_size, overlap)[""]
+
+
+def predict_outputs(
+    predict: Callable[[np.ndarray], Mapping[str, Prediction]], image: np.ndarray, tile_size: int, overlap: int
+) -> dict[str, Prediction]:
+    """:func:`predict_tiles` for a function that gives predictions by output, and is called once for each tile."""
     if not 0 < overlap < tile_size:
         raise ConfigError(f"tile_overlap = {overlap}: use 1 to {tile_size - 1} pixels (tile_size = {tile_size}).")
-    rows, columns = (tile_spans(length, tile_size, overlap) for length in image.shape[:2])
-    if len(rows) == len(columns) == 1:
-        return predict(image)
-    tiles = [(y, x) for y in rows for x in columns]
-    parts: list[list[_Part]] = []
+    size = image.shape[:2]
+    tiles = tiles_of(size, tile_size, overlap)
+    if len(tiles) == 1:
+        return dict(predict(image))
+    parts: dict[str, list[list[_Part]]] = {}
     for y, x in tiles:
-        prediction = predict(image[y.start : y.stop, x.start : x.stop])
-        parts.append([_place(segment, y, x, image.shape[:2]) for segment in prediction.segments])
-    segments = _join(tiles, parts, prediction.classes.num_things)
-    return Prediction(image.shape[:2], segments, prediction.classes).named()
+        predictions = predict(image[y.start : y.stop, x.start : x.stop])
+        for output, prediction in predictions.items():
+            parts.setdefault(output, []).append([_place(segment, y, x, size) for segment in prediction.segments])
+    classes = prediction.classes
+    joined = {output: _join(tiles, found, classes.num_things) for output, found in parts.items()}
+    return {output: Prediction(size, segments, classes).named() for output, segments in joined.items()}
 
 
 def _place(segment: Segment, y: Span, x: Span, size: tuple[int, int]) -> _Part:

@@ -23,7 +23,7 @@ from ..data.files import ARRAY_TYPE, read_stored
 from ..data.pixels import PixelFormat
 from ..data.segmentation import SegmentationError, decode_counts, read_segmentation
 from ..errors import ConfigError, DataError
-from ..inference.tiles import Span, clip, tile_spans
+from ..inference.tiles import Span, clip, tiles_of
 from ..results.segment import Segment
 
 
@@ -85,12 +85,6 @@ def segment_of(segmentation: Any, size: tuple[int, int]) -> Segment | None:
     runs = np.diff(borders, prepend=0)
     mask = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(columns, height).T
     return Segment.from_mask(mask, 0, corner=(0, left), size=size)
-
-
-def tiles_of(size: tuple[int, ...], tile_size: int, overlap: int) -> list[tuple[Span, Span]]:
-    """The tiles of an image of a size (height, width), as (rows, columns)."""
-    rows, columns = (tile_spans(length, tile_size, overlap) for length in size)
-    return [(y, x) for y in rows for x in columns]
 
 
 def save_image(pixels: np.ndarray, path: str) -> str:

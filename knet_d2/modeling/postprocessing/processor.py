@@ -126,7 +126,7 @@ class PostProcessor(nn.Module):
         return result, logits.embeddings[rows[:count]]
 
     def _result(self, output: str, logits: ImageLogits, options: ResultOptions) -> tuple[Any, torch.Tensor]:
-        """Return a result in Detectron2's form, and the last of the tensors from which it is made."""
+        """Return a result in Detectron2's form, and which kernel each of its rows is from (except for "sem_seg")."""
         class_logits, mask_logits, geometry = logits[:3]
         with no_autocast(mask_logits):
             found = self.tensors(output, class_logits, mask_logits, geometry, options, pixel_functions(mask_logits))
