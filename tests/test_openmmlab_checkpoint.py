@@ -215,7 +215,7 @@ def test_pretrained_backbones(tmp_path, kind):
     new = [name for name in report.missing if name.startswith(prefix) and "fpn" not in name]
     assert len(new) == (8 if kind == "swin" else 0) and all("out_norms" in name for name in new)
     assert any(name.startswith("cascade.") for name in report.missing)
-    assert "pretrained backbone to start a training from" in refusal(target, path)
+    assert "pretrained backbone to start a training run from" in refusal(target, path)
 
 
 def test_backbone_of_another_depth_or_stem_is_refused(tmp_path):

@@ -211,7 +211,7 @@ def find_misfits(report: LoadReport, layout: Layout, partial: bool) -> list[str]
                 and not re.match(r"backbone\.fpn_", name)
             ]
         elif missing:
-            return ["it is a pretrained backbone to start a training from, and the rest of the model is not in it"]
+            return ["it is a pretrained backbone to start a training run from, and the rest of the model is not in it"]
     elif layout.scope == "unknown":  # the checkpointer raises an error if nothing is loaded
         unexpected = []
         if partial:

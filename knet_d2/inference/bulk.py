@@ -1,8 +1,8 @@
-"""Prediction of many images in shards: processes share them, a broken image is one row, and a killed job goes on.
+"""Prediction of many images in shards: processes share them, a broken image is one row, and a killed job continues.
 
 The images of a job are an ordered list, cut into shards of equal length. A shard has one file (:mod:`.shard_files`)
-with a row for each image. It appears at once when the shard is complete: until then, the shard does not exist and is
-predicted again. Whatever else a row names (panoptic PNGs) is named by the number of the image, and is written before.
+with a row for each image, which appears when the shard is complete; a shard without a file is predicted again. The
+other files that a row names (panoptic PNGs) have the number of the image as their name, and are written before it.
 """
 
 import hashlib
@@ -125,10 +125,10 @@ class BulkJob:
         return Progress(predicted=len(rows), broken=sum("error" in row for row in rows))
 
     def _rows(self, first: int, paths: list[str]) -> list[dict[str, Any]]:
-        """The rows of images, in order; where one stops the network, all are predicted alone.
+        """The rows of images, in order; if an image makes the network fail, each is predicted alone.
 
         Raises:
-            Exception: no image of several could be predicted, so that the reason is not in them.
+            Exception: none of several images could be predicted, so the reason is not an image.
         """
         try:
             return list(self._predicted(first, paths, self._batch_size))

@@ -13,9 +13,9 @@ import numpy as np
 from ..errors import ConfigError
 from .bulk import BulkJob, Progress
 
-# Tries of one block of shards, of which its actor's death costs one or two; an image may be what kills it
+# Tries of a block of shards. The death of its actor, which an image may cause, uses up one or two of them
 MOST_TRIES = 20
-# A block is what Ray gives to an actor; more would cost Ray's time, fewer leave actors idle at the end
+# Blocks of shards for each actor: more of them cost Ray time, fewer leave actors idle at the end
 _BLOCKS_OF_ACTOR = 50
 
 

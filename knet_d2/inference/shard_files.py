@@ -16,7 +16,7 @@ def json_lines(rows: Rows) -> bytes:
 
 
 def parquet(rows: Rows) -> bytes:
-    """A Parquet file, compressed; what a row has not (an error, an output) is null. All shards have the same columns.
+    """A Parquet file, compressed; what a row lacks (an error, an output) is null. All shards have the same columns.
 
     Raises:
         ConfigError: pyarrow is missing.

@@ -50,13 +50,7 @@ class KernelFusing(nn.Module):
 
 
 class VideoKernels(nn.Module):
-    """The cascade of a model that learns to follow objects, and the embeddings of its kernels.
-
-    Attributes:
-        dim: C.
-        uses_memory: whether the previous frame's kernels change anything (kernel linking or fusing).
-        loss_weights: of the contrastive and of the cosine loss.
-    """
+    """The cascade of a model that learns to follow objects, and the embeddings of its kernels."""
 
     def __init__(
         self,
@@ -78,6 +72,7 @@ class VideoKernels(nn.Module):
             fusing: whether the previous frame's kernels enter the last stage.
             interaction: ``num_heads`` and ``ffn_dim`` of both.
             update_dim: channels of the adaptive update of kernel fusing.
+            loss_weights: of the contrastive and of the cosine loss.
         """
         super().__init__()
         self.num_matched, self.dim = bank.num_matched, dim
@@ -91,6 +86,7 @@ class VideoKernels(nn.Module):
 
     @property
     def uses_memory(self) -> bool:
+        """Whether the previous frame's kernels change anything."""
         return self.linking is not None or self.fusing is not None
 
     def forward(

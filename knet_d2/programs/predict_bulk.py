@@ -1,4 +1,4 @@
-"""Predict many images in shards, by one process or many; start it again after it was killed, and it goes on.
+"""Predict many images in shards, by one process or many; started again after it was killed, it continues.
 
     python tools/predict_bulk.py model.pth --input photos --output results
     torchrun --nproc-per-node 4 tools/predict_bulk.py model.pth --input list.txt --output results

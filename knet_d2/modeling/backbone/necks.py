@@ -24,7 +24,7 @@ from ..static_kernels.semantic_fpn import sine_position_encoding
 
 # The FPN, or what else the builder of the backbone makes
 DEFAULT_NECK = "FPN"
-# Of the sum of a node's weights in BiFPN (EfficientDet, Sec. 3.3)
+# Added to the sum of the weights of a node of BiFPN (EfficientDet, Sec. 3.3)
 EPSILON = 1e-4
 # The encoder reads this many of the coarsest maps; finer ones are added by an FPN, as in Mask2Former
 ENCODED_LEVELS = 3
@@ -152,7 +152,7 @@ class BiFPNLayer(nn.Module):
         result = [fused[0]]
         for node, step, x, y in zip(self.up, self.steps, maps[1:], fused[1:], strict=True):
             reduced = F.max_pool2d(result[-1], step + 1, step, step // 2) if step > 1 else result[-1]
-            # Of odd sizes, some backbones round one half down
+            # Some backbones round half of an odd size down
             reduced = reduced[..., : x.shape[-2], : x.shape[-1]]
             result.append(node(x, reduced) if y is x else node(x, y, reduced))
         return result
@@ -265,7 +265,7 @@ class EncoderLayer(nn.Module):
 class DeformableAttention(nn.Module):
     """Multi-scale deformable attention (Deformable DETR, arXiv:2010.04159, Eq. 3), in full precision.
 
-    Of half precision, coordinates would be wrong by parts of a pixel.
+    In half precision, coordinates would be wrong by parts of a pixel.
     """
 
     def __init__(self, channels: int, num_heads: int, num_levels: int, num_points: int):
