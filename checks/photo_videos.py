@@ -20,7 +20,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pycocotools.mask as mask_util
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
@@ -30,6 +29,7 @@ from pycocotools.coco import COCO
 import knet_d2
 from knet_d2.data.custom import register_custom_datasets
 from knet_d2.data.records import load_dataset
+from knet_d2.data.segmentation import encode_mask
 from knet_d2.programs.arguments import add_opts
 from knet_d2.video.evaluators import VideoInstanceEvaluator, VideoPanopticEvaluator
 
@@ -109,16 +109,11 @@ def write_videos(
             masks = [found == i for found in maps]
             if any(mask.any() for mask in masks):
                 base = {"id": len(tracks) + 1, "video_id": len(videos), "category_id": x["category_id"], "iscrowd": 0}
-                tracks.append({**base, "segmentations": [_rle(mask) if mask.any() else None for mask in masks]})
+                tracks.append({**base, "segmentations": [encode_mask(mask) if mask.any() else None for mask in masks]})
     _dump(folder, "instances.json", {"videos": videos, "categories": categories, "annotations": tracks})
     images = [{"id": f"{t:06d}", "file_name": f"{t:06d}.jpg"} for t in range(num_frames)]
     listed = [{"video_id": x["video_id"], "images": images} for x in panoptic]
     _dump(folder, "panoptic.json", {"videos": listed, "categories": categories, "annotations": panoptic})
-
-
-def _rle(mask: np.ndarray) -> dict[str, Any]:
-    found = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": found["size"], "counts": found["counts"].decode()}
 
 
 def _dump(folder: str, name: str, content: dict[str, Any]) -> None:

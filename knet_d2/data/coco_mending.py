@@ -13,13 +13,20 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.utils.file_io import PathManager
 
 from ..errors import DataError
 from .files import image_size
-from .segmentation import SegmentationError, check_segmentation, is_number, is_same_box, read_rle, read_segmentation
+from .segmentation import (
+    SegmentationError,
+    check_segmentation,
+    encode_mask,
+    is_number,
+    is_same_box,
+    read_rle,
+    read_segmentation,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -321,8 +328,7 @@ def _with_size(segmentation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _transposed(segmentation: dict[str, Any]) -> dict[str, Any]:
-    mask = mask_util.decode(read_rle(segmentation))
-    return _with_text(mask_util.encode(np.asfortranarray(mask.T)))
+    return encode_mask(mask_util.decode(read_rle(segmentation)).T)
 
 
 def _with_text(rle: dict[str, Any]) -> dict[str, Any]:

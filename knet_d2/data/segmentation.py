@@ -138,6 +138,12 @@ def read_rle(segmentation: dict[str, Any], image_size: tuple[int, int] | None = 
     return mask_util.frPyObjects(segmentation, *size) if isinstance(counts, list) else segmentation
 
 
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """Encode a mask [H, W] as compressed RLE with a string, which JSON can hold."""
+    rle = mask_util.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode()}
+
+
 def decode_counts(string: str | bytes) -> list[int]:
     """Decode the run lengths of COCO's compressed RLE, column by column: of pixels outside, inside, outside, ...
 

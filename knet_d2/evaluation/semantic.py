@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import numpy as np
-import pycocotools.mask as mask_util
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
@@ -16,6 +15,7 @@ from detectron2.utils.logger import create_small_table
 from ..data import load_dataset
 from ..data.class_coverage import warn_of_absent_classes
 from ..data.mapper import read_sem_seg
+from ..data.segmentation import encode_mask
 from ..errors import DataError
 from .report.section import Section
 from .report.semantic import PixelCounts, semantic_section
@@ -130,9 +130,7 @@ class SemanticEvaluator(DatasetEvaluator):
         dataset_ids = {v: k for k, v in contiguous.items()} if contiguous else {}
         results = []
         for label in np.unique(predicted).tolist():
-            rle = mask_util.encode(np.asfortranarray(predicted == label, np.uint8))
-            segmentation = {**rle, "counts": rle["counts"].decode()}
-            category = dataset_ids[label] if contiguous else label
+            category, segmentation = dataset_ids[label] if contiguous else label, encode_mask(predicted == label)
             results.append({"file_name": file_name, "category_id": category, "segmentation": segmentation})
         return results
 

@@ -17,13 +17,12 @@ class TrackWriter:
     has ended; until then the masks are in a temporary file, so that memory does not grow with the video.
     """
 
-    def __init__(self, path: str, video_id: int = 1):
+    def __init__(self, path: str):
         """
         Args:
             path: the JSON file. It is opened at once, so that a wrong path is an error before the first frame.
         """
         self._file = open(path, "w")
-        self._video_id = video_id
         self._num_frames = 0
         self._masks = sqlite3.connect("")  # a temporary database on disk, which vanishes when it is closed
         self._masks.execute("CREATE TABLE masks (track INTEGER, frame INTEGER, category INTEGER, score REAL, rle TEXT)")
@@ -55,9 +54,4 @@ class TrackWriter:
             segmentations = [None] * self._num_frames
             for frame, rle in masks:
                 segmentations[frame] = json.loads(rle)
-            yield {
-                "video_id": self._video_id,
-                "category_id": category,
-                "score": score,
-                "segmentations": segmentations,
-            }
+            yield {"video_id": 1, "category_id": category, "score": score, "segmentations": segmentations}

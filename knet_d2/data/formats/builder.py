@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pycocotools.mask as mask_util
 import yaml
 from detectron2.utils.file_io import PathManager
 
 from ...errors import DataError
 from ..coco_mending import MendLog
 from ..files import ARRAY_TYPE, IMAGE_TYPES, files_below
+from ..segmentation import encode_mask
 
 ONE_CLASS = "object"
 
@@ -104,8 +104,7 @@ class Builder:
             self.error(where, f"has the class {name!r}, which is not among classes ({', '.join(self.classes)})")
             return
         if isinstance(segmentation, np.ndarray):
-            rle = mask_util.encode(np.asfortranarray(segmentation.astype(np.uint8)))
-            segmentation = {"size": [int(x) for x in rle["size"]], "counts": rle["counts"].decode("ascii")}
+            segmentation = encode_mask(segmentation)
         self._objects.append({"image_id": image_id, "class": name, "segmentation": segmentation})
 
     def content(self) -> dict[str, Any]:
@@ -184,9 +183,9 @@ def rectangle(x: float, y: float, width: float, height: float) -> list[list[floa
     return [[x, y, x + width, y, x + width, y + height, x, y + height]]
 
 
-def ellipse(x: float, y: float, rx: float, ry: float, theta: float = 0.0, points: int = 64) -> list[list[float]]:
+def ellipse(x: float, y: float, rx: float, ry: float, theta: float = 0.0) -> list[list[float]]:
     """An ellipse as one polygon; theta: rotation in radians, from x towards y."""
-    angles = [2 * math.pi * i / points for i in range(points)]
+    angles = [2 * math.pi * i / 64 for i in range(64)]
     cos, sin = math.cos(theta), math.sin(theta)
     corners = [(rx * math.cos(a), ry * math.sin(a)) for a in angles]
     return [[v for dx, dy in corners for v in (x + dx * cos - dy * sin, y + dx * sin + dy * cos)]]

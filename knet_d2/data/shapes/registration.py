@@ -73,8 +73,8 @@ def _rename(source: str, target: str) -> None:
             raise
 
 
-def register_shapes(root: str) -> None:
-    """Register shapes_{instance,panoptic,semantic}_{train,val}, whose files are below root/shapes."""
+def shapes_metadata() -> dict[str, dict[str, Any]]:
+    """The metadata of data sets of the shapes, by task."""
     categories = shapes_categories()
     names, colors = ([category[key] for category in categories] for key in ("name", "color"))
     ids = {
@@ -84,11 +84,34 @@ def register_shapes(root: str) -> None:
     number = len(ids["thing"])
     of_instance = {"thing_classes": names[:number], "thing_colors": colors[:number]}
     of_panoptic = {"thing_classes": names, "thing_colors": colors, "stuff_classes": names, "stuff_colors": colors}
-    metadata: dict[str, dict[str, Any]] = {
+    return {
         "instance": {**of_instance, "thing_dataset_id_to_contiguous_id": ids["thing"]},
         "panoptic": {**of_panoptic, **{f"{kind}_dataset_id_to_contiguous_id": x for kind, x in ids.items()}},
         "semantic": {"stuff_classes": names, "stuff_colors": colors},
     }
+
+
+def register_generated(name: str, entry: dict[str, Any], metadata: dict[str, Any], make: Callable[[], Any]) -> None:
+    """Register a data set whose files are generated when it is first loaded.
+
+    Args:
+        entry: as in DATASETS.CUSTOM, without the name.
+        metadata: added to that of the entry's type.
+        make: generates the files unless they exist; it can be pickled.
+    """
+    load = FORMATS[entry["type"]].register(name, {"name": name, **entry})
+    MetadataCatalog.get(name).set(**metadata)
+    DatasetCatalog.register(name, functools.partial(_make_and_load, make, load))
+
+
+def _make_and_load(make: Callable[[], Any], load: Callable[[], list[dict]]) -> list[dict]:
+    make()
+    return load()
+
+
+def register_shapes(root: str) -> None:
+    """Register shapes_{instance,panoptic,semantic}_{train,val}, whose files are below root/shapes."""
+    metadata = shapes_metadata()
     for split in SPLITS:
         folder = _folder(split, root)
         files = ("images", "instances.json", "panoptic.json", "panoptic", "semantic")
@@ -97,19 +120,17 @@ def register_shapes(root: str) -> None:
         entries: dict[str, dict[str, Any]] = {
             "instance": {"type": "coco_instance", "images": images, "json": instances},
             "panoptic": {"type": "coco_panoptic", "images": images, **panoptic},
-            "semantic": {"type": "sem_seg", "images": images, "labels": labels, "classes": names},
+            "semantic": {
+                "type": "sem_seg",
+                "images": images,
+                "labels": labels,
+                "classes": metadata["semantic"]["stuff_classes"],
+            },
         }
         for task, entry in entries.items():
-            name = f"shapes_{task}_{split}"
-            load = FORMATS[entry["type"]].register(name, {"name": name, **entry})
-            MetadataCatalog.get(name).set(**metadata[task])
-            DatasetCatalog.register(name, functools.partial(_make_and_load, split, root, load))
+            make = functools.partial(make_split, split, root)
+            register_generated(f"shapes_{task}_{split}", entry, metadata[task], make)
 
 
 def _folder(split: str, root: str) -> str:
     return os.path.join(root, "shapes", VERSION, split)
-
-
-def _make_and_load(split: str, root: str, load: Callable[[], list[dict]]) -> list[dict]:
-    make_split(split, root)
-    return load()

@@ -15,6 +15,7 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 from tqdm import tqdm
 
+from ..segmentation import encode_mask
 from .drawing import STUFF_CLASSES, THING_CLASSES, Scene, Thing, draw_scene
 
 IGNORE_LABEL = 255
@@ -77,7 +78,7 @@ def _dump(path: str, info: dict, images: list, annotations: list, categories: li
 
 def _annotation(thing: Thing) -> dict:
     """Make a COCO annotation: a polygon if it is exact, uncompressed RLE for crowds, else compressed RLE."""
-    rle = mask_util.encode(np.asfortranarray(thing.mask.astype(np.uint8)))
+    rle = encode_mask(thing.mask)
     box, area = mask_util.toBbox(rle).tolist(), int(mask_util.area(rle))
     segmentation: dict | list
     if thing.iscrowd:
@@ -85,7 +86,7 @@ def _annotation(thing: Thing) -> dict:
     elif thing.polygon is not None:
         segmentation = [thing.polygon]
     else:
-        segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
+        segmentation = rle
     return {
         "category_id": thing.category + 1,
         "segmentation": segmentation,
@@ -114,7 +115,7 @@ def _panoptic_map(rng: np.random.Generator, scene: Scene) -> tuple[np.ndarray, l
     segments_info = []
     for segment_id, (category_id, mask, iscrowd) in zip(segment_ids.tolist(), segments, strict=True):
         ids[mask] = segment_id
-        rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+        rle = encode_mask(mask)
         segments_info.append(
             {
                 "id": segment_id,

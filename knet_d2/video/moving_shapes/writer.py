@@ -16,6 +16,7 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 from tqdm import tqdm
 
+from ...data.segmentation import encode_mask
 from ...data.shapes.writer import IGNORE_LABEL, shapes_categories
 from .scenes import STUFF_CLASSES, THING_CLASSES, Frame, Video, draw_video
 
@@ -74,11 +75,6 @@ def _dump(root: str, name: str, content: Any) -> None:
         json.dump(content, f)
 
 
-def _rle(mask: np.ndarray) -> dict[str, Any]:
-    rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
-
-
 def _tracks(video: Video, categories: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """YouTube-VIS annotations of the things that are seen."""
     found = []
@@ -86,7 +82,7 @@ def _tracks(video: Video, categories: list[dict[str, Any]]) -> list[dict[str, An
         masks = [frame.things.get(track) for frame in video.frames]
         if all(mask is None for mask in masks):
             continue
-        rles = [None if mask is None else _rle(mask) for mask in masks]
+        rles = [None if mask is None else encode_mask(mask) for mask in masks]
         found.append(
             {
                 "category_id": categories[category]["id"],
@@ -108,7 +104,7 @@ def _segments(video: Video, frame: Frame, categories: list[dict[str, Any]]) -> t
     for segment_id, category, mask in found:
         if mask.any():
             ids[mask] = segment_id
-            area, box = int(mask.sum()), mask_util.toBbox(_rle(mask)).tolist()
+            area, box = int(mask.sum()), mask_util.toBbox(encode_mask(mask)).tolist()
             columns = {"id": segment_id, "category_id": category["id"], "iscrowd": 0, "area": area, "bbox": box}
             segments.append(columns)
     return ids, segments
