@@ -465,6 +465,7 @@ def test_wrong_config_files_are_named(tmp_path):
     assert "recursion" in message(f"VERSION: 2\nMODEL: {{KNET: {{THING_CATEGORY_IDS: {'[' * 3000}{']' * 3000}}}}}")
     message("MODEL: [1, 2")
     assert "no mapping" in message("12") and "no mapping" in message("[MODEL, SOLVER]")
+    assert "/dev/null is no file" in message("_BASE_: /dev/null")  # as /dev/zero, which would never end
     made = tmp_path / "made"
     message(f"VERSION: 2\nOUTPUT_DIR: !!python/object/apply:os.mkdir ['{made}']")
     assert not made.exists()

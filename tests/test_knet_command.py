@@ -25,6 +25,7 @@ from knet_d2.config.files import get_config_file
 from knet_d2.data import load_dataset
 from knet_d2.data.check import check_datasets
 from knet_d2.data.discovery import find_annotations
+from knet_d2.data.files import files_below
 from knet_d2.errors import DataError
 from knet_d2.programs.command import RECIPES, choose_recipe
 from knet_d2.setup.dependencies import VERSION
@@ -112,6 +113,16 @@ def test_yolo_with_parts_as_ultralytics_and_roboflow_write_them(tmp_path):
         found = find_annotations(str(root))
         assert _number_of_images(found) == [1, 1]
         assert [len(load_dataset(x)[0]["annotations"]) for x in (*found.train, *found.test)] == [3, 3]
+
+
+@pytest.mark.parametrize("stated", [["a/images", "b/images"], "train.txt", "absent/images"])
+def test_yolo_never_leaves_out_a_part_that_is_stated(tmp_path, stated):
+    """Without its training set, the validation set would be trained on."""
+    write_images(tmp_path / "val" / "images")
+    content = {"train": stated, "val": "val/images", "test": "absent", "names": ["car", "person"]}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(DataError, match=r"data\.yaml: train = .*name one folder of images that exists"):
+        find_annotations(str(tmp_path))
 
 
 def test_panoptic_json(tmp_path):
@@ -208,6 +219,26 @@ def test_masks_as_jpeg_are_refused(tmp_path):
     write_images(tmp_path / "masks")
     with pytest.raises(DataError, match=r"masks/000000\.jpg: a mask as JPEG has other values .* as PNG"):
         find_annotations(str(tmp_path))
+
+
+def test_masks_whose_values_do_not_tell_whether_255_is_a_class(tmp_path):
+    root = _root(tmp_path)
+    write_images(root / "images")
+    write_labels(root / "masks", [128, 255, 0, 0], void=0)
+    with pytest.raises(DataError, match="the masks have the values 0, 128, 255.*classes.txt.*shades of grey"):
+        find_annotations(str(root))
+    assert find_annotations(str(root), "instance").entries[0]["type"] == "instance_png"
+    (root / "classes.txt").write_text("table\ncup\n")
+    assert find_annotations(str(root)).task == "semantic"
+
+
+def test_pipes_and_devices_are_no_files(tmp_path):
+    """They would be read for ever. A broken link is an image that is missing."""
+    (tmp_path / "a.json").write_text("{}")
+    os.mkfifo(tmp_path / "b.json")
+    (tmp_path / "c.json").symlink_to("/dev/zero")
+    (tmp_path / "d.json").symlink_to("absent")
+    assert [stem for stem, _ in files_below(str(tmp_path), (".json",))] == ["a", "d"]
 
 
 def test_what_is_not_found(tmp_path):

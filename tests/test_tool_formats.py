@@ -1,5 +1,6 @@
 """Annotations of label tools: each reader gives the same scene, and ground truth as predictions scores 100."""
 
+import csv
 import json
 import os
 
@@ -17,7 +18,7 @@ from tool_formats import NAMES, TOOLS, write_tool
 from knet_d2.data import load_dataset
 from knet_d2.data.check import check_datasets
 from knet_d2.data.custom import FORMATS
-from knet_d2.data.formats import READERS
+from knet_d2.data.formats import READERS, class_names
 from knet_d2.data.formats.masks import voc_color
 from knet_d2.errors import ConfigError, DataError
 from knet_d2.programs import convert_dataset
@@ -124,6 +125,29 @@ def test_yolo_values_beyond_the_edge_are_rounding_up_to_a_hundredth(tmp_path):
     assert _decode(first["annotations"][0]["segmentation"]).all()
 
 
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("names: {1: car, 2: person}", r"names has the keys \[1, 2\], without 0"),
+        ("names: {0: car, x: person}", "without 1"),
+        ("nc: 3\nnames: [car, person]", "nc = 3, but names has 2 names"),
+        ("names: [no, yes]", r"\[False, True\].*need quotes"),
+        ("names: [car, '']", "different names"),
+    ],
+)
+def test_class_names_that_would_number_classes_wrongly(tmp_path, text, reason):
+    path = tmp_path / "data.yaml"
+    path.write_text(text)
+    with pytest.raises(DataError, match=reason):
+        class_names(str(path))
+    others = "".join(f", {i}: c{i}" for i in (1, *range(3, 10)))
+    path.write_text(f"names: {{'0': car, '2': dog, '10': bus{others}}}")
+    assert class_names(str(path))[:3] == ["car", "c1", "dog"] and class_names(str(path))[10] == "bus"
+    (tmp_path / "names.txt").write_text("car\n\nperson\n")  # the second class has no name
+    with pytest.raises(DataError, match="different names"):
+        class_names(str(tmp_path / "names.txt"))
+
+
 def test_yolo_joined_parts_and_holes(tmp_path):
     """One ring for two parts, joined by a bridge of no width; one for a square with a hole, joined by a slit."""
     parts = [(8, 8), (24, 8), (24, 16), (40, 16), (40, 8), (56, 8), (56, 24), (40, 24), (40, 16), (24, 16), (24, 24)]
@@ -178,6 +202,16 @@ def _via(tmp_path, change):
     change(content, next(iter(content.values())))
     (tmp_path / "via.json").write_text(json.dumps(content))
     return _entry("via", tmp_path, annotations=str(tmp_path / "via.json"))
+
+
+def test_via_csv_with_a_long_row(tmp_path):
+    """A polygon of more characters than Python's reader takes by default."""
+    xs, ys = [20 + i % 40 for i in range(30000)], [10 + i % 30 for i in range(30000)]
+    row = ["000000.jpg", json.dumps({"name": "polygon", "all_points_x": xs, "all_points_y": ys}), '{"class": "car"}']
+    with open(tmp_path / "via.csv", "w", newline="") as f:
+        csv.writer(f).writerows([["filename", "region_shape_attributes", "region_attributes"], row])
+    record = _records(_entry("via", tmp_path, annotations=str(tmp_path / "via.csv")))[0]
+    assert len(record["annotations"]) == 1
 
 
 def test_via_without_attributes_has_one_class(tmp_path):

@@ -18,6 +18,8 @@ def refuse_repeated_keys(path: str) -> None:
         if file in seen:
             continue
         seen.add(file)
+        if os.path.exists(file) and not os.path.isfile(file):  # a named pipe or a device would never end
+            raise ValueError(f"{file} is no file. Correct _BASE_.")
         with open(file) as f:
             root = yaml.compose(f, Loader=yaml.SafeLoader)
         _check(root, "" if file == path else f"{file}: ")

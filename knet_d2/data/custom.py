@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError
 from .coco_mending import log_mends
 from .coco_records import instance_records, panoptic_records, records_of_content
 from .files import color_code, files_below
-from .formats import READERS, Annotations, read_annotations, read_labelmap
+from .formats import READERS, Annotations, class_names, read_annotations, read_labelmap
 from .split import ALL, FOLDER, TEST, TRAIN, VAL, Part, load_part
 
 logger = logging.getLogger(__name__)
@@ -231,16 +230,10 @@ def _by_stem(root: str, suffixes: tuple[str, ...]) -> dict[str, str]:
 
 
 def _class_list(entry: dict[str, Any]) -> list[str]:
-    """Return the class names of "classes": a list, or a file with one name per line."""
+    """Return the class names of "classes": a list, or a file; see class_names."""
     classes = entry["classes"]
     if isinstance(classes, str):
-        if not PathManager.isfile(classes):
-            raise DataError(
-                f"{classes}: this file of class names does not exist. Correct classes of {entry['name']} in "
-                "DATASETS.CUSTOM."
-            )
-        with PathManager.open(classes) as f:
-            classes = [line.strip() for line in f if line.strip()]
+        classes = class_names(classes)
     if not classes or len(set(classes)) < len(classes) or not all(isinstance(x, str) for x in classes):
         raise ConfigError(f"DATASETS.CUSTOM, {entry['name']}: classes = {classes!r}: use one or more different names.")
     if len(classes) > IGNORE_LABEL:

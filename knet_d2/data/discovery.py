@@ -64,6 +64,8 @@ def find_annotations(folder: str, task: str | None = None) -> Found:
     for find in (_find_yolo, _find_json) if is_file else _FINDERS:
         for kind, what, parts in find(folder):
             if task is None or task == kind:
+                if isinstance(parts, DataError):
+                    raise parts
                 return _found(name, kind, what, parts)
             others.append(f"{what} (task {kind})")
     if others:
@@ -74,8 +76,8 @@ def find_annotations(folder: str, task: str | None = None) -> Found:
     )
 
 
-# (task, description, {part: entry without a name}); the part "train" alone is split.
-_Candidate = tuple[str, str, dict[str, dict[str, Any]]]
+# (task, description, {part: entry without a name}, or why it can't be used); the part "train" alone is split.
+_Candidate = tuple[str, str, dict[str, dict[str, Any]] | DataError]
 
 
 def _found(name: str, task: str, what: str, parts: dict[str, dict[str, Any]]) -> Found:
@@ -117,6 +119,11 @@ def _find_yolo(folder: str) -> Iterator[_Candidate]:
         parts = {}
         for part in _PARTS:
             images = _yolo_images(content.get(part), roots)
+            if not images and content.get(part) and part != "test":  # many state a test set that they have not
+                raise DataError(
+                    f"{path}: {part} = {content[part]!r}: name one folder of images that exists; or name the data sets "
+                    "in a config, see docs/DATASETS.md."
+                )
             if images:
                 entry = {"type": "yolo_seg", "images": images, "labels": _yolo_labels(images), "classes": path}
                 parts[part] = entry
@@ -328,9 +335,13 @@ def _find_masks(folder: str) -> Iterator[_Candidate]:
         if is_colour:
             return
         what = f"masks in {masks}"
-        classes = _semantic_classes(folder, values)
         numbered = {part: {"type": "instance_png", "images": i, "masks": m} for part, (i, m) in pairs.items()}
-        labelled = {part: {"type": "sem_seg", "images": i, "labels": m, **classes} for part, (i, m) in pairs.items()}
+        labelled: dict[str, dict[str, Any]] | DataError
+        try:
+            classes = _semantic_classes(folder, values)
+            labelled = {p: {"type": "sem_seg", "images": i, "labels": m, **classes} for p, (i, m) in pairs.items()}
+        except DataError as error:
+            labelled = error
         yield "semantic", what, labelled
         if len(values) > 2:  # two values tell objects from background, but not from each other
             yield "instance", what, numbered
@@ -367,13 +378,23 @@ def _values(paths: list[str]) -> tuple[list[int], bool]:
 
 
 def _semantic_classes(folder: str, values: list[int]) -> dict[str, Any]:
-    """The keys of label maps with these values: masks of two values, a file of class names, or made-up names."""
+    """The keys of label maps with these values: masks of two values, a file of class names, or made-up names.
+
+    Raises:
+        DataError: there are no names, and it is unclear whether 255 means pixels without a class.
+    """
     if len(values) == 2:
         return {"classes": ["background", "object"], "label_values": values, "ignore": []}
     for name in ("classes.txt", "labels.txt"):
         if os.path.isfile(os.path.join(folder, name)):
             return {"classes": os.path.join(folder, name)}
     known = [x for x in values if x != 255]
+    if len(known) < len(values) and (not known or max(known) >= 2 * len(known)):
+        raise DataError(
+            f"{folder}: the masks have the values {', '.join(map(str, values))}. If these are numbers of classes, and "
+            "255 is what has none, list the names of all classes in classes.txt. If they are shades of grey, such as "
+            "255 for objects or soft edges, save masks with the numbers 0, 1, ...; or give label_values in a config."
+        )
     return {"classes": [f"class_{x}" for x in known], "label_values": known}
 
 

@@ -3,7 +3,8 @@
 import glob
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
@@ -13,6 +14,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from ..errors import ConfigError, DataError
 from .pixels import PixelFormat, picture_of
 
+T = TypeVar("T")
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 ARRAY_TYPE = ".npy"
 # What Pillow may open. It reads these by itself; for others, as PostScript, it starts programs.
@@ -94,8 +96,17 @@ def files_below(root: str, suffixes: Sequence[str], _parents: tuple[str, ...] = 
         if os.path.isdir(path):
             for below, file in files_below(path, suffixes, (*_parents, real)):
                 yield os.path.join(name, below), file
-        elif suffix.lower() in suffixes:
+        # A named pipe or a device would never end; a broken link is an error for who reads it
+        elif suffix.lower() in suffixes and (os.path.isfile(path) or not os.path.exists(path)):
             yield stem, path
+
+
+def refuse_to_replace(inputs: Iterable[str], outputs: Iterable[str], option: str) -> None:
+    """Raise a ConfigError, which names the option, if one of the files to write is one of those that are read."""
+    originals = set(map(os.path.realpath, inputs))
+    replaced = next((path for path in outputs if os.path.realpath(path) in originals), None)
+    if replaced is not None:
+        raise ConfigError(f"{option}: this would replace {replaced}, which is read. Use another name or folder.")
 
 
 def read_image(path: str, pixel_format: PixelFormat | str) -> np.ndarray:
@@ -137,7 +148,7 @@ def read_image_content(content: bytes, pixel_format: PixelFormat, name: str) -> 
     return pixel_format.prepare(_readable(lambda: _read_pixels(content, pixel_format, name), name), f"Image {name}")
 
 
-def _readable(read: Callable[[], np.ndarray], name: str) -> np.ndarray:
+def _readable(read: Callable[[], T], name: str) -> T:
     try:
         return read()
     except DataError:
@@ -160,10 +171,19 @@ def image_size(path: str) -> tuple[int, int]:
             shape = np.lib.format.open_memmap(PathManager.get_local_path(path), mode="r").shape
             return shape[1:] if len(shape) == 3 and shape[0] < shape[2] else shape[:2]
         with PathManager.open(path, "rb") as f:
-            image = _open_image(io.BytesIO(f.read()))
-        return image.size if _orientation(image) >= 5 else image.size[::-1]
+            return _size(f.read())
     except Exception as error:
         raise DataError(f"Image {path} can't be read ({error}). Replace the file.") from error
+
+
+def content_size(content: bytes | bytearray, name: str) -> tuple[int, int]:
+    """:func:`image_size` for the content of an image file (no array); name: see :func:`read_image_content`."""
+    return _readable(lambda: _size(content), name)
+
+
+def _size(content: bytes | bytearray) -> tuple[int, int]:
+    image = _open_image(io.BytesIO(content))
+    return image.size if _orientation(image) >= 5 else image.size[::-1]
 
 
 def read_picture(path: str, pixel_format: PixelFormat | str) -> np.ndarray:

@@ -142,14 +142,31 @@ def class_names(classes: Sequence[str] | str) -> list[str]:
                 f"{classes}: this file of class names does not exist. Correct 'classes' in DATASETS.CUSTOM."
             )
         if classes.lower().endswith((".yaml", ".yml")):
-            content = read_yaml(classes)
-            names = content.get("names") if isinstance(content, dict) else None
-            classes = [names[i] for i in sorted(names)] if isinstance(names, dict) else names
+            classes = _yaml_names(classes)
         else:
-            classes = [line.strip() for line in read_text(classes).splitlines() if line.strip()]
-    names = [str(x) for x in classes] if isinstance(classes, (list, tuple)) else []
-    if not names or len(set(names)) < len(names):
-        raise DataError(f"{where}: holds the class names {names}. Give one or more different names.")
+            classes = [line.strip() for line in read_text(classes).strip().splitlines()]
+    is_list = isinstance(classes, (list, tuple)) and all(type(x) in (str, int, float) for x in classes)
+    names = [str(x) for x in classes or ()] if is_list else []
+    if not names or "" in names or len(set(names)) < len(names):
+        raise DataError(
+            f"{where}: holds the class names {classes}. Give one or more different names; in YAML, words such as no "
+            "and on need quotes."
+        )
+    return names
+
+
+def _yaml_names(path: str) -> Any:
+    """The value of "names"; of {index: name}, the names by their indices."""
+    content = read_yaml(path)
+    names, count = (content.get("names"), content.get("nc")) if isinstance(content, dict) else (None, None)
+    if isinstance(names, dict):
+        by_index = {str(index): name for index, name in names.items()}
+        missing = next((i for i in range(len(names)) if str(i) not in by_index), None)
+        if missing is not None:
+            raise DataError(f"{path}: names has the keys {[*names]}, without {missing}. Number the classes from 0.")
+        names = [by_index[str(i)] for i in range(len(names))]
+    if isinstance(names, list) and isinstance(count, int) and count != len(names):
+        raise DataError(f"{path}: nc = {count}, but names has {len(names)} names. Correct one of them.")
     return names
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from ...errors import DataError
 from .builder import ONE_CLASS, Builder, Place, ellipse, flat, read_json_text, read_text, rectangle
 
+csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a polygon may have
+
 
 def read_via(entry: dict[str, Any], builder: Builder) -> None:
     """Read "annotations", a JSON or CSV file.
