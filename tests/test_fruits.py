@@ -67,6 +67,30 @@ def test_names_that_clash_are_refused(tmp_path):
         write_panoptic(twice, *paths, "table")
 
 
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path):
+    for name in ("../b.png", "a/../../b.png", str(tmp_path / "b.png")):
+        wrong = content()
+        wrong["images"][1]["file_name"] = name
+        with pytest.raises(DataError, match=f"{name}: its PNG would be outside of the folder"):
+            write_panoptic(wrong, str(tmp_path / "p.json"), str(tmp_path / "png"), "table")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_converter_replaces_nothing_that_it_reads(tmp_path):
+    Image.fromarray(np.zeros((2, 3), np.uint8)).save(tmp_path / "c.png")
+    (tmp_path / "c.json").write_text(json.dumps({**content(), "images": content()["images"][1:], "annotations": []}))
+    before = {x: x.read_bytes() for x in tmp_path.iterdir()}
+    keys = [f"json={tmp_path}/c.json", f"images={tmp_path}"]
+    for (output, *options), replaced in (
+        ([f"{tmp_path}/c.json"], "c.json"),
+        (["p.json", "--panoptic", str(tmp_path)], "c.png"),
+    ):
+        args = convert_dataset.get_parser().parse_args(["coco_instance", output, *keys, *options])
+        with pytest.raises(ConfigError, match=f"this would replace {tmp_path}/{replaced}, which is read"):
+            convert_dataset.main(args)
+    assert {x: x.read_bytes() for x in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("fold", range(3))
 def test_the_committed_maps_are_the_converter_s(fold, tmp_path, capsys):
     command = f"coco_instance {tmp_path}/p.json json={FRUITS}/fold{fold}.json images={FRUITS}/images"

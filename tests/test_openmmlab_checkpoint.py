@@ -18,7 +18,7 @@ from knet_d2.checkpoint import Checkpointer, load_file, read_description
 from knet_d2.checkpoint.load_report import summarise
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.checkpoint.zoo import build_on_meta
-from knet_d2.errors import CheckpointError
+from knet_d2.errors import CheckpointError, ConfigError
 from knet_d2.model_zoo import get_config
 from knet_d2.programs import convert_checkpoint
 
@@ -337,6 +337,8 @@ def test_convert_tool(tmp_path, capsys):
         run_convert(source, absent, "--config", config)
     with pytest.raises(CheckpointError, match="must end in"):
         run_convert(source, str(tmp_path / "x.bin"), "--config", config)
+    with pytest.raises(ConfigError, match=f"this would replace {source}, which is read"):
+        run_convert(source, source, "--config", config)
 
 
 def test_convert_tool_reads_what_it_wrote(tmp_path):

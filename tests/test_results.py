@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -193,6 +194,17 @@ def test_streams(tmp_path):
         server.shutdown()
 
 
+@pytest.mark.parametrize("head", [b"#EXTM3U\n", b"\xef\xbb\xbf#EXTM3U\n", b"ffconcat version 1.0\n"])
+def test_a_playlist_is_no_video(tmp_path, head):
+    """FFmpeg would open the files that it names, wherever they are."""
+    write_video(tmp_path / "secret.avi", 3)
+    assert Video(str(tmp_path / "secret.avi")).count == 3
+    line = b"file " if head.startswith(b"ff") else b"#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n"
+    (tmp_path / "list.m3u8").write_bytes(head + line + str(tmp_path / "secret.avi").encode() + b"\n#EXT-X-ENDLIST\n")
+    with pytest.raises(DataError, match="list.m3u8: is a playlist"):
+        Video(str(tmp_path / "list.m3u8"))
+
+
 @pytest.mark.parametrize("name", HOSTILE_NAMES, ids=lambda name: ascii(name)[:20])
 def test_names_are_drawn_and_written_as_they_are(name, tmp_path):
     classes = table([name])
@@ -239,9 +251,9 @@ def test_pictures_never_replace_their_inputs(tmp_path):
     (tmp_path / "link").symlink_to(photos)
     inputs = ImageFiles([str(photos)], PixelFormat("RGB")).paths
     for output in (photos, tmp_path / "link"):
-        with pytest.raises(ConfigError, match="would replace it"):
+        with pytest.raises(ConfigError, match="this would replace"):
             PictureFiles(str(output), inputs)
-    with pytest.raises(ConfigError, match="would replace it"):
+    with pytest.raises(ConfigError, match="this would replace"):
         PictureFiles(inputs[0], inputs[:1])
     with pytest.raises(OSError):
         PictureFiles(str(photos / "a.jpg" / "x"), inputs)  # below a file
@@ -292,6 +304,19 @@ def test_a_frame_rate_that_varies_is_told(tmp_path, caplog, monkeypatch, times, 
     assert len(list(Video(str(tmp_path / "in.avi")))) == 4
     assert ("33 to 100 ms between frames" in caplog.text) is varies
     assert len(caplog.records) == varies
+
+
+def test_the_json_never_replaces_an_input(tmp_path):
+    photos = save_images(tmp_path / "photos", "a.jpg")
+    source, weights = ImageFiles([str(photos)], PixelFormat("RGB")), str(tmp_path / "w.pth")
+    config = SimpleNamespace(MODEL=SimpleNamespace(KNET=SimpleNamespace(TASK="instance"), WEIGHTS=weights))
+    predictor = SimpleNamespace(cfg=config, classes=table(["a"]))
+    before = (photos / "a.jpg").read_bytes()
+    for path in (source.paths[0], weights):
+        args = demo.get_parser().parse_args(["--input", "x", "--json", path])
+        with pytest.raises(ConfigError, match=f"--json {path}: this would replace {path}"):
+            demo.build_sinks(args, source, predictor)
+    assert (photos / "a.jpg").read_bytes() == before
 
 
 def test_a_video_file_is_tried_at_once_and_checked_in_the_end(tmp_path, monkeypatch):

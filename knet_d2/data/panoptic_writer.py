@@ -3,6 +3,7 @@
 import json
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 
 from ..errors import ConfigError, DataError
+from .files import refuse_to_replace
 from .segmentation import read_segmentation
 
 
-def write_panoptic(content: dict[str, Any], json_file: str, png_folder: str, rest: str) -> None:
+def write_panoptic(
+    content: dict[str, Any], json_file: str, png_folder: str, rest: str, inputs: Sequence[str] = ()
+) -> None:
     """Write a COCO panoptic JSON, and a PNG of each image's segments.
 
     Where objects overlap, the smaller one is in front. An object that smaller ones hide is left out.
@@ -24,10 +28,11 @@ def write_panoptic(content: dict[str, Any], json_file: str, png_folder: str, res
         json_file: file to write.
         png_folder: folder for the PNGs, which have the names of the images.
         rest: name of the stuff class of all pixels without an object.
+        inputs: files that must stay as they are.
 
     Raises:
-        ConfigError: there is a class of this name.
-        DataError: two images have the same name without ending.
+        ConfigError: there is a class of this name, or a PNG would replace an input.
+        DataError: two images have the same name without ending, or a name leads out of the folder.
     """
     if rest in {category["name"] for category in content["categories"]}:
         raise ConfigError(f"--rest {rest}: the data set has a class of this name. Choose another one.")
@@ -35,9 +40,10 @@ def write_panoptic(content: dict[str, Any], json_file: str, png_folder: str, res
     of_image = defaultdict(list)
     for annotation in content["annotations"]:
         of_image[annotation["image_id"]].append(annotation)
+    names = [_png_name(image["file_name"]) for image in content["images"]]
+    refuse_to_replace(inputs, (os.path.join(png_folder, name) for name in names), f"--panoptic {png_folder}")
     annotations: dict[str, dict[str, Any]] = {}
-    for image in content["images"]:
-        png = os.path.splitext(image["file_name"])[0] + ".png"
+    for image, png in zip(content["images"], names, strict=True):
         if png in annotations:
             raise DataError(f"{image['file_name']}: another image has the same name without ending. Rename it.")
         ids, segments = _segments(of_image[image["id"]], image["height"], image["width"], rest_id)
@@ -49,6 +55,13 @@ def write_panoptic(content: dict[str, Any], json_file: str, png_folder: str, res
     categories.append({"id": rest_id, "name": rest, "isthing": 0})
     with open(json_file, "w", encoding="utf-8") as f:
         json.dump({"images": content["images"], "annotations": [*annotations.values()], "categories": categories}, f)
+
+
+def _png_name(image: str) -> str:
+    """The PNG of an image, as a path below the folder of the PNGs."""
+    if os.path.isabs(image) or ".." in image.split("/"):
+        raise DataError(f"{image}: its PNG would be outside of the folder. Name images below their folder.")
+    return os.path.splitext(image)[0] + ".png"
 
 
 def _segments(

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.classes import ClassTable, categories
-from ..data.files import IMAGE_TYPES
+from ..data.files import IMAGE_TYPES, refuse_to_replace
 from ..errors import ConfigError, DataError
 from ..results.prediction import Prediction
 from ..results.video import VideoDrawer
@@ -57,10 +57,7 @@ class PictureFiles:
         """
         is_file = len(inputs) == 1 and path.lower().endswith(IMAGE_TYPES) and not os.path.isdir(path)
         self._paths = {inputs[0]: path} if is_file else _picture_paths(path, inputs)
-        originals = {os.path.realpath(x) for x in inputs}
-        replaced = next((x for x in self._paths.values() if os.path.realpath(x) in originals), None)
-        if replaced is not None:
-            raise ConfigError(f"--output {path}: the picture of {replaced} would replace it. Use another folder.")
+        refuse_to_replace(inputs, self._paths.values(), f"--output {path}")
         folder = os.path.dirname(os.path.abspath(path)) if is_file else path
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # raises where nothing can be written
@@ -192,8 +189,7 @@ class VideoFile:
         Raises:
             ConfigError: no video can be written there, or it would replace the source.
         """
-        if os.path.realpath(path) == os.path.realpath(source.name):
-            raise ConfigError(f"--output {path}: the video would replace its source. Use another name.")
+        refuse_to_replace([source.name], [path], f"--output {path}")
         self._path, self._count = path, 0
         self._drawer = VideoDrawer(classes, trail)
         height, width = source.size

@@ -25,6 +25,8 @@ _FEW_FRAMES, _FEW_PART = 3, 0.05
 _PATIENCE = 15000
 # Streams without a rate state 0, or the 90,000 ticks of their clock
 _LARGEST_RATE, _USUAL_RATE = 1000.0, 25.0
+# The first bytes of files that name videos, which FFmpeg would open
+_PLAYLISTS = (b"#EXTM3U", b"ffconcat")
 # Largest ratio of two steps of time in a video of constant rate, whose times are rounded
 _EQUAL_STEPS = 1.5
 
@@ -117,6 +119,9 @@ class Video:
         is_stream = path is not None and "://" in path
         if path is not None and not is_stream and (not os.path.exists(path) or os.path.isdir(path)):
             raise DataError(f"{path}: there is no such video file. Correct the path.")
+        is_file = path is not None and os.path.isfile(path)
+        if is_file and _is_playlist(path):
+            raise DataError(f"{path}: is a playlist, which may name any file of this machine. Name a video file.")
         self.name = "webcam" if path is None else without_password(path)
         self._capture = _open_stream(path) if is_stream else cv2.VideoCapture(0 if path is None else path)
         success, self._first = self._capture.read()
@@ -126,8 +131,8 @@ class Video:
         self.size = self._first.shape[:2]
         rate = self._capture.get(cv2.CAP_PROP_FPS)
         self.rate = rate if 0 < rate <= _LARGEST_RATE else _USUAL_RATE
-        is_file = path is not None and os.path.isfile(path)
-        self.count = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)) if is_file else None
+        count = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        self.count = count if is_file and count > 0 else None
         self.failed = 0
 
     def __iter__(self) -> Iterator[Frame]:
@@ -156,6 +161,11 @@ class Video:
     def _milliseconds(self) -> float:
         """The time of the last frame; 0 where it is not known."""
         return self._capture.get(cv2.CAP_PROP_POS_MSEC)
+
+
+def _is_playlist(path: str) -> bool:
+    with open(path, "rb") as f:
+        return f.read(16).lstrip(b"\xef\xbb\xbf").startswith(_PLAYLISTS)
 
 
 def _open_stream(address: str) -> cv2.VideoCapture:

@@ -27,7 +27,7 @@ from ..data.check import Fault, Report, check_datasets
 from ..data.coco_json import parse_json
 from ..data.coco_mending import for_other_programs, leave_out_missing_images
 from ..data.coco_records import readable_records
-from ..data.files import read_picture
+from ..data.files import read_picture, refuse_to_replace
 from ..data.formats import Annotations
 from ..data.pixels import PixelFormat
 from ..errors import ConfigError, DataError, KNetError
@@ -134,9 +134,8 @@ def write_fixed(cfg: CfgNode, target: str) -> list[str]:
     stem, ending = os.path.splitext(target)
     names = [os.path.splitext(os.path.basename(path.rstrip(os.sep)))[0] for path in sources]
     targets = [target] if len(sources) == 1 else [f"{stem}_{i}_{name}{ending}" for i, name in enumerate(names)]
+    refuse_to_replace(sources, targets, f"--fix {target}")
     for written, read in zip(targets, sources.values(), strict=True):
-        if os.path.realpath(written) in map(os.path.realpath, sources):
-            raise ConfigError(f"--fix {target}: this would replace {written}. Use another name.")
         with open(written, "w", encoding="utf-8") as f:
             json.dump(for_other_programs(read()), f)
     return targets

@@ -14,6 +14,7 @@ from ..checkpoint.hub import CardFacts, read_card_facts, write_hub_folder
 from ..checkpoint.load_report import build_report, find_misfits, recognise
 from ..checkpoint.saving import save_weights
 from ..checkpoint.zoo import build_on_meta, fitting_entries, fitting_hint
+from ..data.files import refuse_to_replace
 from ..engine import load_config
 from ..errors import CheckpointError
 from ..model_zoo import get_config_file, names
@@ -100,6 +101,7 @@ def halve(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def main(args: argparse.Namespace) -> None:
     facts = read_card_facts(args.model_card) if args.model_card else None
+    refuse_to_replace([args.input], [args.output], args.output)
     converted, metadata, report = convert(args.input, args.config, tuple(args.opts))
     if args.half:
         converted = halve(converted)

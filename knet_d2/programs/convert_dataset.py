@@ -10,6 +10,7 @@ of DATASETS.CUSTOM; see docs/DATASETS.md. File names in the JSON are relative to
 
 import argparse
 import json
+import os
 from typing import Any
 
 import yaml
@@ -17,6 +18,7 @@ import yaml
 from ..data.coco_json import read_coco_json
 from ..data.coco_mending import for_other_programs, log_mends
 from ..data.custom import checked_entry
+from ..data.files import refuse_to_replace
 from ..data.formats import READERS, read_annotations
 from ..data.panoptic_writer import write_panoptic
 from ..errors import ConfigError
@@ -54,6 +56,14 @@ def read_content(entry: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
+def files_of(entry: dict[str, Any], content: dict[str, Any]) -> list[str]:
+    """The images and the annotation files of an entry of DATASETS.CUSTOM."""
+    reader = READERS.get(entry["type"])
+    source, root = (reader.source(entry), reader.images(entry)) if reader else (entry["json"], entry["images"])
+    annotations = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names]
+    return [source, *annotations, *(os.path.join(root, image["file_name"]) for image in content["images"])]
+
+
 def main(args: argparse.Namespace) -> None:
     entry = {"name": "data", "type": args.type}
     for word in args.keys:
@@ -61,11 +71,14 @@ def main(args: argparse.Namespace) -> None:
         if not separator:
             raise ConfigError(f"{word}: write it as KEY=VALUE.")
         entry[key] = yaml.safe_load(value)
-    content = read_content(checked_entry(entry, "The command line"))
+    entry = checked_entry(entry, "The command line")
+    content = read_content(entry)
+    inputs = files_of(entry, content)
+    refuse_to_replace(inputs, [args.output], args.output)
     if args.one_class:
         content = of_one_class(content, args.one_class)
     if args.panoptic:
-        write_panoptic(content, args.output, args.panoptic, args.rest)
+        write_panoptic(content, args.output, args.panoptic, args.rest, inputs)
     else:
         with open(args.output, "w", encoding="utf-8") as f:
             json.dump(for_other_programs(content), f)

@@ -98,9 +98,11 @@ def save_image(pixels: np.ndarray, path: str) -> str:
 
 
 def cut_image(
-    image: dict[str, Any], annotations: list[dict[str, Any]], args: argparse.Namespace
+    number: int, image: dict[str, Any], annotations: list[dict[str, Any]], args: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Write the tiles of an image; yields the entry of each, and its annotations, without ids.
+
+    Their names begin with the image's number, as several images may have one name in different folders.
 
     Raises:
         DataError: the image or an annotation can't be read.
@@ -112,7 +114,7 @@ def cut_image(
         objects = [Object(x, size) for x in annotations]
     except SegmentationError as error:
         raise DataError(f"{args.json}: an annotation of {image['file_name']}: {error}. Correct it.") from error
-    stem = f"{image['id']}_{os.path.splitext(os.path.basename(image['file_name']))[0]}"
+    stem = f"{number}_{os.path.splitext(os.path.basename(image['file_name']))[0]}"
     for y, x in tiles_of(size, args.tile_size, args.overlap):
         name = f"{stem}_{y.start}_{x.start}"
         file_name = save_image(pixels[y.start : y.stop, x.start : x.stop], os.path.join(args.output, "images", name))
@@ -127,6 +129,8 @@ def main(args: argparse.Namespace) -> None:
         raise ConfigError(f"--overlap {args.overlap}: use 0 to {args.tile_size - 1} pixels (--tile-size).")
     if os.path.exists(os.path.join(args.output, "instances.json")):
         raise ConfigError(f"{args.output}: there are tiles in it. Name another folder, or delete it.")
+    if os.path.realpath(os.path.join(args.output, "images")) == os.path.realpath(args.images):
+        raise ConfigError(f"{args.output}: its images are those to cut. Name another folder.")
     content = read_coco_json(args.json, args.images)
     of_image: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
@@ -134,8 +138,8 @@ def main(args: argparse.Namespace) -> None:
     os.makedirs(os.path.join(args.output, "images"), exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for image in tqdm(content["images"], unit="image"):
-        for tile, parts in cut_image(image, of_image[image["id"]], args):
+    for number, image in enumerate(tqdm(content["images"], unit="image"), 1):
+        for tile, parts in cut_image(number, image, of_image[image["id"]], args):
             images.append({"id": len(images) + 1, **tile})
             annotations += [{"id": i, "image_id": len(images), **x} for i, x in enumerate(parts, len(annotations) + 1)]
     with open(os.path.join(args.output, "instances.json"), "w", encoding="utf-8") as f:

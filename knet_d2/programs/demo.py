@@ -9,6 +9,7 @@ from typing import TextIO
 
 import tqdm
 
+from ..data.files import refuse_to_replace
 from ..inference.detectron2_predictor import Predictor
 from ..inference.from_file import resolve_model, threshold_options
 from ..inference.image_predictor import ImagePredictor
@@ -68,6 +69,8 @@ def build_sinks(
     if lines is not None:
         sinks.append(JsonLines(lines, info, predictor.classes))
     elif args.json:
+        inputs = [source.name] if isinstance(source, Video) else source.paths
+        refuse_to_replace([*inputs, predictor.cfg.MODEL.WEIGHTS], [args.json], f"--json {args.json}")
         sinks.append(JsonFile(args.json, info, predictor.classes))
     if isinstance(source, Video):
         if args.json and lines is None:

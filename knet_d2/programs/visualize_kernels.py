@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..data import build_mapper
-from ..data.files import find_images, read_picture
+from ..data.files import find_images, read_picture, refuse_to_replace
 from ..inference.from_file import load
 from ..inference.insight import average_masks, draw_average_masks, draw_stages, stage_masks
 from .arguments import add_config_arguments
@@ -34,9 +34,10 @@ def main(args: argparse.Namespace) -> None:
     predictor = load(args.weights, config_file=args.config_file, opts=args.opts)
     mapper = build_mapper(predictor.cfg, False)
     files = find_images(args.images)
+    shown = args.image or files[0]
+    refuse_to_replace([*files, shown], [args.average, args.stages], "--average or --stages")
     average = average_masks(predictor.model, (mapper({"file_name": x}) for x in files), args.confidence_threshold)
     write(draw_average_masks(average), args.average)
-    shown = args.image or files[0]
     image = read_picture(shown, predictor.pixel_format)
     stages = stage_masks(predictor.model, mapper({"file_name": shown}), image.shape[:2])
     write(draw_stages(image, stages, predictor.classes, args.kernels), args.stages)
