@@ -8,11 +8,11 @@ import random
 import signal
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from detectron2.config import CfgNode
 from PIL import Image
 from program_helpers import ROOT
 
@@ -24,6 +24,7 @@ from knet_d2.inference.batches import batched
 from knet_d2.inference.bulk import BulkJob, Progress, Share, read_list, share_of
 from knet_d2.inference.ray_bulk import run_on_ray
 from knet_d2.inference.shard_files import FORMATS
+from knet_d2.programs.predict_bulk import choose_share
 from knet_d2.results.prediction import Prediction
 from knet_d2.results.segment import Segment
 
@@ -34,9 +35,9 @@ class Brightness:
     """Stands for a predictor: dark pixels are a thing, bright ones stuff."""
 
     classes, pixel_format = CLASSES, PixelFormat("RGB")
-    cfg = SimpleNamespace(MODEL=SimpleNamespace(WEIGHTS="brightness.pth"))
 
-    def __init__(self, poison=-1, seconds=0.0):
+    def __init__(self, poison=-1, seconds=0.0, **options):
+        self.cfg = CfgNode({"MODEL": {"WEIGHTS": __file__, "DEVICE": "cpu", **options}})
         self.poison, self.seconds, self.batches = poison, seconds, []
 
     def predict_frames(self, frames, batch_size, workers):
@@ -155,6 +156,14 @@ def test_another_job_in_the_folder(photos, tmp_path):
     ):
         with pytest.raises(ConfigError, match=f"holds another job, with other {name}. Use"):
             job_of(out, paths, **options)
+    (tmp_path / "weights.pth").write_bytes(b"other")
+    for changed, name in (
+        ({"SCORE": 0.9}, "options"),
+        ({"WEIGHTS": str(tmp_path / "weights.pth")}, "model and weights"),
+    ):
+        with pytest.raises(ConfigError, match=f"holds another job, with other {name}. Use"):
+            job_of(out, photos, Brightness(**changed))
+    job_of(out, photos, Brightness(DEVICE="cuda:1"))
     with pytest.raises(ConfigError, match="shard_size = 0"):
         job_of(out, photos, shard_size=0)
 
@@ -320,3 +329,7 @@ def test_shares_of_processes():
         share_of(array | {"SLURM_ARRAY_TASK_ID": "9"})
     with pytest.raises(ConfigError, match="RANK = 'two'"):
         share_of(torchrun | {"RANK": "two"})
+    assert choose_share("3/4") == Share(3, 4)
+    for text in ("0/0", "4/4", "1", "-1/4"):
+        with pytest.raises(ConfigError, match=f"--share {text}: write it as 0/4"):
+            choose_share(text)

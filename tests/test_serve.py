@@ -136,6 +136,8 @@ def test_a_port_that_is_in_use(address, weights):
     port = address.rpartition(":")[2]
     with pytest.raises(ConfigError, match=f"can't listen on --host 127.0.0.1 --port {port}"):
         serve.main(serve.get_parser().parse_args(["--weights", weights, "--device", "cpu", "--port", port]))
+    with pytest.raises(ConfigError, match="can't listen on --host 127.0.0.1 --port 65536"):
+        serve.main(serve.get_parser().parse_args(["--weights", weights, "--device", "cpu", "--port", "65536"]))
 
 
 def test_missing_packages(monkeypatch):
@@ -147,13 +149,15 @@ def test_missing_packages(monkeypatch):
 # ---- without a network ----------------------------------------------------------------------------------------------
 
 
-async def post(service, body, delay=0.0):
-    """Status and JSON content of an answer."""
-    sent = []
+async def post(service, body, delay=0.0, ends=True):
+    """Status and JSON content of an answer; without an end, the rest of the body never comes."""
+    sent, parts = [], [body]
 
     async def receive():
-        await asyncio.sleep(delay)
-        return {"type": "http.request", "body": body, "more_body": False}
+        await asyncio.sleep(delay if parts else 60)
+        if body is None:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": parts.pop(), "more_body": not ends}
 
     async def send(message):
         sent.append(message)
@@ -172,6 +176,7 @@ def test_the_service_goes_on_after_a_failure(monkeypatch, caplog):
         time.sleep(0.2)
         return SimpleNamespace(to_coco_file=lambda name, masks: {"masks": masks})
 
+    monkeypatch.setattr(serve, "content_size", lambda *_: (1, 1))
     monkeypatch.setattr(serve, "MAX_WAITING", 1)
     monkeypatch.setattr(serve, "MAX_SECONDS", 0.5)
     service = serve.build_service(predict)
@@ -180,8 +185,38 @@ def test_the_service_goes_on_after_a_failure(monkeypatch, caplog):
         late = post(service, b"small", delay=1.0)
         return await asyncio.gather(*(post(service, b"small") for _ in range(4)), late)
 
+    assert asyncio.run(post(service, None))[0] == 400  # a visitor who leaves is no failure
     status, content = asyncio.run(post(service, b"large"))
     assert status == 500 and "can't be segmented" in content["error"] and "no room for it" in caplog.text
     answers = asyncio.run(several())
     assert [status for status, _ in answers] == [200, 200, 503, 503, 408]
     assert answers[0][1] == {"masks": "rle"} and "Try again later" in answers[2][1]["error"]
+
+
+def test_requests_hold_a_limited_number_of_bytes(monkeypatch):
+    """A body that does not end keeps its memory, so others are refused until it is given up."""
+    monkeypatch.setattr(serve, "content_size", lambda *_: (1, 1))
+    monkeypatch.setattr(serve, "MAX_WAITING", 2)
+    monkeypatch.setattr(serve, "MAX_SECONDS", 0.3)
+    prediction = SimpleNamespace(to_coco_file=lambda name, masks: {"masks": masks})
+    service = serve.build_service(lambda content: prediction, threads=4, max_megabytes=0.1)
+
+    async def several():
+        slow = [asyncio.create_task(post(service, bytes(90_000), ends=False)) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        statuses = [(await post(service, bytes(n)))[0] for n in (10_000, 90_000)]
+        return [
+            *statuses,
+            *(status for status, _ in await asyncio.gather(*slow)),
+            (await post(service, bytes(90_000)))[0],
+        ]
+
+    assert asyncio.run(several()) == [200, 503, 408, 408, 200]
+
+
+def test_an_image_of_many_pixels_is_refused_before_it_is_unpacked():
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((5000, 4000), np.uint8)).save(file, "PNG")
+    service = serve.build_service(lambda content: pytest.fail("predicted"), max_megapixels=19.9)
+    status, content = asyncio.run(post(service, file.getvalue()))
+    assert status == 400 and "4000 x 5000 pixels: send an image of at most 19.9 megapixels" in content["error"]

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -24,6 +25,7 @@ from knet_d2.data.shapes import write_shapes
 from knet_d2.engine import Trainer
 from knet_d2.errors import ConfigError, DataError
 from knet_d2.evaluation import build, build_evaluators
+from knet_d2.inference import ImagePredictor
 from knet_d2.inference.tiled_model import TiledKNet
 from knet_d2.programs import cut_tiles
 
@@ -95,6 +97,28 @@ def test_tiles_make_up_the_image_and_its_objects(tmp_path):
     assert (joined == original).all()
     assert (found == np.any(list(masks.values()), axis=0)).all()
     assert areas >= sum(mask.sum() for mask in masks.values())  # tiles overlap where the size is no multiple
+
+
+def test_tiles_stay_in_their_folder(tmp_path):
+    words = write_dataset(tmp_path, [record_of(mask_of(5, 61, 10, 10), 1)])
+    content = json.loads(words[0].read_text())
+    content["images"][0]["id"] = content["annotations"][0]["image_id"] = "../../images/x"
+    words[0].write_text(json.dumps(content))
+    cut(*words, "--tile-size", 128, "--overlap", 0)
+    names = [image["file_name"] for image, *_ in tiles_in(words[-1])]
+    assert names == ["1_large_0_0.png", "1_large_0_42.png"]
+    assert [x.name for x in words[1].iterdir()] == ["large.png"]
+    words[0].rename(tmp_path / "coco.json")
+    with pytest.raises(ConfigError, match="its images are those to cut"):
+        cut(tmp_path / "coco.json", words[1], tmp_path, "--tile-size", 128)
+
+
+def test_prediction_says_that_it_makes_no_tiles(caplog):
+    cfg, engine = get_knet_cfg(), mock.Mock()
+    for size in (0, 512):
+        cfg.TEST.TILES.SIZE = size
+        ImagePredictor(cfg, mock.Mock(), engine)
+        assert ("unless you give tile_size=512" in caplog.text) == (size > 0)
 
 
 def test_parts_at_borders(tmp_path, capsys):

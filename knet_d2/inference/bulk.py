@@ -13,9 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from ..checkpoint import write_atomically
+from ..checkpoint.loading import split_options
 from ..data.classes import categories
 from ..errors import ConfigError, DataError
 from ..results.writers import image_record
@@ -87,6 +90,7 @@ class BulkJob:
             "shard_size": shard_size,
             "format": file_format,
             "model": predictor.cfg.MODEL.WEIGHTS,
+            **_hashes(predictor.cfg),
             "categories": [{**x, "id": x["dataset_id"]} for x in categories(classes)],
         }
         self._claim(os.path.join(folder, JOB_FILE), description)
@@ -189,6 +193,16 @@ class BulkJob:
                 f"--output {self._folder}: it holds another job, with other {' and '.join(changed)}. Use another "
                 "folder, or the same images, weights and options."
             )
+
+
+def _hashes(cfg: CfgNode) -> dict[str, str]:
+    """What else results depend on: the content of the weights file, and the options without the device."""
+    path = PathManager.get_local_path(split_options(cfg.MODEL.WEIGHTS)[0])
+    cfg = cfg.clone()
+    cfg.MODEL.WEIGHTS = cfg.MODEL.DEVICE = ""
+    with open(path, "rb") as f:
+        weights = hashlib.file_digest(f, "sha256").hexdigest()
+    return {"weights": weights, "options": hashlib.sha256(cfg.dump().encode()).hexdigest()}
 
 
 def read_list(path: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -24,6 +25,8 @@ from .inputs import read_input
 from .sources import Frame, ImageFiles, Video
 from .tiles import predict_tiles
 from .trace import Trace
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -69,6 +72,13 @@ class ImagePredictor:
         self.pixel_format = self._engine.pixel_format
         self.classes = classes.named_like(self._engine.classes)
         self.outputs = self._engine.outputs
+        if tile_size := cfg.TEST.TILES.SIZE:
+            logger.warning(
+                "TEST.TILES.SIZE = %d is for evaluation. Predictions are of whole images, unless you give "
+                "tile_size=%d.",
+                tile_size,
+                tile_size,
+            )
 
     @property
     def model(self) -> KNet:

@@ -67,8 +67,8 @@ def choose_share(text: str | None) -> Share:
     if text is None:
         return share_of(os.environ)
     index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal()):
-        raise ConfigError(f"--share {text}: write it as 0/4, the first of four shares.")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ConfigError(f"--share {text}: write it as 0/4, the first of four shares, to 3/4, the last one.")
     return Share(int(index), int(count))
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ..data.classes import categories
+from ..data.files import content_size
 from ..errors import ConfigError, DataError
 from ..inference import ImagePredictor
 from ..results.outputs import OUTPUTS
@@ -20,7 +21,7 @@ from ..results.prediction import MASK_FORMATS
 from ..setup.dependencies import VERSION
 from .arguments import add_predictor_arguments, load_predictor
 
-# Requests that wait for the model; more are refused
+# Requests that wait for the model, and largest files that all requests may hold in memory; more are refused
 MAX_WAITING = 32
 # Seconds in which a request's image must arrive
 MAX_SECONDS = 60
@@ -37,16 +38,22 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any that is free")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="images that are predicted at once")
     parser.add_argument("--max-megabytes", type=float, default=32, help="larger files are refused")
+    parser.add_argument("--max-megapixels", type=float, default=50, help="images of more pixels are refused")
     add_predictor_arguments(parser, default_device="a GPU if there is one")
     return parser
 
 
-def answer(predictor: ImagePredictor, content: bytes, picture: bool, masks: str) -> dict[str, Any] | bytes:
+def answer(
+    predictor: ImagePredictor, content: bytes | bytearray, picture: bool, masks: str, max_megapixels: float
+) -> dict[str, Any] | bytes:
     """The prediction for an image file, as a COCO file or as a picture in PNG.
 
     Raises:
-        DataError: it is no image that can be read.
+        DataError: it is no image that can be read, or it is too large.
     """
+    height, width = content_size(content, "of this request")
+    if height * width > max_megapixels * 1e6:
+        raise DataError(f"{width} x {height} pixels: send an image of at most {max_megapixels:g} megapixels.")
     prediction = predictor(content)
     assert not isinstance(prediction, list)
     if not picture:
@@ -56,12 +63,14 @@ def answer(predictor: ImagePredictor, content: bytes, picture: bool, masks: str)
     return file.getvalue()
 
 
-def build_service(predictor: ImagePredictor, threads: int = 1, max_megabytes: float = 32) -> Any:
+def build_service(
+    predictor: ImagePredictor, threads: int = 1, max_megabytes: float = 32, max_megapixels: float = 50
+) -> Any:
     """The service as an ASGI application.
 
     Args:
         threads: images that are predicted at once.
-        max_megabytes: larger files are refused.
+        max_megabytes, max_megapixels: larger files, and images of more pixels, are refused.
 
     Raises:
         ConfigError: Starlette is missing.
@@ -70,16 +79,17 @@ def build_service(predictor: ImagePredictor, threads: int = 1, max_megabytes: fl
         from anyio import CapacityLimiter, to_thread
         from starlette.applications import Starlette
         from starlette.exceptions import HTTPException
-        from starlette.requests import Request
+        from starlette.requests import ClientDisconnect, Request
         from starlette.responses import JSONResponse, Response
         from starlette.routing import Route
     except ImportError as error:
         raise ConfigError(f"{_MISSING} ({error}).") from error
 
-    limiter, waiting = CapacityLimiter(threads), [0]
+    limiter, waiting, held = CapacityLimiter(threads), [0], [0]
+    most = int(max_megabytes * 1e6)
+    busy = HTTPException(503, "Too many images wait. Try again later.", {"Retry-After": "5"})
 
-    async def read_body(request: Request) -> bytes:
-        content, most = bytearray(), int(max_megabytes * 1e6)
+    async def read_body(request: Request, content: bytearray) -> None:
         too_large = HTTPException(413, f"The file is larger than {max_megabytes:g} MB. Send a smaller one.")
         if int(request.headers.get("content-length", 0)) > most:
             raise too_large
@@ -87,13 +97,17 @@ def build_service(predictor: ImagePredictor, threads: int = 1, max_megabytes: fl
             async with asyncio.timeout(MAX_SECONDS):
                 async for chunk in request.stream():
                     content += chunk
+                    held[0] += len(chunk)
                     if len(content) > most:
                         raise too_large
+                    if held[0] > MAX_WAITING * most:
+                        raise busy
         except TimeoutError:
             raise HTTPException(408, f"The file did not arrive within {MAX_SECONDS} seconds. Send it again.") from None
+        except ClientDisconnect:
+            raise HTTPException(400, "The connection was closed before the file had arrived.") from None
         if not content:
             raise HTTPException(400, "The request has no body. Send the bytes of an image file, not a form.")
-        return bytes(content)
 
     def choice(request: Request, name: str, choices: tuple[str, ...]) -> str:
         value = request.query_params.get(name, choices[0])
@@ -106,12 +120,21 @@ def build_service(predictor: ImagePredictor, threads: int = 1, max_megabytes: fl
         if unknown:
             raise HTTPException(400, f"{unknown.pop()}: there is no such parameter. Use format and masks.")
         picture, masks = choice(request, "format", FORMATS) == "png", choice(request, "masks", MASK_FORMATS)
-        content = await read_body(request)
+        content = bytearray()
+        try:
+            await read_body(request, content)
+            found = await predict(content, picture, masks)
+        finally:
+            held[0] -= len(content)
+        return Response(found, media_type="image/png") if isinstance(found, bytes) else JSONResponse(found)
+
+    async def predict(content: bytearray, picture: bool, masks: str) -> dict[str, Any] | bytes:
         if waiting[0] >= MAX_WAITING + threads:
-            raise HTTPException(503, "Too many images wait. Try again later.", {"Retry-After": "5"})
+            raise busy
         waiting[0] += 1
         try:
-            found = await to_thread.run_sync(answer, predictor, content, picture, masks, limiter=limiter)
+            arguments = predictor, content, picture, masks, max_megapixels
+            return await to_thread.run_sync(answer, *arguments, limiter=limiter)
         except DataError as error:
             raise HTTPException(400, str(error)) from error
         except Exception as error:  # for example too little memory; the service must continue
@@ -119,7 +142,6 @@ def build_service(predictor: ImagePredictor, threads: int = 1, max_megabytes: fl
             raise HTTPException(500, "This image can't be segmented; the log of the service says why.") from error
         finally:
             waiting[0] -= 1
-        return Response(found, media_type="image/png") if isinstance(found, bytes) else JSONResponse(found)
 
     async def describe(_: Request) -> Response:
         outputs = [OUTPUTS[name].title for name in predictor.outputs]
@@ -153,12 +175,12 @@ def main(args: argparse.Namespace) -> None:
     if args.threads < 1:
         raise ConfigError(f"--threads {args.threads}: use at least 1.")
     predictor = load_predictor(args.weights, args)
-    service = build_service(predictor, args.threads, args.max_megabytes)
+    service = build_service(predictor, args.threads, args.max_megabytes, args.max_megapixels)
     first, second = warm_up(predictor)
     print(f"640 x 480 pixels: first image {first:.2f} s, second {second:.2f} s, {torch.get_num_threads()} threads")
     try:
         listening = socket.create_server((args.host, args.port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise ConfigError(f"The service can't listen on --host {args.host} --port {args.port}; try another.") from error
     host, port = listening.getsockname()[:2]
     print(f"POST images to http://{host}:{port}/segment; Ctrl+C ends the service.", flush=True)
