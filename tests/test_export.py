@@ -24,7 +24,7 @@ from knet_d2.checkpoint.saving import save_weights
 from knet_d2.data import resolve_classes
 from knet_d2.data.classes import ClassTable
 from knet_d2.errors import CheckpointError, ConfigError, DataError
-from knet_d2.export import OUTPUT_NAMES, ExportableKNet, halve, memory_shape
+from knet_d2.export import OUTPUT_NAMES, ExportableKNet, export_metadata, halve, memory_shape
 from knet_d2.export.quantization import quantize, share_of_operations
 from knet_d2.export.writing import METADATA_FILE
 from knet_d2.inference import ImagePredictor, onnx_engine
@@ -534,6 +534,63 @@ def test_integers(exported, tmp_path):
     for arguments in (["x.pth", "x.pt2", "--int8", "a.jpg"], ["x.pth", "x.onnx", "--fp16", "--int8", "a.jpg"]):
         with pytest.raises(ConfigError, match="--int8: x.(pt2|onnx): use it for .onnx files and without --fp16"):
             export_model.main(export_model.get_parser().parse_args(arguments))
+
+
+class Untrusted:
+    """Stands for an opened ONNX file of an instance model, whose content may be anything."""
+
+    def __init__(self, labels=(1,), **changes):
+        cfg = tiny_config("instance", {**OPTIONS, "MODEL.KNET.TEST.SCORE_THRESHOLD": 0.0})
+        resolve_classes(cfg)
+        classes = ClassTable(NAMES[:3], [0, 1, 2], [(9, 9, 9)] * 3, 3)
+        good = export_metadata(cfg, classes, tiny_model("instance", OPTIONS))
+        preprocessing = {**json.loads(good["preprocessing"]), **changes.pop("preprocessing", {})}
+        self.metadata = {**good, "preprocessing": json.dumps(preprocessing), **changes}
+        self.labels = labels
+
+    def __call__(self, inputs):
+        n, size = len(self.labels), inputs["output_size"]
+        scores, labels = np.full((1, n), 0.5, np.float32), np.array([self.labels])
+        return scores, labels, np.zeros((1, n, 4), np.float32), np.ones((1, n, *size), bool)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"output": "boxes"},
+        {"memory": "[1000000, 1000000]"},
+        {"memory": "{" * 10},
+        *({"preprocessing": {"smallest_side": x}} for x in (10**6, 0, "64", None)),
+        *({"preprocessing": {"static_size": x}} for x in ([10**6, 10**6], "ab", [96.5, 96])),
+        *({"preprocessing": {"min_size": x}} for x in (10**6, -1, [96])),
+        {"preprocessing": {"size_divisibility": 0}},
+        {"preprocessing": {"image_type": "object"}},
+    ],
+)
+def test_what_an_exported_file_states_is_checked(changes, monkeypatch):
+    """Before an image is prepared: otherwise it would need memory without limit, or fail with any error."""
+    monkeypatch.setattr(onnx_engine, "open_runtime", lambda *_: Untrusted(**changes))
+    with pytest.raises(CheckpointError, match="^m.onnx: what it states of its images or its output makes no sense"):
+        onnx_engine.OnnxPredictor("m.onnx")
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_graph_whose_labels_are_no_classes(label, monkeypatch):
+    image = np.zeros((96, 96, 3), np.uint8)
+    for labels in ((0, 2), (0, label)):
+        monkeypatch.setattr(onnx_engine, "open_runtime", lambda *_, labels=labels: Untrusted(labels))
+        engine = onnx_engine.OnnxPredictor("m.onnx")
+        if label not in labels:
+            assert engine.predict([engine.sample(image)])[0]["instances"].pred_classes.tolist() == [0, 2]
+            continue
+        with pytest.raises(CheckpointError, match=f"m.onnx: gives labels from .*{label}.* names 3 classes"):
+            engine.predict([engine.sample(image)])
+
+
+def test_test_time_augmentation_can_not_be_exported():
+    cfg = tiny_config("instance", {**OPTIONS, "TEST.AUG.ENABLED": True})
+    with pytest.raises(ConfigError, match="TEST.AUG.ENABLED = True: an exported model is one pass"):
+        export_metadata(cfg, ClassTable([], [], [], 0), tiny_model("instance", OPTIONS))
 
 
 def test_what_can_not_be_exported(tmp_path):

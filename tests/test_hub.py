@@ -34,7 +34,7 @@ def folder(tmp_path):
     options = {"MODEL.KNET.NUM_STAGES": 1, "INPUT.MIN_SIZE_TEST": 64}
     cfg = tiny_config("panoptic", options)
     resolve_classes(cfg)
-    names = ["cup", "fork", "spoon", "table", "wall"]
+    names = ["cup", "fork", "<b>*\n# x", "table", "wall"]
     classes = ClassTable(names, [0, 1, 2, 3, 4], [(9, 9, 9)] * 5, 3, [5, 6, 7, 8, 9])
     model = tiny_model("panoptic", options)
     save_weights(str(tmp_path / "m.pth"), model.state_dict(), describe_model(cfg, classes))
@@ -56,6 +56,7 @@ def test_what_is_in_the_folder(folder):
         "my kitchen",
         "cup (thing)",
         "wall (stuff)",
+        "&#60;b&#62;&#42;&#10;&#35; x (thing)",
     ):
         assert text in body
     assert yaml.safe_load((folder / "config.yaml").read_text())["MODEL"]["KNET"]["NUM_STAGES"] == 1

@@ -228,6 +228,12 @@ def test_wrong_entries(root, kind, changes, message):
         ("youtube_vis", lambda x: x["annotations"][0].update(category_id=99), "lacks 99"),
         ("youtube_vis", lambda x: x["videos"][0].update(height=9), "its size is .*, but the image has"),
         ("youtube_vis", lambda x: x.update(videos=3), "not iterable"),
+        ("youtube_vis", lambda x: x["annotations"][0].update(video_id=77), "no video has the id 77"),
+        (
+            "youtube_vis",
+            lambda x: x["videos"][1].update(id=x["videos"][0]["id"]),
+            "no video has the id|two videos have",
+        ),
         ("video_panoptic", lambda x: x["annotations"].pop(), "lacks '002'"),
         ("video_panoptic", lambda x: x["categories"][0].pop("isthing"), "lacks 'isthing'"),
     ],

@@ -29,7 +29,7 @@ _MODEL_SECTIONS = ("MODEL", "INPUT", "TEST")
 # Limits against hostile files. Our own descriptions have a few thousand letters, no alias and at most 4 levels.
 _MOST_LETTERS, _MOST_ALIASES, _MOST_LEVELS = 100_000, 20, 20
 _MOST_CLASS_LETTERS = 4_000_000
-_LARGEST_SIZE = 16_384
+LARGEST_SIZE = 16_384
 
 
 class ModelDescription(NamedTuple):
@@ -214,8 +214,8 @@ def _check_numbers(cfg: CfgNode, classes: ClassTable) -> None:
         raise ValueError(f"MODEL.META_ARCHITECTURE = {cfg.MODEL.META_ARCHITECTURE}: must be KNet")
     if expected != found:
         raise ValueError(f"the config has {expected} classes of things and stuff, the list of classes {found}")
-    if not 0 <= cfg.INPUT.MIN_SIZE_TEST <= _LARGEST_SIZE or cfg.INPUT.MAX_SIZE_TEST <= 0:
-        raise ValueError(f"INPUT.MIN_SIZE_TEST must be 0 .. {_LARGEST_SIZE}, INPUT.MAX_SIZE_TEST positive")
+    if not 0 <= cfg.INPUT.MIN_SIZE_TEST <= LARGEST_SIZE or cfg.INPUT.MAX_SIZE_TEST <= 0:
+        raise ValueError(f"INPUT.MIN_SIZE_TEST must be 0 .. {LARGEST_SIZE}, INPUT.MAX_SIZE_TEST positive")
     mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
     if not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
         raise ValueError("MODEL.PIXEL_MEAN must be finite, MODEL.PIXEL_STD finite and positive")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from ..data.classes import markdown_text
 from ..errors import CheckpointError, ConfigError
 from .description import read_metadata
 from .saving import save_weights, write_atomically
@@ -103,7 +104,7 @@ def model_card(
         "pipeline_tag": "image-segmentation",
         "tags": ["k-net", f"{task}-segmentation", "detectron2"],
     }
-    names = [f"{x['name']} ({'thing' if x['isthing'] else 'stuff'})" for x in classes]
+    names = [f"{markdown_text(x['name'])} ({'thing' if x['isthing'] else 'stuff'})" for x in classes]
     figures = "\n".join(f"| {_cell(name)} | {value:g} |" for name, value in facts.metrics.items())
     notes = f"\n{facts.notes.strip()}\n" if facts.notes else ""
     return f"""---

@@ -8,6 +8,7 @@ class may have the same id. So a class is identified by (isthing, category id), 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -280,3 +281,8 @@ def _dataset_ids(metadata: Metadata, kind: str, contiguous_ids: Iterable[int]) -
 def _palette(number: int) -> list[tuple[int, int, int]]:
     colors = colormap(rgb=True, maximum=255).astype(int).tolist()
     return [tuple(colors[i % len(colors)]) for i in range(number)]
+
+
+def markdown_text(name: str) -> str:
+    """A name in Markdown, with nothing that would be read as Markdown or HTML."""
+    return re.sub(r"([\W_])", lambda match: f"&#{ord(match[0])};" if match[0] != " " else " ", name)

@@ -97,7 +97,12 @@ def export_metadata(
 
     Args:
         image_type, size: see :func:`trace`.
+
+    Raises:
+        ConfigError: the config asks for several passes.
     """
+    if cfg.TEST.AUG.ENABLED:
+        raise ConfigError("TEST.AUG.ENABLED = True: an exported model is one pass. Set it to False.")
     step = max(model.size_divisibility, 1)
     preprocessing = {
         "format": cfg.INPUT.FORMAT,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,13 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.file_io import PathManager
 
-from ..checkpoint.description import read_metadata
+from ..checkpoint.description import LARGEST_SIZE, read_metadata
 from ..checkpoint.download import cache_folder
 from ..checkpoint.loading import split_options
 from ..data.augmentation import Resize
 from ..data.classes import ClassTable
 from ..data.pixels import PixelFormat
-from ..errors import CheckpointError, ConfigError, DataError
+from ..errors import CheckpointError, DataError
 from ..export import OUTPUT_NAMES, default_image_type, export_metadata, save_onnx, trace
 from ..modeling.meta_arch import KNet
 from ..modeling.postprocessing.scores import SUPPRESSED
@@ -58,9 +58,7 @@ class OnnxPredictor:
         self.cfg, self.classes = read_metadata(metadata, path)
         self.cfg.MODEL.WEIGHTS = path
         self.pixel_format = PixelFormat.from_config(self.cfg)
-        self.outputs = (metadata["output"],)
-        self._preprocessing = json.loads(metadata["preprocessing"])
-        self._memory = json.loads(metadata.get("memory", "null"))
+        self.outputs, self._preprocessing, self._memory = checked_metadata(metadata, path)
         shorter, longer = self._preprocessing["min_size"], self._preprocessing["max_size"]
         self._resize = Resize([shorter, shorter], longer)
 
@@ -89,6 +87,12 @@ class OnnxPredictor:
         output_size = (samples[0]["height"], samples[0]["width"])
         tensors = map(torch.from_numpy, self._runtime(self.inputs(samples)))
         found = dict(zip(OUTPUT_NAMES[self.outputs[0]], tensors))
+        labels = found.get("labels", torch.empty(0))  # label maps may have a label for what is of no class
+        if labels.numel() and not 0 <= labels.min() <= labels.max() < len(self.classes.names):
+            raise CheckpointError(
+                f"{self.cfg.MODEL.WEIGHTS}: gives labels from {labels.min()} to {labels.max()}, but names "
+                f"{len(self.classes.names)} classes. Export the model again."
+            )
         return [self._result({name: x[i] for name, x in found.items()}, output_size) for i in range(len(samples))]
 
     def inputs(self, samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -126,6 +130,31 @@ class OnnxPredictor:
         return {output: (found["segment_map"], segments)}
 
 
+def checked_metadata(metadata: Mapping[str, str], path: str) -> tuple[tuple[str], dict[str, Any], list[int] | None]:
+    """The output, the preprocessing and the shape of the memory that an exported file states.
+
+    Raises:
+        CheckpointError: they make no sense, or would need memory without limit.
+    """
+    try:
+        preprocessing = json.loads(metadata["preprocessing"])
+        memory, output = json.loads(metadata.get("memory", "null")), metadata["output"]
+        sides = [*(preprocessing.get("static_size") or []), preprocessing["smallest_side"]]
+        sides += [preprocessing["size_divisibility"], *(memory or [])]
+        is_usable = (
+            output in OUTPUT_NAMES
+            and preprocessing["image_type"] in ("uint8", "float32")
+            and all(type(preprocessing[key]) is int and preprocessing[key] >= 0 for key in ("min_size", "max_size"))
+            and preprocessing["min_size"] <= LARGEST_SIZE
+            and all(type(x) is int and 0 < x <= LARGEST_SIZE for x in sides)
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        is_usable = False
+    if not is_usable:
+        raise CheckpointError(f"{path}: what it states of its images or its output makes no sense. Export it again.")
+    return (output,), preprocessing, memory
+
+
 def check_static_size(size: tuple[int, ...], static_size: tuple[int, ...], takes_padding: bool) -> None:
     """Check that a resized image fits into the one size of an exported file.
 
@@ -150,8 +179,6 @@ def exported_file(cfg: CfgNode, classes: ClassTable) -> str:
     Raises:
         ConfigError: the model can't be exported, or a package is missing.
     """
-    if cfg.TEST.AUG.ENABLED:
-        raise ConfigError("TEST.AUG.ENABLED = True: an exported model is one pass. Set it to False.")
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "cpu"
     key = hashlib.sha256(f"{VERSION} {torch.__version__} {cfg.dump()} {classes}".encode())

@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import shutil
 import signal
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.augmentation import ResizeTransform
+from ..data.classes import markdown_text
 from ..data.files import ARRAY_TYPE, find_images, read_image, read_picture
 from ..data.pixels import PixelFormat, picture_of
 from ..errors import ConfigError, DataError
@@ -102,9 +102,9 @@ class Viewer:
         """Return the names and classes of the models as Markdown."""
         lines = []
         for name, model in self._models.items():
-            names = [_as_text(x) for x in model.classes.names]
+            names = [markdown_text(x) for x in model.classes.names]
             more = f" and {len(names) - MOST_CLASSES} more" if len(names) > MOST_CLASSES else ""
-            lines.append(f"- **{_as_text(name)}** ({len(names)} classes): {', '.join(names[:MOST_CLASSES])}{more}")
+            lines.append(f"- **{markdown_text(name)}** ({len(names)} classes): {', '.join(names[:MOST_CLASSES])}{more}")
         return "\n".join(lines)
 
     def num_stages(self, choice: str) -> int:
@@ -189,11 +189,6 @@ class Viewer:
         model = self._models[name]
         image = read_upload(path, self._max_megapixels, model.pixel_format)
         return picture_of(image), model.trace_image(image)
-
-
-def _as_text(name: str) -> str:
-    """A name in Markdown, with nothing that would be read as Markdown or HTML."""
-    return re.sub(r"([\W_])", lambda match: f"&#{ord(match[0])};" if match[0] != " " else " ", name)
 
 
 def read_upload(path: str, max_megapixels: float, pixel_format: PixelFormat) -> np.ndarray:

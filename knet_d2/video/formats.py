@@ -90,6 +90,12 @@ def youtube_vis_records(json_file: str, image_root: str, name: str) -> list[dict
         of_video: dict[Any, list[dict[str, Any]]] = {}
         for annotation in content.get("annotations") or ():
             of_video.setdefault(annotation["video_id"], []).append(annotation)
+        ids = [video["id"] for video in content["videos"]]
+        unknown = next((x for x in of_video if x not in ids), None)
+        if unknown is not None or len(set(ids)) < len(ids):
+            twice = next((x for x in ids if ids.count(x) > 1), None)
+            what = f"two videos have the id {twice}" if unknown is None else f"no video has the id {unknown}"
+            raise DataError(f"{json_file}: {what}, so that objects would be in the wrong video. Correct the ids.")
         return [
             record
             for video in content["videos"]
