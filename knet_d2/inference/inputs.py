@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import time
 import urllib.request
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from ..errors import DataError
 ORDERS = ("RGB", "BGR")
 MAX_DOWNLOAD = 100_000_000
 _SECONDS_WITHOUT_DATA = 20.0
+_MOST_SECONDS = 300.0
 _SCHEMES = ("http", "https")
 
 
@@ -122,7 +124,7 @@ def download(url: str) -> bytes:
     request = urllib.request.Request(url, headers={"User-Agent": "knet_d2"})
     try:
         with opener.open(request, timeout=_SECONDS_WITHOUT_DATA) as response:
-            content = response.read(MAX_DOWNLOAD + 1)
+            content = _read_all(response)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
@@ -131,3 +133,15 @@ def download(url: str) -> bytes:
     if len(content) > MAX_DOWNLOAD:
         raise DataError(f"{url}: is larger than {MAX_DOWNLOAD // 10**6} MB. Download the file first.")
     return content
+
+
+def _read_all(response: http.client.HTTPResponse) -> bytes:
+    """Up to MAX_DOWNLOAD + 1 bytes; a TimeoutError where a server sends them one by one for ever."""
+    content, end = bytearray(), time.monotonic() + _MOST_SECONDS
+    while len(content) <= MAX_DOWNLOAD and (part := response.read1(1 << 16)):
+        content += part
+        if time.monotonic() > end:
+            raise TimeoutError(f"not complete after {_MOST_SECONDS:g} seconds")
+    if response.length and len(content) <= MAX_DOWNLOAD:
+        raise http.client.IncompleteRead(bytes(content), response.length)
+    return bytes(content[: MAX_DOWNLOAD + 1])
