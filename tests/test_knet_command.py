@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,13 +22,15 @@ from program_helpers import ROOT, TINY_MODEL, shapes  # noqa: F401
 from tool_formats import TOOLS, masks, stem, write_color_labels, write_tool, yolo_seg
 
 import knet_command
+from knet_d2.config import get_knet_cfg
 from knet_d2.config.files import get_config_file
+from knet_d2.config.merging import merge_config
 from knet_d2.data import load_dataset
 from knet_d2.data.check import check_datasets
-from knet_d2.data.discovery import find_annotations
+from knet_d2.data.discovery import Found, find_annotations
 from knet_d2.data.files import files_below
 from knet_d2.errors import DataError
-from knet_d2.programs.command import RECIPES, choose_recipe
+from knet_d2.programs.command import RECIPES, choose_recipe, write_config
 from knet_d2.setup.dependencies import VERSION
 
 
@@ -287,8 +290,14 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     final = os.path.join(output, "model_final.pth")
     assert torch.load(final, weights_only=True)["iteration"] == 1
 
-    assert knet_command.main(["eval", output]) == 0
-    capsys.readouterr()
+    saved = Path(output, "config.yaml").read_text()
+    assert knet_command.main(["eval", output, "TEST.DETECTIONS_PER_IMAGE", "3"]) == 0
+    # The next evaluation, and a resumed run, have the options of training
+    assert Path(output, "config.yaml").read_text() == saved
+    assert "DETECTIONS_PER_IMAGE: 3" in Path(output, "inference", "config.yaml").read_text()
+    for words in (["eval", output], ["predict", output, "x.jpg", "--opts"]):
+        assert knet_command.main([*words, "MODEL.WEIGHTS", "other.pth"]) == 1
+        assert "MODEL.WEIGHTS: the model is the first argument" in capsys.readouterr().err
     target = str(tmp_path / "pictures")
     photo = str(root / "images" / "000000.jpg")
     options = ["--confidence-threshold", "0", "--json", str(tmp_path / "result.json")]
@@ -303,6 +312,15 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     assert knet_command.main(["export", output, str(tmp_path / "model.onnx")]) == 0
     assert called["weights"] in (final, os.path.join(output, "model_best.pth"))
     assert NUM_SHAPES == 4
+
+
+def test_a_recipe_is_relative_to_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("SEED: 5\n")
+    path = write_config(Found("x", "instance", [], [], []), "mine.yaml", "output/x")
+    cfg = get_knet_cfg()
+    merge_config(cfg, path)
+    assert (cfg.SEED, cfg.OUTPUT_DIR) == (5, "output/x")
 
 
 def test_a_faulty_data_set_is_not_trained_on(shapes, tmp_path, capsys):  # noqa: F811

@@ -265,6 +265,7 @@ def test_new_run_in_a_used_folder_sets_the_earlier_one_aside(tmp_path, whole_run
         run(tmp_path)
     assert (tmp_path / "metrics_1.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
     assert (tmp_path / "last_checkpoint_1").read_text() == "model_final.pth"
+    assert (tmp_path / "model_final_1.pth").exists() and not (tmp_path / "model_final.pth").exists()
     assert sorted(p.name for p in tmp_path.glob("model_0*")) == [f"model_{i:07d}_1.pth" for i in (6, 13, 20)]
     ToyNet.fail_at = (None, None)
     assert run(tmp_path, resume=True).start_iter == 0  # not where the earlier one was
@@ -471,6 +472,8 @@ def test_run_without_periodic_checkpoints_is_stopped_and_resumed(tmp_path, whole
 def test_unsupported_option_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="TEST.PRECISE_BN.ENABLED"):
         ToyTrainer(toy_cfg(tmp_path, TEST__PRECISE_BN__ENABLED=True))
+    with pytest.raises(ConfigError, match="TEST.TILES.OVERLAP = 40: use 1 to 31"):  # not at the first evaluation
+        ToyTrainer(toy_cfg(tmp_path, TEST__TILES__SIZE=32, TEST__TILES__OVERLAP=40))
     with pytest.raises(ConfigError, match="SOLVER.CHECKPOINTS_TO_KEEP = -1"):
         ToyTrainer(toy_cfg(tmp_path, SOLVER__CHECKPOINTS_TO_KEEP=-1))
     with pytest.raises(ConfigError, match="REFERENCE_WORLD_SIZE"):

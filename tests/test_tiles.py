@@ -284,6 +284,10 @@ def test_options_that_make_no_sense(tmp_path, monkeypatch):
     cfg.TEST.TILES.SIZE, cfg.TEST.TILES.OVERLAP = 64, 64
     with pytest.raises(ConfigError, match="TEST.TILES.OVERLAP = 64: use 1 to 63"):
         TiledKNet(cfg, Colours("instances"))
+    cfg.TEST.TILES.SIZE = -8
+    with pytest.raises(ConfigError, match="TEST.TILES.SIZE = -8: use 0 .whole images., or at least 4"):
+        TiledKNet(cfg, Colours("instances"))
+    cfg.TEST.TILES.SIZE = 64
     monkeypatch.setattr(build, "_TILED", ())
     with pytest.raises(ConfigError, match="TEST.TILES.SIZE = 64: .*'coco' can't be evaluated in tiles"):
         build_evaluators(cfg, cfg.DATASETS.TRAIN[0])

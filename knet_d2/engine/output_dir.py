@@ -31,31 +31,35 @@ _locks: dict[str, TextIO] = {}
 def setup(args: argparse.Namespace) -> CfgNode:
     """The config of a training or evaluation run, as the arguments of Detectron2's command line give it.
 
-    Also starts the log files in OUTPUT_DIR and saves the resolved config there; that of a run to be resumed stays until
-    :func:`save_config` replaces it, since the trainer may refuse what differs.
+    Also starts the log files in OUTPUT_DIR and saves the resolved config there, that of an evaluation in the folder
+    inference, so that its options do not become those of the training run. The config of a run to be resumed stays
+    until :func:`save_config` replaces it, since the trainer may refuse what differs.
     """
     cfg = load_config(args.config_file, args.opts)
     cfg.SEED = resolve_seed(cfg, resume=args.resume)
     cfg.freeze()
-    os.makedirs(cfg.OUTPUT_DIR or ".", exist_ok=True)
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference") if args.eval_only else cfg.OUTPUT_DIR
+    os.makedirs(folder or ".", exist_ok=True)
     if not args.eval_only:
         lock_output_dir(cfg.OUTPUT_DIR)
     earlier = _saved_config(cfg) if args.resume and not args.eval_only else ""
     start_log(cfg.OUTPUT_DIR)
     logger.debug("Arguments: %s", args)
-    save_config(cfg, earlier)
-    logger.info("The config of this run is in %s.", os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
+    path = save_config(cfg, folder, earlier)
+    logger.info("The config of this run is in %s.", path)
     seed_all_rng(cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
     warn_of_unread_options(cfg)
     return cfg
 
 
-def save_config(cfg: CfgNode, text: str = "") -> None:
-    """Write a config, or ``text`` in its place, into OUTPUT_DIR/config.yaml; on the main process."""
+def save_config(cfg: CfgNode, folder: str, text: str = "") -> str:
+    """Write a config, or ``text`` in its place, into config.yaml, on the main process; returns the path."""
+    path = os.path.join(folder, "config.yaml")
     if comm.is_main_process():
-        with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as f:
+        with open(path, "w") as f:
             f.write(text or cfg.dump())
+    return path
 
 
 def _saved_config(cfg: CfgNode) -> str:

@@ -30,7 +30,7 @@ from ..data import build_loss_loader, build_test_loader, build_train_loader, reg
 from ..data.classes import class_table
 from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import Evaluators, best_metric, build_evaluators, write_report
-from ..inference.tiled_model import TiledKNet
+from ..inference.tiled_model import TiledKNet, size_and_overlap
 from ..modeling.tta import KNetWithTTA
 from ..results.comparison import draw_validation_pictures
 from ..video.model import follow_videos
@@ -251,9 +251,10 @@ class Trainer(DefaultTrainer):
             self._set_earlier_run_aside()
 
     def _set_earlier_run_aside(self) -> None:
-        """Rename what a later --resume would take for this run's: metrics.json -> metrics_1.json, and so on."""
+        """Rename what would be taken for this run's later: metrics.json -> metrics_1.json, and so on."""
         folder = self.cfg.OUTPUT_DIR
-        names = ["metrics.json", RUN_IDS, "last_checkpoint", *periodic_checkpoints(folder)]
+        names = ["metrics.json", RUN_IDS, "last_checkpoint", "model_best.pth", "model_final.pth"]
+        names += periodic_checkpoints(folder)
         pairs = [(name, os.path.splitext(name)) for name in names if os.path.exists(os.path.join(folder, name))]
         events = [name for name in os.listdir(folder) if name.startswith(EVENTS)]
         if not pairs and not events:
@@ -269,7 +270,7 @@ class Trainer(DefaultTrainer):
         for name, (stem, suffix) in pairs:
             os.replace(os.path.join(folder, name), os.path.join(folder, f"{stem}_{number}{suffix}"))
         logger.warning(
-            f"{folder} has an earlier run; its metrics, periodic checkpoints and events are renamed: their names or "
+            f"{folder} has an earlier run; its metrics, checkpoints and events are renamed: their names or "
             f"that of their folder end in _{number} now"
         )
 
@@ -367,6 +368,8 @@ def _check_hook_options(cfg: CfgNode) -> None:
         raise ConfigError("TEST.PRECISE_BN.ENABLED = True is not supported: set it to False.")
     solver = cfg.SOLVER
     check_trackers(solver.TRACKERS)
+    if cfg.TEST.TILES.SIZE:
+        size_and_overlap(cfg)
     for key, value, meaning in (
         ("SOLVER.CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD, "only the final and the best checkpoint"),
         ("SOLVER.CHECKPOINTS_TO_KEEP", solver.CHECKPOINTS_TO_KEEP, "all"),

@@ -18,6 +18,21 @@ from .detectron2_predictor import resized_sample
 from .tiles import predict_outputs
 
 
+def size_and_overlap(cfg: CfgNode) -> tuple[int, int]:
+    """Side of a tile, and the pixels that neighbours share, from TEST.TILES.
+
+    Raises:
+        ConfigError: they make no sense.
+    """
+    tiles = cfg.TEST.TILES
+    if tiles.SIZE < 4:
+        raise ConfigError(f"TEST.TILES.SIZE = {tiles.SIZE}: use 0 (whole images), or at least 4 pixels.")
+    overlap = tiles.OVERLAP or tiles.SIZE // 4
+    if not 0 < overlap < tiles.SIZE:
+        raise ConfigError(f"TEST.TILES.OVERLAP = {tiles.OVERLAP}: use 1 to {tiles.SIZE - 1} (TEST.TILES.SIZE).")
+    return tiles.SIZE, overlap
+
+
 class TiledKNet(nn.Module):
     """A model that cuts images into tiles; it is called as the model is, with images in their original size.
 
@@ -36,10 +51,7 @@ class TiledKNet(nn.Module):
         """
         super().__init__()
         self.model = model
-        tiles = cfg.TEST.TILES
-        self._size, self._overlap = tiles.SIZE, tiles.OVERLAP or tiles.SIZE // 4
-        if not 0 < self._overlap < self._size:
-            raise ConfigError(f"TEST.TILES.OVERLAP = {tiles.OVERLAP}: use 1 to {tiles.SIZE - 1} (TEST.TILES.SIZE).")
+        self._size, self._overlap = size_and_overlap(cfg)
         self._resize = Resize([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         self._classes = class_table(cfg)
         self.train(model.training)

@@ -60,7 +60,7 @@ def choose_recipe(task: str, device: str | None = None) -> str:
 def write_config(found: Found, recipe: str, output: str) -> str:
     """Write the config of a training run on found data sets into its folder; returns the path."""
     content = {
-        "_BASE_": recipe if os.path.isfile(recipe) else get_config_file(recipe),
+        "_BASE_": os.path.abspath(recipe) if os.path.isfile(recipe) else get_config_file(recipe),
         "DATASETS": {"CUSTOM": found.entries, "TRAIN": found.train, "TEST": found.test},
         "OUTPUT_DIR": output,
     }
@@ -157,6 +157,7 @@ def _eval(arguments: Sequence[str]) -> int:
     config = os.path.join(folder, "config.yaml")
     if not os.path.isfile(config):
         return run_program("train", ["--eval-only", *arguments], "knet eval")
+    _refuse_weights(arguments)
     words = ["--config-file", config, "--eval-only", *arguments[1:], "MODEL.WEIGHTS", checkpoint_of(folder)]
     return run_program("train", words, "knet eval")
 
@@ -168,10 +169,16 @@ def _predict(arguments: Sequence[str]) -> int:
     parser.add_argument("model", help="folder of a training run, weights file, or knet:// name")
     parser.add_argument("inputs", nargs="*", help="image files, folders, or quoted patterns such as 'a/*.jpg'")
     args, rest = parser.parse_known_args(arguments)
+    _refuse_weights(rest)
     place = rest.index("--opts") if "--opts" in rest else len(rest)
     options = [*rest[place + 1 :], "MODEL.WEIGHTS", checkpoint_of(args.model)]
     inputs = ["--input", *args.inputs] if args.inputs else []
     return run_program("demo", [*inputs, *rest[:place], "--opts", *options], "knet predict")
+
+
+def _refuse_weights(arguments: Sequence[str]) -> None:
+    if "MODEL.WEIGHTS" in arguments:
+        raise ConfigError("MODEL.WEIGHTS: the model is the first argument. Name the weights file there.")
 
 
 def _with_checkpoint(program: str, name: str, arguments: Sequence[str]) -> int:

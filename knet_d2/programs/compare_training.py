@@ -123,7 +123,7 @@ def train(config: str, seed: int, folder: str, tests: dict[str, list[str]], most
     cfg = setup(argparse.Namespace(config_file=config, opts=opts, resume=True, eval_only=False))
     trainer = ComparedTrainer(cfg, tests, most_hours)
     trainer.resume_or_load(resume=True)
-    save_config(cfg)
+    save_config(cfg, cfg.OUTPUT_DIR)
     trainer.train()
 
 

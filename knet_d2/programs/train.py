@@ -52,7 +52,7 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
         return evaluate(cfg, args.resume)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    save_config(cfg)
+    save_config(cfg, cfg.OUTPUT_DIR)
     return trainer.train()
 
 
