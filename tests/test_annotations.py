@@ -141,6 +141,14 @@ def test_order_is_by_doubt(tmp_path):
     assert Annotated("x", semantic).doubt == 0 and Annotated("x", semantic._replace(segments=[])).doubt == 0
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_names_that_are_no_utf_8(tmp_path, kind):
+    name = os.fsdecode(b"photo \xff.png")
+    prediction = Prediction(SIZE, [Segment.from_mask(shapes()[0], 0, 0.5)], CLASSES)
+    assert write_annotations(kind, [(str(tmp_path / name), prediction)], str(tmp_path / "out"), CLASSES) == 1
+    assert b"photo \xff.png,1.000,1" in (tmp_path / "out" / "order.csv").read_bytes()
+
+
 def test_nothing_that_was_corrected_is_replaced(tmp_path):
     images = predictions(tmp_path)
     write_annotations("yolo", images, str(tmp_path / "out"), CLASSES)

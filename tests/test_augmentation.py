@@ -94,11 +94,12 @@ def test_an_entry_is_applied_with_its_probability(entries):
     [
         ("RandomFlip", "use {name: NAME"),
         ({"prob": 0.5}, "use {name: NAME"),
+        ({"name": "RandomFlip", "prob": 50}, "prob is a probability"),
         ({"name": "RandomExtent"}, "RandomFlip, .*ResizeScale"),
         ({"name": "Default", "prob": 0.5}, "use {name: NAME"),
         ({"name": "RandomFlip", "probability": 0.5}, r"RandomFlip\(prob=0.5, .*'probability'"),
         ({"name": "RandomRotation"}, r"RandomRotation\(angle, .*'angle'"),
-        ({"name": "RandomRotation", "angle": [-10, 10], "prob": 3}, "given: 3"),
+        ({"name": "RandomRotation", "angle": [-10, 10], "prob": 3}, "prob is a probability"),
         ({"name": "RandomCrop", "crop_type": "absolut", "crop_size": [8, 8]}, "RandomCrop"),
         ({"name": "FixedSizeCrop", "crop_size": 64}, r"FixedSizeCrop\(crop_size"),
         ({"name": "FixedSizeCrop", "crop_size": [64, -70]}, "nothing is left"),

@@ -24,7 +24,8 @@ from knet_d2.inference.batches import batched
 from knet_d2.inference.bulk import BulkJob, Progress, Share, read_list, share_of
 from knet_d2.inference.ray_bulk import run_on_ray
 from knet_d2.inference.shard_files import FORMATS
-from knet_d2.programs.predict_bulk import choose_share
+from knet_d2.programs import predict_bulk, run
+from knet_d2.programs.predict_bulk import choose_share, find_inputs
 from knet_d2.results.prediction import Prediction
 from knet_d2.results.segment import Segment
 
@@ -106,6 +107,35 @@ def test_a_row_for_every_image(photos, tmp_path):
         assert ((ids == 1) == dark).all() and segments[1]["area"] == dark.sum()
 
 
+def test_a_line_is_one_row_whatever_it_names(photos, tmp_path):
+    """A folder or a pattern would give several frames, and each row the prediction of another image."""
+    paths = [photos[0], str(tmp_path / "0[1-3].png"), str(tmp_path), str(tmp_path / "absent.png"), photos[3]]
+    predictor = Brightness()
+    assert finish(job_of(tmp_path / "out", paths, predictor, shard_size=5)) == Progress(predicted=5, found=0, broken=3)
+    assert predictor.batches == [2]  # not one by one
+    rows = rows_of(tmp_path / "out")
+    assert all("does not exist" in row["error"] for row in rows[1:4])
+    for row, path in ((rows[0], photos[0]), (rows[4], photos[3])):
+        dark = np.asarray(Image.open(path))[..., 0] < 128
+        assert (mask_util.decode(row["instances"][0]["segmentation"]) == dark).all()
+
+
+def test_a_job_without_a_single_prediction_fails(photos, tmp_path, monkeypatch, capsys):
+    for paths, code in (([photos[0], "absent.png"], 0), (["absent.png", "absent_2.png"], 1)):
+        monkeypatch.setattr(
+            predict_bulk, "open_job", lambda _, paths=paths: job_of(tmp_path / str(len(paths[0])), paths)
+        )
+        arguments = ["m.pth", "--input", "list.txt", "--output", "out"]
+        assert run(predict_bulk.main, predict_bulk.get_parser(), arguments) == code
+        assert ("--input list.txt: no image could be predicted" in capsys.readouterr().err) == code
+
+
+def test_results_are_no_inputs(photos, tmp_path):
+    (tmp_path / "out" / "panoptic").mkdir(parents=True)
+    Image.open(photos[0]).save(tmp_path / "out" / "panoptic" / "0.png")
+    assert find_inputs(str(tmp_path), str(tmp_path / "out")) == photos
+
+
 def test_what_is_there_is_not_predicted_again(photos, tmp_path):
     out = tmp_path / "out"
     finish(job_of(out, photos))
@@ -164,8 +194,12 @@ def test_another_job_in_the_folder(photos, tmp_path):
         with pytest.raises(ConfigError, match=f"holds another job, with other {name}. Use"):
             job_of(out, photos, Brightness(**changed))
     job_of(out, photos, Brightness(DEVICE="cuda:1"))
-    with pytest.raises(ConfigError, match="shard_size = 0"):
-        job_of(out, photos, shard_size=0)
+    for name in ("shard_size", "batch_size", "workers"):
+        with pytest.raises(ConfigError, match=f"{name} = 0: use at least 1"):
+            job_of(out, photos, **{name: 0})
+    (out / "job.json").write_text("[")
+    with pytest.raises(ConfigError, match="job.json: is damaged"):
+        job_of(out, photos)
 
 
 @pytest.mark.parametrize("moment", ["png", "rows", "renamed"])
@@ -233,6 +267,10 @@ def test_parquet_has_the_rows_of_json_lines(photos, tmp_path):
     assert all((tmp_path / file_format / name).exists() for file_format in FORMATS for name in names)
     with pytest.raises(ConfigError, match="other format"):
         job_of(tmp_path / "parquet", photos)
+    name = os.fsdecode(b"no utf-8 \xff.png")
+    finish(job_of(tmp_path / "bytes", [name], file_format="parquet"))
+    (row,) = parquet.read_table(tmp_path / "bytes" / "000000.parquet").to_pylist()
+    assert row["file_name"] == r"no utf-8 \udcff.png" and "does not exist" in row["error"]
 
 
 def test_parquet_without_its_package(photos, tmp_path, monkeypatch):

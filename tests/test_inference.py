@@ -21,6 +21,7 @@ from knet_d2.data.classes import ClassTable
 from knet_d2.errors import CheckpointError, ConfigError, DataError
 from knet_d2.export.graph import ExportableKNet
 from knet_d2.inference import Prediction, Segment
+from knet_d2.inference.from_file import threshold_options
 from knet_d2.inference.sources import Video
 from knet_d2.inference.tiles import predict_tiles, tile_spans
 from knet_d2.programs import convert_checkpoint
@@ -209,6 +210,15 @@ def test_files_that_do_not_describe_their_model(tmp_path, described):
         knet_d2.load(with_metadata(config="!!python/object/apply:os.mkdir [x]"))
     with pytest.raises(ConfigError, match="knet_r50_fpn_1x"):
         knet_d2.load("knet://coco/panoptic/knet_r50_fpn_1")
+
+
+@pytest.mark.parametrize("threshold", [30, -0.1, float("nan")])
+def test_a_threshold_that_is_no_score(threshold):
+    """With 30, which is meant as percent, nothing would be found."""
+    with pytest.raises(ConfigError, match="confidence_threshold = .*: use a score from 0 to 1"):
+        knet_d2.load("m.onnx", confidence_threshold=threshold)
+    with pytest.raises(ConfigError, match="use a score from 0 to 1"):
+        threshold_options(threshold)
 
 
 def test_the_order_of_channels_is_stated_and_checked(described, tmp_path):

@@ -150,6 +150,13 @@ def test_all_arguments_come_from_the_config():
         ("instance", {"MODEL.KNET.TEST.MASK_NMS": 0.0}, "MODEL.KNET.TEST.MASK_NMS = 0.0: .* up to 1"),
         ("instance", {"MODEL.KNET.TEST.SCORE_EXPONENT": -1.0}, "MODEL.KNET.TEST.SCORE_EXPONENT = -1.0: use 0"),
         ("instance", {"TEST.DETECTIONS_PER_IMAGE": -1}, "TEST.DETECTIONS_PER_IMAGE = -1"),
+        ("instance", {"MODEL.KNET.TEST.SCORE_THRESHOLD": 30.0}, "TEST.SCORE_THRESHOLD = 30.0: use 0 to 1"),
+        (
+            "panoptic",
+            {"MODEL.KNET.TEST.THING_SCORE_THRESHOLD": float("nan")},
+            "SCORE_THRESHOLD = nan: use 0 to 1",
+        ),
+        ("panoptic", {"MODEL.KNET.TEST.OVERLAP_THRESHOLD": -0.1}, "OVERLAP_THRESHOLD = -0.1: use 0 to 1"),
     ],
 )
 def test_bad_configs_are_errors_that_name_the_key(task, options, message):

@@ -166,6 +166,8 @@ def _from_entry(entry: Any, key: str, pixel_format: PixelFormat) -> T.Augmentati
     signature = inspect.signature(kind)
     probability = None if "prob" in signature.parameters else arguments.pop("prob", None)
     try:
+        if not 0 <= entry.get("prob", 0) <= 1:
+            raise ValueError("prob is a probability from 0 to 1")
         augmentation = kind(**arguments)
         _try(augmentation, pixel_format.channels)
         return augmentation if probability is None else T.RandomApply(augmentation, probability)

@@ -77,8 +77,9 @@ class BulkJob:
         Raises:
             ConfigError: the folder has another job, or an option makes no sense.
         """
-        if shard_size < 1:
-            raise ConfigError(f"shard_size = {shard_size}: use at least 1.")
+        for name, value in (("shard_size", shard_size), ("batch_size", batch_size), ("workers", workers)):
+            if value < 1:
+                raise ConfigError(f"{name} = {value}: use at least 1.")
         self._folder, self._predictor, self._paths = folder, predictor, list(paths)
         self._shard_size, self._batch_size, self._workers = shard_size, batch_size, workers
         self._format = file_format
@@ -159,7 +160,7 @@ class BulkJob:
                     errors[frame.name] = frame.error
                 yield frame
 
-        source = ImageFiles(paths, self._predictor.pixel_format, self._workers)
+        source = ImageFiles(paths, self._predictor.pixel_format, self._workers, are_files=True)
         results = self._predictor.predict_frames(noted(source), batch_size, self._workers)
         # A result comes after all frames before it were read, so each error is known when its turn comes
         waiting = next(results, None)
@@ -186,7 +187,10 @@ class BulkJob:
             os.makedirs(self._folder, exist_ok=True)
             write_atomically(path, lambda f: json.dump(description, f), mode="w")
         with open(path) as f:
-            earlier = json.load(f)
+            try:
+                earlier = dict(json.load(f))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"{path}: is damaged ({error}). Use another folder.") from error
         changed = [key for key in description if description[key] != earlier.get(key)]
         if changed:
             raise ConfigError(

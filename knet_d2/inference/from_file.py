@@ -52,6 +52,8 @@ def load(
         CheckpointError: the file is missing or damaged, or holds weights alone and config_file is not given.
         ConfigError: the engine can't do what is asked for.
     """
+    if confidence_threshold is not None:
+        check_threshold(confidence_threshold)
     path = os.fspath(path)
     is_exported = path.endswith(".onnx")
     engine = engine or ("onnxruntime" if is_exported else "pytorch")
@@ -84,8 +86,15 @@ def _load_exported(path: str, confidence_threshold: float | None, device: str | 
     return ImagePredictor(cfg, exported.classes, exported)
 
 
+def check_threshold(confidence_threshold: float) -> None:
+    """Raise a ConfigError for a threshold that is no score."""
+    if not 0 <= confidence_threshold <= 1:
+        raise ConfigError(f"confidence_threshold = {confidence_threshold}: use a score from 0 to 1.")
+
+
 def threshold_options(confidence_threshold: float) -> list[str]:
     """Return the options, KEY VALUE ..., that drop instances and thing segments with a lower score."""
+    check_threshold(confidence_threshold)
     threshold = str(confidence_threshold)
     return ["MODEL.KNET.TEST.SCORE_THRESHOLD", threshold, "MODEL.KNET.TEST.THING_SCORE_THRESHOLD", threshold]
 

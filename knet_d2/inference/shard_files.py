@@ -26,8 +26,12 @@ def parquet(rows: Rows) -> bytes:
         import pyarrow.parquet
     except ImportError:
         raise ConfigError("--format parquet: it needs a package; pip install pyarrow.") from None
-    file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), _schema(pyarrow)), file)
+    file, texts = io.BytesIO(), ("file_name", "error")
+    # Names of files may have bytes that are no UTF-8
+    encodable = [
+        {k: x.encode(errors="backslashreplace").decode() if k in texts else x for k, x in row.items()} for row in rows
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(encodable, _schema(pyarrow)), file)
     return file.getvalue()
 
 

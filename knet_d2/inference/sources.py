@@ -72,15 +72,16 @@ class ImageFiles:
 
     unit = "image"
 
-    def __init__(self, paths: Sequence[str], pixel_format: PixelFormat, workers: int = 1):
+    def __init__(self, paths: Sequence[str], pixel_format: PixelFormat, workers: int = 1, are_files: bool = False):
         """
         Args:
             paths: files, folders (whose images are taken, not those of folders in them), or patterns as "a/*.jpg".
             pixel_format: what the model takes.
             workers: number of threads that read files ahead.
+            are_files: each path is a file, which gives one frame, also if it can't be read.
         """
         self._pixel_format, self._workers = pixel_format.as_rgb, workers
-        self.paths = find_images(paths)
+        self.paths = list(paths) if are_files else find_images(paths)
         self.count = len(self.paths)
         self.failed = 0
 

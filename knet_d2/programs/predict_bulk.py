@@ -42,8 +42,8 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_inputs(path: str) -> list[str]:
-    """The images below a folder or in a list.
+def find_inputs(path: str, output: str) -> list[str]:
+    """The images below a folder, without those below the folder of results, or in a list.
 
     Raises:
         DataError: there is none.
@@ -52,7 +52,9 @@ def find_inputs(path: str) -> list[str]:
         return [path]
     if not os.path.isdir(path):
         return read_list(path)
-    paths = [file for _, file in files_below(path, (*IMAGE_TYPES, ARRAY_TYPE))]
+    results = os.path.join(os.path.abspath(output), "")
+    found = (file for _, file in files_below(path, (*IMAGE_TYPES, ARRAY_TYPE)))
+    paths = [file for file in found if not os.path.abspath(file).startswith(results)]
     if not paths:
         raise DataError(f"{path}: no image there (files ending in {', '.join(IMAGE_TYPES)}).")
     return paths
@@ -90,7 +92,7 @@ def open_job(args: argparse.Namespace) -> BulkJob:
     return BulkJob(
         args.output,
         predictor,
-        find_inputs(args.input),
+        find_inputs(args.input, args.output),
         shard_size=args.shard_size,
         batch_size=args.batch_size,
         workers=args.workers,
@@ -115,3 +117,5 @@ def main(args: argparse.Namespace) -> None:
     for progress in tqdm.tqdm(steps, total=len(shards), unit="shard"):  # noqa: B007  the last one is printed
         pass
     print(f"{progress.predicted} images predicted ({progress.broken} of them broken), {progress.found} were there")
+    if 0 < progress.predicted == progress.broken and not progress.found:
+        raise DataError(f"--input {args.input}: no image could be predicted. The rows in {args.output} say why.")

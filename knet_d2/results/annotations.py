@@ -64,7 +64,7 @@ def write_annotations(
     os.makedirs(folder, exist_ok=True)
     ordered = sorted((Annotated(*x) for x in images), key=lambda x: (-x.doubt, x.path))
     WRITERS[kind](ordered, folder, classes, tolerance)
-    with open(os.path.join(folder, "order.csv"), "w", newline="", encoding="utf-8") as f:
+    with open(os.path.join(folder, "order.csv"), "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         rows = csv.writer(f)
         rows.writerow(["file_name", "doubt", "segments"])
         rows.writerows((x.path, f"{x.doubt:.3f}", len(x.prediction.segments)) for x in ordered)

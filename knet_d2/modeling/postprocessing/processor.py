@@ -86,6 +86,9 @@ class PostProcessor(nn.Module):
             raise ConfigError(f"MODEL.KNET.TEST.STAGE = {test.STAGE}: use {stages}.")
         if cfg.TEST.DETECTIONS_PER_IMAGE < 0:
             raise ConfigError(f"TEST.DETECTIONS_PER_IMAGE = {cfg.TEST.DETECTIONS_PER_IMAGE}: use 0 or more.")
+        for key in ("SCORE_THRESHOLD", "THING_SCORE_THRESHOLD", "OVERLAP_THRESHOLD"):
+            if not 0 <= test[key] <= 1:
+                raise ConfigError(f"MODEL.KNET.TEST.{key} = {test[key]}: use 0 to 1.")
         if not 0 < test.MASK_NMS <= 1:
             raise ConfigError(f"MODEL.KNET.TEST.MASK_NMS = {test.MASK_NMS}: use an IoU above 0, up to 1 (off).")
         if not test.SCORE_EXPONENT >= 0:
