@@ -26,7 +26,7 @@ from knet_d2.data import (
     resolve_classes,
 )
 from knet_d2.data.check import check_datasets
-from knet_d2.data.files import files_below
+from knet_d2.data.files import files_below, read_labels
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
 from knet_d2.errors import ConfigError, DataError
 from knet_d2.evaluation import build_evaluators
@@ -195,6 +195,20 @@ def test_palette_images_count_by_index(root):
     image.save(path)
     assert Image.open(path).mode == "P"
     assert torch.equal(_read("semantic", custom_entry("sem_seg", root))["sem_seg"], plain)
+
+
+def test_label_maps_whose_values_are_no_class_ids(tmp_path):
+    labels = np.arange(12, dtype=np.float32).reshape(3, 4)
+    Image.fromarray(labels).save(tmp_path / "a.tif")
+    assert np.array_equal(read_labels(str(tmp_path / "a.tif")), labels)
+    for wrong in (0.5, np.nan):
+        labels[1, 1] = wrong
+        Image.fromarray(labels).save(tmp_path / "b.tif")
+        with pytest.raises(DataError, match="b.tif has values that are no whole numbers"):
+            read_labels(str(tmp_path / "b.tif"))
+    Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4) * 20).save(tmp_path / "c.png", "JPEG")
+    with pytest.raises(DataError, match="c.png can't be read .a JPEG has other values than were saved"):
+        read_labels(str(tmp_path / "c.png"))
 
 
 def test_ignore_value_of_the_config(root):

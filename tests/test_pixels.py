@@ -215,6 +215,24 @@ def test_tiffs_with_all_channels_in_a_page(tmp_path, kind, channels):
         assert np.array_equal(found, np.rot90(photo(channels)[:, :, :3], 3))
 
 
+def test_a_tiff_of_very_many_pages_is_not_walked_through(tmp_path, monkeypatch):
+    """A file of some megabytes has room for 100,000 pages of one pixel, which would take minutes."""
+    tags = [(256, 1), (257, 1), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 1)]
+    page, size = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags), 2 + 12 * len(tags) + 4
+    content, count = struct.pack("<2sHI8x", b"II", 42, 16), 3000
+    for i in range(count):
+        following = len(content) + size if i < count - 1 else 0
+        content += struct.pack("<H", len(tags)) + page + struct.pack("<I", following)
+    (tmp_path / "x.tif").write_bytes(content)
+    loaded = []
+    load = files.ImageFileDirectory_v2.load
+    monkeypatch.setattr(files.ImageFileDirectory_v2, "load", lambda *x: loaded.append(x) or load(*x))
+    with pytest.raises(DataError, match="more than 100 pages, each of which would be a channel"):
+        read_image(str(tmp_path / "x.tif"), "RGB")
+    assert len(loaded) < 150
+    assert read_image(str(tmp_path / "x.tif"), "3000-channel").shape == (1, 1, 3000)
+
+
 def test_overviews_are_no_channels(tmp_path):
     pages = [Image.fromarray(photo(1, size=size)[:, :, 0]) for size in ((40, 52), (20, 26), (10, 13))]
     pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])

@@ -295,10 +295,13 @@ def test_labelme_shapes_without_area(tmp_path):
     content = json.loads(path.read_text())
     content["shapes"].append({"label": "car", "points": [[1, 1], [5, 5]], "shape_type": "line"})
     content["shapes"].append({"label": "car", "points": [[1, "a"]], "shape_type": "polygon"})
+    corners = [[1, 1], [5, 5], [1, 5]]
+    content["shapes"] += [{"label": x, "points": corners, "shape_type": "polygon"} for x in (None, " ", " car ")]
     path.write_text(json.dumps(content))
     faults = _report(entry).faults
-    assert [x.where for x in faults] == ["shapes[4] (car)", "shapes[5] (car)"]
+    assert [x.where for x in faults] == ["shapes[4] (car)", "shapes[5] (car)", "shapes[6] ()", "shapes[7] ()"]
     assert "the shape_type 'line' has no area" in faults[0].what
+    assert "has no label" in faults[2].what and "has no label" in faults[3].what
 
 
 @pytest.mark.parametrize("changes", [{"imageHeight": 10**9}, {"imageWidth": 12}, {"imageHeight": None}])

@@ -282,7 +282,7 @@ def _read_deep_png(content: bytes, wanted: PixelFormat) -> np.ndarray:
 
 def _read_tiff(content: bytes, wanted: PixelFormat, path: str) -> np.ndarray | None:
     """A TIFF of several pages, or of channels that Pillow would cut to 8 bits or drop; None: Pillow reads it well."""
-    pages = _tiff_pages(content)
+    pages = _tiff_pages(content, max(wanted.channels, 100))
     tags = pages[0]
     samples, bits, kind = tags.get(_SAMPLES, 1), max(tags.get(_BITS, (1,))), max(tags.get(_SAMPLE_FORMAT, (1,)))
     photometric, orientation = tags.get(_PHOTOMETRIC, 1), tags.get(_EXIF_ORIENTATION, 1)
@@ -333,8 +333,12 @@ def _one_channel(image: Image.Image) -> np.ndarray:
     return pixels.astype(np.uint16) if is_short else pixels
 
 
-def _tiff_pages(content: bytes) -> list[ImageFileDirectory_v2]:
-    """The tags of the first page and of those that follow it and are alike, which are not overviews of it."""
+def _tiff_pages(content: bytes, most: int) -> list[ImageFileDirectory_v2]:
+    """The tags of the first page, and if it has one channel, of those that follow it and are no overviews of it.
+
+    Raises:
+        ValueError: there are more than ``most``; a file of some megabytes has room for 100,000.
+    """
     header = content[: 16 if content[2] == 43 else 8]  # 43: BigTIFF
     start, seen = ImageFileDirectory_v2(header).next, set()
     pages: list[ImageFileDirectory_v2] = []
@@ -346,8 +350,10 @@ def _tiff_pages(content: bytes) -> list[ImageFileDirectory_v2]:
         if pages and any(tags.get(key) != pages[0].get(key) for key in _TIFF_SHAPE):
             break
         pages.append(tags)
+        if len(pages) > most:
+            raise ValueError(f"it has more than {most} pages, each of which would be a channel")
         _check_extent(tags[_HEIGHT], tags[_WIDTH], tags.get(_SAMPLES, 1) * len(pages))
-        start = tags.next
+        start = tags.next if tags.get(_SAMPLES, 1) == 1 else 0
     return pages
 
 
@@ -377,6 +383,8 @@ def read_labels(
         raise DataError(
             f"Label map {path} is a colour image of shape {labels.shape}. It must have one channel with class ids."
         )
+    if labels.dtype.kind == "f" and not (np.isfinite(labels) & (labels == np.rint(labels))).all():
+        raise DataError(f"Label map {path} has values that are no whole numbers. Save one class id per pixel.")
     return labels.astype(np.int64)
 
 
@@ -425,6 +433,8 @@ def _open_labels(path: str, what: str, image_path: str, size: tuple[int, int] | 
         with PathManager.open(path, "rb") as f:
             content = io.BytesIO(f.read())  # Pillow would reserve whatever length a damaged part claims to have
         image = _open_image(content)
+        if image.format == "JPEG":
+            raise ValueError("a JPEG has other values than were saved; save it as PNG")
         if size is not None:
             _check_same_size(path, image.size[::-1], image_path, size)
         image.load()

@@ -7,7 +7,8 @@ annotation has "track_id". The "id" of a segment is the same in all frames of a 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,7 +33,7 @@ def _explained(path: str) -> Iterator[None]:
     """Turn what a wrong JSON causes into a DataError that names the file."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError, SegmentationError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, SegmentationError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(
             f"{path}: is not of the expected format ({what}). See docs/DATASETS.md, and export it again."
@@ -82,6 +83,9 @@ def youtube_vis_records(json_file: str, image_root: str, name: str) -> list[dict
     """
     content = _read_json(json_file)
     with _explained(json_file):
+        _refuse_twice("category id", (x["id"] for x in content["categories"]))
+        _refuse_twice("video id", (x["id"] for x in content["videos"]))
+        _refuse_twice("video and annotation id", ((x["video_id"], x["id"]) for x in content.get("annotations") or ()))
         categories = sorted(content["categories"], key=lambda x: x["id"])
         contiguous = {x["id"]: i for i, x in enumerate(categories)}
         metadata = MetadataCatalog.get(name)
@@ -90,17 +94,21 @@ def youtube_vis_records(json_file: str, image_root: str, name: str) -> list[dict
         of_video: dict[Any, list[dict[str, Any]]] = {}
         for annotation in content.get("annotations") or ():
             of_video.setdefault(annotation["video_id"], []).append(annotation)
-        ids = [video["id"] for video in content["videos"]]
-        unknown = next((x for x in of_video if x not in ids), None)
-        if unknown is not None or len(set(ids)) < len(ids):
-            twice = next((x for x in ids if ids.count(x) > 1), None)
-            what = f"two videos have the id {twice}" if unknown is None else f"no video has the id {unknown}"
-            raise DataError(f"{json_file}: {what}, so that objects would be in the wrong video. Correct the ids.")
+        unknown = next(iter(of_video.keys() - {video["id"] for video in content["videos"]}), None)
+        if unknown is not None:
+            raise ValueError(f"an annotation has the video_id {unknown}, which no video has")
         return [
             record
             for video in content["videos"]
             for record in _frames(video, of_video.get(video["id"], []), contiguous, image_root)
         ]
+
+
+def _refuse_twice(what: str, ids: Iterable[Any]) -> None:
+    """Raise a ValueError where one of two things of the same id would take the place of the other."""
+    twice = next((x for x, count in Counter(ids).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"the {what} {twice} occurs twice")
 
 
 def _frames(

@@ -40,6 +40,8 @@ def read_labelme(entry: dict[str, Any], builder: Builder) -> None:
         for (name, _), shapes in _objects(content["shapes"]).items():
             where = Place(path, f"shapes[{shapes[0][0]}] ({name})")
             try:
+                if not name:
+                    raise ValueError("has no label, which names its class")
                 parts = [_part(shape, size) for _, shape in shapes]
                 if any(isinstance(x, np.ndarray) for x in parts):
                     if len(parts) > 1:
@@ -59,9 +61,10 @@ def _objects(shapes: list[Any]) -> dict[tuple, list[tuple[int, dict]]]:
     objects: dict[tuple, list[tuple[int, dict]]] = {}
     for number, shape in enumerate(shapes):
         shape = shape if isinstance(shape, dict) else {}
-        group = shape.get("group_id")
+        group, label = shape.get("group_id"), shape.get("label")
+        name = str(label).strip() if type(label) in (str, int) else ""
         key = ("group", str(group)) if group is not None else ("shape", str(number))
-        objects.setdefault((str(shape.get("label")), key), []).append((number, shape))
+        objects.setdefault((name, key), []).append((number, shape))
     return objects
 
 
