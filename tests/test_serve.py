@@ -25,7 +25,7 @@ from knet_d2.checkpoint import describe_model
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.data import resolve_classes
 from knet_d2.errors import ConfigError
-from knet_d2.programs import serve
+from knet_d2.programs import serve, web
 
 SIZES = [(60, 84), (40, 50), (84, 60), (70, 70)]
 
@@ -138,6 +138,14 @@ def test_a_port_that_is_in_use(address, weights):
         serve.main(serve.get_parser().parse_args(["--weights", weights, "--device", "cpu", "--port", port]))
     with pytest.raises(ConfigError, match="can't listen on --host 127.0.0.1 --port 65536"):
         serve.main(serve.get_parser().parse_args(["--weights", weights, "--device", "cpu", "--port", "65536"]))
+
+
+@pytest.mark.parametrize("program", [serve, web])
+@pytest.mark.parametrize("text", ["nan", "inf", "0", "-1"])
+def test_limits_that_are_none(program, text, capsys):
+    with pytest.raises(SystemExit):
+        program.get_parser().parse_args(["--weights", "m.pth", "--max-megapixels", text])
+    assert f"{text}: use a number above 0" in capsys.readouterr().err
 
 
 def test_missing_packages(monkeypatch):

@@ -119,14 +119,16 @@ def _find_yolo(folder: str) -> Iterator[_Candidate]:
         parts = {}
         for part in _PARTS:
             images = _yolo_images(content.get(part), roots)
-            if not images and content.get(part) and part != "test":  # many state a test set that they have not
-                raise DataError(
-                    f"{path}: {part} = {content[part]!r}: name one folder of images that exists; or name the data sets "
-                    "in a config, see docs/DATASETS.md."
-                )
             if images:
                 entry = {"type": "yolo_seg", "images": images, "labels": _yolo_labels(images), "classes": path}
                 parts[part] = entry
+        # Many state a test set that they have not; without its training set, the validation set would be trained on
+        missing = next((x for x in ("train", "val") if content.get(x) and x not in parts), None)
+        if parts and missing:
+            raise DataError(
+                f"{path}: {missing} = {content[missing]!r}: name one folder of images that exists; or name the data "
+                "sets in a config, see docs/DATASETS.md."
+            )
         if parts:
             yield "instance", f"YOLO's {path}", parts
 

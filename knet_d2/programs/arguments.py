@@ -1,12 +1,21 @@
 """Command line arguments that several programs share."""
 
 import argparse
+import math
 from typing import Any
 
 from ..inference.from_file import ENGINES, load
 from ..inference.image_predictor import ImagePredictor
 
 _PREDICTOR_OPTIONS = ("confidence_threshold", "device", "config_file", "opts", "engine")
+
+
+def positive(text: str) -> float:
+    """The type of an argument that is a finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: use a number above 0")
+    return number
 
 
 def add_opts(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from ..inference import ImagePredictor
 from ..results.outputs import OUTPUTS
 from ..results.prediction import MASK_FORMATS
 from ..setup.dependencies import VERSION
-from .arguments import add_predictor_arguments, load_predictor
+from .arguments import add_predictor_arguments, load_predictor, positive
 
 # Requests that wait for the model, and largest files that all requests may hold in memory; more are refused
 MAX_WAITING = 32
@@ -37,8 +37,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any that is free")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="images that are predicted at once")
-    parser.add_argument("--max-megabytes", type=float, default=32, help="larger files are refused")
-    parser.add_argument("--max-megapixels", type=float, default=50, help="images of more pixels are refused")
+    parser.add_argument("--max-megabytes", type=positive, default=32, help="larger files are refused")
+    parser.add_argument("--max-megapixels", type=positive, default=50, help="images of more pixels are refused")
     add_predictor_arguments(parser, default_device="a GPU if there is one")
     return parser
 

@@ -26,7 +26,7 @@ from ..inference import ImagePredictor, Prediction, Trace, load
 from ..inference.sinks import VideoFile
 from ..inference.sources import Video
 from ..results.outputs import OUTPUTS
-from .arguments import add_config_arguments
+from .arguments import add_config_arguments, positive
 
 DOWNLOADS = ("picture (PNG)", "masks (COCO JSON)")
 COLUMNS = ("class", "score", "pixels", "x", "y", "width", "height")
@@ -54,7 +54,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--examples", nargs="+", default=[], metavar="PATH", help="images, folders or patterns: examples to click"
     )
-    parser.add_argument("--max-megapixels", type=float, default=2, help="larger images are shrunk to this size")
+    parser.add_argument("--max-megapixels", type=positive, default=2, help="larger images are shrunk to this size")
     add_config_arguments(parser)
     return parser
 
