@@ -349,6 +349,8 @@ def test_what_ray_refuses(ray, photos, tmp_path, monkeypatch):
 def test_lists_of_images(tmp_path):
     (tmp_path / "list.txt").write_text("a.png\n\n/b/c.png\r\n")
     assert read_list(str(tmp_path / "list.txt")) == [str(tmp_path / "a.png"), "/b/c.png"]
+    (tmp_path / "marked.txt").write_text("\ufeffa.png\n")  # as some editors write it
+    assert read_list(str(tmp_path / "marked.txt")) == [str(tmp_path / "a.png")]
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match="this list is empty"):
         read_list(str(tmp_path / "empty.txt"))

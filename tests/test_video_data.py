@@ -259,6 +259,11 @@ def test_a_split_keeps_videos_whole(root):
 
 
 def test_a_file_that_is_no_json(root, tmp_path):
+    text = Path(root, "instances.json").read_text()
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / f"{encoding}.json").write_text(text, encoding)
+        same = load_dataset(register("youtube_vis", root, json=str(tmp_path / f"{encoding}.json")))
+        assert same == load_dataset(register("youtube_vis", root))
     (tmp_path / "cut.json").write_text('{"videos": [')
     with pytest.raises(DataError, match="cut.json: is not valid JSON"):
         load_dataset(register("youtube_vis", root, json=str(tmp_path / "cut.json")))

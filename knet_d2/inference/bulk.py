@@ -217,7 +217,7 @@ def read_list(path: str) -> list[str]:
     """
     if not os.path.isfile(path):
         raise DataError(f"{path}: there is no such list of images. Correct the path.")
-    with open(path, encoding="utf-8", errors="surrogateescape") as f:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as f:
         lines = [line.rstrip("\r\n") for line in f]
     folder = os.path.dirname(path)
     paths = [os.path.join(folder, line) for line in lines if line.strip()]

@@ -57,9 +57,9 @@ def _check_split(entry: dict[str, Any]) -> None:
 
 
 def _read_json(path: str) -> Any:
-    with PathManager.open(path) as f:
+    with PathManager.open(path, "rb") as f:
         try:
-            return json.load(f)
+            return json.loads(f.read())  # finds out whether the text is UTF-8, UTF-16 or UTF-32
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{path}: is not valid JSON ({error}). The file may be cut off: download it again."
