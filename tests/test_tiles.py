@@ -21,6 +21,7 @@ from torch import nn
 from knet_d2.config import get_knet_cfg
 from knet_d2.data.build import build_test_loader, build_train_loader
 from knet_d2.data.class_coverage import warn_of_crowded_images
+from knet_d2.data.classes import with_classes
 from knet_d2.data.shapes import write_shapes
 from knet_d2.engine import Trainer
 from knet_d2.errors import ConfigError, DataError
@@ -163,13 +164,101 @@ def test_the_limit_of_pixels_is_of_the_environment(tmp_path):
     assert "KNET_D2_MAX_MEGAPIXELS = 'many': set this" in outcomes["many"].stderr
 
 
-def test_tiles_are_a_data_set(tmp_path):
-    write_shapes(str(tmp_path / "shapes"), 2, seed=5, size=128)
-    cut(tmp_path / "shapes" / "instances.json", tmp_path / "shapes" / "images", tmp_path / "tiles", "--tile-size", 80)
-    cfg = data_cfg("instance", custom=(custom_entry("coco_instance", str(tmp_path / "tiles")),))
+def save_png(pixels, path, mode=None):
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels, mode).save(path)
+
+
+@pytest.mark.parametrize("kind", ["grey", "deep", "colour", "palette"])
+def test_label_maps_are_cut_with_their_images(kind, tmp_path):
+    """Values stay as they are, so that the same classes, label_values and colors fit."""
+    *_, images, output = write_dataset(tmp_path, [])
+    values = np.random.RandomState(1).randint(0, 256, SIZE).astype(np.uint8)
+    labels = Image.fromarray({"deep": values * np.uint16(257), "colour": np.dstack([values] * 3)}.get(kind, values))
+    if kind == "palette":
+        labels.putpalette(list(range(255, -1, -1)) * 3)
+    (tmp_path / "maps").mkdir()
+    labels.save(tmp_path / "maps" / "large.png")
+    cut(tmp_path / "maps", images, output, "--tile-size", 64, "--overlap", 12)
+    whole, found, photo = (
+        np.asarray(labels),
+        np.zeros_like(np.asarray(labels)),
+        np.asarray(Image.open(images / "large.png")),
+    )
+    tiles = sorted((output / "labels").iterdir())
+    assert len(tiles) == 2 * 4 and sorted(x.name for x in (output / "images").iterdir()) == [x.name for x in tiles]
+    for path in tiles:
+        top, left = map(int, path.stem.split("_")[-2:])
+        tile = Image.open(path)
+        assert tile.mode == labels.mode and tile.getpalette() == labels.getpalette()
+        found[top : top + 64, left : left + 64] = np.asarray(tile)
+        image = np.asarray(Image.open(output / "images" / path.name))
+        assert (image == photo[top : top + 64, left : left + 64]).all()
+    assert (found == whole).all()
+
+
+def test_panoptic_pngs_are_cut_with_their_images(tmp_path, capsys):
+    """A square of 20 x 20 in four tiles without overlap: 6 x 8, 6 x 12, 14 x 8, 14 x 12; half of it is 200 pixels."""
+    *_, images, output = write_dataset(tmp_path, [])
+    ids = np.full(SIZE, 300, np.int64)
+    ids[40:60, 77:97] = 70000
+    ids[:10, :10] = 0
+    save_png(np.dstack([ids % 256, ids // 256 % 256, ids // 65536]).astype(np.uint8), tmp_path / "pngs" / "large.png")
+    kinds = [{"id": 7, "name": "cell", "isthing": 1}, {"id": 8, "name": "rest", "isthing": 0}]
+    segments = [{"id": 70000, "category_id": 7, "iscrowd": 0}, {"id": 300, "category_id": 8, "iscrowd": 0}]
+    annotation = {"image_id": 1, "file_name": "large.png", "segments_info": segments}
+    image = {"id": 1, "file_name": "large.png", "height": SIZE[0], "width": SIZE[1]}
+    content = {"images": [image], "annotations": [annotation], "categories": kinds}
+    json_file = tmp_path / "panoptic.json"
+    json_file.write_text(json.dumps(content))
+    words = json_file, images, output, "--tile-size", 85, "--overlap", 0
+    with pytest.raises(ConfigError, match="its annotations are panoptic. Name the folder of their PNGs: --panoptic"):
+        cut(*words)
+    cut(*words, "--panoptic", tmp_path / "pngs", "--min-part", 0.4)
+    cut_content, found, things = json.loads((output / "panoptic.json").read_text()), np.zeros(SIZE, np.int64), {}
+    for image, annotation in zip(cut_content["images"], cut_content["annotations"], strict=True):
+        top, left = image["top"], image["left"]
+        tile = np.asarray(Image.open(output / "panoptic" / annotation["file_name"])).astype(np.int64) @ [1, 256, 65536]
+        found[top : top + image["height"], left : left + image["width"]] = tile
+        assert annotation["image_id"] == image["id"]
+        for x in annotation["segments_info"]:
+            assert x["area"] == (tile == x["id"]).sum()
+            if x["category_id"] == 7:
+                things[top, left] = x["bbox"], x["area"], x["iscrowd"]
+            else:
+                assert x["iscrowd"] == 0
+    assert (found == ids).all()
+    assert things == {
+        (0, 0): ([77, 40, 8, 20], 160, 0),
+        (0, 85): ([0, 40, 12, 20], 240, 0),
+        (25, 0): ([77, 15, 8, 20], 160, 0),
+        (25, 85): ([0, 15, 12, 20], 240, 0),
+    }
+    assert "4 tiles with 4 objects and 0 small parts" in capsys.readouterr().out
+
+
+TILE_SETS = {
+    "instance": ("coco_instance", "instances.json"),
+    "panoptic": ("coco_panoptic", "panoptic.json"),
+    "semantic": ("sem_seg", "semantic"),
+}
+
+
+@pytest.mark.parametrize("task", TILE_SETS)
+def test_tiles_are_a_data_set(task, tmp_path):
+    kind, annotations = TILE_SETS[task]
+    source, tiles = tmp_path / "shapes", tmp_path / "tiles"
+    write_shapes(str(source), 2, seed=5, size=128)
+    panoptic = ["--panoptic", source / "panoptic"] if task == "panoptic" else []
+    cut(source / annotations, source / "images", tiles, "--tile-size", 80, *panoptic)
+    changes = {"labels": str(tiles / "labels")} if task == "semantic" else {}
+    cfg = data_cfg(task, custom=(custom_entry(kind, str(tiles), **changes),))
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
     batch = next(iter(build_train_loader(cfg)))
     assert len(batch) == 4 and all(x["image"].shape == (3, 64, 64) for x in batch)
+    truths = [x["ground_truth"] for x in batch]
+    assert any(len(x.classes) for x in truths) == (task != "semantic")
+    assert all((x.labels is None) == (task == "instance") for x in truths)
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -247,6 +336,31 @@ def test_whole_images_are_evaluated_in_tiles(task, tmp_path):
     results = Trainer.test(cfg, model)
     assert set(model.sizes) == {(64, 64)} and len(model.sizes) == 2 * 4
     assert results[kind][metric] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_an_object_in_four_tiles_is_one_segment(task, tmp_path):
+    """Tiles of 64 with 16 in common give rows up to 55 and columns 49 to 85, where the square's corner tiles meet."""
+    cfg = data_cfg(task, custom=(entries(tmp_path)[task],))
+    cfg.INPUT.MIN_SIZE_TEST, cfg.TEST.TILES.SIZE, cfg.TEST.DETECTIONS_PER_IMAGE = 0, 64, 12
+    square, lone = mask_of(48, 78, 14, 14), mask_of(5, 5, 10, 10)
+    image = torch.from_numpy(np.stack([(square | lone) * np.uint8(255)] * 3))
+    sample = {"image": image, "height": SIZE[0], "width": SIZE[1]}
+    output = METRICS[task][0]
+    model = Colours(output).eval()
+    (whole,), (tiled,) = model([sample]), TiledKNet(with_classes(cfg), model)([sample])
+    assert len(model.sizes) == 1 + 2 * 4
+    if task == "semantic":
+        assert (tiled[output] == whole[output].argmax(0)).all()
+        return
+    if task == "panoptic":
+        segment_map, segments = tiled[output]
+        masks = [(segment_map == x["id"]).numpy() for x in segments if x["isthing"]]
+        assert ((segment_map == next(x["id"] for x in segments if not x["isthing"])).numpy() == ~(square | lone)).all()
+    else:
+        masks = [mask_util.decode(rle).astype(bool) for rle in tiled[output].rles]
+    assert sorted(mask.sum() for mask in masks) == [100, 196]
+    assert all((mask == (square if mask.sum() == 196 else lone)).all() for mask in masks)
 
 
 def test_tiles_are_resized_as_images_are(tmp_path):

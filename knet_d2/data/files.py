@@ -378,7 +378,7 @@ def read_labels(
     """
     if len(colors):
         return _positions(read_colors(path, image_path, size), np.asarray(colors, np.int64), path)
-    labels = np.asarray(_open_labels(path, "Label map", image_path, size))
+    labels = np.asarray(open_labels(path, "Label map", image_path, size))
     if labels.ndim != 2:
         raise DataError(
             f"Label map {path} is a colour image of shape {labels.shape}. It must have one channel with class ids."
@@ -409,13 +409,13 @@ def color_code(color: Sequence[int]) -> int:
 
 def read_colors(path: str, image_path: str = "", size: tuple[int, int] | None = None) -> np.ndarray:
     """Read a PNG whose colours have a meaning: color_code of each pixel, int64 [H, W]; arguments as of read_labels."""
-    pixels = np.asarray(_open_labels(path, "Label map", image_path, size).convert("RGB")).astype(np.int64)
+    pixels = np.asarray(open_labels(path, "Label map", image_path, size).convert("RGB")).astype(np.int64)
     return pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
 
 
 def read_panoptic(path: str, image_path: str = "", size: tuple[int, int] | None = None) -> np.ndarray:
     """Read a panoptic PNG: uint8 [H, W, 3], segment id = R + 256 G + 65536 B; arguments as of read_labels."""
-    return np.asarray(_open_labels(path, "Panoptic PNG", image_path, size).convert("RGB"))
+    return np.asarray(open_labels(path, "Panoptic PNG", image_path, size).convert("RGB"))
 
 
 def _check_same_size(path: str, size: tuple[int, int], image_path: str, image_size: tuple[int, int]) -> None:
@@ -427,7 +427,16 @@ def _check_same_size(path: str, size: tuple[int, int], image_path: str, image_si
         )
 
 
-def _open_labels(path: str, what: str, image_path: str, size: tuple[int, int] | None) -> Image.Image:
+def open_labels(path: str, what: str, image_path: str, size: tuple[int, int] | None) -> Image.Image:
+    """Open a label map or panoptic PNG, and decode it.
+
+    Args:
+        what: of the two, for messages.
+        image_path, size: see :func:`read_labels`.
+
+    Raises:
+        DataError: it can't be read, or is of another size.
+    """
     _check_exists(path, what)
     try:
         with PathManager.open(path, "rb") as f:

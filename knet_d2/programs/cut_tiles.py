@@ -1,25 +1,31 @@
-"""Cut large images and their objects into overlapping tiles, once, for training.
+"""Cut large images and their annotations into overlapping tiles, once, for training.
 
     python tools/cut_tiles.py coco.json photos tiles --tile-size 1024 --overlap 256
+    python tools/cut_tiles.py panoptic.json photos tiles --panoptic pngs --tile-size 1024
+    python tools/cut_tiles.py label_maps photos tiles --tile-size 1024
 
-It writes tiles/images and tiles/instances.json, a COCO JSON of the tiles. Annotations of other label tools must be a
-COCO JSON first: see tools/convert_dataset.py.
+It writes tiles/images, and tiles/instances.json, tiles/panoptic.json with tiles/panoptic, or tiles/labels. Annotations
+of other label tools must be a COCO JSON first: see tools/convert_dataset.py.
 """
 
 import argparse
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
+from scipy import ndimage
 from tqdm import tqdm
 
-from ..data.coco_json import read_coco_json
-from ..data.files import ARRAY_TYPE, read_stored
+from ..data.coco_json import check_keys, read_coco_json
+from ..data.coco_records import panoptic_records
+from ..data.custom import load_label_folder
+from ..data.files import ARRAY_TYPE, open_labels, read_stored
+from ..data.mapper import read_panoptic_segments
 from ..data.pixels import PixelFormat
 from ..data.segmentation import SegmentationError, decode_counts, read_segmentation
 from ..errors import ConfigError, DataError
@@ -29,9 +35,10 @@ from ..results.segment import Segment
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", help="COCO instances JSON")
-    parser.add_argument("images", help="folder of its images")
+    parser.add_argument("annotations", help="COCO instances JSON, COCO panoptic JSON, or a folder of label maps")
+    parser.add_argument("images", help="folder of the images")
     parser.add_argument("output", help="folder to write")
+    parser.add_argument("--panoptic", metavar="FOLDER", help="PNGs of a panoptic JSON")
     parser.add_argument("--tile-size", type=int, required=True, metavar="PIXELS", help="side of a tile")
     parser.add_argument("--overlap", type=int, metavar="PIXELS", help="of neighbours; default: a quarter of a tile")
     parser.add_argument(
@@ -97,54 +104,176 @@ def save_image(pixels: np.ndarray, path: str) -> str:
     return os.path.basename(path)
 
 
-def cut_image(
-    number: int, image: dict[str, Any], annotations: list[dict[str, Any]], args: argparse.Namespace
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Write the tiles of an image; yields the entry of each, and its annotations, without ids.
+class Tile(NamedTuple):
+    """A tile that is written.
 
-    Their names begin with the image's number, as several images may have one name in different folders.
+    Attributes:
+        name: of its files, without ending.
+        y, x: its rows and columns in the image.
+        entry: what a COCO JSON says of it, without id.
+    """
+
+    name: str
+    y: Span
+    x: Span
+    entry: dict[str, Any]
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        return slice(self.y.start, self.y.stop), slice(self.x.start, self.x.stop)
+
+
+def cut_image(file_name: str, number: int, args: argparse.Namespace) -> tuple[tuple[int, int], list[Tile]]:
+    """Write the tiles of an image; returns its (height, width) and the tiles.
+
+    Args:
+        file_name: below the folder of the images.
+        number: what tells it from images of the same name in other folders.
 
     Raises:
-        DataError: the image or an annotation can't be read.
+        DataError: it can't be read.
     """
-    path = os.path.join(args.images, image["file_name"])
-    pixels = read_stored(path, PixelFormat(args.format))
-    size = pixels.shape[:2]
-    try:
-        objects = [Object(x, size) for x in annotations]
-    except SegmentationError as error:
-        raise DataError(f"{args.json}: an annotation of {image['file_name']}: {error}. Correct it.") from error
-    stem = f"{number}_{os.path.splitext(os.path.basename(image['file_name']))[0]}"
-    for y, x in tiles_of(size, args.tile_size, args.overlap):
-        name = f"{stem}_{y.start}_{x.start}"
-        file_name = save_image(pixels[y.start : y.stop, x.start : x.stop], os.path.join(args.output, "images", name))
-        place = {"file_name": file_name, "height": y.stop - y.start, "width": x.stop - x.start}
-        parts = (one.in_tile(y, x, args.min_part) for one in objects)
-        yield {**place, "cut_from": image["file_name"], "top": y.start, "left": x.start}, [p for p in parts if p]
+    pixels = read_stored(os.path.join(args.images, file_name), PixelFormat(args.format))
+    tiles = []
+    for y, x in tiles_of(pixels.shape[:2], args.tile_size, args.overlap):
+        name = f"{number}_{os.path.splitext(os.path.basename(file_name))[0]}_{y.start}_{x.start}"
+        written = save_image(pixels[y.start : y.stop, x.start : x.stop], os.path.join(args.output, "images", name))
+        place = {"file_name": written, "height": y.stop - y.start, "width": x.stop - x.start}
+        tiles.append(Tile(name, y, x, {**place, "cut_from": file_name, "top": y.start, "left": x.start}))
+    return (pixels.shape[0], pixels.shape[1]), tiles
+
+
+def cut_instances(content: dict[str, Any], args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Cut images and objects of a COCO instances JSON; returns the tiles' JSON, and its objects with "image_id".
+
+    Raises:
+        DataError: an image or an annotation can't be read.
+    """
+    of_image = defaultdict(list)
+    for annotation in content["annotations"]:
+        of_image[annotation["image_id"]].append(annotation)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, image in enumerate(tqdm(content["images"], unit="image"), start=1):
+        size, tiles = cut_image(image["file_name"], number, args)
+        try:
+            objects = [Object(x, size) for x in of_image[image["id"]]]
+        except SegmentationError as error:
+            raise DataError(
+                f"{args.annotations}: an annotation of {image['file_name']}: {error}. Correct it."
+            ) from error
+        for tile in tiles:
+            images.append({"id": len(images) + 1, **tile.entry})
+            for part in filter(None, (one.in_tile(tile.y, tile.x, args.min_part) for one in objects)):
+                annotations.append({"id": len(annotations) + 1, "image_id": len(images), **part})
+    return {"images": images, "annotations": annotations, "categories": content["categories"]}, annotations
+
+
+def cut_panoptic(content: dict[str, Any], args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Cut images and PNGs of a COCO panoptic JSON; returns the tiles' JSON, and its things with "image_id".
+
+    Segments keep their ids, so that a thing has the same one in all tiles.
+
+    Raises:
+        DataError: an image or a PNG can't be read, or PNG and JSON disagree.
+    """
+    name = f"cut_tiles {os.path.abspath(args.annotations)}"
+    records = panoptic_records(args.annotations, args.images, args.panoptic, name)
+    things = {x["id"] for x in content["categories"] if x["isthing"]}
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
+    for number, (annotation, record) in enumerate(zip(tqdm(content["annotations"], unit="image"), records), start=1):
+        segments = annotation["segments_info"]
+        size, tiles = cut_image(os.path.relpath(record["file_name"], args.images), number, args)
+        ids, positions = read_panoptic_segments(record, size)
+        index = np.where(positions < len(segments), positions.astype(np.int32) + 1, 0)
+        areas = np.bincount(index.reshape(-1), minlength=len(segments) + 1)
+        for tile in tiles:
+            images.append({"id": len(images) + 1, **tile.entry})
+            Image.fromarray(ids[tile.window]).save(os.path.join(args.output, "panoptic", f"{tile.name}.png"))
+            found = list(segments_in(index[tile.window], segments, args.min_part * areas, things))
+            annotations.append({"image_id": len(images), "file_name": f"{tile.name}.png", "segments_info": found})
+            parts += [{"image_id": len(images), **x} for x in found if x["category_id"] in things]
+    return {"images": images, "annotations": annotations, "categories": content["categories"]}, parts
+
+
+def segments_in(
+    index: np.ndarray, segments: list[dict[str, Any]], smallest: np.ndarray, things: set[int]
+) -> Iterator[dict[str, Any]]:
+    """The segments of a tile.
+
+    Args:
+        index: [h, w], 1 + the index of each pixel's segment, or 0.
+        segments: those of the image.
+        smallest: [1 + number of segments], the area from which on a part of a thing is no crowd.
+        things: ids of categories.
+    """
+    areas = np.bincount(index.reshape(-1), minlength=len(segments) + 1)
+    for i, (segment, box) in enumerate(zip(segments, ndimage.find_objects(index, len(segments))), start=1):
+        if box is not None:
+            (top, bottom), (left, right) = ((side.start, side.stop) for side in box)
+            is_small = segment["category_id"] in things and areas[i] < smallest[i]
+            extent = {"area": int(areas[i]), "bbox": [left, top, right - left, bottom - top]}
+            yield {**segment, "iscrowd": int(segment.get("iscrowd", 0) or is_small), **extent}
+
+
+def cut_label_maps(args: argparse.Namespace) -> int:
+    """Cut images and label maps, whose values, colours or palette stay; returns the number of tiles."""
+    count = 0
+    records = load_label_folder(args.images, args.annotations, np.zeros(0, np.int16))
+    for number, record in enumerate(tqdm(records, unit="image"), start=1):
+        image = record["file_name"]
+        size, tiles = cut_image(os.path.relpath(image, args.images), number, args)
+        labels = open_labels(record["sem_seg_file_name"], "Label map", image, size)
+        for tile in tiles:
+            part = labels.crop((tile.x.start, tile.y.start, tile.x.stop, tile.y.stop))
+            part.save(os.path.join(args.output, "labels", f"{tile.name}.png"))
+        count += len(tiles)
+    return count
+
+
+def read_content(args: argparse.Namespace) -> dict[str, Any]:
+    """The content of the JSON.
+
+    Raises:
+        ConfigError: it is panoptic, and --panoptic is not given.
+        DataError: it is wrong.
+    """
+    content = read_coco_json(args.annotations, args.images)
+    if any("segments_info" in x for x in content.get("annotations", ())) and not args.panoptic:
+        raise ConfigError(
+            f"{args.annotations}: its annotations are panoptic. Name the folder of their PNGs: --panoptic."
+        )
+    missing = [key for key in ("images", "annotations", "categories") if key not in content]
+    if missing:
+        raise DataError(f"{args.annotations}: it has no {missing[0]!r}. Name a COCO JSON with annotations.")
+    if not args.panoptic:
+        keys = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id", "segmentation")}
+        check_keys(content, keys, args.annotations)
+    return content
 
 
 def main(args: argparse.Namespace) -> None:
     args.overlap = args.tile_size // 4 if args.overlap is None else args.overlap
     if not 0 <= args.overlap < args.tile_size:
         raise ConfigError(f"--overlap {args.overlap}: use 0 to {args.tile_size - 1} pixels (--tile-size).")
-    if os.path.exists(os.path.join(args.output, "instances.json")):
+    of_labels = os.path.isdir(args.annotations)
+    kind = "labels" if of_labels else "panoptic" if args.panoptic else "instances"
+    if any(os.path.exists(os.path.join(args.output, name)) for name in (kind, f"{kind}.json")):
         raise ConfigError(f"{args.output}: there are tiles in it. Name another folder, or delete it.")
     if os.path.realpath(os.path.join(args.output, "images")) == os.path.realpath(args.images):
         raise ConfigError(f"{args.output}: its images are those to cut. Name another folder.")
-    content = read_coco_json(args.json, args.images)
-    of_image: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
-    for annotation in content["annotations"]:
-        of_image[annotation["image_id"]].append(annotation)
-    os.makedirs(os.path.join(args.output, "images"), exist_ok=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number, image in enumerate(tqdm(content["images"], unit="image"), 1):
-        for tile, parts in cut_image(number, image, of_image[image["id"]], args):
-            images.append({"id": len(images) + 1, **tile})
-            annotations += [{"id": i, "image_id": len(images), **x} for i, x in enumerate(parts, len(annotations) + 1)]
-    with open(os.path.join(args.output, "instances.json"), "w", encoding="utf-8") as f:
-        json.dump({"images": images, "annotations": annotations, "categories": content["categories"]}, f)
-    most = max(Counter(x["image_id"] for x in annotations if not x["iscrowd"]).values(), default=0)
-    crowds = sum(x["iscrowd"] for x in annotations)
-    print(f"Wrote {len(images)} tiles with {len(annotations) - crowds} objects and {crowds} small parts at borders.")
+    content = None if of_labels else read_content(args)
+    for folder in ("images", *(() if kind == "instances" else (kind,))):
+        os.makedirs(os.path.join(args.output, folder), exist_ok=True)
+    if content is None:
+        print(f"Wrote {cut_label_maps(args)} tiles with their label maps.")
+        return
+    cut, objects = (cut_panoptic if args.panoptic else cut_instances)(content, args)
+    with open(os.path.join(args.output, f"{kind}.json"), "w", encoding="utf-8") as f:
+        json.dump(cut, f)
+    most = max(Counter(x["image_id"] for x in objects if not x["iscrowd"]).values(), default=0)
+    crowds = sum(x["iscrowd"] for x in objects)
+    print(f"Wrote {len(cut['images'])} tiles with {len(objects) - crowds} objects and {crowds} small parts at borders.")
     print(f"A tile has up to {most} objects: MODEL.KNET.NUM_KERNELS must be larger.")
