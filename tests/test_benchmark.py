@@ -121,6 +121,30 @@ def test_memory_is_what_is_held_at_once():
     assert memory.returned == 1.25
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux' process status")
+def test_peaks_of_parts_count_what_parts_inside_of_them_hold():
+    class Model:
+        def inner(self):
+            torch.ones(64 << 18)  # 64 MiB, given back at once
+
+        def outer(self):
+            kept = torch.ones(32 << 18)
+            self.inner()
+            return kept
+
+        def last(self):
+            torch.ones(8 << 18)
+
+    model, device = Model(), torch.device("cpu")
+    held, timer = measure.held_mib(device), parts.PartTimer(device)
+    for name in ("inner", "outer", "last"):
+        timer.wrap(model, name, name)
+    timer.measure("all", lambda: (model.outer(), model.last())[1])
+    peaks = {name: peak - held for name, peak in timer.peaks.items()}
+    assert 92 < peaks["inner"] < 110 and peaks["outer"] == peaks["all"] == peaks["inner"]
+    assert peaks["last"] < 60
+
+
 @needs_fake_cuda
 def test_the_gpu_s_comparison_on_fake_tensors(monkeypatch, capsys):
     """Post-processing and training are left out, because they depend on tensor values and on the CUDA driver."""

@@ -119,20 +119,38 @@ def measure_memory(run: Callable[[], Any], device: torch.device) -> Memory | Non
     On CUDA it is PyTorch's memory, on CPUs under Linux the resident memory of the process.
     """
     gc.collect()
+    before = held_mib(device)
+    if before is None:
+        return None
+    reset_peak(device)
+    result = run()
+    return Memory(peak_mib(device) - before, _size(result))
+
+
+def held_mib(device: torch.device) -> float | None:
+    """MiB that are held, without what the C library keeps for later; None if the device does not support it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        result = run()
-        torch.cuda.synchronize(device)
-        return Memory((torch.cuda.max_memory_allocated(device) - before) / _MEBI, _size(result))
+        return torch.cuda.memory_allocated(device) / _MEBI
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return None
     ctypes.CDLL(None).malloc_trim(0)  # the C library would reuse freed memory that it keeps, which hides allocations
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident memory (VmHWM)
-    before = _process_status("VmRSS")
-    result = run()
-    return Memory((_process_status("VmHWM") - before) / 1024, _size(result))
+    return _process_status("VmRSS") / 1024
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let :func:`peak_mib` begin anew, on a device with :func:`held_mib`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident memory (VmHWM)
+
+
+def peak_mib(device: torch.device) -> float:
+    """The most MiB that were held since :func:`reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _MEBI
+    return _process_status("VmHWM") / 1024
 
 
 def _size(result: Any) -> float:

@@ -1,4 +1,4 @@
-"""Measures the time of the parts of a model by wrapping their methods."""
+"""Measures the time and the memory of the parts of a model by wrapping their methods."""
 
 import time
 from collections import defaultdict
@@ -7,24 +7,35 @@ from typing import Any
 
 import torch
 
-from .measure import Run, median, synchronize
+from .measure import Run, held_mib, median, peak_mib, reset_peak, synchronize
 from .models import Subject
 
 REST = "rest"
 
 
 class PartTimer:
-    """Sums the seconds of calls by name. The time of a timed call inside another one counts only for the inner one."""
+    """Measures calls by name.
+
+    Attributes:
+        seconds: their sums; the time of a timed call inside another one counts only for the inner one.
+        peaks: the most MiB that were held during a call, with what is held from before; empty if the device does not
+            support it.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.seconds: dict[str, float] = defaultdict(float)
+        self.peaks: dict[str, float] = defaultdict(float)
+        self._has_memory = held_mib(device) is not None
         self._inner = [0.0]
+        self._peaks = [0.0]
         self._undo: list[Callable[[], None]] = []
 
     def measure(self, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Call a function, and add its time to ``name``."""
         synchronize(self.device)
+        self._begin_peak()
+        self._peaks.append(0.0)
         self._inner.append(0.0)
         start = time.perf_counter()
         result = function(*args, **kwargs)
@@ -32,7 +43,18 @@ class PartTimer:
         total = time.perf_counter() - start
         self.seconds[name] += total - self._inner.pop()
         self._inner[-1] += total
+        self._begin_peak()
+        peak = self._peaks.pop()
+        self._peaks[-1] = max(self._peaks[-1], peak)
+        if self._has_memory:
+            self.peaks[name] = max(self.peaks[name], peak)
         return result
+
+    def _begin_peak(self) -> None:
+        """Give the call in progress the peak so far, and begin anew."""
+        if self._has_memory:
+            self._peaks[-1] = max(self._peaks[-1], peak_mib(self.device))
+            reset_peak(self.device)
 
     def wrap(self, owner: Any, attribute: str, name: str) -> None:
         """Measure a method of an object until :meth:`unwrap`."""
@@ -62,11 +84,17 @@ def timed_methods(subject: Subject) -> list[tuple[Any, str, str]]:
     return methods + [(getattr(model, x), "forward", name) for x, name in names.items() if hasattr(model, x)]
 
 
-def time_parts(run: Run, device: torch.device, repeats: int) -> dict[str, float]:
-    """Measure the median seconds of every part of a run; "rest" is the time outside all parts."""
+def measure_parts(run: Run, device: torch.device, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Measure every part of a run; "rest" is what is outside of all parts.
+
+    Returns:
+        The median seconds, and the median peaks in MiB above what is held before the run (empty if the device does not
+        support it).
+    """
     samples: dict[str, list[float]] = defaultdict(list)
+    peaks: dict[str, list[float]] = defaultdict(list)
     for _ in range(repeats):
-        timer = PartTimer(device)
+        held, timer = held_mib(device), PartTimer(device)
         for owner, method, name in timed_methods(run.subject):
             timer.wrap(owner, method, name)
         try:
@@ -75,4 +103,6 @@ def time_parts(run: Run, device: torch.device, repeats: int) -> dict[str, float]
             timer.unwrap()
         for name, seconds in timer.seconds.items():
             samples[name].append(seconds)
-    return {name: median(values) for name, values in samples.items()}
+        for name, peak in timer.peaks.items():
+            peaks[name].append(peak - (held or 0.0))
+    return {name: median(x) for name, x in samples.items()}, {name: median(x) for name, x in peaks.items()}

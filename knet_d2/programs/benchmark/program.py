@@ -36,7 +36,7 @@ from .measure import (
     precision,
 )
 from .models import BACKBONE, PEERS, Subject, build_subject
-from .parts import time_parts
+from .parts import measure_parts
 
 INSTANCE, PANOPTIC = "coco/instance/knet_r50_fpn_1x.yaml", "coco/panoptic/knet_r50_fpn_1x.yaml"
 MAX_BATCH = "max"
@@ -91,7 +91,8 @@ def compare(args: argparse.Namespace, setting: dict[str, Any]) -> list[dict[str,
             row = {**setting, "model": subject.name, "batch": len(run.inputs), "output": output_size}
             row["parameters"] = sum(p.numel() for p in subject.model.parameters())
             row["giga_multiply_adds"] = count_operations(run)
-            row["findings"], row["parts"] = findings, time_parts(run, device, args.rounds)
+            row["findings"] = findings
+            row["parts"], row["parts_peak_mib"] = measure_parts(run, device, args.rounds)
             if train and subject.reads_panoptic_files:
                 row["parts"]["mapper, per image"] = mapper_seconds(subject, args.rounds)
             if setting["compiled"]:

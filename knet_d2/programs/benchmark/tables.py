@@ -64,17 +64,22 @@ def _by(size: Sequence[int]) -> str:
 
 
 def parts_table(rows: list[dict[str, Any]]) -> str:
-    """Format the milliseconds and the share of every part, in one column, because models have different parts."""
+    """Format each part's milliseconds, share and peak memory in one column, because models have different parts."""
     lines = []
     for row in rows:
         parts = {name: seconds for name, seconds in row["parts"].items() if not name.startswith("mapper")}
         total = sum(parts.values())
         order = sorted(parts, key=lambda name: name == REST)
-        text = [f"{name} {1000 * parts[name]:.1f} ({100 * parts[name] / total:.1f} %)" for name in order]
+        peaks = {name: f", {peak:.0f} MiB" for name, peak in row["parts_peak_mib"].items()}
+        text = [
+            f"{name} {1000 * parts[name]:.1f} ({100 * parts[name] / total:.1f} %{peaks.get(name, '')})"
+            for name in order
+        ]
         text += [f"{name} {1000 * s:.1f}" for name, s in row["parts"].items() if name.startswith("mapper")]
         if parts:
             lines.append([row["model"], row["mode"], _by(row["size"]), row["batch"], ", ".join(text)])
-    return tabulate(lines, headers=["model", "mode", "size", "batch", "ms by part"], tablefmt="pipe")
+    headers = ["model", "mode", "size", "batch", "ms by part, with the most memory held"]
+    return tabulate(lines, headers=headers, tablefmt="pipe")
 
 
 def write_json(path: str, rows: list[dict[str, Any]], device: torch.device) -> None:
