@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from detectron2.evaluation.coco_evaluation import COCOeval_opt
 from detectron2.modeling import build_model
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -44,8 +45,6 @@ from knet_d2.modeling.cascade import select_stage
 from knet_d2.modeling.postprocessing.resize import ImageGeometry, mask_probabilities
 from knet_d2.modeling.postprocessing.scores import thing_scores
 from knet_d2.programs import run
-
-from .engines import mask_ap
 
 SAME_OBJECT = 0.7
 EXPONENT, MAX_IOU = 2.0, 0.7
@@ -142,6 +141,19 @@ def truth_of(images: list[Image]) -> COCO:
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
     return rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+
+
+def mask_ap(truth: COCO, images: list[int], results: list[dict]) -> float:
+    """COCO's AP of masks on some images; 0 without results."""
+    if not results:
+        return 0.0
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval_opt(truth, truth.loadRes(results), "segm")
+        evaluation.params.imgIds = images
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return float(evaluation.stats[0])
 
 
 def average_precision(truth: COCO, images: list[Image], scores: list[np.ndarray], with_masks: bool) -> float:

@@ -1,73 +1,72 @@
-"""Compare engines and exported files on a COCO data set: mask AP of one model, and milliseconds per image.
+"""Compare engines and exported files on a data set: AP, PQ or mIoU of one model, and milliseconds per image.
 
-    python -m checks.engines m.pth m.onnx m.onnx=openvino m_int8.onnx --annotations val.json --images val/images
+    python -m checks.engines m.pth m.onnx m.onnx=openvino m_int8.onnx --config-file configs/shapes/panoptic.yaml
 
 The weights file is computed by PyTorch, an exported file by onnxruntime or by the engine behind its name. All are asked
-image by image in turn, so that a change of the machine's speed meets them alike; the time is the median, with reading
-the file. Of a panoptic model, the AP is that of its things.
+image by image in turn, so that a change of the machine's speed meets them alike. Times are medians with reading the
+file and making masks of the image's size: of the clock, and of the processor, which other programs disturb less.
 """
 
 import argparse
-import contextlib
-import io
+import logging
 import os
 import statistics
 import sys
 import time
+from typing import Any
 
 import torch
-from detectron2.evaluation.coco_evaluation import COCOeval_opt
-from pycocotools.coco import COCO
 
+from knet_d2.config.merging import load_config
+from knet_d2.data.classes import class_table
+from knet_d2.data.records import load_dataset
+from knet_d2.evaluation import build_evaluators
 from knet_d2.inference.from_file import load
 from knet_d2.programs import run
+from knet_d2.results.outputs import result_of
+from knet_d2.tasks import get_task
+
+# Evaluated output -> metric
+METRICS = {"instances": ("segm", "AP"), "panoptic_seg": ("panoptic_seg", "PQ"), "sem_seg": ("sem_seg", "mIoU")}
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="model", help="weights or FILE.onnx[=ENGINE] of one model")
-    parser.add_argument("--annotations", required=True, help="COCO JSON")
-    parser.add_argument("--images", required=True, help="folder of its images")
+    parser.add_argument("--config-file", required=True, help="config of the model, with the data set in DATASETS.TEST")
     parser.add_argument("--confidence-threshold", type=float, default=0.0, help="a panoptic model: that of its export")
-    parser.add_argument("--number", type=int, default=100, help="number of images")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")
     return parser
 
 
-def mask_ap(truth: COCO, images: list[int], results: list[dict]) -> float:
-    """COCO's AP of masks on some images; 0 without results."""
-    if not results:
-        return 0.0
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval_opt(truth, truth.loadRes(results), "segm")
-        evaluation.params.imgIds = images
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return float(evaluation.stats[0])
-
-
 def main(args: argparse.Namespace) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(args.annotations)
-    predictors = {}
+    logging.disable(logging.INFO)  # the evaluators' tables
+    torch.set_num_threads(1)
+    cfg = load_config(args.config_file, args.opts)
+    name, table = cfg.DATASETS.TEST[0], class_table(cfg)
+    output = get_task(cfg).checked_outputs(cfg.MODEL.KNET.TEST.OUTPUTS)[0]
+    predictors, evaluators = {}, {}
+    seconds: dict[str, list[tuple[float, float]]] = {path: [] for path in args.models}
     for path in args.models:
         file, _, engine = path.partition("=")
         threshold = args.confidence_threshold
         predictors[path] = load(file, confidence_threshold=threshold, device="cpu", engine=engine or None)
-    images = sorted(truth.imgs)[: args.number]
-    seconds: dict[str, list[float]] = {path: [] for path in args.models}
-    results: dict[str, list[dict]] = {path: [] for path in args.models}
-    for image in images:
-        file = os.path.join(args.images, truth.imgs[image]["file_name"])
+        (evaluators[path],) = build_evaluators(cfg, name)
+        evaluators[path].reset()
+    records: list[dict[str, Any]] = load_dataset(name)
+    for record in records:
         for path, predictor in predictors.items():
-            start = time.perf_counter()
-            prediction = predictor(file)
-            seconds[path].append(time.perf_counter() - start)
-            results[path] += [{**x, "image_id": image} for x in prediction.to_coco()]
-    print(f"{len(images)} images, {torch.get_num_threads()} threads\n{'model':32} {'mask AP':>8} {'ms':>8}")
+            start = time.perf_counter(), time.process_time()
+            prediction = predictor(record["file_name"])
+            seconds[path].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+            found = {output: result_of(output, prediction._replace(classes=table))}
+            evaluators[path].process([record], [found])
+    group, metric = METRICS[output]
+    print(f"{name}, {len(records)} images, 1 thread\n{'model':32} {metric:>8} {'ms':>8} {'CPU ms':>8}")
     for path in args.models:
-        ap, milliseconds = mask_ap(truth, images, results[path]), 1000 * statistics.median(seconds[path])
-        print(f"{os.path.basename(path):32} {100 * ap:8.2f} {milliseconds:8.1f}")
+        value = evaluators[path].evaluate()[group][metric]
+        clock, processor = (1000 * statistics.median(x) for x in zip(*seconds[path]))
+        print(f"{os.path.basename(path):32} {value:8.2f} {clock:8.1f} {processor:8.1f}")
 
 
 if __name__ == "__main__":

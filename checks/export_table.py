@@ -3,37 +3,36 @@
     python -m checks.export_table --output docs/benchmarks/exports.md                        # all architectures
     python -m checks.export_table coco/panoptic/knet_r50_fpn_1x.yaml --output exports.md     # adds or replaces rows
 
-Weights are random, except that scores are all over (0, 1). What is compared is the class of each pixel: of the best
-instance, of the panoptic segment, or of the semantic map. "same" is the share of pixels with the same class, over two
-images of noise in a batch; "ms" is the median of a batch, "x PyTorch" its ratio to PyTorch's in float32.
-A model with attention in windows is exported for the size of these images.
+Weights are random, with scores all over (0, 1) and mask logits as large as those of trained models. What is compared is
+the class of each pixel: of the best instance, of the panoptic segment, or of the semantic map. "same" is the share of
+pixels with the same class, over two generated images in a batch. "ms" is the median processor time of a batch in one
+thread, and "x PyTorch" its ratio to PyTorch's in float32, which takes turns with the file. A model with attention in
+windows is exported for the size of these images.
 """
 
 import argparse
+import copy
 import gc
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
+from torch.export import ExportedProgram
 
-from knet_d2.checkpoint import describe_model
-from knet_d2.checkpoint.saving import save_weights
-from knet_d2.data import resolve_classes
+from knet_d2.data.classes import class_table
+from knet_d2.export import default_image_type, export_metadata, halve, save_onnx, save_pt2, trace
 from knet_d2.export.graph import has_windows
-from knet_d2.modeling.meta_arch import KNet
-from knet_d2.programs import export_model, run
+from knet_d2.programs import run
+from knet_d2.programs.benchmark.filling import MASK_LOGITS, damp_residual_blocks
+from knet_d2.programs.benchmark.models import Subject, build_subject
 
 from .exports import Tensors, open_exported, run_model
-from .references.cases import zoo_config
 
 ARCHITECTURES = (
     "coco/instance/knet_r50_fpn_1x.yaml",
@@ -53,9 +52,11 @@ ARCHITECTURES = (
     "lite/panoptic_lite0.yaml",
     "lite/semantic_lite0.yaml",
 )
-ENDINGS = (".onnx", ".pt2")
-SIZE = (224, 320)
+WRITERS = {".pt2": save_pt2, ".onnx": save_onnx}
+PRECISIONS = ("fp32", "fp16")
+SIZE = (128, 192)
 THRESHOLD = 0.3
+OPTIONS = {"SCORE_THRESHOLD": THRESHOLD, "THING_SCORE_THRESHOLD": THRESHOLD, "OVERLAP_THRESHOLD": 0.0}
 ROUNDS = 3
 HEADER = "| config | file | precision | MB | export, s | same | ms | x PyTorch |\n|---|---|---|---|---|---|---|---|\n"
 
@@ -65,26 +66,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("configs", nargs="*", help="paths below configs/; default: all architectures")
     parser.add_argument("--output", required=True, metavar="FILE", help="Markdown file with the table")
     return parser
-
-
-def save_random_model(cfg: CfgNode, path: str) -> KNet:
-    """Write a model of a config with random weights; returns it."""
-    torch.manual_seed(0)
-    model = build_model(cfg).eval()
-    for stage in model.cascade.stages:
-        if hasattr(stage, "class_branch") and model.bank.num_matched:
-            classifier = stage.class_branch[-1]
-            torch.nn.init.normal_(classifier.weight, std=classifier.in_features**-0.5)
-            torch.nn.init.normal_(classifier.bias)
-    save_weights(path, model.state_dict(), describe_model(cfg))
-    return model
-
-
-def noise() -> np.ndarray:
-    """Two images of coloured spots, uint8 [2, 3, H, W]."""
-    rng = np.random.RandomState(0)
-    spots = (cv2.resize(rng.randint(0, 256, (7, 10, 3), np.uint8), SIZE[::-1]) for _ in range(2))
-    return np.stack([x.transpose(2, 0, 1) for x in spots])
 
 
 def class_map(result: Tensors) -> np.ndarray:
@@ -100,60 +81,101 @@ def class_map(result: Tensors) -> np.ndarray:
     return classes
 
 
-def timed(call: Callable[[], list[Tensors]]) -> tuple[list[Tensors], float]:
-    """The results of a batch, and the median of the seconds that it takes."""
-    seconds = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        results = call()
-        seconds.append(time.perf_counter() - start)
-    return results, statistics.median(seconds)
+@torch.no_grad()
+def random_subject(config: str, size: tuple[int, int]) -> Subject:
+    """A model of a config with random weights, in evaluation mode, whose results do not hang on rounding.
 
-
-def rows_of(path: str) -> list[str]:
-    """The table's rows of one architecture."""
-    cfg = zoo_config(path)
-    resolve_classes(cfg)
-    cfg.MODEL.KNET.TEST.SCORE_THRESHOLD = cfg.MODEL.KNET.TEST.THING_SCORE_THRESHOLD = THRESHOLD
-    cfg.MODEL.KNET.TEST.OVERLAP_THRESHOLD = 0.0
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        weights = os.path.join(folder, "model.pth")
-        model = save_random_model(cfg, weights)
-        expected, of_pytorch = timed(lambda: run_model(model, noise(), SIZE))
-        fixed = ["--size", f"{SIZE[0]}x{SIZE[1]}"] if has_windows(model) else []
-        for precision, options in (("fp32", []), ("fp16", ["--fp16"])):
-            for ending in ENDINGS:
-                words = [weights, os.path.join(folder, f"model{ending}"), *options, *fixed]
-                try:
-                    numbers = measure(words, model.postprocessor.options.outputs[0], expected, of_pytorch)
-                except Exception as error:  # the exporters' exceptions have no common type
-                    numbers = [f"refused: {' '.join(str(error).split())[:200]}", *[""] * 4]
-                row = [path.removesuffix(".yaml"), ending + (", one size" if fixed else ""), precision, *numbers]
-                rows.append(f"| {' | '.join(row)} |")
-                print(rows[-1], flush=True)
-                gc.collect()
-    return rows
-
-
-def measure(words: list[str], output: str, expected: list[Tensors], of_pytorch: float) -> list[str]:
-    """Export a file and compare it with PyTorch; returns the numbers of its row.
+    Without the scaling, the mask logits of an untrained model are 20 times as large as trained ones: the softmax of a
+    semantic model then chooses one kernel for each pixel, and each stage multiplies the rounding of the one before.
 
     Args:
-        words: of the command line of tools/export_model.py.
-        output: the model's main output.
-        expected, of_pytorch: results and seconds of a batch.
+        size: of the images in which its logits get their scale.
     """
-    file, start, size = words[1], time.perf_counter(), np.array(SIZE)
-    options = [*words, "--opts", "MODEL.KNET.TEST.OVERLAP_THRESHOLD", "0.0"]
-    export_model.main(export_model.get_parser().parse_args(options))
-    seconds, megabytes = time.perf_counter() - start, os.path.getsize(file) / 2**20
-    runner = open_exported(file, output)
-    found, of_file = timed(lambda: each(runner(noise(), size, size)))
+    options = (f"MODEL.KNET.TEST.{key}={value}" for key, value in OPTIONS.items())
+    subject = build_subject(",".join([config, *options]), "cpu")
+    model = subject.model.eval()
+    damp_residual_blocks(model)
+    inputs = subject.inputs(size, 1, size)
+    for stage in model.cascade.stages:
+        if stage.class_branch is not None:
+            classifier = stage.class_branch[-1]
+            torch.nn.init.normal_(classifier.weight, std=classifier.in_features**-0.5)
+            torch.nn.init.normal_(classifier.bias)
+        found: list[torch.Tensor] = []
+        hook = stage.register_forward_hook(lambda _, __, output, found=found: found.append(output.mask_logits))
+        model(inputs)
+        hook.remove()
+        for parameter in stage.mask_branch[-1].parameters():
+            parameter *= MASK_LOGITS[1] / found[0].std()
+    return subject
+
+
+def rows_of(path: str) -> Iterator[str]:
+    """The table's rows of one architecture, each as soon as it is measured."""
+    subject = random_subject(path, SIZE)
+    model = subject.model
+    images = np.stack([x["image"].numpy() for x in subject.inputs(SIZE, 2, SIZE)])
+    fixed = SIZE if has_windows(model) else None
+    image_type = default_image_type(subject.cfg)
+    metadata = export_metadata(subject.cfg, class_table(subject.cfg), model, image_type, fixed)
+    for precision in PRECISIONS:
+        start = time.perf_counter()
+        program: ExportedProgram | Exception
+        try:
+            program = trace(halve(copy.deepcopy(model)) if precision == "fp16" else model, image_type, fixed)
+        except Exception as error:  # the exporters' exceptions have no common type
+            program = error
+        traced = time.perf_counter() - start
+        for ending in WRITERS:
+            try:
+                if isinstance(program, Exception):
+                    raise program
+                numbers = measure(program, ending, metadata, traced, lambda: run_model(model, images, SIZE), images)
+            except Exception as error:
+                numbers = [f"refused: {' '.join(str(error).split())[:200]}", *[""] * 4]
+            row = [path.removesuffix(".yaml"), ending + (", one size" if fixed else ""), precision, *numbers]
+            yield f"| {' | '.join(row)} |"
+            gc.collect()
+
+
+def measure(
+    program: ExportedProgram,
+    ending: str,
+    metadata: dict[str, str],
+    traced: float,
+    pytorch: Callable[[], list[Tensors]],
+    images: np.ndarray,
+) -> list[str]:
+    """Write a file and compare it with PyTorch; returns the numbers of its row.
+
+    Args:
+        traced: seconds that the program took.
+        pytorch: predicts the images.
+        images: [B, C, H, W].
+    """
+    start, size = time.perf_counter(), np.array(SIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, f"model{ending}")
+        WRITERS[ending](program, file, metadata)
+        seconds, megabytes = traced + time.perf_counter() - start, os.path.getsize(file) / 2**20
+        runner = open_exported(file, metadata["output"])
+    rounds = [(timed(pytorch), timed(lambda: each(runner(images, size, size)))) for _ in range(ROUNDS)]
+    of_pytorch, of_file = (statistics.median(x[i][1] for x in rounds) for i in (0, 1))
+    (expected, _), (found, _) = rounds[0]
     same = np.mean([class_map(x) == class_map(y) for x, y in zip(found, expected, strict=True)])
-    os.remove(file)
-    ratio = f"{of_file / of_pytorch:.2f}"
-    return [f"{megabytes:.0f}", f"{seconds:.0f}", f"{same:.3%}", f"{1000 * of_file:.0f}", ratio]
+    return [
+        f"{megabytes:.0f}",
+        f"{seconds:.0f}",
+        f"{same:.3%}",
+        f"{1000 * of_file:.0f}",
+        f"{of_file / of_pytorch:.2f}",
+    ]
+
+
+def timed(call: Callable[[], list[Tensors]]) -> tuple[list[Tensors], float]:
+    """The results of a batch, and the seconds of this thread's processor time that they took."""
+    start = time.thread_time()
+    return call(), time.thread_time() - start
 
 
 def each(outputs: Tensors) -> list[Tensors]:
@@ -161,15 +183,21 @@ def each(outputs: Tensors) -> list[Tensors]:
     return [{name: x[i] for name, x in outputs.items()} for i in range(len(next(iter(outputs.values()))))]
 
 
+def write_row(target: Path, row: str) -> None:
+    """Add a row to the table in a file, or replace that of the same file and precision."""
+    known = target.read_text().removeprefix(HEADER).splitlines() if target.exists() else []
+    rows = [x for x in known if x.split(" | ")[:3] != row.split(" | ")[:3]] + [row]
+    order = {x.removesuffix(".yaml"): i for i, x in enumerate(ARCHITECTURES)}
+    rows.sort(key=lambda x: order.get(x.split(" | ")[0].removeprefix("| "), len(order)))
+    target.write_text(HEADER + "\n".join(rows) + "\n")
+
+
 def main(args: argparse.Namespace) -> None:
-    target = Path(args.output)
+    torch.set_num_threads(1)
     for path in args.configs or ARCHITECTURES:
-        known = target.read_text().removeprefix(HEADER).splitlines() if target.exists() else []
-        name = path.removesuffix(".yaml")
-        rows = [row for row in known if not row.startswith(f"| {name} |")] + rows_of(path)
-        order = {x.removesuffix(".yaml"): i for i, x in enumerate(ARCHITECTURES)}
-        rows.sort(key=lambda row: order.get(row.split(" | ")[0].removeprefix("| "), len(order)))
-        target.write_text(HEADER + "\n".join(rows) + "\n")
+        for row in rows_of(path):
+            print(row, flush=True)
+            write_row(Path(args.output), row)
 
 
 if __name__ == "__main__":
