@@ -176,6 +176,18 @@ def test_checkpoints_of_a_training_are_self_contained(tmp_path):
     assert knet_d2.load(tmp_path / "small.pth", device="cpu").classes == predictor.classes
 
 
+def test_a_folder_stands_for_its_best_weights(tmp_path):
+    cfg, model = tiny_config("instance"), tiny_model("instance")
+    with pytest.raises(CheckpointError, match="this folder has no model_best.pth or model_final.pth"):
+        knet_d2.load(tmp_path)
+    for number, name in enumerate(("model_final.pth", "model_best.pth")):
+        next(model.parameters()).data.fill_(number)
+        save_weights(str(tmp_path / name), model.state_dict(), describe_model(cfg))
+        predictor = knet_d2.load(tmp_path, device="cpu")
+        assert (next(predictor.model.parameters()) == number).all()
+        assert predictor.cfg.MODEL.WEIGHTS == str(tmp_path / name)
+
+
 def test_a_panoptic_model_without_stuff(tmp_path):
     """The number of stuff classes, 0, is not looked up in a data set."""
     cfg = tiny_config("panoptic", {"MODEL.KNET.NUM_STUFF_CLASSES": 0, "MODEL.KNET.THING_CATEGORY_IDS": [0, 1, 2]})

@@ -5,7 +5,7 @@ from .checkpointer import Checkpointer
 from .description import ModelDescription, changed_options, describe_model, has_description, read_description
 from .load_report import LoadReport
 from .loading import as_checkpoint, load_file
-from .resume import periodic_checkpoints, remove_unfinished
+from .resume import best_checkpoint, periodic_checkpoints, remove_unfinished
 from .saving import write_atomically
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "LoadReport",
     "ModelDescription",
     "as_checkpoint",
+    "best_checkpoint",
     "changed_options",
     "describe_model",
     "download",

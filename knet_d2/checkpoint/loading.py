@@ -59,7 +59,7 @@ def load_file(path: str, sha256: str | None = None) -> Any:
     path, options = split_options(path)
     sha256 = sha256 or options.get("sha256")
     if not os.path.isfile(path):
-        raise CheckpointError(f"{path}: there is no such weights file. Check MODEL.WEIGHTS.")
+        raise CheckpointError(f"{path}: there is no such weights file or folder. Correct the path (MODEL.WEIGHTS).")
     size = os.path.getsize(path)
     try:
         # Reading from a memory map never reserves more memory than the size of the file, whatever length it claims.

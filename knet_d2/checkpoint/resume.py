@@ -1,4 +1,4 @@
-"""Selects the checkpoint from which a run continues."""
+"""Selects the checkpoint from which a run continues, and the one that a run's folder stands for."""
 
 import logging
 import os
@@ -9,6 +9,8 @@ from .loading import open_archive
 
 logger = logging.getLogger(__name__)
 
+# What a training run ends with: the best weights first
+_RESULTS = ("model_best.pth", "model_final.pth")
 _PERIODIC = re.compile(r"model_\d{7,}\.pth")
 
 
@@ -68,6 +70,18 @@ def newest_whole_checkpoint(folder: str) -> str | None:
             "one of them by an intact copy."
         )
     return None
+
+
+def best_checkpoint(folder: str) -> str:
+    """Return the path of the best weights of a training run's folder.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    for name in _RESULTS:
+        if os.path.isfile(path := os.path.join(folder, name)):
+            return path
+    raise CheckpointError(f"{folder}: this folder has no {' or '.join(_RESULTS)}. Train first, or name a weights file.")
 
 
 def remove_unfinished(folder: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..checkpoint import load_file, read_description
+from ..checkpoint import best_checkpoint, load_file, read_description
 from ..checkpoint.download import PREFIX
 from ..checkpoint.hub import PREFIX as HUB_PREFIX
 from ..checkpoint.hub import fetch_from_hub
@@ -34,12 +34,13 @@ def load(
     opts: Sequence[str] = (),
     engine: str | None = None,
 ) -> ImagePredictor:
-    """Make a predictor from a weights file, which contains its config and class names.
+    """Make a predictor from a training run's folder or a weights file, which contains its config and class names.
 
     Args:
-        path: the ``.pth`` file of a training run, a file of tools/convert_checkpoint.py, or ``knet://<name>`` for an
-            official model, ``hf://user/name`` for one on Hugging Face's hub, ``lite0_fruits`` for the one that comes
-            with the package; or an ``.onnx`` file of tools/export_model.py.
+        path: a training run's folder, whose best weights are taken, or its ``.pth`` file; a file of
+            tools/convert_checkpoint.py; ``knet://<name>`` for an official model, ``hf://user/name`` for one on Hugging
+            Face's hub, ``lite0_fruits`` for the one that comes with the package; or an ``.onnx`` file of
+            tools/export_model.py.
         confidence_threshold: instances and thing segments with a lower score are left out; None: 0.3, or what an
             exported file was exported with.
         device: "cpu", "cuda", ...; None takes a GPU if there is one (engines other than PyTorch: "cpu").
@@ -111,14 +112,11 @@ def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode
 
     Raises:
         ConfigError: there are no weights; or see :func:`load_config`.
-        CheckpointError: the weights file contains no config.
+        CheckpointError: the weights file contains no config, or a folder no weights file.
     """
     weights = dict(zip(opts[0::2], opts[1::2])).get("MODEL.WEIGHTS", "")
-    if weights.startswith(HUB_PREFIX):
-        weights = fetch_from_hub(weights)
-        opts = [*opts, "MODEL.WEIGHTS", weights]
-    elif packaged := packaged_file(weights):
-        weights = packaged
+    if file := _file_of(weights):
+        weights = file
         opts = [*opts, "MODEL.WEIGHTS", weights]
     if not config_file and weights.startswith(PREFIX):
         config_file = get_config_file(zoo_entry(weights.removeprefix(PREFIX)).name + ".yaml")
@@ -135,3 +133,10 @@ def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode
         raise ConfigError("MODEL.WEIGHTS is empty; name the weights, as MODEL.WEIGHTS path/to/model_final.pth.")
     warn_of_unread_options(cfg)
     return cfg, classes, content
+
+
+def _file_of(weights: str) -> str | None:
+    """The file that a name or a folder stands for; None for what is read as it is."""
+    if weights.startswith(HUB_PREFIX):
+        return fetch_from_hub(weights)
+    return packaged_file(weights) or (best_checkpoint(weights) if os.path.isdir(weights) else None)
