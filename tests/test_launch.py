@@ -22,7 +22,7 @@ from toys import assert_identical
 
 from knet_d2.checkpoint import Checkpointer
 from knet_d2.data.workers import STOP_SIGNALS, ignore_stop_signals
-from knet_d2.engine import Trainer, load_config
+from knet_d2.engine import Trainer, launch, load_config, stop_signals
 from knet_d2.engine.failures import explain
 from knet_d2.engine.launch import run
 from knet_d2.engine.placement import Placement, find_placement, first_host
@@ -223,6 +223,42 @@ def test_children_end_while_signals_are_handled(use):
             use()
             assert time.monotonic() - start < 5
     assert signals.received is None and handlers == [signal.getsignal(number) for number in STOP_SIGNALS]
+
+
+def test_a_second_interrupt_ends_at_once(monkeypatch, capfd):
+    """One that torchrun passes on right after the terminal's is not the second one."""
+    handler = signal.getsignal(signal.SIGINT)
+    signals = StopSignals()
+    with signals.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == "SIGINT"
+        monkeypatch.setattr(stop_signals, "_ONE_INTERRUPT", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err.count("Press it again to end at once") == 1
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_an_interrupted_process_of_several_has_its_exit_code(monkeypatch):
+    def interrupted(work, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "run_guarded", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        launch._work(None, None)
+    assert ended.value.code == 130
+
+
+def wait_for_interrupt(worker):
+    ignore_stop_signals(worker)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_workers_outlive_the_interrupt_of_their_terminal():
+    loader = DataLoader(range(6), num_workers=2, batch_size=None, worker_init_fn=wait_for_interrupt)
+    with StopSignals().listening():
+        assert list(loader) == list(range(6))
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

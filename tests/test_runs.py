@@ -90,7 +90,7 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, whole_run, moment):
     assert (tmp_path / "metrics.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("moment, iteration", [("image9.png", 9), ("image13.png", 13), ("evaluation", 13)])
 def test_signal_saves_the_iteration_and_stops(tmp_path, whole_run, monkeypatch, number, moment, iteration):
     """In an iteration, in one that has a checkpoint and an evaluation anyway, and while its evaluation runs."""

@@ -12,7 +12,9 @@ def ignore_stop_signals(worker: int) -> None:
 
     Schedulers signal all processes of a run. Workers that ended then would stop the run before it is saved. Signals
     of the parent must work, because Python ends worker processes by SIGTERM when the parent exits, and waits for them.
+    Ctrl-C reaches all processes of a terminal, too; the parent ends its workers.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

@@ -20,6 +20,7 @@ from ..setup.compat import default_store
 logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130  # as of a program that SIGINT ends
 
 RESUME = "The last checkpoint is intact: continue with --resume."
 # Grace period in seconds for the launcher to report a killed rank and to end the others.

@@ -8,6 +8,7 @@ checkpoint's iteration, a resumed run repeats the hooks that follow the checkpoi
 import logging
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -188,8 +189,15 @@ class StopHook(HookBase):
         logger.info("Received %s in iteration %d.", name, self.trainer.iter)
         self._checkpoints.save_unless_done()
         comm.synchronize()  # wait for the checkpoint: the launcher ends all processes as soon as one has ended
-        logger.info("Stopped with a checkpoint and exit code %d. Continue with --resume.", EXIT_PREEMPTED)
+        logger.info("Stopped with a checkpoint and exit code %d. %s", EXIT_PREEMPTED, self._advice())
         raise Preempted
+
+    def _advice(self) -> str:
+        """How to continue the run."""
+        config = os.path.join(self.trainer.cfg.OUTPUT_DIR, "config.yaml")
+        if comm.get_world_size() > 1 or not os.path.isfile(config):
+            return "Continue with --resume, and otherwise the same command."
+        return f"Continue with --resume: knet train --config-file {shlex.quote(config)} --resume"
 
 
 class EvalHook(HookBase):

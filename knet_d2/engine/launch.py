@@ -19,7 +19,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import ConfigError, KNetError
 from ..setup.compat import create_local_process_group
-from .failures import RESUME, run_guarded
+from .failures import EXIT_INTERRUPTED, RESUME, run_guarded
 from .placement import Placement, find_placement
 from .stop_signals import handlers, pass_on
 
@@ -96,7 +96,10 @@ def _launch(main: Callable, args: argparse.Namespace, timeout: datetime.timedelt
 
 
 def _work(main: Callable, args: argparse.Namespace) -> None:
-    sys.exit(run_guarded(main, args))
+    try:
+        sys.exit(run_guarded(main, args))
+    except KeyboardInterrupt:  # multiprocessing would end with exit code 0
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _join(place: Placement, timeout: datetime.timedelta) -> None:

@@ -1,10 +1,12 @@
-"""Stop signals (SIGTERM and others): a run that gets one saves its state and ends."""
+"""Stop signals (SIGTERM, Ctrl-C and others): a run that gets one saves its state and ends."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -12,6 +14,10 @@ from ..data.workers import STOP_SIGNALS
 from .failures import EXIT_FAILED, is_lost_process
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+_HANDLED = (*STOP_SIGNALS, signal.SIGINT)
+# Seconds in which SIGINTs count as one: a terminal sends it to all processes, and torchrun passes it on to them again
+_ONE_INTERRUPT = 1.0
+_INTERRUPTED = b"\nCtrl-C: a checkpoint is written after this iteration. Press it again to end at once, without one.\n"
 
 
 class Preempted(SystemExit):
@@ -30,11 +36,12 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._interrupted = -math.inf
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Record a stop signal that arrives inside the ``with`` block in ``received``."""
-        self.received = None
+        """Record a stop signal that arrives inside the ``with`` block in ``received``; a second Ctrl-C interrupts."""
+        self.received, self._interrupted = None, -math.inf
         try:
             with handlers(self._receive):
                 yield
@@ -46,6 +53,13 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+        if number != signal.SIGINT:
+            return
+        if self._interrupted == -math.inf:
+            self._interrupted = time.monotonic()
+            os.write(2, _INTERRUPTED)  # print is not allowed in a handler, which may interrupt another print
+        elif time.monotonic() - self._interrupted > _ONE_INTERRUPT:
+            raise KeyboardInterrupt
 
 
 def pass_on(number: int, frame: FrameType | None) -> None:
@@ -59,14 +73,14 @@ _handled: list[int] = []
 
 @contextlib.contextmanager
 def handlers(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle the stop signals inside a ``with`` block.
+    """Handle the stop signals and SIGINT inside a ``with`` block.
 
     In other threads than the main thread it does nothing, because Python allows signal handlers only there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    previous = {number: signal.signal(number, handle) for number in _HANDLED}
     _handled.extend(previous)
     try:
         yield
@@ -77,9 +91,12 @@ def handlers(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 
 def _reset_in_child() -> None:
-    """Restore the default handlers in a forked child, because multiprocessing.Pool ends its processes by SIGTERM."""
+    """Restore the default handlers in a forked child, because multiprocessing.Pool ends its processes by SIGTERM.
+
+    SIGINT is ignored: a terminal sends it to all processes, and the parent still needs its children.
+    """
     for number in _handled:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _handled)
     _handled.clear()
 

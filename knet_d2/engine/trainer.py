@@ -281,10 +281,10 @@ class Trainer(DefaultTrainer):
             The results of the last evaluation, on the main process.
 
         Raises:
-            Preempted: SIGTERM or SIGUSR1 came; the run can be resumed where it was.
+            Preempted: SIGTERM, SIGUSR1 or Ctrl-C came; the run can be resumed where it was.
         """
         self.data_loader = self.build_train_loader(self.cfg, self.start_iter)  # DefaultTrainer hands it to _trainer
-        logger.info(f"Training from iteration {self.start_iter} to {self.max_iter}")
+        logger.info(f"Training from iteration {self.start_iter} to {self.max_iter}. Ctrl-C ends it with a checkpoint.")
         self.iter = self.start_iter
         with bounded_storage(self.start_iter) as self.storage, self._signals.listening():
             try:
