@@ -5,6 +5,7 @@ WORKDIR /knet_d2
 RUN pip install --no-cache-dir torch==2.14.1 torchvision==0.29.1 --index-url https://download.pytorch.org/whl/cpu
 COPY LICENSE NOTICE README.md setup.py knet_command.py ./
 COPY configs configs
+COPY docs docs
 COPY knet_d2 knet_d2
 RUN pip install --no-cache-dir ".[opencv,safetensors,serve]" && python -m knet_d2.install_detectron2
 USER nobody

@@ -1,25 +1,50 @@
-"""The command ``knet`` of an installed package; knet_d2.programs.command says what it does.
+"""The command ``knet`` of an installed package: ``knet NAME ...`` starts a program of knet_d2.programs.
 
-It stands outside of the package, so that ``knet --help`` does not import torch and Detectron2.
+It stands outside of the package, so that ``knet --help`` and ``knet docs`` do not import torch and Detectron2.
 """
 
 import importlib.metadata
+import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 HELP = """usage: knet COMMAND ...
 
   train     train a model: knet train --data my_photos --task instance
   eval      evaluate a training run: knet eval output/my_photos
-  predict   segment images: knet predict output/my_photos photo.jpg --output pictures
+  predict   segment images: knet predict output/my_photos photo.jpg --output picture.png
   check     check annotations: knet check --data my_photos
   export    write an ONNX or torch.export file: knet export output/my_photos model.onnx
   annotate  write predictions as files of a label tool, to correct them: knet annotate output/my_photos new_photos ...
   doctor    say what is installed and what is missing
+  docs      print a page of the documentation: knet docs DATASETS
 
-knet COMMAND --help lists the options of a command; knet --version prints the version. Other programs have the names of
-python -m knet_d2 --help.
+knet COMMAND --help lists the options of a command; knet --version prints the version. python -m knet_d2 --help lists
+further programs, which knet starts, too.
 """
+
+
+def documents() -> dict[str, Path]:
+    """The pages of the documentation by name: from the package of a wheel, or from beside the package in a checkout."""
+    package = Path(importlib.util.find_spec("knet_d2").origin).parent
+    folders = (package / "docs", package.parent / "docs")
+    folder = next(x for x in folders if x.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.md"))}
+
+
+def print_document(names: Sequence[str]) -> int:
+    """Print a page, or without a name the list of pages; returns the exit code."""
+    pages = documents()
+    if not names or names[0] in ("-h", "--help"):
+        print("usage: knet docs PAGE\n")
+        for name, path in pages.items():
+            print(f"  {name:18}{path}")
+        return 0
+    if names[0].upper() not in pages:
+        raise SystemExit(f"knet docs: there is no page {names[0]!r}; the pages are {', '.join(pages)}.")
+    print(pages[names[0].upper()].read_text(encoding="utf-8"))
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,13 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(importlib.metadata.version("knet_d2"))
         return 0
-    if words[0] == "doctor":  # works without Detectron2
-        from knet_d2.setup.doctor import main as examine
+    if words[0] == "docs":
+        return print_document(words[1:])
+    try:
+        if words[0] == "doctor":  # works without Detectron2
+            from knet_d2.setup.doctor import main as examine
 
-        return examine(words[1:])
-    from knet_d2.programs.command import run_command
+            return examine(words[1:])
+        from knet_d2.programs import run_named
 
-    return run_command(words[0], words[1:])
+        return run_named("knet", words[0], words[1:])
+    except KeyboardInterrupt:  # during the imports, which take seconds
+        return 130
 
 
 if __name__ == "__main__":

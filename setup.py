@@ -18,10 +18,15 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=" + DEPENDENCIES["PYTHON"],
-    # The config files lie beside the package in a checkout, inside it in a wheel; knet_d2.config.files finds both.
-    packages=[*find_packages(include=["knet_d2", "knet_d2.*"]), "knet_d2.configs"],
-    package_dir={"knet_d2.configs": "configs"},
-    package_data={"knet_d2": ["**/*.json", "weights/*.safetensors"], "knet_d2.configs": ["**/*.yaml"]},
+    # The config files and the documentation lie beside the package in a checkout, inside it in a wheel;
+    # knet_d2.config.files and knet_command find both.
+    packages=[*find_packages(include=["knet_d2", "knet_d2.*"]), "knet_d2.configs", "knet_d2.docs"],
+    package_dir={"knet_d2.configs": "configs", "knet_d2.docs": "docs"},
+    package_data={
+        "knet_d2": ["**/*.json", "weights/*.safetensors"],
+        "knet_d2.configs": ["**/*.yaml"],
+        "knet_d2.docs": ["*.md"],
+    },
     install_requires=[dependency.requirement for dependency in DEPENDENCIES["DEPENDENCIES"] if dependency.declared],
     entry_points={"console_scripts": ["knet = knet_command:main"]},
     py_modules=["knet_command"],

@@ -1,11 +1,14 @@
 """The command ``knet``: finding annotations in a folder, and training on them with one line."""
 
+import ast
 import importlib
 import json
 import os
 import re
 import runpy
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +32,10 @@ from knet_d2.data import load_dataset
 from knet_d2.data.check import check_datasets
 from knet_d2.data.discovery import Found, find_annotations
 from knet_d2.data.files import files_below
+from knet_d2.engine import Trainer
 from knet_d2.errors import DataError
-from knet_d2.programs.command import RECIPES, choose_recipe, write_config
+from knet_d2.programs import NAMES, run_program
+from knet_d2.programs.own_data import RECIPES, choose_recipe, write_config
 from knet_d2.setup.dependencies import VERSION
 
 
@@ -145,8 +150,26 @@ def test_masks_of_two_values_are_semantic(tmp_path):
     (entry,) = found.entries
     assert (found.task, entry["classes"], entry["label_values"]) == ("semantic", ["background", "object"], [0, 255])
     assert _number_of_images(found) == [1, 1]
-    with pytest.raises(DataError, match="has no annotations for --task instance, but masks in .*masks .task semantic"):
+    # The label maps of the trees have class 0, here 255, in about a third of the pixels
+    share = np.mean([np.asarray(Image.open(path)) == 255 for path in (root / "masks").iterdir()])
+    assert 0.1 < share < 0.9 and found.what == (
+        f"masks in {root}/masks: 0 is background ({1 - share:.1%} of the pixels); 255 is object ({share:.1%} of the "
+        "pixels). For other names, in this order: --names background,object"
+    )
+    with pytest.raises(DataError, match="has no annotations for --task instance, but masks in .*task semantic"):
         find_annotations(str(root), "instance")
+    named = find_annotations(str(root), names=["membrane", "cell"])
+    assert named.entries[0]["classes"] == ["membrane", "cell"] and "255 is cell" in named.what
+    with pytest.raises(DataError, match="--names a,b,c: name the 2 values of the masks, in this order: 0, 255"):
+        find_annotations(str(root), names=["a", "b", "c"])
+
+
+def test_names_are_for_masks_alone(tmp_path):
+    root = _root(tmp_path)
+    write_images(root)
+    (root / "result.json").write_text(json.dumps(instances_json()))
+    with pytest.raises(DataError, match=r"--names a,b: COCO's .*result\.json have names already"):
+        find_annotations(str(root), names=["a", "b"])
 
 
 def test_masks_in_folders_of_folders(tmp_path):
@@ -248,7 +271,7 @@ def test_what_is_not_found(tmp_path):
     with pytest.raises(DataError, match="this folder does not exist"):
         find_annotations(str(tmp_path / "nowhere"))
     write_images(tmp_path / "images")
-    with pytest.raises(DataError, match="no annotations were found. docs/DATASETS.md"):
+    with pytest.raises(DataError, match="no annotations were found. knet docs DATASETS"):
         find_annotations(str(tmp_path))
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text(json.dumps(instances_json()))
@@ -310,7 +333,7 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     called = {}
     monkeypatch.setattr("knet_d2.programs.export_model.main", lambda args: called.update(weights=args.weights))
     assert knet_command.main(["export", output, str(tmp_path / "model.onnx")]) == 0
-    assert called["weights"] in (final, os.path.join(output, "model_best.pth"))
+    assert called["weights"] == output  # stands for the best weights, as for knet_d2.load
     assert NUM_SHAPES == 4
 
 
@@ -321,6 +344,28 @@ def test_a_recipe_is_relative_to_the_working_folder(tmp_path, monkeypatch):
     cfg = get_knet_cfg()
     merge_config(cfg, path)
     assert (cfg.SEED, cfg.OUTPUT_DIR) == (5, "output/x")
+
+
+def test_ctrl_c_saves_and_prints_the_command_that_continues(shapes, tmp_path, monkeypatch):  # noqa: F811
+    root, output = tmp_path / unique_name("my_photos"), tmp_path / "a run"
+    root.mkdir()
+    shutil.copytree(shapes / "images", root / "images")
+    shutil.copy(shapes / "instances.json", root)
+    step = Trainer.run_step
+
+    def press(trainer):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer)
+
+    arguments = ["--data", str(root), "--output", str(output), "--recipe", "finetune/instance.yaml", "--no-check"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(Trainer, "run_step", press)
+        knet_command.main(["train", *arguments, *OPTIONS])
+    assert ended.value.code == 75 and (output / "last_checkpoint").read_text() == "model_0000000.pth"
+    (command,) = re.findall("Continue with --resume: (.*)", (output / "log.txt").read_text())
+    assert knet_command.main(shlex.split(command)[1:]) == 0
+    assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == 1
+    assert "Training from iteration 1 to 2" in (output / "log.txt").read_text()
 
 
 def test_a_faulty_data_set_is_not_trained_on(shapes, tmp_path, capsys):  # noqa: F811
@@ -348,8 +393,14 @@ def test_recipes_exist_and_depend_on_the_device():
     "arguments, message",
     [
         (["train", "--data", "nowhere"], "Error: --data nowhere: this folder does not exist"),
+        (["train", "--data", "x", "--config-file", "c.yaml"], "Error: --data x writes a config: leave out"),
+        (["train", "--task", "semantic"], "Error: --task: only training on --data has this option"),
+        (["train", "--no-check"], "Error: --no-check: only training on --data has this option"),
+        (["check"], "Error: Name what to check: --data FOLDER, or --config-file FILE"),
+        (["eval", "."], "Error: .: is not the folder of a training run, as it has no config.yaml"),
+        (["predict", "m.pth", "x.jpg", "--opts", "MODEL.WEIGHTS", "n.pth"], "Error: MODEL.WEIGHTS: the model is the"),
         (["predict", ".", "photo.jpg"], "Error: .: this folder has no model_best.pth or model_final.pth"),
-        (["export", "."], "Error: .: this folder has no model_best.pth"),
+        (["export", ".", "x.onnx"], "Error: .: this folder has no model_best.pth"),
     ],
 )
 def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
@@ -362,6 +413,7 @@ def test_the_installed_command_is_this_function(monkeypatch):
     made = {}
     monkeypatch.setattr("setuptools.setup", lambda **options: made.update(options))
     runpy.run_path(os.path.join(os.path.dirname(__file__), "..", "setup.py"))
+    assert made["package_dir"]["knet_d2.docs"] == "docs" and made["package_data"]["knet_d2.docs"] == ["*.md"]
     (command,) = made["entry_points"]["console_scripts"]
     name, module, function = re.fullmatch(r"(\w+) = ([\w.]+):(\w+)", command).groups()
     assert name == "knet" and getattr(importlib.import_module(module), function) is knet_command.main
@@ -371,12 +423,63 @@ def test_help_and_other_programs(capsys):
     assert knet_command.main([]) == knet_command.main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"\n  {name} " in printed for name in ("train", "eval", "predict", "check", "export", "doctor"))
-    with pytest.raises(SystemExit, match="there is no command 'fly'; use train, eval"):
+    with pytest.raises(SystemExit, match="there is no command 'fly'; knet --help lists them"):
         knet_command.main(["fly"])
-    for name in ("train", "predict", "export", "check", "analyze_model"):
+    # Each has one help, with its options and its own name, whatever starts it
+    expected = {
+        "train": (
+            "--data",
+            "--task",
+            "--output",
+            "--resume",
+            "--num-gpus",
+            "--no-check",
+            "knet train --data my_photos",
+        ),
+        "check": ("--data", "--task", "--config-file", "--fix", "knet check --data my_photos"),
+        "eval": ("--num-gpus", "knet eval output/my_photos"),
+        "predict": ("--json", "--masks", "--confidence-threshold", "knet predict output/my_photos photo.jpg"),
+        "export": ("--int8", "knet export output/my_photos model.onnx"),
+    }
+    for name, texts in expected.items():
         with pytest.raises(SystemExit) as ended:
             knet_command.main([name, "--help"])
-        assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert ended.value.code == 0 and printed.startswith(f"usage: knet {name} [-h]")
+        assert [text for text in texts if text not in printed] == []
+
+
+# What only a checkout has
+CHECKOUT = re.compile(r"(?<![\w/])(docs|tools|demo|checks)/\w*|train_net|MODEL_ZOO")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_names_no_file_of_a_checkout(name, capsys):
+    with pytest.raises(SystemExit):
+        run_program(name, ["--help"], f"knet {name}")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: knet {name} ") and "%(" not in printed
+    assert CHECKOUT.search(printed) is None
+
+
+def test_messages_name_no_file_of_a_checkout():
+    """All strings but docstrings; and the documents that any string names exist."""
+    for path in Path(ROOT, "knet_d2").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        statements = [node.value for node in nodes if isinstance(node, ast.Expr)]
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node in statements or CHECKOUT.search(node.value) is None, (path, node.value)
+                assert set(re.findall(r"knet docs ([A-Z_]+)", node.value)) <= set(knet_command.documents()), path
+
+
+def test_documents_are_printed_and_packed(capsys, monkeypatch):
+    assert knet_command.main(["docs", "datasets"]) == 0
+    assert capsys.readouterr().out.startswith("# Data sets")
+    assert knet_command.main(["docs"]) == 0
+    assert os.path.join("docs", "CONFIG.md") in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="there is no page 'fly'; the pages are ADVANCED_USAGE"):
+        knet_command.main(["docs", "fly"])
 
 
 def test_help_and_version_need_neither_torch_nor_detectron2(tmp_path):

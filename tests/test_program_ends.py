@@ -20,7 +20,7 @@ from knet_d2.programs import NAMES, run, run_program
         (DataError("a.jpg: is empty."), 1, "Error: a.jpg: is empty.\n"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 1, "Error: a/b: Not a directory.\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "Error: No space left on device.\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "Ended by Ctrl-C.\n"),
     ],
 )
 def test_exit_code_and_message(outcome, code, message, capsys):

@@ -232,6 +232,12 @@ def test_demo_of_a_semantic_model(tmp_path, models, shapes):
         run_demo(models, "semantic", "--input", image, "--output", tmp_path / "a.png", "--json", tmp_path / "r.json")
         == 0
     )
+    # The PNG has the classes of the JSON
+    assert run_demo(models, "semantic", "--input", image, "--masks", tmp_path / "masks") == 0
+    (classes,) = (np.asarray(Image.open(path)) for path in (tmp_path / "masks").iterdir())
+    areas = np.unique(classes, return_counts=True)
+    found = json.loads((tmp_path / "r.json").read_text())["images"][0]["semantic"]
+    assert areas[1].tolist() == [x["area"] for x in found] and areas[0].max() < 255 and classes.dtype == np.uint8
     content, ids = results_of(tmp_path / "r.json")
     (record,) = content["images"]
     masks = np.stack([decode(x["segmentation"]) for x in record["semantic"]])
@@ -240,6 +246,12 @@ def test_demo_of_a_semantic_model(tmp_path, models, shapes):
     assert {x["category_id"] for x in record["semantic"]} <= set(ids)
     plain = np.asarray(Image.open(image).convert("RGB")).repeat(5, 0).repeat(5, 1)
     assert (np.asarray(Image.open(tmp_path / "a.png")) != plain).mean() > 0.5
+
+
+def test_masks_of_a_video_are_refused(tmp_path, models, shapes):
+    write_frames(tmp_path / "v.mp4", shapes, 2)
+    with pytest.raises(ConfigError, match="--masks .*is for images"):
+        run_demo(models, "instance", "--video-input", tmp_path / "v.mp4", "--masks", tmp_path / "masks")
 
 
 def test_images_of_one_name_do_not_overwrite_each_other(tmp_path, models, shapes):

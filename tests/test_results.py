@@ -20,7 +20,7 @@ from PIL import Image
 from knet_d2.data.classes import ClassTable
 from knet_d2.data.pixels import PixelFormat
 from knet_d2.errors import ConfigError, DataError
-from knet_d2.inference.sinks import JsonLines, PictureFiles, Stop, VideoFile
+from knet_d2.inference.sinks import JsonLines, MaskFiles, PictureFiles, Stop, VideoFile
 from knet_d2.inference.sources import Frame, ImageFiles, Video
 from knet_d2.programs import demo
 from knet_d2.results import Prediction, Segment, main_prediction, predictions_of
@@ -268,6 +268,43 @@ def test_a_folder_that_takes_no_files_is_told_at_once(tmp_path):
     """The folder exists, so only trying to write there shows it."""
     with pytest.raises(OSError):
         PictureFiles("/proc/self", [str(tmp_path / "a.png"), str(tmp_path / "b.png")])
+
+
+def test_class_map_has_the_class_of_the_best_segment():
+    # The best is drawn over the other: 100 - 9 pixels of class 2, 9 + 16 of class 0
+    found = Prediction(
+        SIZE, [square(2, 2, 3, 0, 0.9), square(0, 0, 10, 2, 0.5), square(20, 20, 4, 0, 0.4)], table("abc")
+    )
+    classes = found.class_map()
+    assert classes.dtype == np.int32 and classes[3, 3] == 0 and classes[0, 0] == 2 and classes[39, 0] == -1
+    assert np.unique(classes, return_counts=True)[1].tolist() == [2000 - 116, 25, 91]
+    assert (found.class_map(void=255) == np.where(classes < 0, 255, classes)).all()
+
+
+@pytest.mark.parametrize("num_classes, void, mode", [(3, 255, "L"), (255, 255, "L"), (256, 65535, "I;16")])
+def test_masks_are_png_files_of_classes_or_instances(tmp_path, num_classes, void, mode):
+    inputs = [str(tmp_path / name) for name in ("a.jpg", "b.png", "a.png")]
+    folder, last = tmp_path / "masks", num_classes - 1
+    found = Prediction(SIZE, [square(0, 0, 10, last), square(20, 20, 4, 0, 0.4)], table(["x"] * num_classes))
+    sink = MaskFiles(str(folder), inputs, num_classes, ignore=255)
+    for name, output in zip(inputs, ("sem_seg", "panoptic_seg", "instances"), strict=True):
+        sink.write(Frame(name, noise()), {output: found})
+    assert sorted(os.listdir(folder)) == ["a.png", "a_1.png", "b.png"]
+    semantic, panoptic, instances = (np.asarray(Image.open(folder / x)) for x in ("a.png", "b.png", "a_1.png"))
+    assert Image.open(folder / "a.png").mode == mode
+    assert semantic[0, 0] == last and semantic[20, 20] == 0 and (semantic == void).sum() == 2000 - 116
+    assert (panoptic == semantic).all()
+    assert Image.open(folder / "a_1.png").mode == "I;16" and np.bincount(instances.ravel()).tolist() == [1884, 100, 16]
+
+
+def test_masks_replace_neither_images_nor_pictures(tmp_path):
+    photos = save_images(tmp_path / "photos", "a.png")
+    inputs = [str(photos / "a.png")]
+    with pytest.raises(ConfigError, match="--masks .*photos: this would replace"):
+        MaskFiles(str(photos), inputs, 3, 255)
+    pictures = PictureFiles(str(tmp_path / "out"), inputs)
+    with pytest.raises(ConfigError, match="--masks .*out: this would replace"):
+        MaskFiles(str(tmp_path / "out"), inputs, 3, 255, pictures.paths)
 
 
 def test_a_json_file_is_tried_at_once(tmp_path):

@@ -224,7 +224,7 @@ class Checkpointer(DetectionCheckpointer):
             raise CheckpointError(
                 f"{path} has other classes than the data set: {first_difference(self.classes, file_classes)}. Name a "
                 "data set in the config with the classes that the model was trained on, or fine-tune it on this one "
-                "(train_net.py without --eval-only, with the file as MODEL.WEIGHTS)."
+                "(knet train without --eval-only, with the file as MODEL.WEIGHTS)."
             )
         if self._restores_training:
             raise CheckpointError(

@@ -20,6 +20,7 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.download import download
 from iopath.common.file_io import file_lock, get_cache_dir
 
+from ..config.files import get_config_file
 from ..data.timm_names import import_timm, pretrained_statement
 from ..errors import CheckpointError, ConfigError, KNetError
 from ..setup import registry_weights
@@ -64,8 +65,8 @@ def fetch_checkpoint(entry: ZooEntry) -> str:
     """
     if entry.url is None:
         raise CheckpointError(
-            f"{PREFIX}{entry.name}: no checkpoint was published for this config. Train it with train_net.py "
-            f"--config-file configs/{entry.name}.yaml, or set MODEL.WEIGHTS to another file."
+            f"{PREFIX}{entry.name}: no checkpoint was published for this config. Train it with knet train "
+            f"--config-file {get_config_file(entry.name + '.yaml')}, or set MODEL.WEIGHTS to another file."
         )
     path = os.path.join(cache_folder(), entry.checkpoint_file)
     os.makedirs(os.path.dirname(path), exist_ok=True)

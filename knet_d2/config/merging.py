@@ -124,7 +124,7 @@ def config_to_blame(what: str) -> Iterator[None]:
         reason = " ".join(str(error).split()) or f"a check of {_place_of(error)} fails"
         raise ConfigError(
             f"{what} can't be built from this config ({type(error).__name__}: {reason}). Compare the options that it "
-            "sets with docs/CONFIG.md."
+            "sets with knet docs CONFIG."
         ) from error
 
 

@@ -99,7 +99,7 @@ def warn_of_crowded_images(records: list[dict[str, Any]], cfg: CfgNode) -> None:
         logger.warning(
             "MODEL.KNET.NUM_KERNELS = %d: %d of %d training images have more objects (%s has %d). Each kernel learns "
             "one object, so the others are learned as background. Raise it and TEST.DETECTIONS_PER_IMAGE, or cut the "
-            "images into tiles (tools/cut_tiles.py).",
+            "images into tiles (knet cut_tiles).",
             *(num_kernels, crowded, len(records), records[most]["file_name"], counts[most]),
         )
 

@@ -1,11 +1,13 @@
 """Finds the annotations in a folder and describes them as entries of DATASETS.CUSTOM."""
 
 import csv
+import functools
 import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,16 +45,17 @@ class Found(NamedTuple):
     test: list[str]
 
 
-def find_annotations(folder: str, task: str | None = None) -> Found:
+def find_annotations(folder: str, task: str | None = None, names: Sequence[str] = ()) -> Found:
     """Find the annotations in a folder and its sub-folders.
 
     Args:
         folder: a folder with images and annotations in one of the formats of docs/DATASETS.md; or one annotation file,
             whose images are searched in its folder.
         task: "instance", "panoptic" or "semantic"; None: what the annotations that are found first are for.
+        names: of the classes of label maps, in the order of their values; other annotations have names already.
 
     Raises:
-        DataError: there is no such folder, or nothing is found that fits the task.
+        DataError: there is no such folder, or nothing is found that fits the task or the names.
     """
     if not os.path.exists(folder):
         raise DataError(f"--data {folder}: this folder does not exist. Name the folder of your images and annotations.")
@@ -61,17 +64,20 @@ def find_annotations(folder: str, task: str | None = None) -> Found:
     name = re.sub(r"\W+", "_", os.path.splitext(os.path.basename(folder))[0] if is_file else os.path.basename(folder))
     name = name.strip("_") or "data"
     others = []
-    for find in (_find_yolo, _find_json) if is_file else _FINDERS:
+    masks = functools.partial(_find_masks, names=names)
+    for find in (_find_yolo, _find_json) if is_file else (_find_yolo, _find_json, _find_voc, masks):
         for kind, what, parts in find(folder):
             if task is None or task == kind:
                 if isinstance(parts, DataError):
                     raise parts
+                if names and "label_values" not in next(iter(parts.values())):
+                    raise DataError(f"--names {','.join(names)}: {what} have names already. Leave it out.")
                 return _found(name, kind, what, parts)
             others.append(f"{what} (task {kind})")
     if others:
         raise DataError(f"--data {folder}: has no annotations for --task {task}, but {others[0]}. Use another task.")
     raise DataError(
-        f"--data {folder}: no annotations were found. docs/DATASETS.md lists the formats. If your files have other "
+        f"--data {folder}: no annotations were found. knet docs DATASETS lists the formats. If your files have other "
         "names than usual, name the data set in a config."
     )
 
@@ -127,7 +133,7 @@ def _find_yolo(folder: str) -> Iterator[_Candidate]:
         if parts and missing:
             raise DataError(
                 f"{path}: {missing} = {content[missing]!r}: name one folder of images that exists; or name the data "
-                "sets in a config, see docs/DATASETS.md."
+                "sets in a config, see knet docs DATASETS."
             )
         if parts:
             yield "instance", f"YOLO's {path}", parts
@@ -209,7 +215,7 @@ def _by_part(entries: dict[str, dict[str, Any]], root: str) -> dict[str, dict[st
         if part in parts:
             raise DataError(
                 f"{path}: this and another annotation file are both for {part}. Name one of them: --data FILE; or both "
-                "in a config, see docs/DATASETS.md."
+                "in a config, see knet docs DATASETS."
             )
         parts[part] = entry
     return parts
@@ -304,8 +310,12 @@ def _find_voc(folder: str) -> Iterator[_Candidate]:
             yield "semantic", f"masks in colour in {root}", {"train": entry}
 
 
-def _find_masks(folder: str) -> Iterator[_Candidate]:
-    """A folder of images and one of masks beside it, as they are, or both in the folders of parts, or parts in both."""
+def _find_masks(folder: str, names: Sequence[str]) -> Iterator[_Candidate]:
+    """A folder of images and one of masks beside it, as they are, or both in the folders of parts, or parts in both.
+
+    Args:
+        names: of the classes, see :func:`find_annotations`.
+    """
     nested = [x for x in sorted(os.listdir(folder)) if os.path.isdir(os.path.join(folder, x, "masks"))]
     if (
         nested
@@ -333,19 +343,19 @@ def _find_masks(folder: str) -> Iterator[_Candidate]:
     if not labels and (lossy := next(files_below(masks, (".jpg", ".jpeg")), None)):
         raise DataError(f"{lossy[1]}: a mask as JPEG has other values than were saved. Export the masks as PNG.")
     if stems & set(labels):
-        values, is_colour = _values(list(labels.values()))
-        if is_colour:
+        shares = _shares(list(labels.values()))
+        if not shares:
             return
         what = f"masks in {masks}"
         numbered = {part: {"type": "instance_png", "images": i, "masks": m} for part, (i, m) in pairs.items()}
         labelled: dict[str, dict[str, Any]] | DataError
         try:
-            classes = _semantic_classes(folder, values)
+            classes = _semantic_classes(folder, list(shares), names)
             labelled = {p: {"type": "sem_seg", "images": i, "labels": m, **classes} for p, (i, m) in pairs.items()}
         except DataError as error:
-            labelled = error
-        yield "semantic", what, labelled
-        if len(values) > 2:  # two values tell objects from background, but not from each other
+            classes, labelled = {}, error
+        yield "semantic", what + _meaning(shares, classes), labelled
+        if len(shares) > 2:  # two values tell objects from background, but not from each other
             yield "instance", what, numbered
     elif labels:
         entries = {part: {"type": "png_per_instance", "images": i, "masks": m} for part, (i, m) in pairs.items()}
@@ -368,25 +378,36 @@ def _subfolder(root: str, names: tuple[str, ...]) -> str | None:
     return next((os.path.join(root, there[name]) for name in names if name in there), None)
 
 
-def _values(paths: list[str]) -> tuple[list[int], bool]:
-    """The values in a sample of label maps, and whether these are in colour."""
-    values: set[int] = set()
+def _shares(paths: list[str]) -> dict[int, float]:
+    """The values in a sample of label maps, rising, and their shares of the pixels; {} if the maps are in colour."""
+    counts: Counter[int] = Counter()
     for i in np.unique(np.linspace(0, len(paths) - 1, _SAMPLE).astype(int)):
         try:
-            values.update(np.unique(read_labels(paths[i])).tolist())
+            values, numbers = np.unique(read_labels(paths[i]), return_counts=True)
         except DataError:
-            return [], True
-    return sorted(values), False
+            return {}
+        counts.update(dict(zip(values.tolist(), numbers.tolist())))
+    return {x: counts[x] / counts.total() for x in sorted(counts)}
 
 
-def _semantic_classes(folder: str, values: list[int]) -> dict[str, Any]:
+def _meaning(shares: dict[int, float], keys: dict[str, Any]) -> str:
+    """What the values of label maps mean, with their shares of the pixels, where that was chosen here."""
+    if "label_values" not in keys:
+        return ""
+    named = zip(keys["label_values"], keys["classes"], strict=True)
+    listed = "; ".join(f"{value} is {name} ({shares[value]:.1%} of the pixels)" for value, name in named)
+    return f": {listed}. For other names, in this order: --names {','.join(keys['classes'])}"
+
+
+def _semantic_classes(folder: str, values: list[int], names: Sequence[str]) -> dict[str, Any]:
     """The keys of label maps with these values: masks of two values, a file of class names, or made-up names.
 
     Raises:
-        DataError: there are no names, and it is unclear whether 255 means pixels without a class.
+        DataError: there are no names, and it is unclear whether 255 means pixels without a class; or as many names as
+            values are needed.
     """
     if len(values) == 2:
-        return {"classes": ["background", "object"], "label_values": values, "ignore": []}
+        return {"classes": _named(values, names) or ["background", "object"], "label_values": values, "ignore": []}
     for name in ("classes.txt", "labels.txt"):
         if os.path.isfile(os.path.join(folder, name)):
             return {"classes": os.path.join(folder, name)}
@@ -397,7 +418,13 @@ def _semantic_classes(folder: str, values: list[int]) -> dict[str, Any]:
             "255 is what has none, list the names of all classes in classes.txt. If they are shades of grey, such as "
             "255 for objects or soft edges, save masks with the numbers 0, 1, ...; or give label_values in a config."
         )
-    return {"classes": [f"class_{x}" for x in known], "label_values": known}
+    return {"classes": _named(known, names) or [f"class_{x}" for x in known], "label_values": known}
 
 
-_FINDERS: tuple[Callable[[str], Iterator[_Candidate]], ...] = (_find_yolo, _find_json, _find_voc, _find_masks)
+def _named(values: list[int], names: Sequence[str]) -> list[str]:
+    if names and len(names) != len(values):
+        raise DataError(
+            f"--names {','.join(names)}: name the {len(values)} values of the masks, in this order: "
+            f"{', '.join(map(str, values))}."
+        )
+    return list(names)

@@ -54,7 +54,7 @@ class OnnxPredictor:
         self.name, self._runtime = engine, open_runtime(engine, path, device)
         metadata = self._runtime.metadata
         if "preprocessing" not in metadata:
-            raise CheckpointError(f"{path}: not a file of tools/export_model.py. Export the model with it.")
+            raise CheckpointError(f"{path}: not a file of knet export. Export the model with it.")
         self.cfg, self.classes = read_metadata(metadata, path)
         self.cfg.MODEL.WEIGHTS = path
         self.pixel_format = PixelFormat.from_config(self.cfg)

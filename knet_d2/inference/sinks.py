@@ -7,7 +7,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
 import cv2
@@ -24,6 +24,8 @@ from ..video.tracks import TrackWriter
 from .sources import Frame, Video
 
 _ESCAPE = 27
+# Largest value of a 16-bit PNG
+_LARGEST = 2**16 - 1
 
 
 class Stop(Exception):
@@ -56,11 +58,15 @@ class PictureFiles:
             OSError: nothing can be written there.
         """
         is_file = len(inputs) == 1 and path.lower().endswith(IMAGE_TYPES) and not os.path.isdir(path)
-        self._paths = {inputs[0]: path} if is_file else _picture_paths(path, inputs)
+        self._paths = {inputs[0]: path} if is_file else _paths_in(path, inputs, (".jpg", ".jpeg", ".png"))
         refuse_to_replace(inputs, self._paths.values(), f"--output {path}")
         folder = os.path.dirname(os.path.abspath(path)) if is_file else path
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # raises where nothing can be written
+        _try_folder(folder)
+
+    @property
+    def paths(self) -> Collection[str]:
+        """The files to write."""
+        return self._paths.values()
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
         picture = next(iter(predictions.values())).draw(frame.picture)
@@ -70,12 +76,59 @@ class PictureFiles:
         pass
 
 
-def _picture_paths(folder: str, inputs: Sequence[str]) -> dict[str, str]:
-    """A file in the folder for each input; inputs of one name are numbered."""
+class MaskFiles(Sink):
+    """Writes a PNG for each image.
+
+    Of semantic and panoptic results its values are the classes, as of a label map: indices of the model's classes, and
+    ``void`` for pixels without one. Of instances they are 16-bit numbers: 1 for the instance with the highest score,
+    and so on, 0 for pixels without one.
+
+    Attributes:
+        void: the ignore value, or 65535 where that is a class.
+    """
+
+    def __init__(self, folder: str, inputs: Sequence[str], num_classes: int, ignore: int, others: Collection[str] = ()):
+        """
+        Args:
+            folder: for the PNG files.
+            inputs: the image files; the PNGs get their names.
+            num_classes: number of the model's classes.
+            ignore: MODEL.SEM_SEG_HEAD.IGNORE_VALUE.
+            others: files that other sinks write.
+
+        Raises:
+            ConfigError: a PNG would replace one of the inputs or of the others.
+            OSError: nothing can be written there.
+        """
+        self.void = ignore if num_classes <= ignore < _LARGEST else _LARGEST
+        self._paths = _paths_in(folder, inputs)
+        refuse_to_replace([*inputs, *others], self._paths.values(), f"--masks {folder}")
+        _try_folder(folder)
+
+    def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
+        output, prediction = next(iter(predictions.items()))
+        if output == "instances":
+            values = prediction.segment_map().astype(np.uint16)
+        else:
+            values = prediction.class_map(self.void).astype(np.uint8 if self.void < 256 else np.uint16)
+        Image.fromarray(values).save(self._paths[frame.name])
+
+    def close(self) -> None:
+        pass
+
+
+def _try_folder(folder: str) -> None:
+    """Make a folder; raises OSError where nothing can be written."""
+    os.makedirs(folder, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+def _paths_in(folder: str, inputs: Sequence[str], endings: tuple[str, ...] = (".png",)) -> dict[str, str]:
+    """A file in the folder for each input, with one of the endings; inputs of one name are numbered."""
     paths: dict[str, str] = {}
     for path in inputs:
         stem, ending = os.path.splitext(os.path.basename(path))
-        ending = ending if ending.lower() in (".jpg", ".jpeg", ".png") else ".png"
+        ending = ending if ending.lower() in endings else ".png"
         target, number = os.path.join(folder, stem + ending), 0
         while target in paths.values():
             number += 1

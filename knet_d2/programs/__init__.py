@@ -1,7 +1,7 @@
 """The programs. Each module has ``get_parser()`` and ``main(args)``, which returns an exit code, or None for success.
 
 ``train_net.py`` and the scripts in ``demo/`` and ``tools/`` start them; an installed package starts them by
-``python -m knet_d2 NAME``.
+``knet NAME`` or ``python -m knet_d2 NAME``. In the texts of ``--help``, ``%(prog)s`` stands for that.
 """
 
 import argparse
@@ -20,6 +20,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 NAMES = (
     "train",
+    "eval",
+    "predict",
     "demo",
     "annotate",
     "compare",
@@ -39,6 +41,26 @@ NAMES = (
     "verify_zoo",
 )
 
+# They set up logging in each of their processes
+_OWN_LOGS = ("train", "eval", "compare_training", "verify_zoo")
+# Short names of the command knet
+_ALIASES = {"check": "check_dataset", "export": "export_model"}
+
+
+def run_named(starter: str, name: str, arguments: Sequence[str]) -> int:
+    """Run a program by its name or short name; returns the exit code.
+
+    Args:
+        starter: command that --help shows before the name.
+
+    Raises:
+        SystemExit: there is no such program.
+    """
+    program = _ALIASES.get(name, name)
+    if program not in NAMES:
+        raise SystemExit(f"{starter}: there is no command {name!r}; {starter} --help lists them.")
+    return run_program(program, arguments, f"{starter} {name}")
+
 
 def run_program(name: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run one of the programs NAMES.
@@ -52,7 +74,7 @@ def run_program(name: str, arguments: Sequence[str] | None = None, prog: str | N
         The exit code.
     """
     program = importlib.import_module(f"{__name__}.{name}")
-    if name not in ("train", "compare_training", "verify_zoo"):  # these set up logging in each of their processes
+    if name not in _OWN_LOGS:
         setup_logger(name="fvcore")
         setup_logger(name="knet_d2", abbrev_name="knet")
     parser = program.get_parser()
@@ -76,7 +98,7 @@ def guarded(main: Callable[[], int | None]) -> int:
 
     Returns:
         The exit code: the result of ``main`` (None counts as 0); 1 after an error that the user can fix, which is
-        printed in one line; 130 after Ctrl+C.
+        printed in one line; 130 after Ctrl-C.
     """
     try:
         return main() or 0
@@ -90,4 +112,5 @@ def guarded(main: Callable[[], int | None]) -> int:
         print(f"Error: {place}{error.strerror}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("Ended by Ctrl-C.", file=sys.stderr)
         return 130

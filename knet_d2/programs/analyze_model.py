@@ -1,7 +1,7 @@
 """Count the parameters and multiply-adds of a K-Net by module, without post-processing.
 
-python tools/analyze_model.py coco/panoptic/knet_r50_fpn_1x.yaml --size 800x1216 --depth 3
-python tools/analyze_model.py coco/instance/knet_r50_fpn_1x.yaml MODEL.KNET.NUM_KERNELS 256
+%(prog)s coco/panoptic/knet_r50_fpn_1x.yaml --size 800x1216 --depth 3
+%(prog)s coco/instance/knet_r50_fpn_1x.yaml MODEL.KNET.NUM_KERNELS 256
 """
 
 import argparse

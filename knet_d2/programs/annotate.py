@@ -1,20 +1,20 @@
 """Segment images and write the results as annotation files of a label tool, to correct them by hand.
 
-    knet annotate output/my_photos new_photos --format labelme --output to_correct
+    %(prog)s output/my_photos new_photos --format labelme --output to_correct
 
 order.csv lists the images with the most doubtful ones first. What was corrected is read for training by the types of
-DATASETS.CUSTOM; see docs/DATASETS.md.
+DATASETS.CUSTOM; see knet docs DATASETS.
 """
 
 import argparse
 
 from ..results.annotations import WRITERS, write_annotations
-from .arguments import add_config_arguments, load_predictor
+from .arguments import MODEL_HELP, add_config_arguments, load_predictor
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="weights file, or knet:// name")
+    parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("inputs", nargs="+", help="image files, folders, or quoted patterns such as 'a/*.jpg'")
     parser.add_argument("--format", required=True, choices=WRITERS, help="of the files")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the files")

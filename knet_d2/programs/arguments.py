@@ -2,11 +2,14 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from ..errors import ConfigError
 from ..inference.from_file import ENGINES, load
 from ..inference.image_predictor import ImagePredictor
 
+MODEL_HELP = "folder of a training run, weights file, or a name as knet://NAME or lite0_fruits"
 _PREDICTOR_OPTIONS = ("confidence_threshold", "device", "config_file", "opts", "engine")
 
 
@@ -33,9 +36,15 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Fa
 def add_predictor_arguments(parser: argparse.ArgumentParser, *, default_device: str) -> None:
     """Add the arguments that :func:`load_predictor` reads; what the default device is appears in the help."""
     parser.add_argument("--confidence-threshold", type=float, help="lowest score of an instance or thing (default 0.3)")
-    parser.add_argument("--engine", choices=ENGINES, help="what computes the model; see docs/DEPLOYMENT.md")
+    parser.add_argument("--engine", choices=ENGINES, help="what computes the model; see knet docs DEPLOYMENT")
     parser.add_argument("--device", help=f"cpu, cuda, cuda:1, ...; default: {default_device}")
     add_config_arguments(parser)
+
+
+def refuse_weights(opts: Sequence[str]) -> None:
+    """Raise a ConfigError if KEY VALUE pairs name the model, which another argument names."""
+    if "MODEL.WEIGHTS" in opts:
+        raise ConfigError("MODEL.WEIGHTS: the model is the first argument. Name the weights file there.")
 
 
 def load_predictor(weights: str, args: argparse.Namespace, **options: Any) -> ImagePredictor:

@@ -1,9 +1,10 @@
 """Check the data sets of a config before training: find faults in their files, and count objects by class and size.
 
-    python tools/check_dataset.py --config-file my_config.yaml --output check
+    %(prog)s --data my_photos
+    %(prog)s --config-file my_config.yaml --output check
 
-This writes sample images with their ground truth (check/NAME.jpg for each data set) and all faults
-(check/report.json). --draw draws the good images even if others have errors. --fix writes annotation files in COCO's
+This writes sample images with their ground truth (NAME.jpg for each data set) and all faults (report.json) into the
+folder --output. --draw draws the good images even if others have errors. --fix writes annotation files in COCO's
 format, with everything corrected that training reads as it is meant, and without images that do not exist. The exit
 code is 1 if training or evaluation would fail or be wrong.
 """
@@ -33,12 +34,16 @@ from ..data.pixels import PixelFormat
 from ..errors import ConfigError, DataError, KNetError
 from ..results.comparison import ground_truth, spread
 from ..results.pictures import picture_sheet
-from .arguments import add_config_arguments
+from .arguments import add_opts
+from .own_data import add_data_arguments, use_data
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", metavar="FOLDER", help="folder for the pictures and report.json")
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="folder for the pictures and report.json; with --data also for its config"
+    )
     parser.add_argument(
         "--draw", action="store_true", help="with --output: draw the good images even if others have errors"
     )
@@ -50,7 +55,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--number", type=int, default=12, help="number of images to draw for each data set")
     parser.add_argument("--columns", type=int, default=4, help="number of images side by side")
     parser.add_argument("--most", type=int, default=10, help="largest number of faults of one kind to print")
-    add_config_arguments(parser, required=True)
+    parser.add_argument("--config-file", metavar="FILE", help="config that names the data sets, instead of --data")
+    add_opts(parser)
     return parser
 
 
@@ -142,6 +148,9 @@ def write_fixed(cfg: CfgNode, target: str) -> list[str]:
 
 
 def main(args: argparse.Namespace) -> int:
+    args.output = use_data(args) or args.output
+    if not args.config_file:
+        raise ConfigError("Name what to check: --data FOLDER, or --config-file FILE.")
     cfg = get_knet_cfg()
     merge_config(cfg, args.config_file, args.opts)
     register_custom_datasets(cfg)

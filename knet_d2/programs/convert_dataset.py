@@ -1,11 +1,11 @@
 """Convert annotations of a label tool to a COCO instances JSON; or instances to a COCO panoptic data set.
 
-    python tools/convert_dataset.py yolo_seg coco.json images=photos/images labels=photos/labels classes=data.yaml
-    python tools/convert_dataset.py coco_instance panoptic.json json=coco.json images=photos --panoptic pngs
-    python tools/convert_dataset.py coco_instance objects.json json=coco.json images=photos --one-class object
+    %(prog)s yolo_seg coco.json images=photos/images labels=photos/labels classes=data.yaml
+    %(prog)s coco_instance panoptic.json json=coco.json images=photos --panoptic pngs
+    %(prog)s coco_instance objects.json json=coco.json images=photos --one-class object
 
 With --panoptic, pixels without an object are of the stuff class that --rest names. The types and their keys are those
-of DATASETS.CUSTOM; see docs/DATASETS.md. File names in the JSON are relative to the folder of the images.
+of DATASETS.CUSTOM; see knet docs DATASETS. File names in the JSON are relative to the folder of the images.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 """Cut large images and their annotations into overlapping tiles, once, for training.
 
-    python tools/cut_tiles.py coco.json photos tiles --tile-size 1024 --overlap 256
-    python tools/cut_tiles.py panoptic.json photos tiles --panoptic pngs --tile-size 1024
-    python tools/cut_tiles.py label_maps photos tiles --tile-size 1024
+    %(prog)s coco.json photos tiles --tile-size 1024 --overlap 256
+    %(prog)s panoptic.json photos tiles --panoptic pngs --tile-size 1024
+    %(prog)s label_maps photos tiles --tile-size 1024
 
 It writes tiles/images, and tiles/instances.json, tiles/panoptic.json with tiles/panoptic, or tiles/labels. Annotations
-of other label tools must be a COCO JSON first: see tools/convert_dataset.py.
+of other label tools must be a COCO JSON first: see knet convert_dataset.
 """
 
 import argparse

@@ -1,32 +1,55 @@
-"""Run K-Net on images, a video or a webcam, with the command line of Detectron2's demo. See demo/README.md."""
+"""Run K-Net on images, a video or a webcam, with the command line of Detectron2's demo."""
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 import tqdm
 
 from ..data.files import refuse_to_replace
+from ..errors import ConfigError
 from ..inference.detectron2_predictor import Predictor
 from ..inference.from_file import resolve_model, threshold_options
 from ..inference.image_predictor import ImagePredictor
-from ..inference.sinks import JsonFile, JsonLines, PictureFiles, Sink, Stop, TrackFile, VideoFile, VideoWindow, Window
+from ..inference.sinks import (
+    JsonFile,
+    JsonLines,
+    MaskFiles,
+    PictureFiles,
+    Sink,
+    Stop,
+    TrackFile,
+    VideoFile,
+    VideoWindow,
+    Window,
+)
 from ..inference.sources import Frame, ImageFiles, Video
 from ..results.prediction import Prediction
 from ..video.reading import read_ahead
-from .arguments import add_opts
+from .arguments import add_config_arguments
+
+logger = logging.getLogger(__name__)
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Segment images or videos with K-Net.")
-    parser.add_argument(
-        "--config-file", metavar="FILE", help="path to config file; default: config in the weights file"
-    )
+    add_arguments(parser, "--input", nargs="+")
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser, images: str, **options: Any) -> None:
+    """Add all arguments.
+
+    Args:
+        images: name of the argument that takes the images.
+        options: of that argument.
+    """
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", help="image files, folders, or quoted patterns such as 'a/*.jpg'")
+    source.add_argument(images, help="image files, folders, or quoted patterns such as 'a/*.jpg'", **options)
     source.add_argument("--video-input", metavar="FILE", help="video file, or address of a stream as rtsp://...")
     source.add_argument("--webcam", action="store_true", help="use the webcam")
     parser.add_argument("--output", help="folder or file for the pictures; default: show them in a window")
@@ -36,6 +59,12 @@ def get_parser() -> argparse.ArgumentParser:
         help="write the results of all images or frames to this file; -: to the standard output, a line for each",
     )
     parser.add_argument(
+        "--masks",
+        metavar="FOLDER",
+        help="write a PNG for each image: the number of the class at each pixel, and the ignore value (255) where "
+        "there is none; of an instance model the number of the instance in 16 bits, and 0",
+    )
+    parser.add_argument(
         "--trail", type=int, default=0, metavar="FRAMES", help="video: draw the path of objects in the last frames"
     )
     parser.add_argument(
@@ -43,8 +72,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images predicted at once")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads that read and resize images")
-    add_opts(parser)
-    return parser
+    add_config_arguments(parser)
 
 
 def build_predictor(args: argparse.Namespace) -> ImagePredictor:
@@ -73,17 +101,27 @@ def build_sinks(
         refuse_to_replace([*inputs, predictor.cfg.MODEL.WEIGHTS], [args.json], f"--json {args.json}")
         sinks.append(JsonFile(args.json, info, predictor.classes))
     if isinstance(source, Video):
+        if args.masks:
+            raise ConfigError(f"--masks {args.masks}: is for images. The masks of a video's objects are in --json.")
         if args.json and lines is None:
             sinks.append(TrackFile(os.path.splitext(args.json)[0] + "_tracks.json"))
         if args.output:
             sinks.append(VideoFile(video_path(args.output, source.name), source, predictor.classes, args.trail))
         else:
             sinks.append(VideoWindow(predictor.classes, args.trail))
-    elif args.output:
-        sinks.append(PictureFiles(args.output, source.paths))
-    elif not sinks:
-        sinks.append(Window(milliseconds=0))
-    return sinks
+        return sinks
+    pictures = PictureFiles(args.output, source.paths) if args.output else None
+    if pictures is not None:
+        sinks.append(pictures)
+    if args.masks:
+        classes, ignore = predictor.classes, predictor.cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+        others = () if pictures is None else pictures.paths
+        masks = MaskFiles(args.masks, source.paths, len(classes.names), ignore, others)
+        sinks.append(masks)
+        if predictor.outputs[0] != "instances":
+            values = [*map("{0[0]} {0[1]}".format, enumerate(classes.names)), f"{masks.void} none"]
+            logger.info(f"Values of the masks in {args.masks}: {', '.join(values)}.")
+    return sinks or [Window(milliseconds=0)]
 
 
 def video_path(output: str, name: str) -> str:

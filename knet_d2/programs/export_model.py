@@ -1,6 +1,8 @@
 """Export a trained K-Net as one graph from the image to the final result: as ONNX (.onnx) or torch.export (.pt2).
 
-See docs/DEPLOYMENT.md. tools/onnx_runner.py runs the ONNX file, and checks/exports.py compares it with the model.
+    %(prog)s output/my_photos model.onnx
+
+knet_d2.load("model.onnx") predicts with the file; see knet docs DEPLOYMENT.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from ..inference import ImagePredictor
 from ..inference.onnx_engine import OnnxPredictor
 from ..inference.sources import ImageFiles
 from ..modeling.meta_arch import KNet
-from .arguments import add_config_arguments, load_predictor
+from .arguments import MODEL_HELP, add_config_arguments, load_predictor
 
 logger = logging.getLogger("knet_d2")
 
@@ -29,7 +31,7 @@ WRITERS = {".onnx": save_onnx, ".pt2": save_pt2}
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", help="the trained model, a .pth or .safetensors file")
+    parser.add_argument("weights", help=MODEL_HELP)
     parser.add_argument("outputs", nargs="+", metavar="output", help="files to write, ending in .onnx or .pt2")
     parser.add_argument("--confidence-threshold", type=float, default=0.3, help="lowest score; fixed in the file")
     parser.add_argument("--fp16", action="store_true", help="compute backbone and static kernels in float16")

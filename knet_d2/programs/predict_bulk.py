@@ -1,11 +1,11 @@
 """Predict many images in shards, by one process or many; started again after it was killed, it continues.
 
-    python tools/predict_bulk.py model.pth --input photos --output results
-    torchrun --nproc-per-node 4 tools/predict_bulk.py model.pth --input list.txt --output results
-    sbatch --array=0-9 --wrap "python tools/predict_bulk.py model.pth --input list.txt --output results"
-    python tools/predict_bulk.py model.pth --input list.txt --output results --ray 4
+    %(prog)s model.pth --input photos --output results
+    torchrun --nproc-per-node 4 -m knet_d2 predict_bulk model.pth --input list.txt --output results
+    sbatch --array=0-9 --wrap "%(prog)s model.pth --input list.txt --output results"
+    %(prog)s model.pth --input list.txt --output results --ray 4
 
-See docs/DEPLOYMENT.md for the files that it writes.
+See knet docs DEPLOYMENT for the files that it writes.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from ..errors import ConfigError, DataError
 from ..inference.bulk import BulkJob, Progress, Share, read_list, share_of
 from ..inference.ray_bulk import run_on_ray
 from ..inference.shard_files import FORMATS
-from .arguments import add_predictor_arguments, load_predictor
+from .arguments import MODEL_HELP, add_predictor_arguments, load_predictor
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", help="the trained model, or an .onnx file of tools/export_model.py")
+    parser.add_argument("weights", help=f"{MODEL_HELP}; or an exported .onnx file")
     parser.add_argument("--input", required=True, help="a folder, with those in it, or a text file with a path a line")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="for the results; all processes share it")
     parser.add_argument("--shard-size", type=int, default=100, metavar="N", help="images in a file of results")

@@ -1,4 +1,4 @@
-"""An HTTP service: POST an image, get its segments as a COCO file in JSON, or as a picture. See docs/DEPLOYMENT.md."""
+"""An HTTP service: POST an image, get its segments as a COCO file in JSON, or as a picture (knet docs DEPLOYMENT)."""
 
 import argparse
 import asyncio

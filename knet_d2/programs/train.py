@@ -1,8 +1,6 @@
-"""Train or evaluate K-Net; the command line is Detectron2's.
+"""Train or evaluate K-Net; the command line is Detectron2's, and --data trains on a folder of images without a config.
 
-python train_net.py --config-file configs/... [--num-gpus N] [--resume | --eval-only] [KEY VALUE ...]
-
-torchrun and srun start it as well, see docs/CLUSTERS.md.
+torchrun and srun start it as well: see the page CLUSTERS.
 """
 
 import argparse
@@ -21,6 +19,26 @@ from ..engine.output_dir import save_config
 from ..engine.writers import read_metrics
 from ..errors import ConfigError
 from ..evaluation import write_report
+from . import check_dataset
+from .own_data import add_data_arguments, use_data
+
+_EXAMPLES = """
+examples:
+  %(prog)s --data my_photos --task instance
+  %(prog)s --data my_photos --task instance --resume          continue a run that was stopped
+  %(prog)s --data my_photos SOLVER.MAX_ITER 200               a shorter run; such pairs are last on the line
+  %(prog)s --config-file config.yaml --num-gpus 8
+  %(prog)s --config-file config.yaml --eval-only MODEL.WEIGHTS model.pth
+
+Ctrl-C and SIGTERM write a checkpoint before the run ends; Ctrl-C again ends it at once. Several machines, torchrun and
+SLURM: knet docs CLUSTERS.
+"""
+_NEXT = """
+The model is in {folder}. What is next:
+  open {folder}/report.html in a browser
+  knet predict {folder} PHOTOS --output {folder}/pictures
+  knet export {folder} {folder}/model.onnx
+"""
 
 
 def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
@@ -57,8 +75,22 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    return launch.add_launch_arguments(default_argument_parser())
+    parser = launch.add_launch_arguments(default_argument_parser(epilog=_EXAMPLES))
+    parser.description = "Train a model, or evaluate one."
+    add_data_arguments(parser)
+    parser.add_argument("--output", metavar="FOLDER", help="with --data: folder of the run; default: output/NAME")
+    parser.add_argument("--no-check", action="store_true", help="with --data: train without checking the data set")
+    return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    return launch.run(train, args)
+    folder = use_data(args, ("output", "no_check"))
+    if folder and not args.no_check:
+        check = check_dataset.get_parser().parse_args(["--config-file", args.config_file, "--opts", *args.opts])
+        if check_dataset.main(check):
+            print("Correct the errors above, or train without this check: --no-check.")
+            return 1
+    code = launch.run(train, args)
+    if folder and code == 0 and not args.eval_only:
+        print(_NEXT.format(folder=folder))
+    return code

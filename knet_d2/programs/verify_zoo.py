@@ -1,9 +1,9 @@
 """Evaluate official checkpoints on COCO or ADE20K, and print our metrics beside the official ones.
 
-Checkpoints are downloaded on first use. The data sets must be below DETECTRON2_DATASETS, see MODEL_ZOO.md.
+Checkpoints are downloaded on first use. The data sets must be below DETECTRON2_DATASETS, see knet docs DATASETS.
 
-    python tools/verify_zoo.py                                          # every published checkpoint
-    python tools/verify_zoo.py coco/panoptic/knet_r50_fpn_1x --num-gpus 8
+    %(prog)s                                          # every published checkpoint
+    %(prog)s coco/panoptic/knet_r50_fpn_1x --num-gpus 8
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Show what the kernels of a trained K-Net have learned, as in Figure 4 of the paper.
 
 This writes two pictures: the average mask of every instance kernel over a folder of images, and, for one image, the
-masks and scores of the best kernels before the first update and after each stage. See docs/DEPLOYMENT.md.
+masks and scores of the best kernels before the first update and after each stage. See knet docs DEPLOYMENT.
 """
 
 import argparse
@@ -14,12 +14,12 @@ from ..data import build_mapper
 from ..data.files import find_images, read_picture, refuse_to_replace
 from ..inference.from_file import load
 from ..inference.insight import average_masks, draw_average_masks, draw_stages, stage_masks
-from .arguments import add_config_arguments
+from .arguments import MODEL_HELP, add_config_arguments
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", help="the trained model, a .pth or .safetensors file")
+    parser.add_argument("weights", help=MODEL_HELP)
     parser.add_argument("--images", nargs="+", required=True, help="image files, folders, or quoted patterns")
     parser.add_argument("--average", default="kernels.jpg", metavar="FILE", help="picture of the average masks")
     parser.add_argument("--stages", default="stages.jpg", metavar="FILE", help="picture of one image's stages")

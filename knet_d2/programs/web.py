@@ -1,4 +1,4 @@
-"""A web page that segments uploaded images and short videos. See docs/DEPLOYMENT.md."""
+"""A web page that segments uploaded images and short videos. See knet docs DEPLOYMENT."""
 
 import argparse
 import functools

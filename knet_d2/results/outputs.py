@@ -114,8 +114,7 @@ def _as_panoptic(prediction: Prediction) -> tuple[torch.Tensor, list[dict[str, A
 
 
 def _as_label_map(prediction: Prediction) -> torch.Tensor:
-    labels = np.array([len(prediction.classes.names), *(x.label for x in prediction.segments)])
-    return torch.from_numpy(labels[prediction.segment_map()])
+    return torch.from_numpy(prediction.class_map(void=len(prediction.classes.names)))
 
 
 _RESULTS: dict[str, Callable[[Prediction], Any]] = {

@@ -58,13 +58,22 @@ class Prediction(NamedTuple):
     def segment_map(self) -> np.ndarray:
         """Return 1 + the index of the segment at each pixel, int32 [H, W]; 0 for pixels without a segment.
 
-        Where instances overlap, the one with the highest score is taken.
+        Where instances overlap, the one with the highest score is taken. For classes, see :meth:`class_map`.
         """
         found = np.zeros(self.size, np.int32)
         for number in range(len(self.segments), 0, -1):
             segment = self.segments[number - 1]
             found[segment.window][segment.crop] = number
         return found
+
+    def class_map(self, void: int = -1) -> np.ndarray:
+        """Return the class at each pixel, int32 [H, W]: an index of ``classes.names``.
+
+        Args:
+            void: value of pixels without a segment; label maps of data sets often have 255.
+        """
+        labels = np.array([void, *(x.label for x in self.segments)], np.int32)
+        return labels[self.segment_map()]
 
     def to_coco(self, masks: str = "rle") -> list[dict[str, Any]]:
         """Return the segments in COCO's result format without "image_id"; the result can be written as JSON.

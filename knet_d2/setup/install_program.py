@@ -4,7 +4,7 @@
     python -m knet_d2.install_detectron2 --download FOLDER [--python 3.12 --platform manylinux_2_28_x86_64]
     python -m knet_d2.install_detectron2 --from FOLDER                    everything, without a network
 
-See docs/CLUSTERS.md, section "Machines without a network".
+See knet docs CLUSTERS, section "Machines without a network".
 """
 
 import argparse

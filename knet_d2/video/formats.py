@@ -36,7 +36,7 @@ def _explained(path: str) -> Iterator[None]:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, SegmentationError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(
-            f"{path}: is not of the expected format ({what}). See docs/DATASETS.md, and export it again."
+            f"{path}: is not of the expected format ({what}). See knet docs DATASETS, and export it again."
         ) from error
 
 

@@ -55,12 +55,12 @@ KINDS: dict[str, Kind] = {
     "broken JSON": Kind(ERROR, "The file may be cut off, or of another format: export or download it again."),
     "read as meant": Kind(
         WARNING,
-        "Training reads these values in the same way. tools/check_dataset.py --fix OUT.json writes them in COCO's "
+        "Training reads these values in the same way. knet check --fix OUT.json writes them in COCO's "
         "format, for other programs.",
     ),
     "missing key": Kind(ERROR, "Training or evaluation reads this key: export the annotations again, or add the key."),
     "wrong type": Kind(ERROR, "Correct the value, or export the annotations again; then run the check again."),
-    "unusable annotation": Kind(ERROR, "Correct or remove it; docs/DATASETS.md describes the format."),
+    "unusable annotation": Kind(ERROR, "Correct or remove it; knet docs DATASETS describes the format."),
     "unusable": Kind(ERROR, "Do as the message says."),
     # COCO JSON
     "no annotations": Kind(ERROR, "Nothing can be learned or evaluated here: check the export, and what is ignored."),

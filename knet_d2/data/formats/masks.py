@@ -32,7 +32,7 @@ def read_instance_png(entry: dict[str, Any], builder: Builder) -> None:
     if builder.classes is None:
         builder.classes = [ONE_CLASS]
     if divisor is None and len(builder.classes) > 1:
-        raise DataError(f"{entry['masks']}: several classes need 'class_divisor'; see docs/DATASETS.md.")
+        raise DataError(f"{entry['masks']}: several classes need 'class_divisor'; see knet docs DATASETS.")
     for file_name, path in _paired(builder, entry["masks"]):
         image_id, labels = builder.add_image(file_name), read_labels(path)
         values = np.unique(labels[labels > 0]).tolist()

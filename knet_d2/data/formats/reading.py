@@ -80,7 +80,7 @@ class Annotations(NamedTuple):
             DataError: something can't be read; names the first place.
         """
         if self.errors:
-            more = f" ({len(self.errors) - 1} more places: tools/check_dataset.py lists them)" * (len(self.errors) > 1)
+            more = f" ({len(self.errors) - 1} more places: knet check lists them)" * (len(self.errors) > 1)
             raise DataError(f"{self.errors[0]}{more}. Correct or remove it.")
         check_content(self.content, source)
         return self.content

@@ -1,13 +1,13 @@
 """Compare the speed of K-Net and Detectron2's own models, in turns in one process, on the same generated images.
 
-    python tools/benchmark.py --threads 2 --json docs/benchmarks/cpu_inference.json
-    python tools/benchmark.py --models coco/instance/knet_r50_fpn_1x.yaml,MODEL.KNET.NUM_KERNELS=50 \\
+    %(prog)s --threads 2 --json benchmark_cpu.json
+    %(prog)s --models coco/instance/knet_r50_fpn_1x.yaml,MODEL.KNET.NUM_KERNELS=50 \\
         coco/instance/knet_r50_fpn_1x.yaml,MODEL.KNET.NUM_KERNELS=400
-    python tools/benchmark.py --device cuda --mode inference training --precision fp32 tf32 fp16 bf16 \\
+    %(prog)s --device cuda --mode inference training --precision fp32 tf32 fp16 bf16 \\
         --compile no yes --batch 1 2 8 16 max --json benchmark_gpu.json
 
 Every combination of mode, precision, compilation, size and batch is one comparison. The weights are random, but all
-models find as many objects as trained ones: see knet_d2/programs/benchmark/filling.py and the column "finds". The
+models find as many objects as trained ones: see knet_d2.programs.benchmark.filling and the column "finds". The
 column "speed" is relative to the first model.
 """
 

@@ -1,7 +1,7 @@
 """Report what works on a device and how fast it is: equality, training, speed, profile.
 
-    python tools/device_report.py --minutes 5                      # all parts, on the GPU if there is one
-    python tools/device_report.py --parts equality --device cpu    # one of them
+    %(prog)s --minutes 5                      # all parts, on the GPU if there is one
+    %(prog)s --parts equality --device cpu    # one of them
 
 Writes device_report.json and device_report.md into --output, after each step, so that a run that is cut off is not
 lost. Parts that an earlier run on the same device wrote there stay until they are run again. A part that fails does not

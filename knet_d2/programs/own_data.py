@@ -1,0 +1,97 @@
+"""Own images by one option: --data finds the annotations in a folder and writes the config of a training run."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import yaml
+
+from ..config.files import get_config_file
+from ..data.discovery import Found, find_annotations
+from ..errors import ConfigError
+
+TASKS = ("instance", "panoptic", "semantic")
+
+
+class Recipe(NamedTuple):
+    """Config files below configs/ for fine-tuning with a GPU and without one."""
+
+    gpu: str
+    cpu: str
+
+
+RECIPES = {
+    "instance": Recipe("finetune/instance.yaml", "finetune/instance_lite0.yaml"),
+    "panoptic": Recipe("finetune/panoptic.yaml", "finetune/panoptic_lite0.yaml"),
+    "semantic": Recipe("finetune/semantic.yaml", "finetune/semantic_lite0.yaml"),
+}
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --data and the options that belong to it."""
+    group = parser.add_argument_group("own data, without a config file")
+    group.add_argument("--data", metavar="PATH", help="folder with images and annotations, or an annotation file")
+    group.add_argument("--task", choices=TASKS, help="default: what the annotations are for")
+    group.add_argument(
+        "--names",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="NAME,NAME",
+        help="of the classes of masks, in the order of their values, as membrane,cell for 0 and 255",
+    )
+    group.add_argument("--recipe", metavar="FILE", help="config file to start from; default: by task and device")
+
+
+def use_data(args: argparse.Namespace, others: Sequence[str] = ()) -> str | None:
+    """Find the data of --data, write the config of a training run and print it, and set args.config_file to it.
+
+    Args:
+        args: with the arguments of :func:`add_data_arguments`, config_file, output and opts.
+        others: further arguments that need --data.
+
+    Returns:
+        The folder of the training run; None without --data.
+
+    Raises:
+        ConfigError: arguments are given that do not go together.
+        DataError: see :func:`find_annotations`.
+    """
+    if not args.data:
+        given = next((x for x in ("task", "names", "recipe", *others) if getattr(args, x)), None)
+        if given:
+            raise ConfigError(f"--{given.replace('_', '-')}: only training on --data has this option.")
+        return None
+    if args.config_file:
+        raise ConfigError(f"--data {args.data} writes a config: leave out --config-file, or --data.")
+    found = find_annotations(args.data, args.task, args.names)
+    options = dict(zip(args.opts[0::2], args.opts[1::2]))
+    recipe = args.recipe or choose_recipe(found.task, options.get("MODEL.DEVICE"))
+    name = os.path.basename(os.path.abspath(args.data))
+    folder = args.output or os.path.join("output", os.path.splitext(name)[0] if os.path.isfile(args.data) else name)
+    args.config_file = write_config(found, recipe, folder)
+    print(f"Found {found.what}.\nWrote {args.config_file}:\n")
+    with open(args.config_file, encoding="utf-8") as f:
+        print(f.read())
+    return folder
+
+
+def choose_recipe(task: str, device: str | None = None) -> str:
+    """The config file below configs/ for a task; ``device``: value of MODEL.DEVICE, None for the best one there is."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return RECIPES[task].cpu if device == "cpu" else RECIPES[task].gpu
+
+
+def write_config(found: Found, recipe: str, folder: str) -> str:
+    """Write the config of a training run on found data sets into its folder; returns the path."""
+    content = {
+        "_BASE_": os.path.abspath(recipe) if os.path.isfile(recipe) else get_config_file(recipe),
+        "DATASETS": {"CUSTOM": found.entries, "TRAIN": found.train, "TEST": found.test},
+        "OUTPUT_DIR": folder,
+    }
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "data_config.yaml")
+    with open(path, "w", encoding="utf-8") as f:
+        yaml.safe_dump(content, f, sort_keys=False, allow_unicode=True)
+    return path
