@@ -370,10 +370,10 @@ def test_requirements_pin_every_dependency_within_its_bounds():
         assert doctor.version_tuple(pin) >= doctor.version_tuple(dependency.minimum or "0")
 
 
-def test_wheel_of_knet_d2_holds_configs_and_tables(tmp_path):
+def test_wheel_of_knet_d2_holds_configs_documents_and_tables(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("knet_d2", "configs"):
+    for name in ("knet_d2", "configs", "docs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -381,8 +381,9 @@ def test_wheel_of_knet_d2_holds_configs_and_tables(tmp_path):
     subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("knet_d2-*.whl")
     expected = {path for folder in ("knet_d2", "configs") for path in (source / folder).rglob("*") if path.is_file()}
+    expected |= set((source / "docs").glob("*.md"))  # not the pictures and tables
     expected = {str(path.relative_to(source)) for path in expected}
-    expected = {f"knet_d2/{name}" if name.startswith("configs/") else name for name in expected}
+    expected = {f"knet_d2/{name}" if name.startswith(("configs/", "docs/")) else name for name in expected}
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") or name.endswith("dist-info/LICENSE") for name in names)
