@@ -5,6 +5,7 @@ It stands outside of the package, so that ``knet --help`` and ``knet docs`` do n
 
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,13 +38,12 @@ def print_document(names: Sequence[str]) -> int:
     """Print a page, or without a name the list of pages; returns the exit code."""
     pages = documents()
     if not names or names[0] in ("-h", "--help"):
-        print("usage: knet docs PAGE\n")
-        for name, path in pages.items():
-            print(f"  {name:18}{path}")
+        listed = "\n".join(f"  {name:18}{path}" for name, path in pages.items())
+        print(f"usage: knet docs PAGE\n\n{listed}", flush=True)
         return 0
     if names[0].upper() not in pages:
         raise SystemExit(f"knet docs: there is no page {names[0]!r}; the pages are {', '.join(pages)}.")
-    print(pages[names[0].upper()].read_text(encoding="utf-8"))
+    print(pages[names[0].upper()].read_text(encoding="utf-8"), flush=True)
     return 0
 
 
@@ -57,7 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(importlib.metadata.version("knet_d2"))
         return 0
     if words[0] == "docs":
-        return print_document(words[1:])
+        try:
+            return print_document(words[1:])
+        except BrokenPipeError:  # "knet docs FAQ | head"; Python would fail again when it closes the pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 0
     try:
         if words[0] == "doctor":  # works without Detectron2
             from knet_d2.setup.doctor import main as examine

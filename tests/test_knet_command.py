@@ -26,14 +26,14 @@ from tool_formats import TOOLS, masks, stem, write_color_labels, write_tool, yol
 
 import knet_command
 from knet_d2.config import get_knet_cfg
-from knet_d2.config.files import get_config_file
+from knet_d2.config.files import find_config_file, get_config_file
 from knet_d2.config.merging import merge_config
 from knet_d2.data import load_dataset
 from knet_d2.data.check import check_datasets
 from knet_d2.data.discovery import Found, find_annotations
 from knet_d2.data.files import files_below
 from knet_d2.engine import Trainer
-from knet_d2.errors import DataError
+from knet_d2.errors import ConfigError, DataError
 from knet_d2.programs import NAMES, run_program
 from knet_d2.programs.own_data import RECIPES, choose_recipe, write_config
 from knet_d2.setup.dependencies import VERSION
@@ -497,3 +497,20 @@ def test_custom_entry_is_not_needed_for_a_config(shapes, tmp_path, capsys):  # n
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**content, "DATASETS": {**content["DATASETS"], "TEST": []}}))
     assert knet_command.main(["check", "--config-file", str(tmp_path / "config.yaml")]) == 0
     assert f"{entry['name']}: 4 images" in capsys.readouterr().out
+
+
+def test_config_files_of_the_package_have_the_names_of_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config_file("configs/shapes/panoptic.yaml") == get_config_file("shapes/panoptic.yaml")
+    with pytest.raises(ConfigError, match="configs/fly.yaml: there is no such config file. The configs of"):
+        find_config_file("configs/fly.yaml")
+    own = Path("configs/shapes/panoptic.yaml")
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert find_config_file(str(own)) == str(own)
+
+
+def test_a_reader_that_ends_is_no_error():
+    command = f"{sys.executable} -m knet_command docs CONFIG | head -1"
+    found = subprocess.run(command, cwd=ROOT, shell=True, capture_output=True, text=True)
+    assert (found.stdout, found.stderr) == ("# Config options\n", "")

@@ -1,5 +1,6 @@
 """Finds the config files, in a checkout and in an installed wheel."""
 
+import os
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -10,6 +11,20 @@ def config_folder() -> Path:
     package = Path(__file__).resolve().parent.parent
     packaged = package / "configs"
     return packaged if packaged.is_dir() else package.parent / "configs"
+
+
+def find_config_file(path: str) -> str:
+    """A path; one of our config files where no file is there and it begins as in a checkout, with ``configs/``.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    if os.path.isfile(path):
+        return path
+    folder, _, name = path.partition("/")
+    if folder != "configs" or not (config_folder() / name).is_file():
+        raise ConfigError(f"{path}: there is no such config file. The configs of knet_d2 are in {config_folder()}.")
+    return str(config_folder() / name)
 
 
 def get_config_file(name: str) -> str:

@@ -16,7 +16,7 @@ from detectron2.config import CfgNode
 from ..data import register_custom_datasets, resolve_classes
 from ..data.timm_names import fill_pixel_statistics
 from ..errors import ConfigError, KNetError
-from .files import config_folder
+from .files import config_folder, find_config_file
 from .options import get_knet_cfg
 from .yaml_keys import refuse_repeated_keys
 
@@ -45,8 +45,7 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> No
     defaults = _flat_items(cfg)
     known = list(defaults)
     if config_file:
-        if not os.path.isfile(config_file):
-            raise ConfigError(f"{config_file}: there is no such config file.")
+        config_file = find_config_file(config_file)
         with _clear_errors(config_file, known):
             refuse_repeated_keys(config_file)
             loaded = cfg.load_yaml_with_base(config_file)

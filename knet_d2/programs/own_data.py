@@ -30,18 +30,21 @@ RECIPES = {
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --data and the options that belong to it."""
-    group = parser.add_argument_group("own data, without a config file")
-    group.add_argument("--data", metavar="PATH", help="folder with images and annotations, or an annotation file")
-    group.add_argument("--task", choices=TASKS, help="default: what the annotations are for")
-    group.add_argument(
+    """Add --data and the options that belong to it, but --output, which programs also have without --data."""
+    parser.add_argument(
+        "--data", metavar="PATH", help="own images: folder with their annotations, or an annotation file"
+    )
+    parser.add_argument("--task", choices=TASKS, help="of --data; default: what the annotations are for")
+    parser.add_argument(
         "--names",
         type=lambda text: text.split(","),
         default=[],
         metavar="NAME,NAME",
-        help="of the classes of masks, in the order of their values, as membrane,cell for 0 and 255",
+        help="of the classes of masks in --data, in the order of their values, as membrane,cell for 0 and 255",
     )
-    group.add_argument("--recipe", metavar="FILE", help="config file to start from; default: by task and device")
+    parser.add_argument(
+        "--recipe", metavar="FILE", help="config file that --data starts from; default: by task and device"
+    )
 
 
 def use_data(args: argparse.Namespace, others: Sequence[str] = ()) -> str | None:
