@@ -87,12 +87,15 @@ def parse(program, arguments, monkeypatch):
     Args:
         program: path of a script, or name of a module.
     """
-    original = argparse.ArgumentParser.parse_args
 
-    def parse_args(parser, *args, **kwargs):
-        raise Parsed(original(parser, *args, **kwargs))
+    def wrap(original):
+        def parse_args(parser, *args, **kwargs):
+            raise Parsed(original(parser, *args, **kwargs))
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        return parse_args
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, wrap(getattr(argparse.ArgumentParser, name)))
     monkeypatch.setattr(sys, "argv", [str(program), *arguments])
     try:
         if Path(program).suffix == ".py":

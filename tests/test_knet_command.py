@@ -323,8 +323,11 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
         assert "MODEL.WEIGHTS: the model is the first argument" in capsys.readouterr().err
     target = str(tmp_path / "pictures")
     photo = str(root / "images" / "000000.jpg")
-    options = ["--confidence-threshold", "0", "--json", str(tmp_path / "result.json")]
-    assert knet_command.main(["predict", output, photo, "--output", target, *options]) == 0
+    result = str(tmp_path / "result.json")
+    options = ["--confidence-threshold", "0", "--json", result]
+    # The photo may also stand behind options
+    assert knet_command.main(["predict", output, "--output", target, photo, *options]) == 0
+    assert f"Wrote the results of 1 image to {target}, {result}." in capsys.readouterr().out
     assert os.listdir(target) == ["000000.jpg"] and json.load(open(tmp_path / "result.json"))["images"]
     assert knet_command.main(["check", *arguments]) == 0
     printed = capsys.readouterr().out
@@ -398,6 +401,8 @@ def test_recipes_exist_and_depend_on_the_device():
         (["train", "--no-check"], "Error: --no-check: only training on --data has this option"),
         (["check"], "Error: Name what to check: --data FOLDER, or --config-file FILE"),
         (["eval", "."], "Error: .: is not the folder of a training run, as it has no config.yaml"),
+        (["predict", "m.pth", "--output", "x.png"], "Error: Name what to segment: either images, or --video-input"),
+        (["demo", "--webcam", "--input", "x.jpg"], "Error: Name what to segment: either images, or --video-input"),
         (["predict", "m.pth", "x.jpg", "--opts", "MODEL.WEIGHTS", "n.pth"], "Error: MODEL.WEIGHTS: the model is the"),
         (["predict", ".", "photo.jpg"], "Error: .: this folder has no model_best.pth or model_final.pth"),
         (["export", ".", "x.onnx"], "Error: .: this folder has no model_best.pth"),

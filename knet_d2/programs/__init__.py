@@ -88,8 +88,14 @@ def run(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Parse the command line and run ``main(args)``; returns the exit code, see :func:`guarded`."""
-    args = parser.parse_args(arguments)
+    """Parse the command line and run ``main(args)``; returns the exit code, see :func:`guarded`.
+
+    Images and files may stand on both sides of options, except where KEY VALUE pairs without --opts end the line.
+    """
+    try:
+        args = parser.parse_intermixed_args(arguments)
+    except TypeError:  # argparse can't do that with nargs=REMAINDER
+        args = parser.parse_args(arguments)
     return guarded(lambda: main(args))
 
 

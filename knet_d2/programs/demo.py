@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import TextIO
 
 import tqdm
 
@@ -34,24 +34,20 @@ from .arguments import add_config_arguments
 
 logger = logging.getLogger(__name__)
 
+IMAGES_HELP = "image files, folders, or quoted patterns such as 'a/*.jpg'"
+
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Segment images or videos with K-Net.")
-    add_arguments(parser, "--input", nargs="+")
+    parser.add_argument("--input", nargs="+", default=[], help=IMAGES_HELP)
+    add_arguments(parser)
     return parser
 
 
-def add_arguments(parser: argparse.ArgumentParser, images: str, **options: Any) -> None:
-    """Add all arguments.
-
-    Args:
-        images: name of the argument that takes the images.
-        options: of that argument.
-    """
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(images, help="image files, folders, or quoted patterns such as 'a/*.jpg'", **options)
-    source.add_argument("--video-input", metavar="FILE", help="video file, or address of a stream as rtsp://...")
-    source.add_argument("--webcam", action="store_true", help="use the webcam")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add all arguments but that of the images."""
+    parser.add_argument("--video-input", metavar="FILE", help="video file or stream (rtsp://...) instead of images")
+    parser.add_argument("--webcam", action="store_true", help="the webcam instead of images")
     parser.add_argument("--output", help="folder or file for the pictures; default: show them in a window")
     parser.add_argument(
         "--json",
@@ -148,6 +144,8 @@ def reserved_output() -> Iterator[TextIO]:
 
 def main(args: argparse.Namespace) -> int:
     """Run the demo; returns exit code 1 if an image or a part of the video can't be read, else 0."""
+    if bool(args.input) + bool(args.video_input) + args.webcam != 1:
+        raise ConfigError("Name what to segment: either images, or --video-input FILE, or --webcam.")
     with reserved_output() if args.json == "-" else contextlib.nullcontext() as lines:
         return predict(args, lines)
 
@@ -160,6 +158,7 @@ def predict(args: argparse.Namespace, lines: TextIO | None = None) -> int:
     else:
         source = Video(args.video_input)
     found: Iterator[tuple[Frame, dict[str, Prediction]]]
+    number = 0
     with contextlib.suppress(Stop), contextlib.ExitStack() as stack:
         sinks = build_sinks(args, source, predictor, lines)
         for sink in sinks:
@@ -173,4 +172,8 @@ def predict(args: argparse.Namespace, lines: TextIO | None = None) -> int:
         for frame, predictions in found:
             for sink in sinks:
                 sink.write(frame, predictions)
+            number += 1
+    written = [path for path in (args.output, args.masks, args.json) if path not in (None, "-")]
+    if written:
+        print(f"Wrote the results of {number} {source.unit}{'s' * (number != 1)} to {', '.join(written)}.")
     return 1 if source.failed else 0

@@ -16,7 +16,8 @@ from .arguments import MODEL_HELP, refuse_weights
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help=MODEL_HELP)
-    demo.add_arguments(parser, "inputs", nargs="*", default=[])
+    parser.add_argument("inputs", nargs="*", help=demo.IMAGES_HELP)
+    demo.add_arguments(parser)
     return parser
 
 
