@@ -215,9 +215,10 @@ def test_examples_from_python_run(text, tmp_path, monkeypatch, capsys):
     options = {"INPUT.MIN_SIZE_TEST": 64, "INPUT.MAX_SIZE_TEST": 96, **ids}
     cfg = tiny_config("panoptic", options)
     model = spread_scores(tiny_model("panoptic", options).eval())
-    weights = tmp_path / "output" / "shapes_panoptic" / "model_final.pth"
-    weights.parent.mkdir(parents=True)
-    save_weights(str(weights), model.state_dict(), describe_model(cfg))
+    for name in ("shapes_panoptic", "my_photos"):
+        weights = tmp_path / "output" / name / "model_final.pth"
+        weights.parent.mkdir(parents=True)
+        save_weights(str(weights), model.state_dict(), describe_model(cfg))
     picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3)).astype(np.uint8)
     (tmp_path / "photos").mkdir()
     for name in ("image.jpg", "photo.jpg", "map.tif", "photos/a.jpg"):
