@@ -168,10 +168,11 @@ def test_a_sure_centre_makes_every_class_of_every_stage_more_probable():
         assert not added[:, 6:].any() and torch.equal(found.mask_logits, plain.mask_logits)
 
 
-@pytest.mark.parametrize("num_points", [0, 300])
-def test_an_instance_takes_the_kernel_with_the_surest_centre_inside_of_it(num_points):
-    """At every stage, whatever the kernels' masks are."""
-    model = tiny_model("instance", {**IMAGE_KERNELS, "MODEL.KNET.LOSS.NUM_POINTS": num_points}).double().train()
+@pytest.mark.parametrize("num_points, dice_weight", [(0, 4.0), (300, 4.0), (0, 4e4)])
+def test_an_instance_takes_the_kernel_with_the_surest_centre_inside_of_it(num_points, dice_weight):
+    """At every stage, whatever the kernels' masks and the weights of their costs are."""
+    options = {"MODEL.KNET.LOSS.NUM_POINTS": num_points, "MODEL.KNET.MATCHER.DICE_WEIGHT": dice_weight}
+    model = tiny_model("instance", {**IMAGE_KERNELS, **options}).double().train()
     example = make_example((64, 64), 2)
     masks = torch.zeros(2, 64, 64, dtype=torch.bool)
     masks[0, :32, :32] = masks[1, 32:, 32:] = True

@@ -122,6 +122,13 @@ def test_every_node_changes_something(node, default_behaviour):
         assert results == default_results
 
 
+@pytest.mark.parametrize("task, expected", [("instance", 0.0), ("panoptic", 0.1), ("semantic", 1.0)])
+def test_the_weight_of_the_cross_entropy_over_kernels_follows_the_task(task, expected):
+    name = "label_map" if task == "semantic" else "rank"
+    assert tiny_model(task).criterion.weights[name] == expected
+    assert tiny_model(task, {"MODEL.KNET.LOSS.RANK_WEIGHT": 0.3}).criterion.weights[name] == 0.3
+
+
 def test_all_arguments_come_from_the_config():
     cfg = tiny_config("panoptic")
     arguments = KNet.from_config(cfg)

@@ -30,7 +30,7 @@ class ColorAugmentation(ColorAugSSDTransform):
             return super().hue(img)
         if random.randrange(2):
             hsv = cv2.cvtColor(np.ascontiguousarray(img), cv2.COLOR_BGR2HSV)
-            # Of bytes, a step of hue is two degrees
+            # In images of 8 bits, one step of hue is two degrees
             hsv[:, :, 0] = (hsv[:, :, 0] + 2 * random.randint(-self.hue_delta, self.hue_delta)) % 360
             return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
         return img

@@ -46,7 +46,7 @@ _EXIF_ORIENTATION = 0x0112  # the number of TIFF's tag, too
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC = 256, 257, 258, 262
 _SAMPLES, _PLANAR, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 277, 284, 338, 339
 _TIFF_SHAPE = (_WIDTH, _HEIGHT, _BITS, _SAMPLES, _SAMPLE_FORMAT)
-# From what is stored to what is seen, by EXIF's orientation
+# From the stored pixels to the upright image, by EXIF's orientation
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
     3: lambda x: np.rot90(x, 2),
@@ -291,7 +291,7 @@ def _read_tiff(content: bytes, wanted: PixelFormat, path: str) -> np.ndarray | N
     fits = samples <= 4 if wanted.is_named else samples == wanted.channels
     if not fits:
         raise wanted.wrong_channels(samples, f"Image {path}")
-    # Of bytes, Pillow reads colours or grey, with or without alpha, and drops what else there is
+    # From images of 8 bits, Pillow reads grey or colours, with or without alpha, and drops all other channels
     is_picture = bits <= 8 and (photometric > 1 or samples == 2) and (wanted.is_named or samples == 3)
     if is_picture or (samples == 1 and bits < 64):
         return None

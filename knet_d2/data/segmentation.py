@@ -13,7 +13,7 @@ from .files import MAX_PIXELS
 # The memory that a decoder takes grows with both.
 _LARGEST_COORDINATE = 1e6
 _LONGEST_OUTLINE = 1e7
-# Of a number in RLE, in groups of 5: more than the pixels of any image need
+# Most bits of a number in RLE, which come 5 at a time; no image has as many pixels
 _MOST_BITS = 40
 # Correct tools, too, write polygons that reach this many pixels beyond the image.
 _ROUNDING = 3.0

@@ -236,7 +236,7 @@ class Trainer(DefaultTrainer):
     # The run.
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last checkpoint in OUTPUT_DIR (with ``resume``, if there is one), or load MODEL.WEIGHTS."""
+        """Continue from the last checkpoint in OUTPUT_DIR (with ``resume``, if there is one), or load MODEL.WEIGHTS."""
         lock_output_dir(self.cfg.OUTPUT_DIR)
         super().resume_or_load(resume=resume)
         if self._average is not None:

