@@ -50,7 +50,7 @@ OPTIONS = {
 SCORES_BY_MASKS = {"MODEL.KNET.TEST.SCORE_EXPONENT": 1.0, "MODEL.KNET.TEST.MASK_NMS": 0.9}
 KINDS = {
     "instance": {"MODEL.KNET.POSITION_ENCODING": "coordinates", **SCORES_BY_MASKS, **neck("BiFPN")},
-    "panoptic": {**IMAGE_KERNELS, **SCORES_BY_MASKS},
+    "panoptic": {**IMAGE_KERNELS, **SCORES_BY_MASKS, "MODEL.KNET.UPDATE_HEAD.RESIDUAL_MASKS": True},
     "semantic": {"MODEL.SEM_SEG_HEAD.NAME": "PSPKernelHead", **neck("MSDeformAttn")},
 }
 DEFORMABLE = {

@@ -9,6 +9,7 @@ from helpers import make_example, spread_scores, tiny_config, tiny_model
 
 from knet_d2.data.classes import ClassTable
 from knet_d2.errors import ConfigError, DataError
+from knet_d2.modeling.association import group_embeddings
 from knet_d2.results.outputs import main_prediction, predictions_of
 from knet_d2.results.prediction import Prediction
 from knet_d2.results.segment import Segment
@@ -23,6 +24,7 @@ SHARP = {  # kernels of an untrained model are alike, but equal in equal frames
     "MODEL.KNET.TEST.OVERLAP_THRESHOLD": 0.0,
 }
 OUTPUTS = {"instance": "instances", "panoptic": "panoptic_seg"}
+CORRECTING = {"MODEL.KNET.UPDATE_HEAD.RESIDUAL_MASKS": True}
 
 
 def build(task, options=None, seed=1):
@@ -75,9 +77,30 @@ def test_segments_come_with_their_kernels(task):
         assert torch.equal(plain[0], result[0]) and plain[1] == result[1]
 
 
+def test_group_embeddings():
+    """Two objects with the features (100, 1) and (100, -1): opposite without what they share, not alike (cosine 1)."""
+    feature = torch.tensor([[[[100.0, 100.0, 100.0]], [[1.0, -1.0, -1.0]]]])
+    masks = torch.tensor([[[[1.0, -1.0, -1.0]], [[-1.0, 1.0, 1.0]], [[1.0, 1.0, 1.0]]]])
+    expected = torch.tensor([[[0.0, 1.0], [0.0, -1.0], [0.0, 0.0]]])  # the third kernel is a fixed one
+    assert torch.equal(group_embeddings(feature, masks, 2), expected)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
-def test_equal_frames_have_equal_ids(task):
-    _, tracking = build(task)
+def test_objects_are_followed_by_their_pixels_if_kernels_correct_masks(task):
+    model, _ = build(task, CORRECTING)
+    images = model.preprocess_image([make_example((64, 64), 3)]).tensor
+    output = model.network(images)
+    expected = group_embeddings(output.state.feature, output.stages[-1].mask_logits, model.bank.num_matched)
+    found = model([make_example((64, 64), 3)], do_postprocess=False)[0]
+    assert torch.equal(found.embeddings, expected[0]) and torch.equal(found.kernels, output.stages[-1].kernels[0])
+    assert model.train().network(images).embeddings is None
+
+
+@pytest.mark.parametrize("options", [{}, CORRECTING])
+@pytest.mark.parametrize("task", ["instance", "panoptic"])
+def test_equal_frames_have_equal_ids(task, options):
+    _, tracking = build(task, options)
     first, second, third = ids_of(tracking, frame(), frame(), frame())
     assert first == second == third and len(first) > 1
     assert len({track_id for _, track_id in first}) == len(first)

@@ -40,8 +40,8 @@ class ExportableKNet(nn.Module):
       areas (pixels), [B, N] by falling score. The segments that were kept come first, the area of other rows is 0.
     * "sem_seg": label_map int32 [B, h, w], the best class.
 
-    The first two also have embeddings [B, n or N, E], by which a tracker follows objects: those that the model learned,
-    else the kernel of each row.
+    The first two also have embeddings [B, n or N, E], by which a tracker follows objects: those of the network, else
+    the kernel of each row.
 
     A model with kernel linking or fusing takes the memory as tensors, and gives kernels [B, N, C], which are the memory
     of the next frame.

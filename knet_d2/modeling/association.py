@@ -1,7 +1,7 @@
-"""What a K-Net learns for tracking: association embedding, kernel linking, kernel fusing (Video K-Net, CVPR 2022).
+"""By what objects are followed, and what a K-Net learns for it: association embedding, kernel linking, kernel fusing.
 
-The three are switches of MODEL.KNET.VIDEO. Without any, a model has none of these parameters and computes what an image
-model computes.
+The three are switches of MODEL.KNET.VIDEO (Video K-Net, CVPR 2022). Without any, a model has none of these parameters
+and computes what an image model computes.
 
 Shapes: as in :mod:`.structures`; E: channels of an embedding; N_m: matched kernels, which come first.
 """
@@ -17,12 +17,30 @@ from torch import nn
 
 from ..errors import ConfigError, DataError
 from ..tasks import VIDEO_SWITCHES, KernelBank, get_task
-from .cascade import AdaptiveKernelUpdate, KernelInteraction, KernelUpdateCascade
+from .cascade import AdaptiveKernelUpdate, KernelInteraction, KernelUpdateCascade, mean_under_masks
 from .layers import no_autocast
 from .losses import contrastive_loss, cosine_loss
 from .structures import KernelMemory, KernelState, Match, NetworkOutput, StageOutput, Targets
 
 LOSS_NAMES = ("loss_track_contrast", "loss_track_cosine")
+
+
+def group_embeddings(feature: torch.Tensor, mask_logits: torch.Tensor, num_matched: int) -> torch.Tensor:
+    """By what objects are followed if kernels only correct masks: the mean feature under each mask, centred.
+
+    What all objects of an image have in common is subtracted. It would make all cosines alike, so that the tracker's
+    softmaxes could not tell the objects apart.
+
+    Args:
+        feature: F, [B, C, H, W].
+        mask_logits: [B, N, H, W].
+        num_matched: N_m.
+
+    Returns:
+        [B, N, C], 0 for the fixed kernels.
+    """
+    means = mean_under_masks(mask_logits[:, :num_matched], feature)
+    return F.pad(means - means.mean(dim=1, keepdim=True), (0, 0, 0, mask_logits.shape[1] - num_matched))
 
 
 class EmbeddingHead(nn.Sequential):

@@ -36,6 +36,14 @@ def gather_group_features(mask_weights: torch.Tensor, feature: torch.Tensor) -> 
     return mask_weights.flatten(2) @ feature.flatten(2).transpose(1, 2)
 
 
+def mean_under_masks(mask_logits: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
+    """Mean of a feature [B, C, H, W] over the pixels of each mask, [B, N, H, W] -> [B, N, C]; 0 for an empty mask."""
+    with no_autocast(mask_logits):
+        masks = (mask_logits > 0).to(mask_logits.dtype)
+        sums = gather_group_features(masks, full_precision(feature))
+        return sums / masks.sum(dim=(2, 3)).clamp(min=1).unsqueeze(-1)
+
+
 class AdaptiveKernelUpdate(nn.Module):
     """Mix kernels with their group features through two learned gates (paper, Eq. 4 to 6)."""
 
@@ -257,6 +265,11 @@ class KernelUpdateCascade(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(KernelUpdateHead(**head_arguments) for _ in range(num_stages))
 
+    @property
+    def corrects_masks(self) -> bool:
+        """Whether the last kernels only correct the masks of the stage before; those of all objects are then alike."""
+        return any(stage.residual_masks for stage in self.stages)
+
     @classmethod
     def from_config(cls, cfg, num_classes: int) -> dict[str, Any]:
         knet, head = cfg.MODEL.KNET, cfg.MODEL.KNET.UPDATE_HEAD
@@ -338,8 +351,5 @@ def static_predictions(state: KernelState) -> StageOutput:
     kernels, mask_logits = full_precision(state.kernels), full_precision(state.mask_logits)
     if state.semantic_logits is None:
         return StageOutput(kernels, mask_logits)
-    with no_autocast(mask_logits):
-        masks = (mask_logits > 0).to(mask_logits.dtype)
-        sums = gather_group_features(masks, full_precision(state.semantic_logits).sigmoid())
-        probs = sums / masks.sum(dim=(2, 3)).clamp(min=1).unsqueeze(-1)
+    probs = mean_under_masks(mask_logits, full_precision(state.semantic_logits).sigmoid())
     return StageOutput(kernels, mask_logits, torch.logit(probs, eps=1e-6))

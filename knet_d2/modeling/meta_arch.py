@@ -17,7 +17,7 @@ from ..data.ground_truth import GroundTruth, ground_truth_of
 from ..data.pixels import PixelFormat
 from ..errors import ConfigError, DataError, NonFiniteError
 from ..tasks import build_bank, get_task
-from .association import VideoKernels, build_video_kernels, network_of_pairs, with_references
+from .association import VideoKernels, build_video_kernels, group_embeddings, network_of_pairs, with_references
 from .backbone import add_neck
 from .cascade import KernelUpdateCascade, select_stage
 from .compilation import CompiledNetwork
@@ -184,8 +184,12 @@ class KNet(nn.Module):
         features = self.backbone(channels_last(images))
         state = self.sem_seg_head(features, image_sizes)
         if self.video is None:
-            return NetworkOutput(features, state, self.cascade(state))
-        return NetworkOutput(features, state, *self.video(self.cascade, state, memory))
+            stages, embeddings = self.cascade(state), None
+        else:
+            stages, embeddings = self.video(self.cascade, state, memory)
+        if embeddings is None and not self.training and self.bank.num_matched and self.cascade.corrects_masks:
+            embeddings = group_embeddings(state.feature, stages[-1].mask_logits, self.bank.num_matched)
+        return NetworkOutput(features, state, stages, embeddings)
 
     def predict_logits(
         self, batched_inputs: list[dict[str, Any]], memory: KernelMemory | None = None

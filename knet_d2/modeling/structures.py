@@ -70,7 +70,8 @@ class NetworkOutput(NamedTuple):
         features: the backbone's, by name.
         state: the static kernels.
         stages: predictions of the S kernel update stages.
-        embeddings: of the last stage's kernels, [B, N, E], if the model learns some to follow objects by.
+        embeddings: [B, N, E], by which objects are followed, if not by their kernels: those that the model learned, or
+            :func:`.association.group_embeddings`.
     """
 
     features: dict[str, torch.Tensor]

@@ -25,7 +25,7 @@ class ImageLogits(NamedTuple):
         class_logits: [N, K], or None without a class branch.
         mask_logits: [N, h, w], at the head's resolution.
         geometry: sizes of the image.
-        embeddings: [N, E], by which objects are followed: those that the model learns, else its kernels. None for the
+        embeddings: [N, E], by which objects are followed: those of the network's output, else its kernels. None for the
             mean of several views (test-time augmentation).
         kernels: [N, C], of the last stage, for the memory of a video model; None likewise.
     """
