@@ -10,6 +10,7 @@ from data_helpers import data_cfg
 from PIL import Image
 
 import knet_d2
+from checks.long_video import same_ids, write_video
 from checks.photo_videos import cut, evaluate, windows, write_videos
 from knet_d2.data import load_dataset, register_custom_datasets
 from knet_d2.data.classes import ClassTable
@@ -127,3 +128,27 @@ def test_metrics_of_one_who_sees_the_colors(videos, monkeypatch, flips):
         assert found["video_panoptic"]["AQ"] < 60 and found["video_instance"]["AP50"] < 90
     else:
         assert found["video_panoptic"]["AQ"] > 90 and found["video_instance"]["AP50"] == pytest.approx(100)
+
+
+def test_a_long_video_returns_to_where_it_was(tmp_path):
+    """Forwards in 3 frames and backwards in 2 more: frames that are 4 apart are equal but for the compression."""
+    photo = cv2.resize(np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8), (160, 120))
+    write_video(str(tmp_path / "in.mp4"), photo, count=9, turn=3, longest=160, seed=0)
+    source = cv2.VideoCapture(str(tmp_path / "in.mp4"))
+    frames = [source.read()[1].astype(int) for _ in range(9)]
+    assert not source.read()[0] and frames[0].shape == (120, 160, 3)
+    for i in range(5):
+        apart = [np.abs(frames[i] - frames[i + d]).mean() for d in (1, 2, 4)]
+        assert apart[2] < 4 < apart[0] and (apart[1] < 4) == (i % 2 == 1)
+
+
+def test_same_ids():
+    """Pairs at one place and of one class count: one with its id, one with another; the others have no pair."""
+
+    def prediction(*segments):
+        masks = [(label, np.eye(4, dtype=bool)[[row]], track_id) for label, row, track_id in segments]
+        found = [Segment(label, 0.9, mask.T, (0, 0), (4, 1), track_id) for label, mask, track_id in masks]
+        return Prediction((4, 1), found, ByColor.classes)
+
+    before, now = prediction((0, 0, 5), (1, 1, 6), (0, 2, 7)), prediction((0, 0, 5), (1, 1, 9), (2, 2, 7), (0, 3, 8))
+    assert list(same_ids(before, now)) == [True, False]
