@@ -67,7 +67,11 @@ TASKS = {
     "semantic": SEMANTIC,
 }
 # Added to the options of an instance or panoptic model
-IMAGE_KERNELS = {"MODEL.SEM_SEG_HEAD.NAME": "ImageKernelHead", "MODEL.KNET.LOSS.CENTER_WEIGHT": 1.0}
+IMAGE_KERNELS = {
+    "MODEL.SEM_SEG_HEAD.NAME": "ImageKernelHead",
+    "MODEL.KNET.LOSS.CENTER_WEIGHT": 1.0,
+    "MODEL.KNET.MASK_NETWORK_WIDTH": 3,
+}
 
 
 def neck(name):

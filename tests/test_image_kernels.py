@@ -139,7 +139,7 @@ def test_center_loss_is_divided_by_the_instances_of_the_batch():
 def test_first_masks_are_convolutions_that_fall_with_the_distance_to_the_peaks():
     kernels = make_kernels()
     fused, localization = torch.randn(2, 2, DIM, 6, 7, dtype=torch.float64).unbind(0)
-    first, masks, logits, found = kernels.first_masks(fused, localization, None)
+    first, masks, logits, found, _ = kernels.first_masks(fused, localization, None)
     expected_logits = kernels.center_predictor(kernels.center_conv(fused))[:, 0]
     torch.testing.assert_close(logits, expected_logits)
     places = highest_peaks(logits.sigmoid(), EVERYWHERE, KERNELS, window=3)

@@ -47,6 +47,9 @@ def _add_model_config(cfg: CN) -> None:
     # Position encoding that the semantic FPN adds to its coarsest level: "sine", "coordinates" (two channels in [-1,
     # 1]) or "none".
     knet.POSITION_ENCODING = "sine"
+    # Number of channels of the network of two layers that each kernel of "ImageKernelHead" has for its masks (CondInst:
+    # 8), beside its 1x1 convolution; 0 = none.
+    knet.MASK_NETWORK_WIDTH = 0
     # Dropout probability before the classifier of a semantic decode head and of its auxiliary head.
     knet.DROPOUT = 0.1
 

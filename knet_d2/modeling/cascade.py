@@ -15,7 +15,8 @@ from torch import nn
 from ..errors import ConfigError
 from ..tasks import get_task
 from .layers import full_precision, no_autocast
-from .structures import KernelState, NetworkOutput, Places, StageOutput
+from .mask_network import MaskNetwork
+from .structures import KernelState, MaskInputs, NetworkOutput, Places, StageOutput
 
 # The paper tries up to 7; a typing error must not fill the memory
 MOST_STAGES = 100
@@ -163,6 +164,7 @@ class KernelUpdateHead(nn.Module):
         kernel_update: bool = True,
         kernel_interaction: bool = True,
         residual_masks: bool = False,
+        network_width: int = 0,
         xavier_init: bool = True,
     ):
         """
@@ -174,6 +176,7 @@ class KernelUpdateHead(nn.Module):
             num_heads, ffn_dim: attention heads and hidden width of the feed-forward network.
             kernel_update, kernel_interaction: False for the paper's ablations (Tab. 4a).
             residual_masks: M_i = M_{i-1} + K_i * F instead of K_i * F. The stage begins to learn from M_i = M_{i-1}.
+            network_width: see :class:`.mask_network.MaskNetwork`; 0: masks are those of the 1x1 convolution alone.
             xavier_init: initialise all matrices as the detection release does; else PyTorch's default.
         """
         super().__init__()
@@ -188,6 +191,7 @@ class KernelUpdateHead(nn.Module):
         if num_classes is not None:
             self.class_branch = nn.Sequential(*_linear_norm_relu(dim), nn.Linear(dim, num_classes))
         self.mask_branch = nn.Sequential(*_linear_norm_relu(dim), nn.Linear(dim, dim))
+        self.mask_network = MaskNetwork(dim, network_width) if network_width else None
         self._init_weights(xavier_init)
 
     def _init_weights(self, xavier_init: bool) -> None:
@@ -206,6 +210,8 @@ class KernelUpdateHead(nn.Module):
         if self.residual_masks:
             nn.init.zeros_(self.mask_branch[-1].weight)
             nn.init.zeros_(self.mask_branch[-1].bias)
+        if self.mask_network is not None:
+            self.mask_network.init_weights()
         if self.class_branch is not None:
             nn.init.constant_(self.class_branch[-1].bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
 
@@ -215,6 +221,7 @@ class KernelUpdateHead(nn.Module):
         kernels: torch.Tensor,
         mask_logits: torch.Tensor,
         visible: torch.Tensor | None = None,
+        mask_inputs: MaskInputs | None = None,
     ) -> StageOutput:
         """
         Args:
@@ -222,11 +229,16 @@ class KernelUpdateHead(nn.Module):
             kernels: K_{i-1}, [B, N, C].
             mask_logits: M_{i-1}, [B, N, H, W].
             visible: see :meth:`KernelInteraction.forward`.
+            mask_inputs: of the first kernels' own networks.
         """
         group_features = self.gather(feature, mask_logits)
         kernels = self.interaction(self.kernel_update(group_features, kernels), visible=visible)
         class_logits = None if self.class_branch is None else self.class_branch(kernels)
         masks = self._segment(feature, kernels)
+        if self.mask_network is not None and mask_inputs is not None:
+            count = mask_inputs.across.shape[1]
+            more = self.mask_network(kernels[:, :count], mask_inputs)
+            masks = masks + F.pad(more, (0, 0, 0, 0, 0, masks.shape[1] - count))
         return StageOutput(kernels, mask_logits + masks if self.residual_masks else masks, class_logits)
 
     def gather(self, feature: torch.Tensor, mask_logits: torch.Tensor) -> torch.Tensor:
@@ -298,6 +310,7 @@ class KernelUpdateCascade(nn.Module):
             "kernel_update": head.KERNEL_UPDATE,
             "kernel_interaction": head.KERNEL_INTERACTION,
             "residual_masks": head.RESIDUAL_MASKS,
+            "network_width": knet.MASK_NETWORK_WIDTH,
             "xavier_init": head.INIT == "xavier",
         }
 
@@ -321,7 +334,7 @@ class KernelUpdateCascade(nn.Module):
             for stage in self.stages:
                 if fuse is not None and stage is self.stages[-1]:
                     kernels = fuse(stage.gather(feature, mask_logits), kernels)  # type: ignore[operator]
-                output = stage(feature, kernels, mask_logits, visible=visible)
+                output = stage(feature, kernels, mask_logits, visible=visible, mask_inputs=state.mask_inputs)
                 outputs.append(with_class_offsets(output, state.places))
                 kernels, mask_logits = outputs[-1].kernels, outputs[-1].mask_logits
         return outputs

@@ -27,6 +27,19 @@ class Places(NamedTuple):
     class_offsets: torch.Tensor
 
 
+class MaskInputs(NamedTuple):
+    """What the matched kernels' own networks make masks of, see :mod:`.mask_network`.
+
+    Attributes:
+        local: [B, w, H, W], the same for all kernels.
+        across, down: [B, N, W] and [B, N, H], positions of columns and rows relative to the kernels' places.
+    """
+
+    local: torch.Tensor
+    across: torch.Tensor
+    down: torch.Tensor
+
+
 class KernelState(NamedTuple):
     """What the producer of the static kernels hands to the cascade.
 
@@ -38,6 +51,7 @@ class KernelState(NamedTuple):
         center_logits: of a map of the instances' centres, [B, H, W], which learns by the term "center", or None.
         places: of the matched kernels, where they are read from the image, or None.
         localization_feature: F_loc, [B, C, H, W], which first masks are convolved with; in training only.
+        mask_inputs: of the matched kernels' own networks, or None where they have none.
     """
 
     feature: torch.Tensor
@@ -47,6 +61,7 @@ class KernelState(NamedTuple):
     center_logits: torch.Tensor | None = None
     places: Places | None = None
     localization_feature: torch.Tensor | None = None
+    mask_inputs: MaskInputs | None = None
 
 
 class StageOutput(NamedTuple):

@@ -32,6 +32,10 @@ def build_static_kernels(cfg, input_shape: dict[str, ShapeSpec], bank: KernelBan
             f"MODEL.KNET.LOSS.CENTER_WEIGHT = {cfg.MODEL.KNET.LOSS.CENTER_WEIGHT} with MODEL.SEM_SEG_HEAD.NAME = "
             f"{name!r}: use {weight}."
         )
+    width = cfg.MODEL.KNET.MASK_NETWORK_WIDTH
+    if width < 0 or (width and not learns_centers):
+        number = "0, or more with the head 'ImageKernelHead', whose kernels have places"
+        raise ConfigError(f"MODEL.KNET.MASK_NETWORK_WIDTH = {width}: use {number}.")
     missing = [feature for feature in in_features if feature not in input_shape]
     if missing:
         raise ConfigError(f"MODEL.SEM_SEG_HEAD.IN_FEATURES has {missing}: the backbone gives {sorted(input_shape)}.")

@@ -6,6 +6,7 @@ the object's first kernel. Relatives are FastInst's activation-guided queries (a
 selection of Mask DINO (arXiv:2206.02777, Sec. 3.3).
 """
 
+import functools
 import math
 
 import torch
@@ -15,7 +16,8 @@ from torch import nn
 
 from ...tasks import KernelBank
 from ..layers import conv_norm_relu, full_precision, no_autocast, send
-from ..structures import Places
+from ..mask_network import MaskNetwork, limited
+from ..structures import MaskInputs, Places
 from .semantic_fpn import FirstMasks, SemanticFPNKernelHead, coordinate_channels
 
 # Probability of a centre in every cell at initialisation, as in CenterNet
@@ -26,8 +28,10 @@ PEAK_DISTANCE = 8
 # Fall of a first mask's logits per squared distance in cells, before it is learned, and its largest learned exponent
 DISTANCE_SCALE = 0.02
 MOST_STEEPNESS = 6.0
-# Standard deviation of the initial weights of the coordinates; those of the other convolutions are 0.01
+# Standard deviations of the initial weights of the convolution of the coordinates, and of that before the kernels' own
+# networks; those of the other convolutions are 0.01
 COORDINATE_STD = 0.3
+LOCAL_STD = 0.1
 
 
 def quadratic_coordinates(x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +89,12 @@ class ImageKernels(nn.Module):
     that a kernel beside a peak is less sure than that of the peak.
     """
 
-    def __init__(self, dim: int, num_kernels: int, norm: str, stride: int):
+    def __init__(self, dim: int, num_kernels: int, norm: str, stride: int, network_width: int = 0):
+        """
+        Args:
+            dim, num_kernels, norm, stride: see :class:`.semantic_fpn.InstanceKernels`.
+            network_width: see :class:`..mask_network.MaskNetwork`; 0: masks are those of the 1x1 convolution alone.
+        """
         super().__init__()
         self.num_kernels = num_kernels
         self.stride = stride
@@ -96,6 +105,10 @@ class ImageKernels(nn.Module):
         self.kernel_branch = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, dim))
         # Per kernel: how steeply its first mask falls with the distance to its place, and an offset
         self.extent = nn.Linear(dim, 2)
+        self.mask_network = self.local = None
+        if network_width:
+            self.local = nn.Conv2d(dim, network_width, 1)
+            self.mask_network = MaskNetwork(dim, network_width)
 
     def init_weights(self) -> None:
         """See :class:`.semantic_fpn.InstanceKernels`."""
@@ -103,6 +116,9 @@ class ImageKernels(nn.Module):
         nn.init.constant_(self.center_predictor.bias, CENTER_BIAS)
         nn.init.zeros_(self.extent.weight)
         nn.init.zeros_(self.extent.bias)
+        if self.mask_network is not None:
+            nn.init.normal_(self.local.weight, std=LOCAL_STD)
+            self.mask_network.init_weights()
 
     def localize(self, localization_feature: torch.Tensor) -> torch.Tensor:
         """See :class:`.semantic_fpn.InstanceKernels`."""
@@ -129,7 +145,14 @@ class ImageKernels(nn.Module):
             masks = (kernels @ feature.flatten(2)).unflatten(2, (height, width)) + offset[..., None, None]
             logits = center_logits.detach().flatten(1).gather(1, cells)
             places = Places(cells, logits.sigmoid(), class_offsets=logits - CENTER_BIAS)
-            return FirstMasks(kernels, masks - falls, center_logits, places)
+            masks, inputs = masks - falls, None
+            if self.mask_network is not None:
+                local = F.conv2d(feature, self.local.weight, self.local.bias)
+                units = scales.sqrt()[..., None]
+                positions = (limited(units * x) for x in distances(cells, height, width))
+                inputs = MaskInputs(local, *positions)
+                masks = masks + self.mask_network(kernels, inputs)
+            return FirstMasks(kernels, masks, center_logits, places, inputs)
 
     def _places(self, logits: torch.Tensor, image_sizes: torch.Tensor | None) -> torch.Tensor:
         """[B, H, W] -> int64 [B, N]."""
@@ -139,14 +162,19 @@ class ImageKernels(nn.Module):
         return highest_peaks(logits.sigmoid(), inside, self.num_kernels, self.window)
 
 
-def squared_distances(places: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Squared distances of all cells to some of them, in cells: int64 [..., N], y W + x -> float [..., N, H, W]."""
+def distances(places: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far columns are right of some cells, and rows below, in cells: [B, N], y W + x -> [B, N, W], [B, N, H]."""
     rows = torch.arange(height, device=places.device)[:, None]
     columns = torch.arange(width, device=places.device)
     # Looked up instead of divided: ONNX has no division by a length that the graph computes
     y, x = (axis.expand(height, width).flatten()[places] for axis in (rows, columns))
-    down, across = rows - y[..., None, None], columns - x[..., None, None]
-    return (down.square() + across.square()).float()
+    return columns - x[..., None], rows[:, 0] - y[..., None]
+
+
+def squared_distances(places: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Of all cells to some of them, in cells: int64 [..., N], y W + x -> float [..., N, H, W]."""
+    across, down = distances(places, height, width)
+    return (down.square()[..., None] + across.square()[..., None, :]).float()
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -155,4 +183,5 @@ class ImageKernelHead(SemanticFPNKernelHead):
 
     @classmethod
     def from_config(cls, cfg, input_shape, bank: KernelBank):
-        return {**super().from_config(cfg, input_shape, bank), "instance_kernels": ImageKernels}
+        kernels = functools.partial(ImageKernels, network_width=cfg.MODEL.KNET.MASK_NETWORK_WIDTH)
+        return {**super().from_config(cfg, input_shape, bank), "instance_kernels": kernels}

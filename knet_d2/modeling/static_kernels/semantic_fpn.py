@@ -14,7 +14,7 @@ from ...errors import ConfigError
 from ...tasks import KernelBank
 from ..cascade import PRIOR_PROBABILITY, gather_group_features
 from ..layers import conv_norm_relu, full_precision, mask_convolution, no_autocast
-from ..structures import KernelState, Places
+from ..structures import KernelState, MaskInputs, Places
 
 POSITION_ENCODINGS = ("sine", "coordinates", "none")
 # Base of the frequencies of the sine encoding
@@ -135,13 +135,14 @@ class FirstMasks(NamedTuple):
     Attributes:
         kernels: [N, C] or [B, N, C].
         mask_logits: M_0, [B, N, H, W].
-        center_logits, places: see :class:`KernelState`.
+        center_logits, places, mask_inputs: see :class:`KernelState`.
     """
 
     kernels: torch.Tensor
     mask_logits: torch.Tensor
     center_logits: torch.Tensor | None = None
     places: Places | None = None
+    mask_inputs: MaskInputs | None = None
 
 
 class InstanceKernels(Protocol):
@@ -288,4 +289,5 @@ class SemanticFPNKernelHead(nn.Module):
                 kernels = torch.cat([kernels, stuff_kernels], dim=1)
                 mask_logits = torch.cat([mask_logits, semantic_logits[:, fixed]], dim=1)
         kept = localization_feature if self.training else None
-        return KernelState(feature, kernels, mask_logits, semantic_logits, first.center_logits, first.places, kept)
+        rest = first.center_logits, first.places, kept, first.mask_inputs
+        return KernelState(feature, kernels, mask_logits, semantic_logits, *rest)
