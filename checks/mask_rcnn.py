@@ -1,0 +1,125 @@
+"""Train Detectron2's Mask R-CNN with the backbone, data, batches, augmentation and optimiser of an instance config.
+
+    python -m checks.mask_rcnn --config-file configs/shapes/instance.yaml output/mask_rcnn --opts SOLVER.MAX_ITER 320
+
+It is a yardstick: the program prints the processor seconds of the training steps and the AP, to be compared with those
+of tools/compare_training.py. What the config says of K-Net's head has no effect; the heads have the pyramid's number of
+channels, and anchors for the sizes of the config's images. Give the best of several SOLVER.BASE_LR.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.data.build import build_detection_test_loader, build_detection_train_loader
+from detectron2.data.samplers import TrainingSampler
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
+from detectron2.modeling.backbone import FPN
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+
+from knet_d2.config.merging import load_config
+from knet_d2.engine.optimizer import build_lr_scheduler, build_optimizer
+from knet_d2.modeling.backbone.resnet import build_knet_resnet_backbone
+from knet_d2.programs import run
+from knet_d2.programs.arguments import add_opts
+
+# Sides of the anchors of the levels p2 to p6, as shares of an image's shorter side
+ANCHORS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
+LEVELS = ["p2", "p3", "p4", "p5"]
+# Proposals that the heads learn from, of an image of 128 x 128 pixels with few objects (Detectron2: 512 at 800 x 1333)
+PROPOSALS = 128
+
+
+@BACKBONE_REGISTRY.register()
+def build_mask_rcnn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """The config's ResNet and pyramid, with the level p6 that the proposals need."""
+    resnet = build_knet_resnet_backbone(cfg, input_shape)
+    fpn = cfg.MODEL.FPN
+    return FPN(resnet, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, LastLevelMaxPool(), fpn.FUSE_TYPE)
+
+
+def mask_rcnn_config(config_file: str, opts: list[str]):
+    """The config with Mask R-CNN as model."""
+    cfg = load_config(config_file, opts)
+    cfg.defrost()
+    model, channels = cfg.MODEL, cfg.MODEL.FPN.OUT_CHANNELS
+    model.META_ARCHITECTURE, model.BACKBONE.NAME, model.MASK_ON = "GeneralizedRCNN", "build_mask_rcnn_backbone", True
+    model.PROPOSAL_GENERATOR.NAME, model.RPN.IN_FEATURES = "RPN", [*LEVELS, "p6"]
+    model.ANCHOR_GENERATOR.SIZES = [[share * min(cfg.INPUT.MIN_SIZE_TRAIN)] for share in ANCHORS]
+    model.RPN.PRE_NMS_TOPK_TRAIN, model.RPN.PRE_NMS_TOPK_TEST, model.RPN.POST_NMS_TOPK_TRAIN = 2000, 1000, 1000
+    model.ROI_HEADS.NAME, model.ROI_HEADS.IN_FEATURES = "StandardROIHeads", LEVELS
+    model.ROI_HEADS.NUM_CLASSES = len(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes)
+    model.ROI_HEADS.BATCH_SIZE_PER_IMAGE = PROPOSALS
+    box, mask = model.ROI_BOX_HEAD, model.ROI_MASK_HEAD
+    box.NAME, box.NUM_FC, box.FC_DIM, box.POOLER_RESOLUTION = "FastRCNNConvFCHead", 2, 4 * channels, 7
+    mask.NAME, mask.NUM_CONV, mask.CONV_DIM, mask.POOLER_RESOLUTION = "MaskRCNNConvUpsampleHead", 4, channels, 14
+    return cfg
+
+
+def train_loader(cfg):
+    """Batches of the training images, resized and flipped as the config says."""
+    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, "choice")
+    mapper = DatasetMapper(
+        True,
+        augmentations=[resize, T.RandomFlip()],
+        image_format=cfg.INPUT.FORMAT,
+        use_instance_mask=True,
+        instance_mask_format="bitmask",
+    )
+    records = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+    sampler = TrainingSampler(len(records), seed=cfg.SEED)
+    return build_detection_train_loader(
+        records, mapper=mapper, sampler=sampler, total_batch_size=cfg.SOLVER.IMS_PER_BATCH, num_workers=0
+    )
+
+
+def evaluate(cfg, model) -> dict:
+    """AP of boxes and masks on the first validation set."""
+    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    mapper = DatasetMapper(False, augmentations=[resize], image_format=cfg.INPUT.FORMAT)
+    name = cfg.DATASETS.TEST[0]
+    evaluator = COCOEvaluator(name, ("bbox", "segm"), distributed=False, output_dir=cfg.OUTPUT_DIR)
+    return inference_on_dataset(model, build_detection_test_loader(cfg, name, mapper=mapper, num_workers=0), evaluator)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, help="an instance config with a ResNet and a pyramid")
+    parser.add_argument("output", help="folder of the results")
+    add_opts(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    os.makedirs(args.output, exist_ok=True)
+    cfg = mask_rcnn_config(args.config_file, [*args.opts, "OUTPUT_DIR", args.output])
+    seed_all_rng(cfg.SEED)
+    model = build_model(cfg).train()
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    seconds = 0.0
+    with EventStorage() as storage:
+        for iteration, batch in zip(range(1, cfg.SOLVER.MAX_ITER + 1), train_loader(cfg)):
+            start = time.process_time()
+            optimizer.zero_grad()
+            sum(model(batch).values()).backward()
+            optimizer.step()
+            scheduler.step()
+            storage.step()
+            seconds += time.process_time() - start
+            if iteration % (cfg.TEST.EVAL_PERIOD or cfg.SOLVER.MAX_ITER) == 0 or iteration == cfg.SOLVER.MAX_ITER:
+                results = {kind: round(x["AP"], 1) for kind, x in evaluate(cfg, model).items()}
+                print(json.dumps({"iteration": iteration, "cpu_seconds": round(seconds), "AP": results}), flush=True)
+                model.train()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, get_parser()))
