@@ -88,6 +88,9 @@ def _add_model_config(cfg: CN) -> None:
     # Number of points of an image at which masks are compared in matching and losses (Mask2Former: 12544), instead of
     # every pixel of the up-sampled masks; 0 = every pixel. At most a quarter of these pixels are sampled.
     knet.LOSS.NUM_POINTS = 0
+    # Class target of a positive kernel: the IoU of its mask to this power (GFL: 1), so that scores tell how good masks
+    # are; 0 = 1 for all.
+    knet.LOSS.QUALITY_EXPONENT = 0.0
     # Weight of the auxiliary FCN head's cross entropy; 0 = no auxiliary head.
     knet.LOSS.AUXILIARY_WEIGHT = 0.0
     # Focal alpha: weight of positive samples, in the loss and in the matching cost.

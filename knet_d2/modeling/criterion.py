@@ -16,7 +16,15 @@ from ..tasks import Assignment, KernelBank, KernelGroup, get_task
 from .comparison import AllPixels, SampledPoints
 from .layers import full_precision, no_autocast, send, upsampled_size
 from .loss_batches import AssignedBatch, LossBatch, MatchedBatch
-from .losses import center_focal_loss, dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
+from .losses import (
+    center_focal_loss,
+    dense_focal_loss,
+    dice_loss,
+    focal_loss,
+    kernel_cross_entropy,
+    mask_loss,
+    quality_focal_loss,
+)
 from .matcher import HungarianMatcher
 from .structures import KernelState, Match, StageOutput, Targets, TrainingGroup
 from .targets import UNOWNED, center_map, dense_labels, rank_targets
@@ -68,12 +76,14 @@ class KNetCriterion(nn.Module):
         auxiliary_weight: float = 0.0,
         global_normalizers: bool = False,
         num_points: int = 0,
+        quality_exponent: float = 0.0,
     ):
         """
         Args:
             weights: from the name of a term (a key of TERMS) to its weight; the losses are summed in this order.
             auxiliary_weight: of the auxiliary head's cross entropy.
             num_points: see :class:`.comparison.SampledPoints`; 0: masks are compared at every pixel.
+            quality_exponent: the class target of a positive kernel is the IoU of its mask to this power; 0: it is 1.
             global_normalizers: True divides every term by a count over all processes, so that the mean of their losses
                 is what one process computes for all their images. False, as in the official release, divides class
                 losses by the mean count over the processes, and all other terms by the process's own count.
@@ -87,6 +97,7 @@ class KNetCriterion(nn.Module):
         self.auxiliary_weight = auxiliary_weight
         self.global_normalizers = global_normalizers
         self.num_points = num_points
+        self.quality_exponent = quality_exponent
         self.failure: NonFiniteError | None = None
         self.register_buffer("class_mask", bank.class_mask(), persistent=False)
         kernel_of_class = torch.full((bank.num_classes,), -1)
@@ -107,6 +118,8 @@ class KNetCriterion(nn.Module):
                 f"MODEL.KNET.LOSS.NUM_POINTS = {loss.NUM_POINTS}: use 0 for every pixel"
                 + (", or more, such as 12544." if bank.num_matched else ", as the losses of label maps need.")
             )
+        if loss.QUALITY_EXPONENT < 0:
+            raise ConfigError(f"MODEL.KNET.LOSS.QUALITY_EXPONENT = {loss.QUALITY_EXPONENT}: use 0 for none, or more.")
         return {
             "bank": bank,
             "matcher": HungarianMatcher(
@@ -123,6 +136,7 @@ class KNetCriterion(nn.Module):
             "auxiliary_weight": loss.AUXILIARY_WEIGHT,
             "global_normalizers": loss.GLOBAL_NORMALIZERS,
             "num_points": loss.NUM_POINTS,
+            "quality_exponent": loss.QUALITY_EXPONENT,
         }
 
     def forward(
@@ -256,8 +270,11 @@ def _class_term(criterion: KNetCriterion, batch: LossBatch, stage: int, weight: 
     logits, positives = batch.stages[stage - 1].class_logits, batch.positives(stage)
     one_hot = torch.zeros_like(logits)
     index = (positives.image_index, positives.kernel_index, positives.classes)
-    one_hot.index_put_(index, logits.new_ones(()))  # made on the device; a number would be copied there
-    total = focal_loss(logits, one_hot, batch.class_mask.to(logits.dtype), **criterion.focal)
+    loss, value = focal_loss, logits.new_ones(())  # made on the device; a number would be copied there
+    if criterion.quality_exponent:
+        loss, value = quality_focal_loss, batch.mask_qualities(stage) ** criterion.quality_exponent
+    one_hot.index_put_(index, value)
+    total = loss(logits, one_hot, batch.class_mask.to(logits.dtype), **criterion.focal)
     return weight * total, len(positives.kernel_index)
 
 

@@ -11,6 +11,7 @@ import torch
 from ..tasks import KernelBank
 from .comparison import AllPixels, SampledPoints
 from .layers import full_precision, send
+from .losses import mask_ious
 from .matcher import Candidates, place_cost
 from .structures import KernelState, Match, Positives, StageOutput
 from .targets import covered_cells, own_cells
@@ -64,6 +65,12 @@ class LossBatch(ABC):
         if stage not in self._positive_pairs:
             self._positive_pairs[stage] = self.comparison.positive_pairs(self, stage)
         return self._positive_pairs[stage]
+
+    def mask_qualities(self, stage: int) -> torch.Tensor:
+        """IoU of each positive kernel's mask with its target, where all kernels are compared: [P]."""
+        positives = self.positives(stage)
+        logits = self.compared_logits(stage)[positives.image_index, positives.kernel_index]
+        return mask_ious(logits, positives.target_masks)
 
 
 class MatchedBatch(LossBatch):

@@ -22,6 +22,24 @@ def focal_loss(
     return (sigmoid_focal_loss(logits, targets, alpha=alpha, gamma=gamma) * weights).sum()
 
 
+def quality_focal_loss(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, *, alpha: float, gamma: float
+) -> torch.Tensor:
+    """Weighted sum of the focal loss for targets from 0 to 1 (GFL, arXiv:2006.04388, Eq. 5), with a focal alpha.
+
+    All arguments broadcast to one shape. For targets of 0 and 1 it is :func:`focal_loss`.
+    """
+    focus = (targets - logits.sigmoid()).abs() ** gamma * torch.where(targets > 0, alpha, 1 - alpha)
+    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return (focus * entropy * weights).sum()
+
+
+def mask_ious(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """IoU of masks with their targets, both where they are above a half; no gradient passes: [P, h, w] each -> [P]."""
+    masks, truth = (logits > 0).flatten(1), (targets > 0.5).flatten(1)
+    return ((masks & truth).sum(1) / (masks | truth).sum(1).clamp(min=1)).to(logits.dtype)
+
+
 def dense_focal_loss(logits: torch.Tensor, labels: torch.Tensor, *, alpha: float, gamma: float) -> torch.Tensor:
     """Sum of the sigmoid focal loss against one class, or none, per pixel; no one-hot map is made.
 
