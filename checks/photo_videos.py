@@ -25,6 +25,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 from panopticapi.utils import id2rgb
 from pycocotools.coco import COCO
+from tabulate import tabulate
 
 import knet_d2
 from knet_d2.data.custom import register_custom_datasets
@@ -175,8 +176,7 @@ def main() -> int:
     if args.weights:
         results = evaluate(args.output, args.weights, args.opts)
         columns = {key: results[part][key] for part, keys in METRICS.items() for key in keys}
-        print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-        print("| " + " | ".join(f"{x:.1f}" for x in columns.values()) + " |")
+        print(tabulate([columns.values()], columns, tablefmt="pipe", floatfmt=".1f"))
     return 0
 
 

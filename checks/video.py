@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from tabulate import tabulate
 from tqdm import tqdm
 
 import knet_d2
@@ -37,6 +38,7 @@ from knet_d2.video.model import TrackingKNet
 from knet_d2.video.tracker import NO_TRACK
 
 DATASET = "moving_shapes_panoptic_val"
+# Ids of stuff are 1 + the class; those of things are above this
 MOST_CLASSES = 1000
 TRACKERS = ("embeddings", "kernels", "iou", "byte")
 METRICS = {"video_panoptic": ("STQ", "AQ", "SQ", "VPQ"), "video_instance": ("AP",)}
@@ -142,7 +144,7 @@ def ids_kept(crossings: list[dict[str, Any]], ids: Callable[[Any, int, int], int
 
 
 def _first(ids: Callable[[Any, int, int], int | None], video: Any, track: int, frames: range) -> int | None:
-    """The id in the first of the frames in which the thing has one, of at most 5."""
+    """The id in the first frame in which the thing has one; at most 5 frames are looked at."""
     found = (ids(video, t, track) for t in frames[:5])
     return next((x for x in found if x is not None), None)
 
@@ -169,8 +171,8 @@ class TrackingMasks:
         found = iter(self._tracker(*columns, [x["score"] for x in things]))
         followed = []
         for segment in segments:
-            track_id = 1000 + next(found) if segment["isthing"] else 1 + segment["category_id"]
-            if track_id == 1000 + NO_TRACK:
+            track_id = MOST_CLASSES + next(found) if segment["isthing"] else 1 + segment["category_id"]
+            if track_id == MOST_CLASSES + NO_TRACK:
                 segment_map[segment_map == segment["id"]] = 0
             else:
                 followed.append({**segment, "track_id": track_id})
@@ -178,7 +180,7 @@ class TrackingMasks:
 
 
 class IdCollector(VideoPanopticEvaluator):
-    """Also collects which predicted id covers most of each true thing."""
+    """Also collects the predicted id that overlaps each true thing most, if the IoU is above 0.3."""
 
     def __init__(self, dataset_name: str):
         super().__init__(dataset_name)
@@ -264,9 +266,8 @@ def main() -> int:
     cfg.DATASETS.TEST = (args.dataset,)
     found = evaluate(cfg, model, new_followers(cfg, model, args.trackers, args.min_iou), args.dataset)
     columns = list(next(iter(found.values())))
-    print("| tracker | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
-    for name, metrics in found.items():
-        print(f"| {name} | " + " | ".join(f"{x:.1f}" for x in metrics.values()) + " |")
+    rows = [[name, *metrics.values()] for name, metrics in found.items()]
+    print(tabulate(rows, ["tracker", *columns], tablefmt="pipe", floatfmt=".1f"))
     return 0
 
 

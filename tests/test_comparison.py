@@ -9,7 +9,8 @@ from knet_d2.data.build import MappedDataset
 from knet_d2.data.ground_truth import CompactMapper, ground_truth_of
 from knet_d2.errors import ConfigError
 from knet_d2.modeling import comparison
-from knet_d2.modeling.comparison import SampledPoints, sample, sample_masks
+from knet_d2.modeling.comparison import SampledPoints, sample_masks
+from knet_d2.modeling.layers import sample
 from knet_d2.modeling.structures import Targets
 
 POINTS = {"MODEL.KNET.LOSS.NUM_POINTS": 60}

@@ -39,7 +39,7 @@ class _File:
     is_checked: bool = False
 
 
-# By path of the file and folder of the images
+# Keys: path of the file and folder of the images
 _files: dict[tuple[str, str | None], _File] = {}
 
 
@@ -148,17 +148,20 @@ def parse_json(path: str, image_root: str | None = None) -> tuple[Any, list[Mend
     if key not in _files or _files[key].stamp != stamp:
         with PathManager.open(path, "rb") as f:
             text = f.read()
-        try:
-            content = json.loads(text)  # finds out whether the text is UTF-8, UTF-16 or UTF-32
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path}: is not valid JSON ({error}). The file may be cut off: download it again."
-            ) from error
+        content = decode_json(text, path)
         marked = text.startswith(_MARKS) or b"\0" in text[:4]
         mends = [Mend("the text has a byte order mark or is UTF-16; read as such", "", 1)] if marked else []
         _files[key] = _File(stamp, content, mends + mend_coco(content, image_root))
         forget_large_files(but=key)
     return _files[key].content, _files[key].mends
+
+
+def decode_json(text: bytes, path: str) -> Any:
+    """The content of a JSON file; the text may be UTF-8, UTF-16 or UTF-32."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not valid JSON ({error}). The file may be cut off: download it again.") from error
 
 
 def forget_large_files(but: tuple[str, str | None] | None = None) -> None:

@@ -7,8 +7,9 @@ import io
 import json
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import cv2
 import numpy as np
@@ -32,20 +33,22 @@ class Stop(Exception):
     """The user wants no more frames."""
 
 
-class Sink(Protocol):
-    """Takes the predictions of one frame after the other, by output; the main output comes first.
+class Sink(ABC):
+    """Takes the predictions of one frame after the other, by output; the main output comes first."""
 
-    Raises:
-        Stop: the user wants no more frames.
-    """
+    @abstractmethod
+    def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
+        """
+        Raises:
+            Stop: the user wants no more frames.
+        """
 
-    def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None: ...
+    def close(self) -> None:  # noqa: B027  most sinks have nothing to close
+        """Complete what was written."""
 
-    def close(self) -> None: ...
 
-
-class PictureFiles:
-    """A :class:`Sink` that draws each image into a file of its own."""
+class PictureFiles(Sink):
+    """Draws each image into a file of its own."""
 
     def __init__(self, path: str, inputs: Sequence[str]):
         """
@@ -71,9 +74,6 @@ class PictureFiles:
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
         picture = next(iter(predictions.values())).draw(frame.picture)
         Image.fromarray(picture).save(self._paths[frame.name])
-
-    def close(self) -> None:
-        pass
 
 
 class MaskFiles(Sink):
@@ -113,9 +113,6 @@ class MaskFiles(Sink):
             values = prediction.class_map(self.void).astype(np.uint8 if self.void < 256 else np.uint16)
         Image.fromarray(values).save(self._paths[frame.name])
 
-    def close(self) -> None:
-        pass
-
 
 def _try_folder(folder: str) -> None:
     """Make a folder; raises OSError where nothing can be written."""
@@ -137,15 +134,15 @@ def _paths_in(folder: str, inputs: Sequence[str], endings: tuple[str, ...] = (".
     return paths
 
 
-class JsonFile(JsonWriter):
-    """A :class:`Sink` that writes all results into one file."""
+class JsonFile(JsonWriter, Sink):
+    """Writes all results into one file."""
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
         self.add(frame.name, predictions)
 
 
-class JsonLines:
-    """A :class:`Sink` that writes a line with info and categories, then one for each image, as entries of the file.
+class JsonLines(Sink):
+    """Writes a line with info and categories, then one for each image, as entries of the file.
 
     The PNGs of panoptic results are in the lines, as data URIs.
     """
@@ -163,9 +160,6 @@ class JsonLines:
         except BrokenPipeError:  # the program that reads has ended, as "head" does
             raise Stop from None
 
-    def close(self) -> None:
-        pass
-
 
 def png_address(pixels: np.ndarray) -> str:
     """A picture as a PNG in a data URI."""
@@ -174,8 +168,8 @@ def png_address(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
-class TrackFile:
-    """A :class:`Sink` that writes the tracks of a video into one file, see :class:`TrackWriter`."""
+class TrackFile(Sink):
+    """Writes the tracks of a video into one file, see :class:`TrackWriter`."""
 
     def __init__(self, path: str):
         self._writer = TrackWriter(path)
@@ -187,8 +181,8 @@ class TrackFile:
         self._writer.close()
 
 
-class Window:
-    """A :class:`Sink` that shows pictures; Esc ends."""
+class Window(Sink):
+    """Shows pictures; Esc ends."""
 
     def __init__(self, milliseconds: int):
         """
@@ -211,9 +205,6 @@ class Window:
         if key == _ESCAPE:
             raise Stop
 
-    def close(self) -> None:
-        pass
-
 
 class VideoWindow(Window):
     """A :class:`Window` in which an object keeps its colour from frame to frame."""
@@ -230,8 +221,8 @@ class VideoWindow(Window):
         self.show(self._drawer.draw(frame.picture, next(iter(predictions.values()))))
 
 
-class VideoFile:
-    """A :class:`Sink` that draws into the frames of an MP4 file."""
+class VideoFile(Sink):
+    """Draws into the frames of an MP4 file."""
 
     def __init__(self, path: str, source: Video, classes: ClassTable, trail: int = 0):
         """

@@ -1,4 +1,8 @@
-"""Reads the images to segment from files, folders, a video or a webcam."""
+"""Reads the images to segment from files, folders, a video or a webcam.
+
+A source gives frames one by one. Its attributes are unit ("image" or "frame"), count (number of frames; None: unknown)
+and failed (number of frames that could not be read so far).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -51,24 +55,8 @@ class Frame(NamedTuple):
         return picture_of(self.image)
 
 
-class Source(Protocol):
-    """Gives frames one by one.
-
-    Attributes:
-        unit: name of one frame, "image" or "frame".
-        count: number of frames; None: unknown.
-        failed: number of frames that could not be read so far.
-    """
-
-    unit: str
-    count: int | None
-    failed: int
-
-    def __iter__(self) -> Iterator[Frame]: ...
-
-
 class ImageFiles:
-    """A :class:`Source` of image files."""
+    """A source of image files."""
 
     unit = "image"
 
@@ -99,7 +87,7 @@ class ImageFiles:
 
 
 class Video:
-    """A :class:`Source` of the frames of a video file, of a stream, or of the webcam.
+    """A source of the frames of a video file, of a stream, or of the webcam.
 
     Attributes:
         name: the file, or the address without user and password.

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .layers import upsample_masks
+from .layers import sample, upsample_masks
 from .structures import KernelState, Match, Positives, Targets
 from .targets import MASKS_AT_ONCE
 
@@ -122,7 +122,7 @@ class SampledPoints:
     def _image_pairs(
         self, image: int, key: tuple[int, ...], logits: torch.Tensor, target_index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the P kernels of one image: logits [P, H, W] -> logits and targets, [P, 1, L] each."""
+        """Logits and targets of the P kernels of one image at their points: [P, H, W] -> [P, 1, L] each."""
         generator = self._generator(image, logits, *key)
         points = self._uncertain(image, generator, logits)
         full = self.full_targets[image]
@@ -174,22 +174,6 @@ def generator_of(seed: int, device: torch.device, *key: int) -> torch.Generator:
     """A generator for one purpose, which the key names, of the image with a seed."""
     state = np.random.SeedSequence((seed, *key)).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) >> 1)
-
-
-def sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Bilinear values at points; outside of the outermost pixel centres those at the border.
-
-    Args:
-        maps: [M, C, H, W].
-        points: [M, 1, L, 2], (x, y) from 0 to 1.
-
-    Returns:
-        [M, C, 1, L].
-    """
-    height, width = maps.shape[-2:]
-    x = points[..., 0].clamp(0.5 / width, 1 - 0.5 / width)
-    y = points[..., 1].clamp(0.5 / height, 1 - 0.5 / height)
-    return F.grid_sample(maps, 2 * torch.stack([x, y], dim=-1) - 1, mode="bilinear", align_corners=False)
 
 
 def sample_masks(masks: torch.Tensor, index: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

@@ -86,6 +86,24 @@ def upsampled_size(mask_logits: torch.Tensor) -> tuple[int, int]:
     return MASK_SCALE * mask_logits.shape[-2], MASK_SCALE * mask_logits.shape[-1]
 
 
+def sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Bilinear values at points; outside of the outermost pixel centres those at the border.
+
+    That is F.grid_sample with the padding mode "border", which MPS lacks.
+
+    Args:
+        maps: [B, C, H, W].
+        points: [B, h, w, 2], (x, y) from 0 to 1.
+
+    Returns:
+        [B, C, h, w].
+    """
+    height, width = maps.shape[-2:]
+    x = points[..., 0].clamp(0.5 / width, 1 - 0.5 / width)
+    y = points[..., 1].clamp(0.5 / height, 1 - 0.5 / height)
+    return F.grid_sample(maps, 2 * torch.stack([x, y], dim=-1) - 1, mode="bilinear", align_corners=False)
+
+
 # ---- batch norm ------------------------------------------------------------------------------------------------
 
 

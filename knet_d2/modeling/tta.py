@@ -25,7 +25,7 @@ from ..data.augmentation import ResizeTransform
 from ..data.pixels import whole_as_bytes
 from ..errors import ConfigError
 from ..tasks import KernelBank, get_task
-from .layers import no_autocast
+from .layers import no_autocast, sample
 from .postprocessing import ImageGeometry, ImageLogits
 
 # Lowest mask IoU of two kernels that are taken for the same object
@@ -257,29 +257,7 @@ def resample_masks(
         points = (torch.arange(size[axis], dtype=torch.float64) + 0.5) / size[axis]
         points = points * target.padded[axis] / target.image[axis]
         points = 1 - points if mirrored else points
-        # Positions in the grid of the masks, whose sides are -1 to 1
-        axes.append(2 * points * source.image[axis] / source.padded[axis] - 1)
+        # Positions in the grid of the masks, whose sides are also 0 to 1
+        axes.append(points * source.image[axis] / source.padded[axis])
     y, x = torch.meshgrid(*axes, indexing="ij")
-    grid = torch.stack([x, y], dim=-1).to(mask_logits)
-    return sample_with_border(mask_logits[None], grid[None])[0]
-
-
-def sample_with_border(maps: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """F.grid_sample, bilinear and with the padding mode "border", also on MPS, which lacks that mode.
-
-    Args:
-        maps: [B, N, h, w].
-        grid: [B, H, W, 2], x and y; the maps' outer edges are -1 and 1.
-
-    Returns:
-        [B, N, H, W].
-    """
-    if maps.device.type != "mps":
-        return F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
-    return F.grid_sample(maps, clamped_grid(grid, *maps.shape[-2:]), align_corners=False)
-
-
-def clamped_grid(grid: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The grid with points beyond the centers of the outermost pixels moved to these: what "border" means."""
-    limits = grid.new_tensor([1 - 1 / width, 1 - 1 / height])
-    return torch.minimum(torch.maximum(grid, -limits), limits)
+    return sample(mask_logits[None], torch.stack([x, y], dim=-1).to(mask_logits)[None])[0]

@@ -5,7 +5,6 @@ annotation has "track_id". The "id" of a segment is the same in all frames of a 
 """
 
 import contextlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from ..data.coco_json import decode_json
 from ..data.coco_records import set_panoptic_classes
 from ..data.custom import FORMATS, IGNORE_LABEL, Format, Loader, load_label_folder
 from ..data.files import read_panoptic
@@ -58,12 +58,7 @@ def _check_split(entry: dict[str, Any]) -> None:
 
 def _read_json(path: str) -> Any:
     with PathManager.open(path, "rb") as f:
-        try:
-            return json.loads(f.read())  # finds out whether the text is UTF-8, UTF-16 or UTF-32
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path}: is not valid JSON ({error}). The file may be cut off: download it again."
-            ) from error
+        return decode_json(f.read(), path)
 
 
 # ---- YouTube-VIS -----------------------------------------------------------------------------------------------
