@@ -1,8 +1,6 @@
 """Batch norm folded into convolutions, and channels last: the same results with fewer operations."""
 
 import copy
-import itertools
-from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from knet_d2.modeling.layers import (
     EvalBatchNorm2d,
@@ -91,7 +88,7 @@ def test_a_prediction_runs_no_batch_norm(task):
     model = tiny_model(task).eval()
     with torch.no_grad(), Operations() as operations:
         model([{"image": torch.zeros(3, 64, 96, dtype=torch.uint8)}])
-    assert sum("convolution" in name for name in operations.names) > 40
+    assert operations.names.count("convolution") > 40
     assert not [name for name in operations.names if "batch_norm" in name]
 
 
@@ -159,36 +156,6 @@ def test_folded_weights_are_kept_in_the_type_of_autocast():
                 assert torch.equal(folded(x), half)
         assert half.dtype == torch.bfloat16 and torch.equal(folded(x), single)
     assert count(operations, "_to_copy") == 1  # of x
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
-def test_weights_are_packed_once():
-    """Of a size after another, in both memory formats, in inference mode and out of it."""
-    plain, folded = (module.float() for module in make_pair(nn.BatchNorm2d))
-    names = []
-    for shape, memory_format in itertools.product(
-        ((2, 6, 17, 13), (1, 6, 40, 64), (3, 6, 5, 5)), (torch.channels_last, torch.contiguous_format)
-    ):
-        x = torch.randn(shape).contiguous(memory_format=memory_format)
-        with torch.no_grad(), Operations() as operations, FlopCounterMode(display=False) as counter:
-            result = folded(x)
-        names += operations.names
-        with torch.no_grad(), FlopCounterMode(display=False) as expected:
-            torch.testing.assert_close(result, plain(x), rtol=1e-5, atol=1e-5)
-        assert counter.get_total_flops() == expected.get_total_flops() > 0
-        assert result.is_contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode():
-            assert torch.equal(folded(x), result)
-    assert names.count("_reorder_convolution_weight") == 1 and names.count("_convolution_pointwise") == 6
-    with torch.no_grad(), Operations() as operations:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            folded(x)
-        folded.double()(x.double())
-        with mock.patch.object(torch.backends.mkldnn, "is_available", lambda: False):
-            folded.float()(x)
-    assert "_convolution_pointwise" not in operations.names
-    assert "pointwise" not in str(torch.export.export(folded, (x,), strict=False).graph)
-    torch.testing.assert_close(folded(x), plain(x), rtol=1e-5, atol=1e-5)  # with gradients
 
 
 @needs_fake_cuda

@@ -13,7 +13,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm, get
 from detectron2.utils import comm
 from torch import distributed, nn
 
-from ..setup.compat import convolve_packed, pack_weight, tensor_version
+from ..setup.compat import tensor_version
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -184,17 +184,10 @@ def folded_weights(conv: Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
     return conv.weight * scale[:, None, None, None], norm.bias - mean * scale
 
 
-def can_pack(x: torch.Tensor) -> bool:
-    """Whether oneDNN convolves x, which reads weights in a layout of its own: float32 on a CPU."""
-    is_float = x.device.type == "cpu" and x.dtype == torch.float32 and half_type(x) is None
-    return is_float and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-
-
 class FoldedWeights(NamedTuple):
     """Folded weights, and by what it is seen that they are still right.
 
     Attributes:
-        weight: packed by oneDNN where that is possible, which otherwise happens at each call.
         sources: the tensors that they were made of. A reference to each, so that no new tensor gets its id.
         state: of each source when it was read: version, type and device; and the type of the folded weights.
     """
@@ -261,11 +254,7 @@ class FoldedConv2d(Conv2d):
         """[B, C_in, H, W] -> [B, C_out, H', W']."""
         if not isinstance(self.norm, AppliedNorm) and (self.training or not is_affine(self.norm)):
             return super().forward(x)
-        weight, bias = self._folded(x)
-        if weight.is_mkldnn:
-            x = convolve_packed(self, x, weight, bias)
-        else:
-            x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        x = F.conv2d(x, *self._folded(x), self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 
     def train(self, mode: bool = True) -> Self:
@@ -285,14 +274,11 @@ class FoldedConv2d(Conv2d):
         is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if torch.is_grad_enabled() or is_traced or any(t.is_inference() for t in sources):
             return folded_weights(self)
-        packs = can_pack(x)
-        state = [(tensor_version(t), t.dtype, t.device, dtype, packs) for t in sources]
+        state = [(tensor_version(t), t.dtype, t.device, dtype) for t in sources]
         kept = self._kept
         if kept is None or kept.state != state or any(a is not b for a, b in zip(kept.sources, sources)):
             weight, bias = (t if dtype is None else t.to(dtype) for t in folded_weights(self))
-            if packs:
-                weight = pack_weight(self, weight, x.shape)
-            elif x.device.type == "cuda" and dtype is not None:
+            if x.device.type == "cuda" and dtype is not None:
                 weight = weight.contiguous(memory_format=torch.channels_last)
             kept = self._kept = FoldedWeights(weight, bias, sources, state)
         return kept.weight, kept.bias

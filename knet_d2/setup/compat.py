@@ -4,16 +4,13 @@ Each function states why it is needed and when it can be removed.
 """
 
 import contextlib
-import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 __all__ = [
-    "convolve_packed",
     "create_local_process_group",
     "default_store",
-    "pack_weight",
     "quiet_torchscript",
     "replaced",
     "stored_images",
@@ -96,40 +93,3 @@ def replaced(module: Any, **values: Any) -> Iterator[None]:
                 setattr(module, name, earlier[name])
             else:
                 delattr(module, name)
-
-
-def pack_weight(conv: Any, weight: Any, input_shape: Sequence[int]) -> Any:
-    """A convolution's weight in the layout in which oneDNN reads it on this processor.
-
-    Reason: PyTorch makes this layout at each call, and has no public operator for maps that are channels_last.
-
-    Args:
-        input_shape: of the map; others give the same result, but a layout that is made for them may be faster.
-    """
-    import torch
-
-    _count_operations_of_packed_convolutions()
-    geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, list(input_shape))
-
-
-def convolve_packed(conv: Any, x: Any, packed: Any, bias: Any) -> Any:
-    """A convolution with a weight of :func:`pack_weight`.
-
-    Reason: as there.
-    """
-    import torch
-
-    geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *geometry, "none", [], "")
-
-
-@functools.cache
-def _count_operations_of_packed_convolutions() -> None:
-    """Make torch's FlopCounterMode count :func:`convolve_packed`, which it does not know."""
-    import torch
-    from torch.utils.flop_counter import conv_flop_count, register_flop_formula
-
-    @register_flop_formula(torch.ops.mkldnn._convolution_pointwise)
-    def count(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return conv_flop_count(x_shape, weight_shape, out_shape)
