@@ -29,7 +29,7 @@ from knet_d2.data.classes import class_table
 from knet_d2.errors import ConfigError
 from knet_d2.export import OUTPUT_NAMES, export_metadata, save_onnx, trace
 from knet_d2.inference.runtimes import open_runtime
-from knet_d2.modeling import layers, meta_arch
+from knet_d2.modeling import meta_arch
 from knet_d2.programs import run
 from knet_d2.programs.benchmark.models import Subject
 
@@ -85,7 +85,6 @@ def exported(subject: Subject, images: np.ndarray, folder: str, engine: str = "o
 
 LEVERS: dict[str, Lever] = {
     "without channels_last": functools.partial(without, "channels_last", lambda x: x, meta_arch),
-    "without weights packed by oneDNN": functools.partial(without, "can_pack", lambda x: False, layers),
     "onnxruntime": exported,
     "OpenVINO": functools.partial(exported, engine="openvino"),
     "bfloat16 (autocast)": bfloat16,
