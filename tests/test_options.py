@@ -11,12 +11,13 @@ from program_helpers import ROOT, write_config
 from toys import ToyNet, ToyTrainer, metrics_of, reset_toys, run, toy_cfg
 
 import knet_d2
+from knet_d2.checkpoint import changed_options, describe_model
 from knet_d2.config import get_knet_cfg
 from knet_d2.config.merging import load_config, merge_config
 from knet_d2.config.unread import UNREAD, find_unread, warn_of_unread_options
 from knet_d2.data.shapes import write_shapes
 from knet_d2.engine.optimizer import load_optimizer_state
-from knet_d2.engine.output_dir import release_output_dir
+from knet_d2.engine.output_dir import release_output_dir, save_config
 from knet_d2.errors import CheckpointError, ConfigError
 from knet_d2.programs import train
 
@@ -337,6 +338,27 @@ def test_options_that_are_not_read_are_told_once(tmp_path, config, caplog):
     ):
         assert part in told[0]
     release_output_dir(str(tmp_path))
+
+
+def test_config_that_a_run_has_written_is_the_same_config(tmp_path, config, caplog):
+    """YAML has lists where the defaults of Detectron2 have tuples of tuples."""
+    cfg = train.setup(arguments(config, "OUTPUT_DIR", tmp_path))
+    release_output_dir(str(tmp_path))
+    save_config(cfg, str(tmp_path))
+    again = get_knet_cfg()
+    merge_config(again, str(tmp_path / "config.yaml"))
+    weights = "BBOX_REG_WEIGHTS"
+    assert again.MODEL.ROI_BOX_CASCADE_HEAD[weights] != cfg.MODEL.ROI_BOX_CASCADE_HEAD[weights]  # lists and tuples
+    caplog.clear()
+    warn_of_unread_options(again)
+    assert not caplog.messages
+    first, second = describe_model(cfg), describe_model(again)
+    assert first == second and weights not in second["config"]
+    stored = {"MODEL": {"ROI_BOX_CASCADE_HEAD": {weights: again.MODEL.ROI_BOX_CASCADE_HEAD[weights]}}}
+    default = {"config": "{}"}
+    assert changed_options({"config": yaml.safe_dump(stored)}, default) == {}
+    stored["MODEL"]["ROI_BOX_CASCADE_HEAD"][weights][1][0] = 21.0
+    assert len(changed_options({"config": yaml.safe_dump(stored)}, default)) == 1
 
 
 def test_our_configs_set_nothing_that_is_not_read(caplog):

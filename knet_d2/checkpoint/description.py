@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 from detectron2.config import CfgNode
 
-from ..config.merging import translate_quarter_turns
+from ..config.merging import translate_quarter_turns, with_lists
 from ..config.options import get_knet_cfg
 from ..data.classes import ClassTable, categories, class_table, from_categories, with_classes
 from ..errors import CheckpointError
@@ -150,7 +150,7 @@ def changed_options(metadata: Any, earlier: Any) -> dict[str, tuple[Any, Any]]:
     changed = {}
     for key in sorted(now.keys() | before.keys()):
         values = tuple(config.get(key, defaults.get(key)) for config in (before, now))
-        if _as_list(values[0]) != _as_list(values[1]):
+        if with_lists(values[0]) != with_lists(values[1]):
             changed[key] = values
     return changed
 
@@ -160,10 +160,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         items |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return items
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _parse_config(text: str) -> dict[str, Any]:
@@ -231,6 +227,6 @@ def _differences(cfg: CfgNode, defaults: Mapping[str, Any], prefix: str = "") ->
             value = _differences(value, defaults.get(key, {}), f"{prefix}{key}.")
             if value:
                 found[key] = value
-        elif key not in defaults or value != defaults[key]:
-            found[key] = list(value) if isinstance(value, tuple) else value
+        elif key not in defaults or with_lists(value) != with_lists(defaults[key]):
+            found[key] = with_lists(value)
     return found

@@ -141,6 +141,13 @@ def _suggestion(key: str, known: list[str]) -> str:
     return f" Did you mean {nearest[0]}?" if nearest else ""
 
 
+def with_lists(value: Any) -> Any:
+    """Return a value with lists in place of tuples, at every level: YAML has no tuples, so that they are equal."""
+    if isinstance(value, dict):
+        return {key: with_lists(x) for key, x in value.items()}
+    return [with_lists(x) for x in value] if isinstance(value, list | tuple) else value
+
+
 def _flat_items(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
     """Return all values and nodes by their full keys."""
     items = {}

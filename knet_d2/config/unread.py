@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 from detectron2.config import CfgNode, get_cfg
 
+from .merging import with_lists
+
 logger = logging.getLogger(__name__)
 
 # Key, or a prefix of keys that ends in "." -> the option to set instead ("": none). The longest matching entry holds.
@@ -72,5 +74,5 @@ def changed_leaves(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> Iterato
     for key, value in defaults.items():
         if isinstance(value, CfgNode):
             yield from changed_leaves(cfg[key], value, f"{prefix}{key}.")
-        elif cfg[key] != value:
+        elif with_lists(cfg[key]) != with_lists(value):
             yield prefix + key
