@@ -349,7 +349,7 @@ def test_a_recipe_is_relative_to_the_working_folder(tmp_path, monkeypatch):
     assert (cfg.SEED, cfg.OUTPUT_DIR) == (5, "output/x")
 
 
-def test_ctrl_c_saves_and_prints_the_command_that_continues(shapes, tmp_path, monkeypatch):  # noqa: F811
+def test_ctrl_c_saves_and_prints_the_command_that_continues(shapes, tmp_path, monkeypatch, capsys):  # noqa: F811
     root, output = tmp_path / unique_name("my_photos"), tmp_path / "a run"
     root.mkdir()
     shutil.copytree(shapes / "images", root / "images")
@@ -366,7 +366,11 @@ def test_ctrl_c_saves_and_prints_the_command_that_continues(shapes, tmp_path, mo
         knet_command.main(["train", *arguments, *OPTIONS])
     assert ended.value.code == 75 and (output / "last_checkpoint").read_text() == "model_0000000.pth"
     (command,) = re.findall("Continue with --resume: (.*)", (output / "log.txt").read_text())
+    assert "What is next" not in capsys.readouterr().out
     assert knet_command.main(shlex.split(command)[1:]) == 0
+    printed = capsys.readouterr().out
+    assert f"The model is in {output}. What is next:\n  open {output}/report.html in a browser" in printed
+    assert f"\n  knet predict '{output}' PHOTOS --output '{output}'/pictures" in printed
     assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == 1
     assert "Training from iteration 1 to 2" in (output / "log.txt").read_text()
 

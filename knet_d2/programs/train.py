@@ -5,6 +5,7 @@ torchrun and srun start it as well: see the page CLUSTERS.
 
 import argparse
 import os
+import shlex
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -19,6 +20,7 @@ from ..engine.output_dir import save_config
 from ..engine.writers import read_metrics
 from ..errors import ConfigError
 from ..evaluation import write_report
+from ..evaluation.report import REPORT
 from . import check_dataset
 from .own_data import add_data_arguments, use_data
 
@@ -32,12 +34,6 @@ examples:
 
 Ctrl-C and SIGTERM write a checkpoint before the run ends; Ctrl-C again ends it at once. Several machines, torchrun and
 SLURM: knet docs CLUSTERS.
-"""
-_NEXT = """
-The model is in {folder}. What is next:
-  open {folder}/report.html in a browser
-  knet predict {folder} PHOTOS --output {folder}/pictures
-  knet export {folder} {folder}/model.onnx
 """
 
 
@@ -71,7 +67,19 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     save_config(cfg, cfg.OUTPUT_DIR)
-    return trainer.train()
+    results = trainer.train()
+    if comm.is_main_process():
+        print(next_steps(cfg.OUTPUT_DIR), flush=True)
+    return results
+
+
+def next_steps(folder: str) -> str:
+    """What a user can do with the model of a training run, as commands."""
+    name = shlex.quote(folder)
+    steps = [f"knet predict {name} PHOTOS --output {name}/pictures", f"knet export {name} {name}/model.onnx"]
+    if os.path.isfile(os.path.join(folder, REPORT)):
+        steps.insert(0, f"open {folder}/{REPORT} in a browser")
+    return "\n  ".join([f"\nThe model is in {folder}. What is next:", *steps]) + "\n"
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -90,7 +98,4 @@ def main(args: argparse.Namespace) -> int:
         if check_dataset.main(check):
             print("Correct the errors above, or train without this check: --no-check.")
             return 1
-    code = launch.run(train, args)
-    if folder and code == 0 and not args.eval_only:
-        print(_NEXT.format(folder=folder))
-    return code
+    return launch.run(train, args)

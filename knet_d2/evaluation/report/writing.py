@@ -26,7 +26,7 @@ from .section import Section
 
 logger = logging.getLogger(__name__)
 
-NAME = "report.html"
+REPORT = "report.html"
 _NUM_WORST, _NUM_BEST = 8, 4
 # Pixels of the longer side of the ground truth, and of the prediction beside it
 _PICTURE_SIZE = 480
@@ -62,7 +62,7 @@ def write_report(
         pictures = _draw(cfg, model, name, of_dataset[0]) if of_dataset else []
         datasets.append(DatasetReport(name, of_dataset, pictures))
     title = f"K-Net, {cfg.MODEL.KNET.TASK} segmentation: {', '.join(cfg.DATASETS.TEST)}"
-    path = os.path.join(cfg.OUTPUT_DIR, NAME)
+    path = os.path.join(cfg.OUTPUT_DIR, REPORT)
     content = page(title, training_charts(history), datasets, flatten_results_dict(results))
     write_atomically(path, lambda f: f.write(content))
     logger.info("Report of this evaluation: %s", path)
