@@ -34,7 +34,7 @@ from knet_d2.data.discovery import Found, find_annotations
 from knet_d2.data.files import files_below
 from knet_d2.engine import Trainer
 from knet_d2.errors import ConfigError, DataError
-from knet_d2.programs import NAMES, run_program
+from knet_d2.programs import NAMES, parse, run_program, train
 from knet_d2.programs.own_data import RECIPES, choose_recipe, write_config
 from knet_d2.setup.dependencies import VERSION
 
@@ -338,6 +338,28 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     assert knet_command.main(["export", output, str(tmp_path / "model.onnx")]) == 0
     assert called["weights"] == output  # stands for the best weights, as for knet_d2.load
     assert NUM_SHAPES == 4
+
+
+@pytest.mark.parametrize(
+    "program, words, expected",
+    [
+        ("train", "--data X A.B 6 --resume", {"data": "X", "resume": True, "opts": ["A.B", "6"]}),
+        ("train", "A.B 6 --num-gpus 2 --data X", {"data": "X", "num_gpus": 2, "opts": ["A.B", "6"]}),
+        ("train", "--data X A.B --resume", {"resume": False, "opts": ["A.B", "--resume"]}),  # a value
+        ("eval", "out A.B 6 --num-gpus 2", {"num_gpus": 2, "opts": ["A.B", "6"]}),
+        ("predict", "out a.jpg --opts A.B 6 --output x", {"output": "x", "inputs": ["a.jpg"], "opts": ["A.B", "6"]}),
+        ("check_dataset", "--data X --opts A.B 6 --draw", {"data": "X", "draw": True, "opts": ["A.B", "6"]}),
+    ],
+)
+def test_options_may_stand_behind_the_pairs(program, words, expected):
+    args = parse(importlib.import_module(f"knet_d2.programs.{program}").get_parser(), words.split())
+    assert {key: getattr(args, key) for key in expected} == expected
+
+
+def test_an_unknown_option_behind_the_pairs_is_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(train.get_parser(), ["--data", "X", "A.B", "6", "--rezume"])
+    assert "unrecognized arguments: --rezume" in capsys.readouterr().err
 
 
 def test_a_recipe_is_relative_to_the_working_folder(tmp_path, monkeypatch):

@@ -92,11 +92,25 @@ def run(
 
     Images and files may stand on both sides of options, except where KEY VALUE pairs without --opts end the line.
     """
-    try:
-        args = parser.parse_intermixed_args(arguments)
-    except TypeError:  # argparse can't do that with nargs=REMAINDER
-        args = parser.parse_args(arguments)
+    args = parse(parser, sys.argv[1:] if arguments is None else arguments)
     return guarded(lambda: main(args))
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; options such as --resume may also stand behind the KEY VALUE pairs."""
+    args = _parse_in_order(parser, words)
+    opts = getattr(args, "opts", [])  # argparse puts all that follows the first pair there
+    end = next((i for i in range(0, len(opts), 2) if opts[i].startswith("-")), len(opts))
+    if end == len(opts):
+        return args
+    return _parse_in_order(parser, [*opts[end:], *words[: len(words) - len(opts)], *opts[:end]])
+
+
+def _parse_in_order(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    try:
+        return parser.parse_intermixed_args(words)
+    except TypeError:  # argparse can't do that with nargs=REMAINDER
+        return parser.parse_args(words)
 
 
 def guarded(main: Callable[[], int | None]) -> int:
