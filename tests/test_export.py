@@ -421,7 +421,7 @@ def test_what_openvino_refuses(exported, tmp_path):
     model = onnx.load(path)
     del model.metadata_props[:]
     onnx.save(model, str(tmp_path / "bare.onnx"))
-    with pytest.raises(CheckpointError, match="bare.onnx: not a file of tools/export_model.py"):
+    with pytest.raises(CheckpointError, match="bare.onnx: not a file of knet export"):
         knet_d2.load(tmp_path / "bare.onnx", engine="openvino")
 
 

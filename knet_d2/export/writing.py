@@ -42,7 +42,8 @@ def halve(model: KNet) -> KNet:
         if isinstance(module, DeformableAttention):
             module.float()
         elif isinstance(module, ImageKernels):  # it computes these in float32
-            for part in (module.center_predictor, module.kernel_branch, module.extent):
+            networks = (module.local, module.mask_network) if module.mask_network is not None else ()
+            for part in (module.center_predictor, module.kernel_branch, module.extent, *networks):
                 part.float()
     return model
 
