@@ -88,8 +88,8 @@ def test_cvat(tmp_path):
     write_annotations("cvat", predictions(tmp_path), folder, CLASSES, tolerance=0)
     root = ElementTree.parse(os.path.join(folder, "annotations.xml")).getroot()
     assert root.findtext("version") == "1.1"
-    assert [x.get("name") for x in root.iter("image")] == ["c.png", "b.png", "a.png"]  # by falling doubt
-    image = root.findall("image")[1]
+    assert [x.get("name") for x in root.iter("image")] == ["a.png", "c.png", "b.png"]  # by falling doubt
+    image = root.findall("image")[2]
     assert (image.get("width"), image.get("height")) == ("64", "48")
     polygons: dict = {}
     for polygon in image.findall("polygon"):
@@ -130,15 +130,15 @@ def test_order_is_by_doubt(tmp_path):
     with open(tmp_path / "out" / "order.csv") as f:
         rows = list(csv.DictReader(f))
     assert [(os.path.basename(x["file_name"]), x["doubt"], x["segments"]) for x in rows] == [
+        ("a.png", "1.000", "0"),  # something may be missed
         ("c.png", "0.900", "1"),
         ("b.png", "0.400", "4"),
-        ("a.png", "0.000", "0"),
     ]
     content = json.loads((tmp_path / "out" / "annotations.json").read_text())
-    assert [x["file_name"] for x in content["images"]] == ["c.png", "b.png", "a.png"]
+    assert [x["file_name"] for x in content["images"]] == ["a.png", "c.png", "b.png"]
     assert [x["score"] for x in content["annotations"]] == [0.55, 0.9, 0.8, 0.95, 0.99]
     semantic = Prediction(SIZE, [Segment.from_mask(shapes()[0], 0, None)], CLASSES)
-    assert Annotated("x", semantic).doubt == 0 and Annotated("x", semantic._replace(segments=[])).doubt == 0
+    assert Annotated("x", semantic).doubt == 0 and Annotated("x", semantic._replace(segments=[])).doubt == 1
 
 
 @pytest.mark.parametrize("kind", WRITERS)

@@ -33,7 +33,9 @@ class Annotated(NamedTuple):
 
     @property
     def doubt(self) -> float:
-        """1 if the score of a segment is 0.5, 0 if all scores are 0 or 1, or if there are none."""
+        """1 if nothing was found or a score is 0.5; 0 if all scores are 0 or 1, or if segments have none."""
+        if not self.prediction.segments:
+            return 1.0
         scores = [x.score for x in self.prediction.segments if x.score is not None]
         return max((1 - abs(2 * score - 1) for score in scores), default=0.0)
 
@@ -41,7 +43,7 @@ class Annotated(NamedTuple):
 def write_annotations(
     kind: str, images: Iterable[tuple[str, Prediction]], folder: str, classes: ClassTable, tolerance: float = 1.0
 ) -> int:
-    """Write annotation files of a label tool, and order.csv with the images by falling doubt.
+    """Write annotation files of a label tool, and order.csv: images without a segment, then others by falling doubt.
 
     Args:
         kind: one of WRITERS.
@@ -62,7 +64,7 @@ def write_annotations(
     if os.path.isdir(folder) and os.listdir(folder):
         raise ConfigError(f"--output {folder}: has files already, which people may have corrected. Use a new folder.")
     os.makedirs(folder, exist_ok=True)
-    ordered = sorted((Annotated(*x) for x in images), key=lambda x: (-x.doubt, x.path))
+    ordered = sorted((Annotated(*x) for x in images), key=lambda x: (len(x.prediction.segments) > 0, -x.doubt, x.path))
     WRITERS[kind](ordered, folder, classes, tolerance)
     with open(os.path.join(folder, "order.csv"), "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         rows = csv.writer(f)
