@@ -11,6 +11,7 @@ import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import spread_scores, tiny_config, tiny_model
 from PIL import Image
+from pycocotools.coco import COCO
 
 import knet_d2
 from knet_d2.checkpoint import Checkpointer, describe_model, load_file, read_description
@@ -356,6 +357,16 @@ def test_mask_formats(seed):
         assert (mask_util.decode(record["segmentation"]) == mask).all()
         ys, xs = mask.nonzero()
         assert record["bbox"] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1] and record["area"] == mask.sum()
+    truth = COCO()
+    truth.dataset = prediction.to_coco_file("x.jpg")
+    truth.createIndex()
+    assert [x["image_id"] for x in prediction.to_coco()] == [0, 0]
+    results = truth.loadRes(prediction.to_coco(image_id=1))  # as they are, results of this image
+    assert (
+        [x["image_id"] for x in truth.dataset["annotations"]]
+        == [x["image_id"] for x in results.anns.values()]
+        == [1, 1]
+    )
     records = json.loads(json.dumps(prediction.to_coco("polygons")))
     assert [(x["category_id"], x["category_name"], x["score"]) for x in records] == [(7, "cup", 0.9), (7, "cup", 0.7)]
     for record, mask in zip(records, (masks[0], masks[2])):

@@ -75,13 +75,14 @@ class Prediction(NamedTuple):
         labels = np.array([void, *(x.label for x in self.segments)], np.int32)
         return labels[self.segment_map()]
 
-    def to_coco(self, masks: str = "rle") -> list[dict[str, Any]]:
-        """Return the segments in COCO's result format without "image_id"; the result can be written as JSON.
+    def to_coco(self, masks: str = "rle", image_id: int = 0) -> list[dict[str, Any]]:
+        """Return the segments in COCO's result format; the result can be written as JSON.
 
         "category_id" is the id in the data set's files, or Detectron2's contiguous id if the weights do not give it.
 
         Args:
             masks: format of "segmentation": "rle", or "polygons", which lose the holes of masks.
+            image_id: id of the image in the data set's files.
 
         Raises:
             ConfigError: the format is unknown.
@@ -91,6 +92,7 @@ class Prediction(NamedTuple):
         ids = self.classes.dataset_ids or self.classes.category_ids
         return [
             {
+                "image_id": image_id,
                 "category_id": ids[segment.label],
                 "category_name": self.classes.names[segment.label],
                 "score": segment.score,
@@ -108,11 +110,11 @@ class Prediction(NamedTuple):
             file_name: file name of the image.
             masks: see :meth:`to_coco`.
         """
-        records = enumerate(self.to_coco(masks), start=1)
+        records = enumerate(self.to_coco(masks, image_id=1), start=1)
         return {
             "images": [{"id": 1, "file_name": file_name, "height": self.size[0], "width": self.size[1]}],
             "categories": [{**x, "id": x["dataset_id"]} for x in categories(self.classes)],
-            "annotations": [{"id": i, "image_id": 1, "iscrowd": 0, **record} for i, record in records],
+            "annotations": [{"id": i, "iscrowd": 0, **record} for i, record in records],
         }
 
     def draw(self, image: np.ndarray) -> np.ndarray:
