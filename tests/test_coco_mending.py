@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -392,3 +393,19 @@ def test_good_images_are_drawn_although_others_have_errors(tmp_path, capsys):
     sheet = Image.open(os.path.join(output, f"{entry['name']}.jpg"))
     assert sheet.width == 128 * 5 + 16  # one picture, enlarged 5 times, between two margins
     assert "bad polygon" in capsys.readouterr().out
+
+
+def test_a_damaged_image_has_one_fault_and_a_missing_one_is_mended(tmp_path, capsys):
+    entry = _entry(tmp_path, instances_json())
+    output, fixed = str(tmp_path / "out"), str(tmp_path / "fixed.json")
+    first, *_ = sorted(os.listdir(entry["images"]))
+    path = os.path.join(entry["images"], first)
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[:100])
+    assert _program(tmp_path, entry, "--output", output, "--draw", "--fix", fixed) == 1
+    assert "1 errors" in capsys.readouterr().out and os.path.isfile(os.path.join(output, f"{entry['name']}.jpg"))
+    os.remove(path)
+    os.remove(fixed)
+    assert _program(tmp_path, entry, "--output", output, "--draw", "--fix", fixed) == 0
+    assert "1 errors" in capsys.readouterr().out
+    assert first not in [x["file_name"] for x in json.loads(Path(fixed).read_text())["images"]]

@@ -194,7 +194,13 @@ def test_an_image_that_is_annotated_and_missing(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "lost.jpg: is annotated, but does not exist. Add the file" in printed and "1 errors" in printed
     fixed = root / "fixed.json"
-    assert knet_command.main([*arguments, "--fix", str(fixed)]) == 1
+    assert knet_command.main([*arguments, "--draw", "--fix", str(fixed)]) == 0  # the written file has no error
+    assert "1 errors" in capsys.readouterr().out
+    assert {x.name for x in (tmp_path / "out").glob("*.jpg")} == {
+        f"{root.name}_{part}.jpg" for part in ("train", "val")
+    }
+    with pytest.raises(DataError, match=r"fixed\.json\)\. Correct or remove it\.$"):
+        load_dataset(f"{root.name}_train")
     assert [x["file_name"] for x in json.loads(fixed.read_text())["images"]] == [f"{stem(i)}.jpg" for i in range(2)]
     with pytest.raises(DataError, match="Name one of them: --data FILE"):  # two files for one part
         (root / "copy.json").write_text(fixed.read_text())

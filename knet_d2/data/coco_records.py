@@ -15,7 +15,6 @@ from .coco_json import (
     check_content,
     check_for_evaluation,
     check_keys,
-    parse_json,
     raise_wrong,
     read_coco_json,
 )
@@ -67,13 +66,15 @@ def records_of_content(content: dict[str, Any], path: str, image_root: str, name
     ]
 
 
-def readable_records(path: str, image_root: str, name: str) -> list[dict]:
-    """Return the records of those images of a damaged instances JSON that can be read without the others.
+def readable_records(content: Any, path: str, image_root: str, name: str) -> list[dict]:
+    """Return the records of those images of damaged content in COCO's format that can be read without the others.
+
+    Args:
+        content: what was parsed of the file ``path``.
 
     Raises:
         DataError: no image can be read.
     """
-    content, _ = parse_json(path, image_root)
     content = content if isinstance(content, dict) else {}
     lists = {key: content.get(key) for key in ("images", "annotations", "categories")}
     images, annotations, categories = (x if isinstance(x, list) else [] for x in lists.values())

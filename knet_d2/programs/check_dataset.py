@@ -6,10 +6,11 @@
 This writes sample images with their ground truth (NAME.jpg for each data set) and all faults (report.json) into the
 folder --output. --draw draws the good images even if others have errors. --fix writes annotation files in COCO's
 format, with everything corrected that training reads as it is meant, and without images that do not exist. The exit
-code is 1 if training or evaluation would fail or be wrong.
+code is 1 if training or evaluation would fail or be wrong; with --fix, if they would with the file that it wrote.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -25,6 +26,7 @@ from ..config import get_knet_cfg
 from ..config.merging import merge_config
 from ..data import load_dataset, register_custom_datasets, resolve_classes
 from ..data.check import Fault, Report, check_datasets
+from ..data.check.faults import ERROR
 from ..data.coco_json import parse_json
 from ..data.coco_mending import for_other_programs, leave_out_missing_images
 from ..data.coco_records import readable_records
@@ -68,15 +70,16 @@ def draw_ground_truth(cfg: CfgNode, name: str, number: int, columns: int, faults
         name: name of the data set.
         number: number of images.
         columns: number of images side by side.
-        faults: gets a fault for each image that can't be read for training.
+        faults: gets a fault for each image that can't be read for training, and has none yet.
     """
-    pictures = []
+    pictures, reported = [], {fault.file for fault in faults if fault.level == ERROR}
     for record in spread(_drawable_records(name), number):
         path = record["file_name"]
         try:
             pictures.append(ground_truth(cfg, record).draw(read_picture(path, PixelFormat.from_config(cfg))))
         except KNetError as error:
-            faults.append(Fault("unusable", path, "", str(error)))
+            if path not in reported:
+                faults.append(Fault("unusable", path, "", str(error)))
     return picture_sheet(pictures, columns, f"{name}: ground truth") if pictures else None
 
 
@@ -86,9 +89,13 @@ def _drawable_records(name: str) -> list[dict]:
         return load_dataset(name)
     except DataError:
         metadata = MetadataCatalog.get(name)
-        if not metadata.get("json_file") or metadata.get("panoptic_json"):
+        if metadata.get("read_annotations"):
+            content, path = metadata.read_annotations().content, metadata.annotations
+        elif metadata.get("json_file") and not metadata.get("panoptic_json"):
+            content, path = parse_json(metadata.json_file, metadata.image_root)[0], metadata.json_file
+        else:
             raise
-        return readable_records(metadata.json_file, metadata.image_root, name)
+        return readable_records(content, path, metadata.image_root, name)
 
 
 def draw_datasets(cfg: CfgNode, args: argparse.Namespace, report: Report) -> list[str]:
@@ -97,9 +104,12 @@ def draw_datasets(cfg: CfgNode, args: argparse.Namespace, report: Report) -> lis
     A data set of which nothing can be drawn is left out: the report says what is wrong with it.
     """
     sheets = []
-    for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
-        try:
+    names = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    for name in names:
+        with contextlib.suppress(KNetError):
             _drawable_records(name)  # sets the classes in the metadata, where the whole data set can't be read
+    for name in names:
+        try:
             resolve_classes(cfg)
             sheet = draw_ground_truth(cfg, name, args.number, args.columns, report.faults)
         except KNetError as error:
@@ -168,4 +178,4 @@ def main(args: argparse.Namespace) -> int:
         written += write_fixed(cfg, args.fix)
     if written:
         print(f"Wrote {', '.join(written)}")
-    return int(report.failed)
+    return int(report.failed_when_fixed if args.fix else report.failed)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from ...tasks import Task
+from ..coco_mending import MISSING_IMAGE
 from ..pixels import PixelFormat
 from ..split import Part
 from .faults import ERROR, KINDS, Fault
@@ -72,6 +73,12 @@ class Report:
     def failed(self) -> bool:
         """Whether there is an error: training or evaluation would fail or be wrong."""
         return any(fault.level == ERROR for fault in self.faults)
+
+    @property
+    def failed_when_fixed(self) -> bool:
+        """Whether there is an error besides missing images, which ``knet check --fix`` leaves out."""
+        errors = (fault for fault in self.faults if fault.level == ERROR)
+        return any(fault.kind != "missing image" and MISSING_IMAGE not in fault.what for fault in errors)
 
     def text(self, most: int = 10) -> str:
         """Return the counts, then the faults by kind, errors first.

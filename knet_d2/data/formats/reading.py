@@ -81,7 +81,7 @@ class Annotations(NamedTuple):
         """
         if self.errors:
             more = f" ({len(self.errors) - 1} more places: knet check lists them)" * (len(self.errors) > 1)
-            raise DataError(f"{self.errors[0]}{more}. Correct or remove it.")
+            raise DataError(f"{str(self.errors[0]).rstrip('.')}{more}. Correct or remove it.")
         check_content(self.content, source)
         return self.content
 
