@@ -34,6 +34,8 @@ from knet_d2.data.discovery import Found, find_annotations
 from knet_d2.data.files import files_below
 from knet_d2.engine import Trainer
 from knet_d2.errors import ConfigError, DataError
+from knet_d2.evaluation.report import recommended_threshold
+from knet_d2.evaluation.report.page import RECOMMENDED
 from knet_d2.programs import NAMES, parse, run_program, train
 from knet_d2.programs.own_data import RECIPES, choose_recipe, write_config
 from knet_d2.setup.dependencies import VERSION
@@ -316,6 +318,7 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     assert config["_BASE_"] == get_config_file("finetune/instance.yaml")
     assert config["DATASETS"]["CUSTOM"][0]["json"] == str(root / "instances.json")
     assert f"knet predict {output} PHOTOS" in printed
+    assert recommended_threshold(output) is None  # after 2 iterations, nothing is found
     final = os.path.join(output, "model_final.pth")
     assert torch.load(final, weights_only=True)["iteration"] == 1
 
@@ -327,14 +330,24 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     for words in (["eval", output], ["predict", output, "x.jpg", "--opts"]):
         assert knet_command.main([*words, "MODEL.WEIGHTS", "other.pth"]) == 1
         assert "MODEL.WEIGHTS: the model is the first argument" in capsys.readouterr().err
+    (page := Path(output, "report.html")).write_text(
+        page.read_text().replace("<title>", RECOMMENDED.format("0.22") + "<title>")
+    )
+    assert "pictures --confidence-threshold 0.22\n" in train.next_steps(output)
     target = str(tmp_path / "pictures")
     photo = str(root / "images" / "000000.jpg")
     result = str(tmp_path / "result.json")
     options = ["--confidence-threshold", "0", "--json", result]
     # The photo may also stand behind options
     assert knet_command.main(["predict", output, "--output", target, photo, *options]) == 0
-    assert f"Wrote the results of 1 image to {target}, {result}." in capsys.readouterr().out
-    assert os.listdir(target) == ["000000.jpg"] and json.load(open(tmp_path / "result.json"))["images"]
+    printed, found = capsys.readouterr().out, json.load(open(tmp_path / "result.json"))
+    assert f"Wrote the results of 1 image to {target}, {result}." in printed
+    number = len(found["images"][0]["instances"])
+    threshold = "(--confidence-threshold 0; the training run's report recommends 0.22)"
+    assert number > 1 and f"Found {number} objects in 1 image, 0 of them with none {threshold}." in printed
+    assert os.listdir(target) == ["000000.jpg"] and found["images"]
+    assert knet_command.main(["predict", output, photo, "--output", target, "--confidence-threshold", "0.99"]) == 0
+    assert "Found 0 objects in 1 image, 1 of them with none (--confidence" in capsys.readouterr().out
     assert knet_command.main(["check", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "0 errors" in printed and get_config_file(RECIPES["instance"].cpu) in printed

@@ -20,6 +20,7 @@ from knet_d2.data import load_dataset
 from knet_d2.data.shapes import write_shapes
 from knet_d2.engine import Trainer
 from knet_d2.evaluation import InstanceEvaluator, PanopticEvaluator, build_evaluators, write_report
+from knet_d2.evaluation.report import recommended_threshold
 from knet_d2.evaluation.report.average_precision import match_classes
 from knet_d2.evaluation.report.bootstrap import MOST_GROUPS, groups_of, interval, resample
 from knet_d2.evaluation.report.matches import Matches, confusion_matrix
@@ -337,10 +338,13 @@ def test_text_of_the_data_is_escaped():
     assert all(name in parsed.text for name in HOSTILE[:3]) and "half ?" in parsed.text
 
 
-def test_numbers_of_the_page(instances):
+def test_numbers_of_the_page(instances, tmp_path):
     section = instances[3]
-    parsed = Tags(page("a", [], [DatasetReport("set", [section], [])], {}).decode())
+    content = page("a", [], [DatasetReport("set", [section], [])], {}).decode()
+    parsed = Tags(content)
     score = section.thresholds.scores[section.thresholds.best]
+    (tmp_path / "report.html").write_text(content)
+    assert recommended_threshold(str(tmp_path)) == pytest.approx(score) and recommended_threshold("nowhere") is None
     assert f"Recommended: {score:.2f} (MODEL.KNET.TEST.SCORE_THRESHOLD)" in parsed.text
     values = sorted((row.values[0] for row in section.rows), reverse=True)
     places = [parsed.text.index(row.name) for value in values for row in section.rows if row.values[0] == value]

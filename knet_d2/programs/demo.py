@@ -5,13 +5,14 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 import tqdm
 
 from ..data.files import refuse_to_replace
 from ..errors import ConfigError
+from ..evaluation.report import recommended_threshold
 from ..inference.detectron2_predictor import Predictor
 from ..inference.from_file import resolve_model, threshold_options
 from ..inference.image_predictor import ImagePredictor
@@ -158,7 +159,7 @@ def predict(args: argparse.Namespace, lines: TextIO | None = None) -> int:
     else:
         source = Video(args.video_input)
     found: Iterator[tuple[Frame, dict[str, Prediction]]]
-    number = 0
+    counts: list[int] = []
     with contextlib.suppress(Stop), contextlib.ExitStack() as stack:
         sinks = build_sinks(args, source, predictor, lines)
         for sink in sinks:
@@ -172,8 +173,33 @@ def predict(args: argparse.Namespace, lines: TextIO | None = None) -> int:
         for frame, predictions in found:
             for sink in sinks:
                 sink.write(frame, predictions)
-            number += 1
+            counts.append(_number_of_objects(predictions[predictor.outputs[0]]))
+    number = len(counts)
     written = [path for path in (args.output, args.masks, args.json) if path not in (None, "-")]
     if written:
         print(f"Wrote the results of {number} {source.unit}{'s' * (number != 1)} to {', '.join(written)}.")
+    if predictor.outputs[0] != "sem_seg":
+        print(what_was_found(counts, source.unit, predictor))
     return 1 if source.failed else 0
+
+
+def _number_of_objects(prediction: Prediction) -> int:
+    return sum(segment.label < prediction.classes.num_things for segment in prediction.segments)
+
+
+def what_was_found(counts: Sequence[int], unit: str, predictor: ImagePredictor) -> str:
+    """A sentence on the numbers of objects, and with which threshold they were found.
+
+    Args:
+        counts: number of objects in each image or frame.
+        unit: "image" or "frame".
+        predictor: if its weights are in a training run's folder, the threshold of the report there is named.
+    """
+    test = predictor.cfg.MODEL.KNET.TEST
+    used = test.SCORE_THRESHOLD if predictor.outputs[0] == "instances" else test.THING_SCORE_THRESHOLD
+    best = recommended_threshold(os.path.dirname(predictor.cfg.MODEL.WEIGHTS))
+    other = "" if best is None or best == used else f"; the training run's report recommends {best:.2f}"
+    return (
+        f"Found {sum(counts)} object{'s' * (sum(counts) != 1)} in {len(counts)} {unit}{'s' * (len(counts) != 1)}, "
+        f"{counts.count(0)} of them with none (--confidence-threshold {used:g}{other})."
+    )

@@ -20,7 +20,7 @@ from ..engine.output_dir import save_config
 from ..engine.writers import read_metrics
 from ..errors import ConfigError
 from ..evaluation import write_report
-from ..evaluation.report import REPORT
+from ..evaluation.report import REPORT, recommended_threshold
 from . import check_dataset
 from .own_data import add_data_arguments, use_data
 
@@ -76,7 +76,9 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
 def next_steps(folder: str) -> str:
     """What a user can do with the model of a training run, as commands."""
     name = shlex.quote(folder)
-    steps = [f"knet predict {name} PHOTOS --output {name}/pictures", f"knet export {name} {name}/model.onnx"]
+    threshold = recommended_threshold(folder)
+    option = "" if threshold is None else f" --confidence-threshold {threshold:.2f}"
+    steps = [f"knet predict {name} PHOTOS --output {name}/pictures{option}", f"knet export {name} {name}/model.onnx"]
     if os.path.isfile(os.path.join(folder, REPORT)):
         steps.insert(0, f"open {folder}/{REPORT} in a browser")
     return "\n  ".join([f"\nThe model is in {folder}. What is next:", *steps]) + "\n"

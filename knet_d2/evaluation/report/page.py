@@ -55,6 +55,10 @@ _COLORS = "\n".join(
 )
 
 
+# In the head of the page: the threshold for the main output on the first data set
+RECOMMENDED = '<meta name="recommended-score-threshold" content="{}">'
+
+
 class Picture(NamedTuple):
     """A validation image, as JPEG, with its quality (0 to 1)."""
 
@@ -86,6 +90,8 @@ def page(title: str, charts: Sequence[str], datasets: Sequence[DatasetReport], r
     for dataset in datasets:
         body += [_section(section, dataset.name) for section in dataset.sections]
         body.append(_pictures(dataset))
+    main = next((x.sections[0].thresholds for x in datasets if x.sections), None)
+    recommended = "" if main is None else RECOMMENDED.format(f"{main.scores[main.best]:.2f}")
     rows = [f'<tr><th scope="row">{escape(key)}</th><td>{_value(x)}</td></tr>' for key, x in results.items()]
     body.append("<h2>All metrics</h2>" + _table("<thead></thead>", rows))
     text = (
@@ -93,7 +99,7 @@ def page(title: str, charts: Sequence[str], datasets: Sequence[DatasetReport], r
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src '
         "'unsafe-inline'\">"
-        f"<title>{escape(title)}</title><style>{_STYLE}{_COLORS}</style></head><body>{''.join(body)}</body></html>\n"
+        f"{recommended}<title>{escape(title)}</title><style>{_STYLE}{_COLORS}</style></head><body>{''.join(body)}</body></html>\n"
     )
     return text.encode("utf-8", errors="replace")  # JSON may hold lone surrogates, which UTF-8 can't encode
 

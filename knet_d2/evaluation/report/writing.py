@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from ...checkpoint import write_atomically
 from ...data import load_dataset
 from ...errors import DataError
 from ...results.comparison import draw_comparisons
-from .page import DatasetReport, Picture, page, training_charts
+from .page import RECOMMENDED, DatasetReport, Picture, page, training_charts
 from .section import Section
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ _NUM_WORST, _NUM_BEST = 8, 4
 # Pixels of the longer side of the ground truth, and of the prediction beside it
 _PICTURE_SIZE = 480
 _JPEG_QUALITY = 80
+# What is read of a report for its recommended threshold
+_HEAD_LETTERS = 2000
 
 
 def write_report(
@@ -66,6 +69,16 @@ def write_report(
     content = page(title, training_charts(history), datasets, flatten_results_dict(results))
     write_atomically(path, lambda f: f.write(content))
     logger.info("Report of this evaluation: %s", path)
+
+
+def recommended_threshold(folder: str) -> float | None:
+    """The lowest score of an object that the report in a training run's folder recommends; None if it has none."""
+    path = os.path.join(folder, REPORT)
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8", errors="replace") as f:
+        found = re.search(RECOMMENDED.format(r"(0\.\d\d)"), f.read(_HEAD_LETTERS))
+    return float(found[1]) if found else None
 
 
 def _draw(cfg: CfgNode, model: nn.Module, dataset: str, section: Section) -> list[Picture]:
