@@ -66,3 +66,10 @@ DEPENDENCIES = (
     Dependency("tabulate", "tabulate"),
     Dependency("cloudpickle", "cloudpickle"),
 )
+
+# Packages that only some uses need, and what for.
+OPTIONAL = {
+    Dependency("timm", "timm", "1.0.31"): "K-Net Lite (also training without a GPU), and other backbones",
+    Dependency("onnx", "onnx"): "writing ONNX files",
+    Dependency("onnxruntime", "onnxruntime"): "prediction with ONNX files",
+}

@@ -14,9 +14,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .dependencies import DEPENDENCIES, PYTHON, Dependency
+from .dependencies import DEPENDENCIES, OPTIONAL, PYTHON, Dependency
 
-OK, MISSING, TOO_OLD, BROKEN = "ok", "missing", "too old", "broken"
+OK, NOT_THERE, MISSING, TOO_OLD, BROKEN = "ok", "optional", "missing", "too old", "broken"
 
 # The table shows the location of these; all other packages are usually in the folder of Python.
 _LOCATED = ("Python", "detectron2", "knet_d2")
@@ -90,6 +90,8 @@ def judge(dependency: Dependency, result: dict) -> Row:
     module, minimum, version = dependency.module, dependency.minimum, result.get("version")
     command = dependency.command or f"python -m pip install --upgrade {dependency.distribution}"
     if "error" in result:
+        if dependency in OPTIONAL and result.get("missing") == module:
+            return Row(module, f"not installed, for {OPTIONAL[dependency]}", NOT_THERE, command)
         missing = (result.get("missing") or "").partition(".")[0]
         if result.get("missing") == module:
             return Row(module, "", MISSING, command)
@@ -107,11 +109,11 @@ def judge(dependency: Dependency, result: dict) -> Row:
 
 
 def examine() -> list[Row]:
-    """Examine this installation; returns the lines of the table from Python to knet_d2."""
+    """Examine this installation; returns the lines of the table: Python, requirements, knet_d2, optional packages."""
     python = Dependency("Python", "Python", PYTHON, "use a newer Python")
     rows = [judge(python, {"version": platform.python_version(), "location": sys.prefix})]
     ourselves = Dependency("knet_d2", "knet_d2", command="repair the lines above first", probes=("knet_d2.engine",))
-    dependencies = [*DEPENDENCIES, ourselves]
+    dependencies = [*DEPENDENCIES, ourselves, *OPTIONAL]
     for dependency, result in zip(dependencies, probe(dependencies)):
         rows.append(judge(dependency, result))
         if "device" in result:
@@ -135,6 +137,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(prog="python -m knet_d2.doctor", description="Report what is installed.").parse_args(argv)
     rows = examine()
     print(format_table(rows))
-    bad = sum(row.status != OK for row in rows)
-    print(f"\n{bad} of {len(rows)} need attention." if bad else "\nEverything is installed.")
+    bad = sum(row.status not in (OK, NOT_THERE) for row in rows)
+    print(f"\n{bad} of {len(rows)} need attention." if bad else "\nEverything that is required is installed.")
     return 1 if bad else 0
