@@ -471,8 +471,12 @@ def test_half_precision(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, IMAGE_KERNELS])
 def test_half_precision_of_instances(options):
-    """Without tracing, which takes long; kernels of the image have parts that stay in float32."""
-    model = spread_scores(tiny_model("instance", {**OPTIONS, **options}).eval())
+    """Without tracing, which takes long; kernels of the image have parts that stay in float32.
+
+    The seed is one for which no pixel lies so near a hard mask's border, and no peak so near another, that rounding
+    moves it.
+    """
+    model = spread_scores(tiny_model("instance", {**OPTIONS, **options}, seed=1).eval())
     arrays = random_images(2, (96, 128)), np.array([90, 120]), np.array([100, 130])
     inputs = [torch.from_numpy(x) for x in arrays]
     with torch.no_grad():

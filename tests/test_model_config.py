@@ -35,6 +35,7 @@ NODES = {
     "LOSS.DENSE_WEIGHT": ("panoptic", 0.5),
     "LOSS.AUXILIARY_WEIGHT": ("semantic", 0.8),
     "LOSS.NUM_POINTS": ("panoptic", 40),
+    "LOSS.QUALITY_EXPONENT": ("panoptic", 1.0),
     "LOSS.FOCAL_ALPHA": ("panoptic", 0.5),
     "LOSS.FOCAL_GAMMA": ("panoptic", 1.0),
     "DENOISING.NUM_KERNELS": ("panoptic", 9),
@@ -96,9 +97,9 @@ def default_behaviour():
 
 
 def test_all_nodes_are_tested():
-    # See test_processes.py, test_image_kernels.py and test_training_kernels.py
+    # See test_processes.py, test_image_kernels.py, test_mask_network.py and test_training_kernels.py
     elsewhere = {"LOSS.GLOBAL_NORMALIZERS", "LOSS.CENTER_WEIGHT", "DENOISING.NOISE", "DENOISING.WEIGHT"}
-    elsewhere |= {"ONE_TO_MANY.REPEATS", "ONE_TO_MANY.WEIGHT"}
+    elsewhere |= {"ONE_TO_MANY.REPEATS", "ONE_TO_MANY.WEIGHT", "MASK_NETWORK_WIDTH"}
     names = {name for name in node_names(tiny_config("panoptic").MODEL.KNET) if not name.startswith("VIDEO.")}
     assert names == set(NODES) | elsewhere  # those of videos: test_video_model.py
 
