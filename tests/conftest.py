@@ -10,12 +10,12 @@ def _log_reaches_caplog(caplog):
     """Let `caplog` listen to the package's logger instead of the root logger.
 
     Detectron2's `setup_logger`, which a program calls in this test or an earlier one, turns
-    the propagation to the root logger off. Levels that a program sets end with the test.
+    the propagation to the root logger off. Levels that a program has set, in an earlier test
+    or in a fixture of a whole module, do not hold here.
     """
     logger = logging.getLogger("knet_d2")
-    level = logger.level
+    logger.setLevel(logging.NOTSET)
     logger.propagate = False
     logger.addHandler(caplog.handler)
     yield
     logger.removeHandler(caplog.handler)
-    logger.setLevel(level)
