@@ -12,6 +12,7 @@ from toys import Interrupted, ToyNet, ToyTrainer, reset_toys, toy_cfg
 
 from knet_d2.errors import KNetError
 from knet_d2.modeling.layers import EvalBatchNorm2d, sync_batch_norm
+from knet_d2.setup.compat import end_process
 
 NORMS = {"BN": nn.BatchNorm2d, "SyncBN": sync_batch_norm, "frozen BN": EvalBatchNorm2d}
 DECAYS = {"no EMA": 0.0, "EMA": 0.5}
@@ -143,4 +144,4 @@ def run_all(folder):
         torch.save(found, os.path.join(folder, "found.pth"))
     if comm.get_world_size() > 1:
         comm.synchronize()
-        torch.distributed.destroy_process_group()  # its threads would abort a process that ends with them
+        end_process(0)

@@ -21,6 +21,7 @@ from knet_d2.engine import Trainer, load_config
 from knet_d2.engine.optimizer import build_gradient_clipper
 from knet_d2.engine.stop_signals import StopSignals
 from knet_d2.engine.train_step import TrainStep
+from knet_d2.setup.compat import end_process
 from knet_d2.tasks import VIDEO_SWITCHES
 
 # Instances of the images of every step's batch: none on the second half of the processes, none at all, all over
@@ -197,6 +198,9 @@ def train_and_save(path, configs):
     results["skipped"] = comm.all_gather(step_over_costs_that_are_not_finite())
     if comm.is_main_process():
         torch.save(results, path)
+    if comm.get_world_size() > 1:
+        comm.synchronize()
+        end_process(0)
 
 
 @contextlib.contextmanager

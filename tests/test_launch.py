@@ -1,6 +1,7 @@
 """Runs of several processes: who starts them, and how they end when one fails or a signal stops them."""
 
 import argparse
+import atexit
 import errno
 import io
 import json
@@ -240,14 +241,30 @@ def test_a_second_interrupt_ends_at_once(monkeypatch, capfd):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_an_interrupted_process_of_several_has_its_exit_code(monkeypatch):
-    def interrupted(work, *args):
-        raise KeyboardInterrupt
+def _end_after_exit_functions(ending, path):
+    atexit._clear()  # what the parent of this forked process has registered
+    atexit.register(path.write_text, "saved")
+    threading.Thread(target=time.sleep, args=(600,)).start()  # the interpreter's own end would wait for it
 
-    monkeypatch.setattr(launch, "run_guarded", interrupted)
-    with pytest.raises(SystemExit) as ended:
-        launch._work(None, None)
-    assert ended.value.code == 130
+    def run_guarded(main, args):
+        if isinstance(ending, BaseException):
+            raise ending
+        return ending
+
+    launch.run_guarded = run_guarded
+    launch._work(None, None)
+
+
+@pytest.mark.parametrize(
+    "ending, code", [(0, 0), (1, 1), (KeyboardInterrupt(), 130), (SystemExit(EXIT_PREEMPTED), EXIT_PREEMPTED)]
+)
+def test_a_process_of_several_ends_at_once_with_its_exit_code(tmp_path, ending, code):
+    process = multiprocessing.get_context("fork").Process(
+        target=_end_after_exit_functions, args=(ending, tmp_path / "log")
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == code and (tmp_path / "log").read_text() == "saved"
 
 
 def wait_for_interrupt(worker):

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from detectron2.engine import launch
@@ -18,7 +18,7 @@ from torch import distributed
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import ConfigError, KNetError
-from ..setup.compat import create_local_process_group
+from ..setup.compat import create_local_process_group, end_process
 from .failures import EXIT_INTERRUPTED, RESUME, run_guarded
 from .placement import Placement, find_placement
 from .stop_signals import handlers, pass_on
@@ -38,7 +38,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 
 
 def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> int:
-    """Run ``main(args)`` in every process of a run.
+    """Run ``main(args)`` in every process of a run; a process that torchrun or srun has started ends here.
 
     Args:
         main: function of a module or of the main program.
@@ -62,7 +62,8 @@ def _start(main: Callable, args: argparse.Namespace) -> None:
         )
     if place is not None:
         _join(place, timeout)
-    elif args.num_gpus * args.num_machines > 1:
+        _work(main, args)
+    if args.num_gpus * args.num_machines > 1:
         if args.num_machines > 1 and args.dist_url == "auto":
             raise ConfigError(
                 f"--num-machines {args.num_machines}: name the first machine, as --dist-url tcp://first-machine:29500."
@@ -95,11 +96,14 @@ def _launch(main: Callable, args: argparse.Namespace, timeout: datetime.timedelt
         raise KNetError(f"The processes can't connect. {str(error).strip().splitlines()[-1]}") from error
 
 
-def _work(main: Callable, args: argparse.Namespace) -> None:
+def _work(main: Callable, args: argparse.Namespace) -> NoReturn:
     try:
-        sys.exit(run_guarded(main, args))
+        code = run_guarded(main, args)
     except KeyboardInterrupt:  # multiprocessing would end with exit code 0
-        sys.exit(EXIT_INTERRUPTED)
+        code = EXIT_INTERRUPTED
+    except SystemExit as ending:
+        code = int(ending.code or 0)
+    end_process(code)
 
 
 def _join(place: Placement, timeout: datetime.timedelta) -> None:

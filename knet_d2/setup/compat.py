@@ -3,14 +3,18 @@
 Each function states why it is needed and when it can be removed.
 """
 
+import atexit
 import contextlib
+import os
+import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 __all__ = [
     "create_local_process_group",
     "default_store",
+    "end_process",
     "quiet_torchscript",
     "replaced",
     "stored_images",
@@ -45,6 +49,18 @@ def default_store() -> Any:
     from torch import distributed
 
     return distributed.distributed_c10d._get_default_store()
+
+
+def end_process(code: int) -> NoReturn:
+    """End a process of several with this exit code, after its exit functions, but without the interpreter's own end.
+
+    Reason: threads of PyTorch's process groups outlive destroy_process_group. With gloo, one of some twenty processes
+    that had done their work was aborted by them (SIGABRT) at the interpreter's end.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def tensor_version(tensor: Any) -> int:
