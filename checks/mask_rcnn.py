@@ -2,9 +2,10 @@
 
     python -m checks.mask_rcnn --config-file configs/shapes/instance.yaml output/mask_rcnn --opts SOLVER.MAX_ITER 320
 
-It is a yardstick: the program prints the processor seconds of the training steps and the AP, to be compared with those
-of tools/compare_training.py. What the config says of K-Net's head has no effect; the heads have the pyramid's number of
-channels, and anchors for the sizes of the config's images. Give the best of several SOLVER.BASE_LR.
+It is a yardstick: the program prints the processor seconds of the training steps and the AP below COCO's table, to be
+compared with those of train_net.py. Weights, augmentations, frozen layers and the average of the weights are the
+config's, too. What it says of K-Net's head has no effect; the heads have the pyramid's number of channels, and anchors
+for the sizes of the config's images. Give the best of several SOLVER.BASE_LR.
 """
 
 import argparse
@@ -24,10 +25,12 @@ from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from knet_d2.checkpoint import Checkpointer
 from knet_d2.config.merging import load_config
-from knet_d2.engine.optimizer import build_lr_scheduler, build_optimizer
-from knet_d2.modeling.backbone.resnet import build_knet_resnet_backbone
+from knet_d2.data.augmentation import build_augmentations
+from knet_d2.engine.optimizer import build_gradient_clipper, build_lr_scheduler, build_optimizer
 from knet_d2.programs import run
 from knet_d2.programs.arguments import add_opts
 
@@ -40,10 +43,10 @@ PROPOSALS = 128
 
 @BACKBONE_REGISTRY.register()
 def build_mask_rcnn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """The config's ResNet and pyramid, with the level p6 that the proposals need."""
-    resnet = build_knet_resnet_backbone(cfg, input_shape)
+    """Detectron2's pyramid with the level p6 that the proposals need, on the network of the config's pyramid."""
+    network = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.PYRAMID)(cfg, input_shape).bottom_up
     fpn = cfg.MODEL.FPN
-    return FPN(resnet, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, LastLevelMaxPool(), fpn.FUSE_TYPE)
+    return FPN(network, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, LastLevelMaxPool(), fpn.FUSE_TYPE)
 
 
 def mask_rcnn_config(config_file: str, opts: list[str]):
@@ -51,7 +54,8 @@ def mask_rcnn_config(config_file: str, opts: list[str]):
     cfg = load_config(config_file, opts)
     cfg.defrost()
     model, channels = cfg.MODEL, cfg.MODEL.FPN.OUT_CHANNELS
-    model.META_ARCHITECTURE, model.BACKBONE.NAME, model.MASK_ON = "GeneralizedRCNN", "build_mask_rcnn_backbone", True
+    model.META_ARCHITECTURE, model.MASK_ON = "GeneralizedRCNN", True
+    model.BACKBONE.PYRAMID, model.BACKBONE.NAME = model.BACKBONE.NAME, "build_mask_rcnn_backbone"
     model.PROPOSAL_GENERATOR.NAME, model.RPN.IN_FEATURES = "RPN", [*LEVELS, "p6"]
     model.ANCHOR_GENERATOR.SIZES = [[share * min(cfg.INPUT.MIN_SIZE_TRAIN)] for share in ANCHORS]
     model.RPN.PRE_NMS_TOPK_TRAIN, model.RPN.PRE_NMS_TOPK_TEST, model.RPN.POST_NMS_TOPK_TRAIN = 2000, 1000, 1000
@@ -65,16 +69,16 @@ def mask_rcnn_config(config_file: str, opts: list[str]):
 
 
 def train_loader(cfg):
-    """Batches of the training images, resized and flipped as the config says."""
-    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, "choice")
+    """Batches of the training images with the config's augmentations."""
     mapper = DatasetMapper(
         True,
-        augmentations=[resize, T.RandomFlip()],
+        augmentations=build_augmentations(cfg, True),
         image_format=cfg.INPUT.FORMAT,
         use_instance_mask=True,
         instance_mask_format="bitmask",
+        recompute_boxes=True,
     )
-    records = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+    records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
     sampler = TrainingSampler(len(records), seed=cfg.SEED)
     return build_detection_train_loader(
         records, mapper=mapper, sampler=sampler, total_batch_size=cfg.SOLVER.IMS_PER_BATCH, num_workers=0
@@ -87,7 +91,9 @@ def evaluate(cfg, model) -> dict:
     mapper = DatasetMapper(False, augmentations=[resize], image_format=cfg.INPUT.FORMAT)
     name = cfg.DATASETS.TEST[0]
     evaluator = COCOEvaluator(name, ("bbox", "segm"), distributed=False, output_dir=cfg.OUTPUT_DIR)
-    return inference_on_dataset(model, build_detection_test_loader(cfg, name, mapper=mapper, num_workers=0), evaluator)
+    loader = build_detection_test_loader(cfg, name, mapper=mapper, num_workers=0)
+    results = inference_on_dataset(model, loader, evaluator)
+    return {kind: round(x["AP"], 1) for kind, x in results.items()}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -102,7 +108,11 @@ def main(args: argparse.Namespace) -> None:
     os.makedirs(args.output, exist_ok=True)
     cfg = mask_rcnn_config(args.config_file, [*args.opts, "OUTPUT_DIR", args.output])
     seed_all_rng(cfg.SEED)
-    model = build_model(cfg).train()
+    model = build_model(cfg)
+    Checkpointer(model, partial=True).load(cfg.MODEL.WEIGHTS)
+    model.train()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.SOLVER.EMA_DECAY), use_buffers=True)
+    clip_gradients = build_gradient_clipper(cfg)
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
     seconds = 0.0
@@ -111,14 +121,15 @@ def main(args: argparse.Namespace) -> None:
             start = time.process_time()
             optimizer.zero_grad()
             sum(model(batch).values()).backward()
+            clip_gradients([p for p in model.parameters() if p.grad is not None])
             optimizer.step()
             scheduler.step()
+            average.update_parameters(model)
             storage.step()
             seconds += time.process_time() - start
             if iteration % (cfg.TEST.EVAL_PERIOD or cfg.SOLVER.MAX_ITER) == 0 or iteration == cfg.SOLVER.MAX_ITER:
-                results = {kind: round(x["AP"], 1) for kind, x in evaluate(cfg, model).items()}
+                results = evaluate(cfg, average.module)
                 print(json.dumps({"iteration": iteration, "cpu_seconds": round(seconds), "AP": results}), flush=True)
-                model.train()
 
 
 if __name__ == "__main__":
