@@ -125,6 +125,17 @@ def test_yolo_with_parts_as_ultralytics_and_roboflow_write_them(tmp_path):
         assert [len(load_dataset(x)[0]["annotations"]) for x in (*found.train, *found.test)] == [3, 3]
 
 
+def test_yolo_that_validates_on_its_training_images_holds_some_out(tmp_path):
+    root = _root(tmp_path)
+    write_images(root / "images")
+    yolo_seg(root)
+    stated = {"train": "images", "val": "images", "names": ["car", "person"]}
+    (root / "data.yaml").write_text(yaml.safe_dump(stated))
+    found = find_annotations(str(root))
+    assert "val: the images of train, so left out" in found.what and found.entries[0]["validation"] == 0.2
+    assert _number_of_images(found) == [1, 1]
+
+
 @pytest.mark.parametrize("stated", [["a/images", "b/images"], "train.txt", "absent/images"])
 def test_yolo_never_leaves_out_a_part_that_is_stated(tmp_path, stated):
     """Without its training set, the validation set would be trained on."""

@@ -135,8 +135,11 @@ def _find_yolo(folder: str) -> Iterator[_Candidate]:
                 f"{path}: {missing} = {content[missing]!r}: name one folder of images that exists; or name the data "
                 "sets in a config, see knet docs DATASETS."
             )
+        # As coco128.yaml does: what is trained on can't be held out
+        repeated = [x for x in parts if x != "train" and parts[x]["images"] == parts.get("train", {}).get("images")]
+        of_training = f" ({' and '.join(repeated)}: the images of train, so left out)" if repeated else ""
         if parts:
-            yield "instance", f"YOLO's {path}", parts
+            yield "instance", f"YOLO's {path}{of_training}", {x: parts[x] for x in parts if x not in repeated}
 
 
 def _yolo_images(stated: Any, roots: list[str]) -> str | None:
