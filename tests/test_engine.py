@@ -120,6 +120,16 @@ def test_poly_schedule(power):
         assert rates[i] == pytest.approx(0.2 * (1 - i / 100) ** power)
 
 
+def test_a_warm_up_of_most_of_the_iterations_is_told(caplog):
+    for warmup in (30, 31):
+        cfg = knet_cfg(SOLVER__MAX_ITER=60, SOLVER__WARMUP_ITERS=warmup)
+        build_lr_scheduler(cfg, build_optimizer(cfg, nn.Linear(1, 1)))
+    assert [x for x in caplog.messages if x.startswith("SOLVER.WARMUP_ITERS = ")] == [
+        "SOLVER.WARMUP_ITERS = 31, SOLVER.MAX_ITER = 60: the learning rate stays far below SOLVER.BASE_LR. "
+        "Use a tenth of the iterations for warm-up."
+    ]
+
+
 def test_unknown_schedule_is_named():
     cfg = knet_cfg(SOLVER__LR_SCHEDULER_NAME="Nope")
     with pytest.raises(ConfigError, match="LR_SCHEDULER_NAME.*Nope"):

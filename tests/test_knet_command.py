@@ -37,7 +37,7 @@ from knet_d2.errors import ConfigError, DataError
 from knet_d2.evaluation.report import recommended_threshold
 from knet_d2.evaluation.report.page import RECOMMENDED
 from knet_d2.programs import NAMES, parse, run_program, train
-from knet_d2.programs.own_data import RECIPES, choose_recipe, write_config
+from knet_d2.programs.own_data import RECIPES, choose_recipe, use_data, write_config
 from knet_d2.setup.dependencies import VERSION
 
 
@@ -175,6 +175,57 @@ def test_masks_of_two_values_are_semantic(tmp_path):
     assert named.entries[0]["classes"] == ["membrane", "cell"] and "255 is cell" in named.what
     with pytest.raises(DataError, match="--names a,b,c: name the 2 values of the masks, in this order: 0, 255"):
         find_annotations(str(root), names=["a", "b", "c"])
+
+
+def _write_masks(folder, values_of_files):
+    """Masks of 10 x 10 pixels with images beside them; each has its values in equal parts."""
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    for i, values in enumerate(values_of_files):
+        mask = np.resize(np.array(values), (10, 10)).astype(np.uint8)
+        Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
+        Image.fromarray(np.full((10, 10, 3), i, np.uint8)).save(folder / "images" / f"{i}.png")
+
+
+@pytest.mark.parametrize(
+    "values, named",
+    [
+        ([[0, 255], [0, 255], [0, 255], [0, 1]], "3.png has 0, 1"),
+        ([[0, 1], [0, 1], [0, 255], [0, 1]], "0.png has 0, 1; .*1.png has 0, 1; .*3.png has 0, 1"),
+        ([[0, 255], [0, 255], [0, 255], range(256)], "3.png has 100 values"),
+    ],
+)
+def test_masks_of_two_values_among_others_are_named(tmp_path, values, named):
+    root = _root(tmp_path)
+    _write_masks(root, values)
+    with pytest.raises(DataError, match=f"masks have the values 0 and 255 alone, but .*{named}.*same two values"):
+        find_annotations(str(root))
+    (root / "classes.txt").write_text("a\nb\n")  # then 255 is what has no class
+    assert find_annotations(str(root)).entries[0]["classes"] == str(root / "classes.txt")
+
+
+def test_255_is_what_has_no_class_where_it_is_beside_classes(tmp_path):
+    root = _root(tmp_path)
+    _write_masks(root, [[0, 1, 255], [0, 1, 255], [0, 255], [0, 1]])
+    assert find_annotations(str(root)).entries[0]["label_values"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "options, warmup",
+    [
+        ([], []),
+        (["SOLVER.MAX_ITER", "200"], ["SOLVER.WARMUP_ITERS", "16"]),  # 50 of 600
+        (["SOLVER.MAX_ITER", "900"], []),
+        (["SOLVER.MAX_ITER", "200", "SOLVER.WARMUP_ITERS", "30"], []),
+    ],
+)
+def test_the_warm_up_of_a_shorter_run_is_shorter(tmp_path, options, warmup):
+    root = _root(tmp_path)
+    _write_masks(root, [[0, 255]] * 4)
+    arguments = ["--data", str(root), "--output", str(tmp_path / "run"), "--recipe", "finetune/semantic_lite0.yaml"]
+    args = parse(train.get_parser(), [*arguments, *options])
+    use_data(args, ("output", "no_check"))
+    assert args.opts == [*options, *warmup]
 
 
 def test_names_are_for_masks_alone(tmp_path):

@@ -88,3 +88,12 @@ def test_the_bar_changes_nothing(tmp_path, monkeypatch):
 def test_messages_of_libraries_lose_their_colours():
     record = logging.LogRecord("x", logging.INFO, "x.py", 1, "\x1b[36ma\x1b[0m b \x1b[1;31m%s\x1b[m", ("c",), None)
     assert PlainFormatter("%(message)s").format(record) == "a b c"
+
+
+def test_a_log_tells_early_how_long_the_run_takes(tmp_path, monkeypatch):
+    """20 iterations with one line in 5; on a terminal the bar tells it."""
+    for terminal in (True, False):
+        _, _, log = trained(tmp_path / str(terminal), monkeypatch, terminal=terminal)
+        estimates = re.findall(r"([\d.e-]+) s for an iteration: about (\d+):(\d\d):(\d\d) for the rest", log)
+        assert len(estimates) == (not terminal)
+    assert log.index("s for an iteration") < log.index("iter: 5/")

@@ -75,7 +75,7 @@ def find_annotations(folder: str, task: str | None = None, names: Sequence[str] 
                 return _found(name, kind, what, parts)
             others.append(f"{what} (task {kind})")
     if others:
-        raise DataError(f"--data {folder}: has no annotations for --task {task}, but {others[0]}. Use another task.")
+        raise DataError(f"--data {folder}: has no annotations for --task {task}, but {others[0]}. Leave out --task.")
     raise DataError(
         f"--data {folder}: no annotations were found. knet docs DATASETS lists the formats. If your files have other "
         "names than usual, name the data set in a config."
@@ -346,14 +346,16 @@ def _find_masks(folder: str, names: Sequence[str]) -> Iterator[_Candidate]:
     if not labels and (lossy := next(files_below(masks, (".jpg", ".jpeg")), None)):
         raise DataError(f"{lossy[1]}: a mask as JPEG has other values than were saved. Export the masks as PNG.")
     if stems & set(labels):
-        shares = _shares(list(labels.values()))
-        if not shares:
+        sample = _sample_of(list(labels.values()))
+        if not sample:
             return
+        total = sum(sample.values(), Counter())
+        shares = {x: total[x] / total.total() for x in sorted(total)}
         what = f"masks in {masks}"
         numbered = {part: {"type": "instance_png", "images": i, "masks": m} for part, (i, m) in pairs.items()}
         labelled: dict[str, dict[str, Any]] | DataError
         try:
-            classes = _semantic_classes(folder, list(shares), names)
+            classes = _semantic_classes(folder, sample, names)
             labelled = {p: {"type": "sem_seg", "images": i, "labels": m, **classes} for p, (i, m) in pairs.items()}
         except DataError as error:
             classes, labelled = {}, error
@@ -381,16 +383,16 @@ def _subfolder(root: str, names: tuple[str, ...]) -> str | None:
     return next((os.path.join(root, there[name]) for name in names if name in there), None)
 
 
-def _shares(paths: list[str]) -> dict[int, float]:
-    """The values in a sample of label maps, rising, and their shares of the pixels; {} if the maps are in colour."""
-    counts: Counter[int] = Counter()
+def _sample_of(paths: list[str]) -> dict[str, Counter[int]]:
+    """The numbers of pixels by value in each of a sample of label maps; {} if the maps are in colour."""
+    sample = {}
     for i in np.unique(np.linspace(0, len(paths) - 1, _SAMPLE).astype(int)):
         try:
             values, numbers = np.unique(read_labels(paths[i]), return_counts=True)
         except DataError:
             return {}
-        counts.update(dict(zip(values.tolist(), numbers.tolist())))
-    return {x: counts[x] / counts.total() for x in sorted(counts)}
+        sample[paths[i]] = Counter(dict(zip(values.tolist(), numbers.tolist())))
+    return sample
 
 
 def _meaning(shares: dict[int, float], keys: dict[str, Any]) -> str:
@@ -402,18 +404,23 @@ def _meaning(shares: dict[int, float], keys: dict[str, Any]) -> str:
     return f": {listed}. For other names, in this order: --names {','.join(keys['classes'])}"
 
 
-def _semantic_classes(folder: str, values: list[int], names: Sequence[str]) -> dict[str, Any]:
-    """The keys of label maps with these values: masks of two values, a file of class names, or made-up names.
+def _semantic_classes(folder: str, sample: dict[str, Counter[int]], names: Sequence[str]) -> dict[str, Any]:
+    """The keys of label maps: masks of two values, a file of class names, or made-up names.
+
+    Args:
+        sample: see :func:`_sample_of`.
 
     Raises:
         DataError: there are no names, and it is unclear whether 255 means pixels without a class; or as many names as
             values are needed.
     """
+    values = sorted(set().union(*sample.values()))
     if len(values) == 2:
         return {"classes": _named(values, names) or ["background", "object"], "label_values": values, "ignore": []}
     for name in ("classes.txt", "labels.txt"):
         if os.path.isfile(os.path.join(folder, name)):
             return {"classes": os.path.join(folder, name)}
+    _check_two_values(sample)
     known = [x for x in values if x != 255]
     if len(known) < len(values) and (not known or max(known) >= 2 * len(known)):
         raise DataError(
@@ -422,6 +429,26 @@ def _semantic_classes(folder: str, values: list[int], names: Sequence[str]) -> d
             "255 for objects or soft edges, save masks with the numbers 0, 1, ...; or give label_values in a config."
         )
     return {"classes": _named(known, names) or [f"class_{x}" for x in known], "label_values": known}
+
+
+def _check_two_values(sample: dict[str, Counter[int]]) -> None:
+    """Refuse masks most of which have 0 and 255 alone, or the only ones that have 255: there it is an object.
+
+    Raises:
+        DataError: names those that do not go together.
+    """
+    black_white = [path for path, values in sample.items() if 255 in values and set(values) <= {0, 255}]
+    others = {path: sorted(values) for path, values in sample.items() if not set(values) <= {0, 255}}
+    if not black_white or not others or (len(black_white) <= len(others) and any(255 in x for x in others.values())):
+        return
+    listed = [
+        f"{path} has {', '.join(map(str, x)) if len(x) < 4 else f'{len(x)} values'}" for path, x in others.items()
+    ]
+    raise DataError(
+        f"{black_white[0]} and {len(black_white) - 1} more of {len(sample)} masks have the values 0 and 255 alone, but "
+        f"{'; '.join(listed[:3])}{', and others' if len(listed) > 3 else ''}. Save all masks with the same two values, "
+        "those that were resized without smoothing. If 255 is what has no class, list the classes in classes.txt."
+    )
 
 
 def _named(values: list[int], names: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Builds the optimiser, gradient clipping and learning rate schedule from the SOLVER section of the config."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError
 from ..modeling.backbone.necks import DeformableAttention
 from ..modeling.backbone.timm import TimmBackbone
+
+logger = logging.getLogger(__name__)
 
 # Position embeddings have the weight decay of norms, as in the official Swin configs.
 _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
@@ -175,6 +178,12 @@ def build_gradient_clipper(cfg: CfgNode) -> Callable[[Sequence[torch.Tensor]], t
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     """Build SOLVER.LR_SCHEDULER_NAME: a schedule of Detectron2, or "WarmupPolyLR" with power SOLVER.POLY_LR_POWER."""
     solver = cfg.SOLVER
+    if solver.WARMUP_ITERS > solver.MAX_ITER / 2:
+        logger.warning(
+            "SOLVER.WARMUP_ITERS = %d, SOLVER.MAX_ITER = %d: the learning rate stays far below SOLVER.BASE_LR. Use a "
+            "tenth of the iterations for warm-up.",
+            *(solver.WARMUP_ITERS, solver.MAX_ITER),
+        )
     if solver.LR_SCHEDULER_NAME == "WarmupPolyLR":
         multiplier = WarmupParamScheduler(
             PolynomialDecayParamScheduler(1.0, solver.POLY_LR_POWER),

@@ -1,9 +1,11 @@
 """What a training run shows: the log of a run, and a progress bar on a terminal."""
 
 import contextlib
+import datetime
 import logging
 import re
 import sys
+import time
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -13,6 +15,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .writers import WINDOW, time_left
+
+logger = logging.getLogger(__name__)
 
 # Name of each logger that is shown -> its short name on the console
 _LOGGERS = {"fvcore": "fvcore", "detectron2": "d2", "knet_d2": "knet"}
@@ -84,3 +88,17 @@ class ProgressBar(HookBase):
             if name in known:
                 parts.append(f"{title} {known[name].latest():.3g}")
         return ", ".join(parts)
+
+
+class FirstEstimate(HookBase):
+    """Logs after three iterations how long the run takes, since the next line may come much later."""
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.trainer.start_iter + 1:  # the first one is slower
+            self._start = time.perf_counter()
+
+    def after_step(self) -> None:
+        if self.trainer.iter == self.trainer.start_iter + 2:
+            seconds = (time.perf_counter() - self._start) / 2
+            left = datetime.timedelta(seconds=int(seconds * (self.trainer.max_iter - self.trainer.iter - 1)))
+            logger.info("%.2g s for an iteration: about %s for the rest, without evaluations.", seconds, left)

@@ -49,7 +49,7 @@ from .hooks import (
     StopHook,
 )
 from .output_dir import lock_output_dir, release_output_dir, resolve_seed
-from .progress import ProgressBar
+from .progress import FirstEstimate, ProgressBar
 from .stop_signals import StopSignals
 from .trackers import RUN_IDS, TrackerWriter, check_trackers
 from .train_step import TrainStep, amp_dtype
@@ -203,7 +203,7 @@ class Trainer(DefaultTrainer):
             after.append(EarlyStopping(cfg.SOLVER.PATIENCE, best, checkpoints, cfg.TEST.EVAL_PERIOD))
         if comm.is_main_process():
             after.append(PeriodicWriter(cfg.SOLVER.LOG_PERIOD, cfg.TEST.EVAL_PERIOD))
-            progress = [ProgressBar(cfg.SOLVER.IMS_PER_BATCH, metric)] if is_terminal() else []
+            progress = [ProgressBar(cfg.SOLVER.IMS_PER_BATCH, metric) if is_terminal() else FirstEstimate()]
         return [*(hook for hook in until_stop if hook is not None), *after, FinishIteration(after), *progress]
 
     def build_writers(self) -> list[EventWriter]:

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 import yaml
 
+from ..config import get_knet_cfg
 from ..config.files import get_config_file
+from ..config.merging import merge_config
 from ..data.discovery import Found, find_annotations
 from ..errors import ConfigError
 
@@ -74,10 +76,22 @@ def use_data(args: argparse.Namespace, others: Sequence[str] = ()) -> str | None
     name = os.path.basename(os.path.abspath(args.data))
     folder = args.output or os.path.join("output", os.path.splitext(name)[0] if os.path.isfile(args.data) else name)
     args.config_file = write_config(found, recipe, folder)
+    args.opts += _warmup_of_shorter_run(args.config_file, options)
     print(f"Found {found.what}.\nWrote {args.config_file}:\n")
     with open(args.config_file, encoding="utf-8") as f:
         print(f.read())
     return folder
+
+
+def _warmup_of_shorter_run(config_file: str, options: dict[str, str]) -> list[str]:
+    """SOLVER.WARMUP_ITERS in the ratio in which ``options`` shorten the recipe; [] if they do not, or state it."""
+    cfg = get_knet_cfg()
+    merge_config(cfg, config_file)
+    recipe = cfg.SOLVER.clone()
+    merge_config(cfg, config_file, [x for pair in options.items() for x in pair])
+    if cfg.SOLVER.MAX_ITER >= recipe.MAX_ITER or "SOLVER.WARMUP_ITERS" in options:
+        return []
+    return ["SOLVER.WARMUP_ITERS", str(recipe.WARMUP_ITERS * cfg.SOLVER.MAX_ITER // recipe.MAX_ITER)]
 
 
 def choose_recipe(task: str, device: str | None = None) -> str:
