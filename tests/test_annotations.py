@@ -19,6 +19,7 @@ from knet_d2.checkpoint.saving import save_weights
 from knet_d2.data import load_dataset
 from knet_d2.data.classes import ClassTable
 from knet_d2.errors import ConfigError
+from knet_d2.programs import annotate
 from knet_d2.results.annotations import WRITERS, Annotated, write_annotations
 from knet_d2.results.prediction import Prediction
 from knet_d2.results.segment import Segment
@@ -152,6 +153,9 @@ def test_names_that_are_no_utf_8(tmp_path, kind):
 def test_nothing_that_was_corrected_is_replaced(tmp_path):
     images = predictions(tmp_path)
     write_annotations("yolo", images, str(tmp_path / "out"), CLASSES)
+    arguments = ["no_model.pth", "x.jpg", "--format", "yolo", "--output", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match="has files already"):  # before a model is loaded
+        annotate.main(annotate.get_parser().parse_args(arguments))
     with pytest.raises(ConfigError, match="has files already, which people may have corrected"):
         write_annotations("yolo", images, str(tmp_path / "out"), CLASSES)
     with pytest.raises(ConfigError, match="--format x: use one of labelme, cvat, yolo, coco"):

@@ -727,6 +727,12 @@ def test_an_image_is_augmented_differently_in_every_epoch(entries):
     assert all(len(set(x)) == 4 for x in views.values())
 
 
+def test_a_range_of_one_size_is_this_size(entries):
+    cfg = data_cfg("panoptic", custom=(entries["coco_panoptic"],))
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = (48,), "range"
+    assert {min(x["image"].shape[1:]) for x in _examples(cfg, build_augmentations(cfg, True))} == {48}
+
+
 @pytest.mark.parametrize(("option", "axis"), [("horizontal", -1), ("vertical", -2), ("none", None)])
 def test_random_flip_flips_half_of_the_images(entries, option, axis):
     cfg = data_cfg("semantic", custom=(entries["sem_seg"],))

@@ -110,7 +110,7 @@ def test_confident_leaves_stuff():
 
 
 def test_labels_are_inside_and_beside_each_other():
-    """At the edges of the picture, and for two objects at one place; a class has one colour."""
+    """At the edges of the picture, and for two objects at one place; the first one's colour is that of its class."""
     size = (100, 120)
 
     def white(corners):
@@ -125,6 +125,19 @@ def test_labels_are_inside_and_beside_each_other():
     assert (drawn[2, 2] == np.array(classes.colors[0]) // 2).all() and (drawn[0, :9] == 255).all()
     with_others = draw_segments(np.zeros((400, 500, 3), np.uint8), segments, classes)
     assert (with_others[2, 2] == drawn[2, 2]).all()
+
+
+def test_things_of_a_class_have_shades_of_its_colour_and_stuff_has_not():
+    size, corners = (400, 400), [(y, 100) for y in (0, 100, 200, 300)]
+    segments = [square(0, 0, 50, 0)._replace(corner=corner, size=size) for corner in corners]
+    classes = table(["a"])
+    drawn = draw_segments(np.zeros((*size, 3), np.uint8), segments, classes)
+    shades = [tuple(drawn[y + 3, x + 3]) for y, x in corners]
+    color = np.array(classes.colors[0])
+    assert shades[0] == shades[3] == tuple(color // 2) and len(set(shades)) == 3
+    assert np.allclose(shades[1], (0.6 * color + 0.4 * 255) / 2, atol=1) and np.allclose(shades[2], 0.3 * color, atol=1)
+    drawn = draw_segments(np.zeros((*size, 3), np.uint8), segments, classes._replace(num_things=0))
+    assert {tuple(drawn[y + 3, x + 3]) for y, x in corners} == {tuple(color // 2)}
 
 
 def test_a_label_lies_in_its_segment():

@@ -214,6 +214,19 @@ def test_average_begins_at_the_weights_that_are_loaded(tmp_path):
             assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+def test_an_earlier_run_stays_where_the_next_one_can_not_begin(tmp_path, monkeypatch):
+    run(tmp_path, SOLVER__MAX_ITER=7, SOLVER__STEPS=())
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    def fail(cls, cfg, start_iter=0):
+        raise ConfigError("INPUT.X = 1: use 2.")
+
+    monkeypatch.setattr(ToyTrainer, "build_train_loader", classmethod(fail))
+    with pytest.raises(ConfigError, match="INPUT.X"):
+        ToyTrainer(toy_cfg(tmp_path)).resume_or_load(resume=False)
+    assert files == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
 def test_step_that_is_not_finite_is_kept_with_the_weights_that_took_it(tmp_path):
     """The saved weights are not the average, so that repeating the step fails in the same way."""
     options = {"SOLVER__EMA_DECAY": 0.9, "SOLVER__BASE_LR": 0.1}

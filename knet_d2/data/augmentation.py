@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from PIL import Image
 
@@ -196,12 +195,16 @@ def _default_augmentations(cfg: CfgNode) -> list:
     A crop is taken from the resized image, so that INPUT.CROP.SIZE is the size that the model sees.
     """
     style = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
-    resize = Resize(_sizes(cfg, "MIN_SIZE_TRAIN"), *_sizes(cfg, "MAX_SIZE_TRAIN"), style)
-    _, *flip = detection_utils.build_augmentation(cfg, is_train=True)
+    sizes = _sizes(cfg, "MIN_SIZE_TRAIN")
+    if style == "range" and len(sizes) == 1:  # Detectron2 refuses a range of one size
+        sizes = sizes * 2
+    resize = Resize(sizes, *_sizes(cfg, "MAX_SIZE_TRAIN"), style)
     augmentations = [resize]
     if cfg.INPUT.CROP.ENABLED:
         augmentations.append(_crop(cfg))
-    augmentations += flip
+    flip = cfg.INPUT.RANDOM_FLIP
+    if flip != "none":
+        augmentations.append(T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical"))
     if cfg.INPUT.COLOR_AUG_SSD:
         augmentations.append(_color_augmentation(cfg))
     return augmentations

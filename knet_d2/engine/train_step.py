@@ -91,7 +91,7 @@ class TrainStep(TrainerBase):
         self.model = model
         self._plain_model = getattr(model, "module", model)
         self.optimizer = optimizer
-        self.data_loader: Iterable[list[dict[str, Any]]] = ()
+        self.data_loader: Iterable[list[dict[str, Any]]] | None = None
         self._data_iterator: Iterator | None = None
         self._clip_gradients = clip_gradients
         self._seed = seed

@@ -241,6 +241,8 @@ class Trainer(DefaultTrainer):
         super().resume_or_load(resume=resume)
         if self._average is not None:
             self._average.start()
+        # A config that it can't be built from leaves an earlier run as it is
+        self.data_loader = self.build_train_loader(self.cfg, self.start_iter)  # DefaultTrainer hands it to _trainer
         comm.synchronize()  # nobody reads any more what is renamed or cut
         if not comm.is_main_process():
             return
@@ -283,7 +285,8 @@ class Trainer(DefaultTrainer):
         Raises:
             Preempted: SIGTERM, SIGUSR1 or Ctrl-C came; the run can be resumed where it was.
         """
-        self.data_loader = self.build_train_loader(self.cfg, self.start_iter)  # DefaultTrainer hands it to _trainer
+        if self.data_loader is None:  # without resume_or_load
+            self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
         logger.info(f"Training from iteration {self.start_iter} to {self.max_iter}. Ctrl-C ends it with a checkpoint.")
         self.iter = self.start_iter
         with bounded_storage(self.start_iter) as self.storage, self._signals.listening():

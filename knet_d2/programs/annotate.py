@@ -8,7 +8,7 @@ DATASETS.CUSTOM; see knet docs DATASETS.
 
 import argparse
 
-from ..results.annotations import WRITERS, write_annotations
+from ..results.annotations import WRITERS, check_destination, write_annotations
 from .arguments import MODEL_HELP, add_config_arguments, load_predictor
 
 
@@ -18,13 +18,14 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("inputs", nargs="+", help="image files, folders, or quoted patterns such as 'a/*.jpg'")
     parser.add_argument("--format", required=True, choices=WRITERS, help="of the files")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the files")
-    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="lowest score of a segment")
+    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="lowest score (default 0.3)")
     parser.add_argument("--tolerance", type=float, default=1.0, help="distance of polygons to masks, in pixels")
     add_config_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    check_destination(args.format, args.output)
     predictor = load_predictor(args.model, args)
     images = predictor.images(args.inputs)
     number = write_annotations(args.format, images, args.output, predictor.classes, args.tolerance)

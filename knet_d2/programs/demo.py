@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trail", type=int, default=0, metavar="FRAMES", help="video: draw the path of objects in the last frames"
     )
     parser.add_argument(
-        "--confidence-threshold", type=float, default=0.3, help="lowest score of an instance or thing segment"
+        "--confidence-threshold", type=float, default=0.3, help="lowest score of an instance or thing (default 0.3)"
     )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images predicted at once")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads that read and resize images")

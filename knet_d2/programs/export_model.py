@@ -33,7 +33,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", help=MODEL_HELP)
     parser.add_argument("outputs", nargs="+", metavar="output", help="files to write, ending in .onnx or .pt2")
-    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="lowest score; fixed in the file")
+    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="lowest score (default 0.3)")
     parser.add_argument("--fp16", action="store_true", help="compute backbone and static kernels in float16")
     parser.add_argument(
         "--image-type",
@@ -106,6 +106,7 @@ def main(args: argparse.Namespace) -> None:
     model = halve(predictor.model) if args.fp16 else predictor.model
     image_type = args.image_type or default_image_type(predictor.cfg)
     metadata = export_metadata(predictor.cfg, predictor.classes, model, image_type, args.size)
+    print("Following the model's operations: this takes a minute or more.", flush=True)
     program = trace(model, image_type, args.size)
     for path in args.outputs:
         if args.int8:

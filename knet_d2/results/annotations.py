@@ -59,10 +59,7 @@ def write_annotations(
     Raises:
         ConfigError: the kind is unknown, or the folder has files already.
     """
-    if kind not in WRITERS:
-        raise ConfigError(f"--format {kind}: use one of {', '.join(WRITERS)}.")
-    if os.path.isdir(folder) and os.listdir(folder):
-        raise ConfigError(f"--output {folder}: has files already, which people may have corrected. Use a new folder.")
+    check_destination(kind, folder)
     os.makedirs(folder, exist_ok=True)
     ordered = sorted((Annotated(*x) for x in images), key=lambda x: (len(x.prediction.segments) > 0, -x.doubt, x.path))
     WRITERS[kind](ordered, folder, classes, tolerance)
@@ -71,6 +68,14 @@ def write_annotations(
         rows.writerow(["file_name", "doubt", "segments"])
         rows.writerows((x.path, f"{x.doubt:.3f}", len(x.prediction.segments)) for x in ordered)
     return len(ordered)
+
+
+def check_destination(kind: str, folder: str) -> None:
+    """Raise the ConfigError of :func:`write_annotations`, which a program can tell before a model is loaded."""
+    if kind not in WRITERS:
+        raise ConfigError(f"--format {kind}: use one of {', '.join(WRITERS)}.")
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise ConfigError(f"--output {folder}: has files already, which people may have corrected. Use a new folder.")
 
 
 def outlines(segment: Segment, tolerance: float) -> list[list[tuple[float, float]]] | None:

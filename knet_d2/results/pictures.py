@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ _FONT = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf
 _SMALLEST_TEXT, _TEXT_PART = 9, 0.02  # height of letters: pixels, and part of the picture's shorter side
 # Largest side of the mask in which the place of a label is searched
 _LABEL_SEARCH = 64
+# Parts of white (above 0) and black that tell things of a class from each other, in this order
+_SHADES = (0.0, 0.4, -0.4)
 _MARGIN = 8
 _TITLE_HEIGHT = 20
 _LONGEST_TEXT = 40
@@ -41,18 +44,29 @@ class Drawn(NamedTuple):
 
 
 def draw_segments(image: np.ndarray, segments: Sequence[Segment], classes: ClassTable) -> np.ndarray:
-    """Paint segments in the colours of their classes, with names and scores; things have a white outline.
+    """Paint segments in the colours of their classes, with names and scores.
+
+    Things have a white outline, and those of a class three shades in turn.
 
     The result is a multiple of the image's size if the image is small.
     """
     factor = max(1, -(-_READABLE_SIZE // min(image.shape[:2])))
     items = []
+    things: Counter[int] = Counter()
     for segment in segments:
         text = drawable_text(classes.names[segment.label])
         text = text if segment.score is None else f"{text} {segment.score:.0%}"
         is_thing = segment.label < classes.num_things
-        items.append(Drawn(_enlarged_segment(segment, factor), classes.colors[segment.label], text, is_thing))
+        color = _shaded(classes.colors[segment.label], _SHADES[things[segment.label] % len(_SHADES)])
+        things[segment.label] += is_thing
+        items.append(Drawn(_enlarged_segment(segment, factor), color, text, is_thing))
     return write_labels(paint(_enlarge(image, factor), items), items)
+
+
+def _shaded(color: Sequence[int], part: float) -> tuple[int, int, int]:
+    """A colour mixed with a part of white, or with one of black below 0."""
+    red, green, blue = (round((1 - abs(part)) * x + max(part, 0) * 255) for x in color)
+    return red, green, blue
 
 
 def paint(image: np.ndarray, items: Sequence[Drawn]) -> np.ndarray:
