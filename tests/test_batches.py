@@ -69,7 +69,7 @@ def test_a_batch_gives_the_results_of_single_images(predictor, batches):
     batches.clear()
     for found, wanted in zip(predictor.predict_batch(images, "RGB"), expected, strict=True):
         assert_same(found, wanted)
-    if predictor.model.pads_images:
+    if predictor.model.preprocessor.pads_images:
         assert [tuple(x) for x in batches] == [(3, 3, 64, 96), (1, 3, 96, 64)]
     else:
         assert [tuple(x) for x in batches] == [(2, 3, 64, 80), (1, 3, 64, 96), (1, 3, 96, 64)]
@@ -77,7 +77,7 @@ def test_a_batch_gives_the_results_of_single_images(predictor, batches):
 
 def test_images_padded_to_one_size(predictor, batches):
     images = random_images()
-    if not predictor.model.pads_images:
+    if not predictor.model.preprocessor.pads_images:
         with pytest.raises(ConfigError, match=r"pad_to = \(96, 96\): a semantic model sees no padding"):
             predictor.predict_batch(images, "RGB", pad_to=(96, 96))
         return

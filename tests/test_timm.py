@@ -327,7 +327,7 @@ def test_the_weights_state_the_normalisation_unless_the_config_does(name, option
 def test_a_model_without_resolved_statistics_resolves_them():
     cfg = tiny_config("instance", {"MODEL.BACKBONE.NAME": "build_timm_fpn_backbone", "MODEL.TIMM.NAME": "test_resnet"})
     set_options(cfg, {"MODEL.PIXEL_MEAN": [], "MODEL.PIXEL_STD": []})
-    assert KNet(cfg).pixel_mean.flatten().tolist() == pytest.approx([127.5] * 3)
+    assert KNet(cfg).preprocessor.pixel_mean.flatten().tolist() == pytest.approx([127.5] * 3)
     assert cfg.MODEL.PIXEL_MEAN == []
 
 

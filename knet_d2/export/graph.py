@@ -105,7 +105,7 @@ class ExportableKNet(nn.Module):
 
     def _normalise(self, image: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
         """Normalised pixels, and 0 around the image."""
-        pixels = (image.float() - self.model.pixel_mean) / self.model.pixel_std
+        pixels = self.model.preprocessor.normalise(image)
         lengths = zip(geometry.padded, geometry.image)
         rows, columns = (torch.arange(padded, device=image.device) < inside for padded, inside in lengths)
         pixels = torch.where(rows[:, None] & columns, pixels, 0.0)
@@ -146,7 +146,9 @@ def example_inputs(
     """
     step = max(model.size_divisibility, 1)
     height, width = size or (-(-length // step) * step for length in (96, 128))
-    image = torch.randint(0, 256, (2, len(model.pixel_mean), height, width), device=model.device).to(image_type)
+    image = torch.randint(0, 256, (2, len(model.preprocessor.pixel_mean), height, width), device=model.device).to(
+        image_type
+    )
     image_size = torch.tensor([height - height // 16, width - width // 16])
     inputs = {"image": image, "image_size": image_size, "output_size": torch.tensor([150, 200])}
     memory = memory_shape(model)

@@ -86,7 +86,7 @@ class Predictor(DefaultPredictor):
             return sample
         if self.cfg.TEST.AUG.ENABLED:
             raise ConfigError(f"pad_to = {pad_to}: TEST.AUG has images of several sizes. Leave one of them out.")
-        check_padding(pad_to, sample["image"].shape[1:], self.network.pads_images)
+        check_padding(pad_to, sample["image"].shape[1:], self.network.preprocessor.pads_images)
         return {**sample, "padded_size": tuple(pad_to)}
 
     def _padded_size(self, sample: dict[str, Any]) -> tuple[int, ...]:

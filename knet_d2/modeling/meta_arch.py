@@ -30,12 +30,62 @@ from .targets import build_targets
 from .training_kernels import TrainingKernels, build_training_kernels
 
 
+class Preprocessor(nn.Module):
+    """Makes the network's input from the images of a batch: normalised, and padded to one size."""
+
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
+
+    @configurable
+    def __init__(self, *, pixel_mean: Sequence[float], pixel_std: Sequence[float], pads_images: bool):
+        """
+        Args:
+            pixel_mean, pixel_std: per channel, in the order of INPUT.FORMAT.
+            pads_images: whether images of several sizes may share a padded batch in evaluation.
+        """
+        super().__init__()
+        self.pads_images = pads_images
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).float().view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).float().view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict[str, Any]:
+        PixelFormat.from_config(cfg)  # refuses a mean or deviation for another number of channels
+        mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+        return {"pixel_mean": mean, "pixel_std": std, "pads_images": get_task(cfg).pads_images}
+
+    def forward(self, batched_inputs: list[dict[str, Any]], divisibility: int) -> ImageList:
+        """Normalise, then pad with 0 at the right and bottom.
+
+        Args:
+            batched_inputs: see :meth:`KNet.forward`.
+            divisibility: the padded height and width are multiples of it.
+        """
+        images = [x["image"].to(self.pixel_mean.device, non_blocking=True) for x in batched_inputs]
+        for image, x in zip(images, batched_inputs):
+            if image.dim() != 3 or image.shape[0] != len(self.pixel_mean):
+                raise DataError(
+                    f"{x.get('file_name', 'image')}: shape {tuple(image.shape)}, expected ({len(self.pixel_mean)}, "
+                    "height, width), the channels in the order of INPUT.FORMAT."
+                )
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        least = [x["padded_size"] for x in batched_inputs if "padded_size" in x]
+        # Computed with numbers, while ImageList.from_tensors would compute it with tensors
+        height, width = (-(-max(sides) // divisibility) * divisibility for sides in zip(*sizes, *least))
+        batch = self.pixel_mean.new_zeros(len(images), len(self.pixel_mean), height, width)
+        for image, padded in zip(images, batch):
+            padded[:, : image.shape[1], : image.shape[2]].copy_(self.normalise(image))
+        return ImageList(batch, sizes)
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """[..., C, H, W] -> float32, also in a float64 model, so that models of all precisions see the same image."""
+        return (images.float() - self.pixel_mean.float()) / self.pixel_std.float()
+
+
 @META_ARCH_REGISTRY.register()
 class KNet(nn.Module):
     """Unified segmentation with learned kernels (arXiv:2106.14855): backbone, static kernels, cascade, outputs."""
 
-    pixel_mean: torch.Tensor
-    pixel_std: torch.Tensor
     # What the training step advises where no loss depends on some parameters
     gradient_advice = "Set one of MODEL.KNET.LOSS.MASK_WEIGHT, DICE_WEIGHT and RANK_WEIGHT above 0"
 
@@ -43,6 +93,7 @@ class KNet(nn.Module):
     def __init__(
         self,
         *,
+        preprocessor: Preprocessor,
         backbone: nn.Module,
         sem_seg_head: nn.Module,
         cascade: KernelUpdateCascade,
@@ -50,9 +101,6 @@ class KNet(nn.Module):
         auxiliary_head: nn.Module | None,
         training_kernels: TrainingKernels | None,
         postprocessor: PostProcessor,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
-        pads_images: bool,
         compile_network: bool,
         video: VideoKernels | None = None,
     ):
@@ -62,12 +110,11 @@ class KNet(nn.Module):
             auxiliary_head: a second semantic head for training only, or None.
             training_kernels: more groups of kernels, for training only, or None.
             postprocessor: makes the results of an image from its logits.
-            pixel_mean, pixel_std: per channel, in the order of INPUT.FORMAT.
-            pads_images: whether images of several sizes may share a padded batch in evaluation.
             compile_network: whether torch.compile compiles backbone, static kernels and cascade.
             video: what the model learns to follow objects by; None: an image model.
         """
         super().__init__()
+        self.preprocessor = preprocessor
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
         self.cascade = cascade
@@ -77,10 +124,7 @@ class KNet(nn.Module):
         self.training_kernels = training_kernels
         self.postprocessor = postprocessor
         self.bank = criterion.bank
-        self.pads_images = pads_images
         self.compiled = CompiledNetwork() if compile_network else None
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).float().view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).float().view(-1, 1, 1), persistent=False)
         use_folded_convolutions(self)
 
     @classmethod
@@ -90,12 +134,13 @@ class KNet(nn.Module):
         knet = cfg.MODEL.KNET
         if "instances" in task.annotations and knet.NUM_KERNELS < 1:
             raise ConfigError(f"MODEL.KNET.NUM_KERNELS = {knet.NUM_KERNELS}: use at least 1.")
-        PixelFormat.from_config(cfg)  # refuses a mean or deviation for another number of channels
+        preprocessor = Preprocessor(cfg)
         bank = build_bank(cfg)
         postprocessor = PostProcessor(cfg, bank)
         backbone = add_neck(cfg, build_backbone(cfg))
         shape = backbone.output_shape()
         return {
+            "preprocessor": preprocessor,
             "backbone": backbone,
             "sem_seg_head": build_static_kernels(cfg, shape, bank),
             "cascade": KernelUpdateCascade(cfg, bank.num_classes),
@@ -104,9 +149,6 @@ class KNet(nn.Module):
             # The last one with weights, so that the others' initial values do not depend on it
             "training_kernels": build_training_kernels(cfg, bank),
             "postprocessor": postprocessor,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-            "pads_images": task.pads_images,
             "compile_network": cfg.MODEL.COMPILE,
             "video": build_video_kernels(cfg, bank),
         }
@@ -114,7 +156,7 @@ class KNet(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where images are moved to."""
-        return self.pixel_mean.device
+        return self.preprocessor.pixel_mean.device
 
     @property
     def failure(self) -> NonFiniteError | None:
@@ -199,7 +241,7 @@ class KNet(nn.Module):
         Args:
             memory: see :meth:`network`.
         """
-        if not self.pads_images and len({x["image"].shape for x in batched_inputs}) > 1:
+        if not self.preprocessor.pads_images and len({x["image"].shape for x in batched_inputs}) > 1:
             # An image's result must not depend on the sizes of its neighbours
             return [logits for x in batched_inputs for logits in self.predict_logits([x])]
         images = self.preprocess_image(batched_inputs)
@@ -208,18 +250,7 @@ class KNet(nn.Module):
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Normalise, then pad with 0 at the right and bottom."""
-        images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
-        for image, x in zip(images, batched_inputs):
-            if image.dim() != 3 or image.shape[0] != len(self.pixel_mean):
-                raise DataError(
-                    f"{x.get('file_name', 'image')}: shape {tuple(image.shape)}, expected ({len(self.pixel_mean)}, "
-                    "height, width), the channels in the order of INPUT.FORMAT."
-                )
-        # float32 also for a float64 model, so that models of all precisions see the same image
-        mean, std = self.pixel_mean.float(), self.pixel_std.float()
-        images = [((image.float() - mean) / std).to(self.pixel_mean.dtype) for image in images]
-        least = [x["padded_size"] for x in batched_inputs if "padded_size" in x]
-        return pad_images(images, max(self.size_divisibility, 1), least)
+        return self.preprocessor(batched_inputs, max(self.size_divisibility, 1))
 
     def send_ground_truth(self, batched_inputs: list[dict[str, Any]]) -> list[GroundTruth]:
         """Ground truth of every image on the model's device; checked here where the loader has not done it."""
@@ -250,19 +281,3 @@ class KNet(nn.Module):
                 embeddings = output.embeddings[i]
             logits.append(ImageLogits(class_logits, shown.mask_logits[i], geometry, embeddings, last))
         return logits
-
-
-def pad_images(images: list[torch.Tensor], divisibility: int, least: Sequence[tuple[int, int]] = ()) -> ImageList:
-    """A batch of images [C, height, width], padded with 0 at the right and bottom to one size.
-
-    Unlike ImageList.from_tensors, it computes the size with numbers instead of tensors.
-
-    Args:
-        least: (height, width) that the padded size has at least.
-    """
-    sizes = [(image.shape[1], image.shape[2]) for image in images]
-    height, width = (-(-max(sides) // divisibility) * divisibility for sides in zip(*sizes, *least))
-    batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)
-    for image, padded in zip(images, batch):
-        padded[:, : image.shape[1], : image.shape[2]].copy_(image)
-    return ImageList(batch, sizes)

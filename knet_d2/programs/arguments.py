@@ -21,6 +21,12 @@ def positive(text: str) -> float:
     return number
 
 
+def size(text: str) -> tuple[int, int]:
+    """The type of an argument that is a height and a width, as "800x1216"."""
+    height, width = map(int, text.split("x"))
+    return height, width
+
+
 def add_opts(parser: argparse.ArgumentParser) -> None:
     """Add --opts, which takes the rest of the command line."""
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, last on the line")

@@ -22,7 +22,7 @@ from ..inference import ImagePredictor
 from ..inference.onnx_engine import OnnxPredictor
 from ..inference.sources import ImageFiles
 from ..modeling.meta_arch import KNet
-from .arguments import MODEL_HELP, add_config_arguments, load_predictor
+from .arguments import MODEL_HELP, add_config_arguments, load_predictor, size
 
 logger = logging.getLogger("knet_d2")
 
@@ -56,7 +56,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size",
         metavar="HxW",
-        type=read_size,
+        type=size,
         help="fixed height and width of the padded images, in multiples of 32; needed by attention in windows (Swin)",
     )
     parser.add_argument("--device", default="cpu", help="device on which the .pt2 file will run: cpu, cuda, ...")
@@ -86,13 +86,7 @@ def save_int8(
 
 def example_sample(model: KNet) -> dict[str, Any]:
     """An input of a model, of 512 x 512 pixels."""
-    return {"image": torch.zeros(len(model.pixel_mean), 512, 512, dtype=torch.uint8)}
-
-
-def read_size(text: str) -> tuple[int, int]:
-    """Height and width of "800x1344"."""
-    height, width = text.split("x")
-    return int(height), int(width)
+    return {"image": torch.zeros(len(model.preprocessor.pixel_mean), 512, 512, dtype=torch.uint8)}
 
 
 def main(args: argparse.Namespace) -> None:
