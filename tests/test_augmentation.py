@@ -15,7 +15,7 @@ from knet_d2.data.augmentation import ResizeTransform, build_augmentations
 from knet_d2.data.mapper import build_truth_mapper
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
 from knet_d2.errors import ConfigError
-from knet_d2.modeling.comparison import SampledPoints
+from knet_d2.modeling.sampled_points import SampledPoints
 from knet_d2.modeling.targets import build_targets
 
 KINDS = {"instance": "coco_instance", "panoptic": "coco_panoptic", "semantic": "sem_seg"}

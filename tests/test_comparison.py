@@ -8,9 +8,9 @@ from helpers import IGNORE, IMAGE_KERNELS, expected_losses, make_batch, make_exa
 from knet_d2.data.build import MappedDataset
 from knet_d2.data.ground_truth import CompactMapper, ground_truth_of
 from knet_d2.errors import ConfigError
-from knet_d2.modeling import comparison
-from knet_d2.modeling.comparison import SampledPoints, sample_masks
+from knet_d2.modeling import sampled_points
 from knet_d2.modeling.layers import sample
+from knet_d2.modeling.sampled_points import SampledPoints, sample_masks
 from knet_d2.modeling.structures import Targets
 
 POINTS = {"MODEL.KNET.LOSS.NUM_POINTS": 60}
@@ -52,7 +52,7 @@ def test_points_at_the_edges_read_the_outermost_pixels():
 
 
 def test_masks_are_read_in_parts(monkeypatch):
-    monkeypatch.setattr(comparison, "MASKS_AT_ONCE", 2)
+    monkeypatch.setattr(sampled_points, "MASKS_AT_ONCE", 2)
     masks = (torch.rand(4, 6, 7) > 0.5).byte()
     index, points = torch.tensor([3, 0, 2, 2, 1]), torch.rand(5, 1, 11, 2)
     expected = sample(masks[index].float()[:, None], points)[:, 0]
@@ -120,7 +120,7 @@ def test_all_pixel_centres_are_the_official_losses(task, options, monkeypatch):
     model = tiny_model(task, options).double().train()
     expected, expected_gradients = losses_and_gradients(model, batch)
     grid = centres(24, 24)  # twice the size of the feature of 96 x 96 pixels at stride 8
-    monkeypatch.setattr(comparison, "LARGEST_SHARE", 1.0)
+    monkeypatch.setattr(sampled_points, "LARGEST_SHARE", 1.0)
     monkeypatch.setattr(SampledPoints, "_extent", lambda self, target: (1.0, 1.0))
     monkeypatch.setattr(SampledPoints, "_uniform", lambda self, image, generator, shape, like: grid.expand(*shape, 2))
     monkeypatch.setattr(

@@ -13,9 +13,8 @@ from torch import distributed, nn
 
 from ..errors import ConfigError, NonFiniteError
 from ..tasks import Assignment, KernelBank, KernelGroup, get_task
-from .comparison import AllPixels, SampledPoints
 from .layers import full_precision, no_autocast, send, upsampled_size
-from .loss_batches import AssignedBatch, LossBatch, MatchedBatch
+from .loss_batches import AssignedBatch, Comparison, LossBatch, MatchedBatch
 from .losses import (
     center_focal_loss,
     dense_focal_loss,
@@ -26,6 +25,7 @@ from .losses import (
     quality_focal_loss,
 )
 from .matcher import HungarianMatcher
+from .sampled_points import SampledPoints
 from .structures import KernelState, Match, StageOutput, Targets, TrainingGroup
 from .targets import UNOWNED, center_map, dense_labels, rank_targets
 
@@ -82,7 +82,7 @@ class KNetCriterion(nn.Module):
         Args:
             weights: from the name of a term (a key of TERMS) to its weight; the losses are summed in this order.
             auxiliary_weight: of the auxiliary head's cross entropy.
-            num_points: see :class:`.comparison.SampledPoints`; 0: masks are compared at every pixel.
+            num_points: see :class:`.sampled_points.SampledPoints`; 0: masks are compared at every pixel.
             quality_exponent: the class target of a positive kernel is the IoU of its mask to this power; 0: it is 1.
             global_normalizers: True divides every term by a count over all processes, so that the mean of their losses
                 is what one process computes for all their images. False, as in the official release, divides class
@@ -189,24 +189,23 @@ class KNetCriterion(nn.Module):
             losses = {name: loss * math.nan for name, loss in losses.items()}
         return losses
 
-    def _compare(self, state: KernelState, targets: Sequence[Targets]) -> AllPixels | SampledPoints:
+    def _compare(self, state: KernelState, targets: Sequence[Targets]) -> Comparison:
         if not self.num_points:
-            return AllPixels(targets)
+            return Comparison(targets)
         masks = full_precision(state.mask_logits)
         return SampledPoints(targets, masks, upsampled_size(masks), self.num_points)
 
-    def _own_batch(
-        self, state: KernelState, stages: Sequence[StageOutput], comparison: AllPixels | SampledPoints
-    ) -> MatchedBatch:
-        return MatchedBatch(state, stages, comparison, self.class_mask, self.bank, self.kernel_of_class)
+    def _own_batch(self, state: KernelState, stages: Sequence[StageOutput], comparison: Comparison) -> MatchedBatch:
+        own = TrainingGroup("", state, list(stages), weight=1.0)
+        return MatchedBatch(own, comparison, self.class_mask, self.bank, self.kernel_of_class)
 
-    def _group_batch(self, group: TrainingGroup, comparison: AllPixels | SampledPoints, stream: int) -> LossBatch:
+    def _group_batch(self, group: TrainingGroup, comparison: Comparison, stream: int) -> LossBatch:
         things_only = self.class_mask[:1]
         if group.instances is not None:
-            return AssignedBatch(group.state, group.stages, comparison, things_only, group.instances, stream)
+            return AssignedBatch(group, comparison, things_only, stream)
         things = KernelGroup(group.state.mask_logits.shape[1], Assignment.HUNGARIAN, range(self.bank.num_things))
-        bank, rest = KernelBank([things], self.bank.num_classes), (group.repeats, group.name, stream)
-        return MatchedBatch(group.state, group.stages, comparison, things_only, bank, self.kernel_of_class, *rest)
+        bank = KernelBank([things], self.bank.num_classes)
+        return MatchedBatch(group, comparison, things_only, bank, self.kernel_of_class, stream)
 
     def _match(self, batches: Sequence[MatchedBatch]) -> NonFiniteError | None:
         """Match the kernels of all groups to the instances, with one transfer to the CPU.

@@ -9,12 +9,42 @@ from collections.abc import Sequence
 import torch
 
 from ..tasks import KernelBank
-from .comparison import AllPixels, SampledPoints
-from .layers import full_precision, send
+from .layers import full_precision, send, upsample_masks
 from .losses import mask_ious
 from .matcher import Candidates, place_cost
-from .structures import KernelState, Match, Positives, StageOutput
+from .structures import Match, Positives, Targets, TrainingGroup
 from .targets import covered_cells, own_cells
+
+
+class Comparison:
+    """Where masks are compared with the ground truth: at every pixel of the up-sampled masks (paper, official release).
+
+    :class:`.sampled_points.SampledPoints` compares them at fewer places.
+
+    Attributes:
+        targets: of every image, with the masks where all kernels are compared.
+        full_targets: as they are given.
+    """
+
+    def __init__(self, targets: Sequence[Targets]):
+        """
+        Args:
+            targets: with masks of h x w.
+        """
+        self.targets = self.full_targets = targets
+
+    def read(self, mask_logits: torch.Tensor) -> torch.Tensor:
+        """Logits where all kernels are compared: [B, N, H, W] -> [B, N, h, w]."""
+        return upsample_masks(mask_logits)
+
+    def positive_pairs(self, batch: LossBatch, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and targets that the mask and dice loss of the positive kernels compare, [P, h, w] each."""
+        positives = batch.positives(stage)
+        return batch.compared_logits(stage)[positives.image_index, positives.kernel_index], positives.target_masks
+
+    def foreground_count(self, batch: LossBatch, labels: torch.Tensor, background: int) -> torch.Tensor:
+        """Number of the labels [B, h, w] of the dense loss that are not the background."""
+        return (labels != background).sum()
 
 
 class LossBatch(ABC):
@@ -31,15 +61,8 @@ class LossBatch(ABC):
 
     first_stage = 0
 
-    def __init__(
-        self,
-        state: KernelState,
-        stages: Sequence[StageOutput],
-        comparison: AllPixels | SampledPoints,
-        class_mask: torch.Tensor,
-        stream: int = 0,
-    ):
-        self.state, self.stages, self.comparison = state, stages, comparison
+    def __init__(self, group: TrainingGroup, comparison: Comparison, class_mask: torch.Tensor, stream: int = 0):
+        self.state, self.stages, self.comparison = group.state, group.stages, comparison
         self.targets = comparison.targets
         self.class_mask, self.stream = class_mask, stream
         self.matches: list[list[Match]] = []
@@ -51,7 +74,7 @@ class LossBatch(ABC):
         return self.stages[stage - 1].mask_logits if stage else full_precision(self.state.mask_logits)
 
     def compared_logits(self, stage: int) -> torch.Tensor:
-        """The masks of a stage where all kernels are compared, see :mod:`.comparison`: [B, N, h, w]."""
+        """The masks of a stage where all kernels are compared, see :class:`Comparison`: [B, N, h, w]."""
         if stage not in self._compared:
             self._compared[stage] = self.comparison.read(self.mask_logits(stage))
         return self._compared[stage]
@@ -82,23 +105,20 @@ class MatchedBatch(LossBatch):
 
     def __init__(
         self,
-        state: KernelState,
-        stages: Sequence[StageOutput],
-        comparison: AllPixels | SampledPoints,
+        group: TrainingGroup,
+        comparison: Comparison,
         class_mask: torch.Tensor,
         bank: KernelBank,
         kernel_of_class: torch.Tensor,
-        repeats: int = 1,
-        name: str = "",
         stream: int = 0,
     ):
         """
         Args:
+            bank: the kernels of the group.
             kernel_of_class: int64 [K], the index of the fixed kernel that stands for each class.
-            repeats, name: see :class:`.structures.TrainingGroup`.
         """
-        super().__init__(state, stages, comparison, class_mask, stream)
-        self._bank, self._repeats, self._name = bank, repeats, name
+        super().__init__(group, comparison, class_mask, stream)
+        self._bank, self._repeats, self._name = bank, group.repeats, group.name
         self._kernel_of_class = kernel_of_class
         self._positives: dict[int, Positives] = {}
 
@@ -183,25 +203,13 @@ class AssignedBatch(LossBatch):
 
     first_stage = 1
 
-    def __init__(
-        self,
-        state: KernelState,
-        stages: Sequence[StageOutput],
-        comparison: AllPixels | SampledPoints,
-        class_mask: torch.Tensor,
-        instances: Sequence[torch.Tensor],
-        stream: int,
-    ):
-        """
-        Args:
-            class_mask: of every kernel that is not padding, bool [1, 1 or N, K].
-            instances: see :class:`.structures.TrainingGroup`.
-        """
-        counts = torch.tensor([len(x) for x in instances])
-        is_used = torch.arange(state.kernels.shape[1]) < counts[:, None]
-        is_used = send(is_used, state.feature.device)[..., None]
-        super().__init__(state, stages, comparison, is_used & class_mask, stream)
-        self._instances = instances
+    def __init__(self, group: TrainingGroup, comparison: Comparison, class_mask: torch.Tensor, stream: int):
+        """class_mask: of every kernel that is not padding, bool [1, 1 or N, K]."""
+        counts = torch.tensor([len(x) for x in group.instances])
+        is_used = torch.arange(group.state.kernels.shape[1]) < counts[:, None]
+        is_used = send(is_used, group.state.feature.device)[..., None]
+        super().__init__(group, comparison, is_used & class_mask, stream)
+        self._instances = group.instances
 
     def positives(self, stage: int) -> Positives:
         """The same for every stage."""
@@ -217,5 +225,5 @@ class AssignedBatch(LossBatch):
             torch.cat([torch.arange(count, device=self.state.feature.device) for count in counts]),
             torch.cat([target.classes[index] for target, index in chosen]),
             torch.cat([target.masks[index] for target, index in chosen]),
-            torch.cat(list(self._instances)),
+            torch.cat(self._instances),
         )

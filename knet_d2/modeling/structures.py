@@ -113,11 +113,11 @@ class KernelMemory(NamedTuple):
 
 
 class TrainingGroup(NamedTuple):
-    """A group of n kernels that takes part in training beside the model's own, see :mod:`.training_kernels`.
+    """The model's own kernels in training, or n further ones beside them, see :mod:`.training_kernels`.
 
     Attributes:
-        name: part of its losses' names, "loss_<term>_<name>_s<stage>".
-        state, stages: as of the model's own kernels; all kernels of the group stand for things.
+        name: part of its losses' names, "loss_<term>_<name>_s<stage>"; "" for the model's own.
+        state, stages: its kernels, masks and classes; all further kernels stand for things.
         weight: factor on its losses.
         repeats: number of kernels that each instance is matched with.
         instances: per image int64 [m], the instances that the first m kernels have to give; the other kernels of the

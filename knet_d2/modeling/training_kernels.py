@@ -22,8 +22,8 @@ from torch import nn
 from ..errors import ConfigError
 from ..tasks import KernelBank
 from .cascade import KernelUpdateCascade, gather_group_features
-from .comparison import generator_of, seed_of
 from .layers import full_precision, no_autocast
+from .sampled_points import generator_of, seed_of
 from .static_kernels.semantic_fpn import LearnedKernels
 from .structures import KernelState, Targets, TrainingGroup
 from .targets import covered_cells, own_cells

@@ -1,6 +1,6 @@
-"""Where masks are compared with the ground truth: at every pixel (paper, official release), or at sampled points.
+"""Sampled points at which masks are compared with the ground truth, instead of every pixel.
 
-Sampled points are those of Mask2Former (arXiv:2112.01527, Sec. 3.2.2): one uniform set of an image for what compares
+They are those of Mask2Former (arXiv:2112.01527, Sec. 3.2.2): one uniform set of an image for what compares
 all kernels (matching, rank and dense loss), and for the mask and dice loss of each kernel the points where its mask is
 least certain, as in PointRend (arXiv:1912.08193, Sec. 3.1). Nothing is up-sampled then: logits are read at the head's
 resolution, ground truth at that of the input, both bilinearly.
@@ -12,14 +12,14 @@ the place of maps of h x w. Points are (x, y) from 0 to 1 over the padded input.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .layers import sample, upsample_masks
-from .structures import KernelState, Match, Positives, Targets
+from .layers import sample
+from .loss_batches import Comparison, LossBatch
+from .structures import Targets
 from .targets import MASKS_AT_ONCE
 
 # At most this share of the pixels of the up-sampled masks is sampled: small images have few
@@ -29,53 +29,8 @@ CANDIDATES = 3
 UNCERTAIN_SHARE = 0.75
 
 
-class MatchedStages(Protocol):
-    """What a comparison reads of a batch: see :class:`.loss_batches.LossBatch`."""
-
-    state: KernelState
-    stream: int
-
-    @property
-    def matches(self) -> Sequence[Sequence[Match]]: ...
-
-    def positives(self, stage: int) -> Positives: ...
-
-    def mask_logits(self, stage: int) -> torch.Tensor: ...
-
-    def compared_logits(self, stage: int) -> torch.Tensor: ...
-
-
-class AllPixels:
-    """Every pixel of the up-sampled masks.
-
-    Attributes:
-        targets: of every image, with the masks where all kernels are compared.
-        full_targets: as they are given.
-    """
-
-    def __init__(self, targets: Sequence[Targets]):
-        """
-        Args:
-            targets: with masks of h x w.
-        """
-        self.targets = self.full_targets = targets
-
-    def read(self, mask_logits: torch.Tensor) -> torch.Tensor:
-        """Logits where all kernels are compared: [B, N, H, W] -> [B, N, h, w]."""
-        return upsample_masks(mask_logits)
-
-    def positive_pairs(self, batch: MatchedStages, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and targets that the mask and dice loss of the positive kernels compare, [P, h, w] each."""
-        positives = batch.positives(stage)
-        return batch.compared_logits(stage)[positives.image_index, positives.kernel_index], positives.target_masks
-
-    def foreground_count(self, batch: MatchedStages, labels: torch.Tensor, background: int) -> torch.Tensor:
-        """Number of the labels [B, h, w] of the dense loss that are not the background."""
-        return (labels != background).sum()
-
-
-class SampledPoints:
-    """L points of every image, drawn inside of it; see :class:`AllPixels` for the methods.
+class SampledPoints(Comparison):
+    """L points of every image, drawn inside of it.
 
     The draws depend on ``Targets.seed`` and the stage alone.
     """
@@ -101,7 +56,7 @@ class SampledPoints:
         """[B, N, H, W] -> [B, N, 1, L], at one uniform set for all kernels of an image."""
         return sample(mask_logits, self._points)
 
-    def positive_pairs(self, batch: MatchedStages, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def positive_pairs(self, batch: LossBatch, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
         """[P, 1, L] each, at points of each kernel's own."""
         positives = batch.positives(stage)
         logits = batch.mask_logits(stage)[positives.image_index, positives.kernel_index]
@@ -109,7 +64,7 @@ class SampledPoints:
         found = [self._image_pairs(b, (stage, batch.stream), *pair) for b, pair in enumerate(pairs)]
         return torch.cat([x for x, _ in found]), torch.cat([x for _, x in found])
 
-    def foreground_count(self, batch: MatchedStages, labels: torch.Tensor, background: int) -> torch.Tensor:
+    def foreground_count(self, batch: LossBatch, labels: torch.Tensor, background: int) -> torch.Tensor:
         """Pixels of the up-sampled maps that are not the background, times points per pixel; labels are not read."""
         count = batch.state.feature.new_zeros((), dtype=torch.float64)
         for target, extent, (_, instances) in zip(self.full_targets, self._extents, batch.matches[0]):
