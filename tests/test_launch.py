@@ -25,8 +25,7 @@ from knet_d2.checkpoint import Checkpointer
 from knet_d2.data.workers import STOP_SIGNALS, ignore_stop_signals
 from knet_d2.engine import Trainer, launch, load_config, stop_signals
 from knet_d2.engine.failures import explain
-from knet_d2.engine.launch import run
-from knet_d2.engine.placement import Placement, find_placement, first_host
+from knet_d2.engine.launch import Placement, find_placement, first_host, run
 from knet_d2.engine.stop_signals import EXIT_PREEMPTED, StopSignals
 from knet_d2.errors import ConfigError, DataError
 from knet_d2.programs import train

@@ -78,8 +78,7 @@ class ProcessAgreement(HookBase):
             models: models of this process, in the same order in all processes.
             periods: periods in iterations; the hook runs at the end of each of them.
         """
-        self._models = models
-        self._periods = periods
+        self._models, self._periods = models, periods
 
     def before_train(self) -> None:
         self._make_equal()
@@ -122,13 +121,10 @@ class CheckpointHook(HookBase):
     def __init__(self, checkpointer: Checkpointer, period: int, keep: int):
         """
         Args:
-            checkpointer: writes the files.
             period: number of iterations between checkpoints; 0: write only model_final.pth.
             keep: number of periodic checkpoints to keep, also counting those from before a resume; 0 = all.
         """
-        self._checkpointer = checkpointer
-        self._period = period
-        self._keep = keep
+        self._checkpointer, self._period, self._keep = checkpointer, period, keep
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
@@ -162,15 +158,8 @@ class StopHook(HookBase):
     """Writes a checkpoint and ends the run after any of its processes has received a stop signal."""
 
     def __init__(self, signals: StopSignals, checkpoints: CheckpointHook, step: TrainStep):
-        """
-        Args:
-            signals: stop signals of this process.
-            checkpoints: writes the checkpoint.
-            step: knows whether another process has received a stop signal.
-        """
-        self._signals = signals
-        self._checkpoints = checkpoints
-        self._step = step
+        """The step knows whether another process has received a stop signal."""
+        self._signals, self._checkpoints, self._step = signals, checkpoints, step
 
     def after_step(self) -> None:
         received = self._signals.received if comm.get_world_size() == 1 else self._step.stop_signal
@@ -211,8 +200,7 @@ class EvalHook(HookBase):
 
     def __init__(self, period: int, stop: StopHook):
         self.results: dict[str, float] = {}
-        self._period = period
-        self._stop = stop
+        self._period, self._stop = period, stop
 
     def after_step(self) -> None:
         self.results = {}
@@ -238,15 +226,12 @@ class BestCheckpointer(HookBase):
         """
         Args:
             evaluation: runs before this hook.
-            checkpointer: writes the file.
             metric: name of a scalar, such as "segm/AP".
             metrics_file: path of metrics.json; the best value before a resume is read from it.
         """
-        self._evaluation = evaluation
-        self._checkpointer = checkpointer
-        self._metric = metric
+        self._evaluation, self._checkpointer = evaluation, checkpointer
+        self._metric, self._metrics_file = metric, metrics_file
         self._is_missing_told = False
-        self._metrics_file = metrics_file
         self._best, self.evaluations_since = -math.inf, 0
 
     def before_train(self) -> None:
@@ -322,11 +307,7 @@ class PeriodicWriter(HookBase):
     """Calls the writers of metrics at the end of each period and of the run. A failed iteration is not written."""
 
     def __init__(self, *periods: int):
-        """
-        Args:
-            periods: periods in iterations; the writers are called at the end of each of them.
-        """
-        self._periods = periods
+        self._periods = periods  # in iterations
         self._writers: list[EventWriter] = []
 
     def before_train(self) -> None:

@@ -25,12 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def amp_dtype(enabled: bool, name: str, device: torch.device) -> torch.dtype | None:
-    """Return the element type for autocast; None for full precision.
-
-    Args:
-        enabled: SOLVER.AMP.ENABLED.
-        name: SOLVER.AMP.DTYPE.
-        device: device of the model.
+    """The element type for autocast, from SOLVER.AMP.ENABLED and DTYPE; None for full precision.
 
     Raises:
         ConfigError: the type is unknown, or the device does not support it.
@@ -75,10 +70,8 @@ class TrainStep(TrainerBase):
     ):
         """
         Args:
-            model: model to train.
-            optimizer: optimiser of its parameters.
             clip_gradients: function that clips gradients in place and returns their total norm before clipping.
-            seed: seed of the run.
+            seed: of the run.
             dtype: element type for autocast; None = full precision.
             non_finite_limit: number of consecutive steps that are not finite after which the error is raised.
             num_parts: number of parts into which a batch is split; their gradients are accumulated. Each loss is

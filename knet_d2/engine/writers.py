@@ -76,11 +76,7 @@ class MetricsWriter(EventWriter):
     """
 
     def __init__(self, path: str, last_written: int = -1):
-        """
-        Args:
-            path: path of metrics.json.
-            last_written: last iteration whose metrics are already in the file.
-        """
+        """last_written: last iteration whose metrics are already in the file."""
         self._file = open(path, "a")
         self._last_written = last_written
 
