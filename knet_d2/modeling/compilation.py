@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -22,14 +22,6 @@ logger = logging.getLogger(__name__)
 MOST_COMPILED = 8
 
 
-class StaticNetwork(Protocol):
-    """A model with a part whose shapes are static: :class:`.meta_arch.KNet`."""
-
-    training: bool
-
-    def static_network(self, images: torch.Tensor, image_sizes: torch.Tensor | None, *more: Any) -> NetworkOutput: ...
-
-
 class CompiledNetwork:
     """Compiles the static network for each size of a batch, up to MOST_COMPILED; other sizes are computed as usual.
 
@@ -40,10 +32,8 @@ class CompiledNetwork:
         self._variants: set[tuple] = set()
         self._is_limit_told = False
 
-    def __call__(
-        self, model: StaticNetwork, images: torch.Tensor, image_sizes: torch.Tensor | None, *more: Any
-    ) -> NetworkOutput:
-        """The static network of a model. Arguments as for :meth:`KNet.network`."""
+    def __call__(self, model: Any, images: torch.Tensor, image_sizes: torch.Tensor | None, *more: Any) -> NetworkOutput:
+        """The static network of a KNet. Arguments as for :meth:`KNet.network`."""
         # All that makes torch.compile compile again
         modes = model.training, torch.is_grad_enabled(), image_sizes is None, *(x is None for x in more)
         variant = (images.shape, images.dtype, half_type(images), *modes)

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..config.files import get_config_file
 from ..engine import load_config
+from .arguments import size
 
 
 def count_matmul(inputs: list[Any], outputs: list[Any]) -> int:
@@ -66,12 +67,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="path below configs/")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs that change the config")
-    parser.add_argument("--size", default="800x1216", help="size of the network's input, HxW")
+    parser.add_argument("--size", type=size, default=(800, 1216), help="size of the network's input, HxW")
     parser.add_argument("--depth", type=int, default=3, help="depth of the modules in the table")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     logging.getLogger("fvcore").setLevel(logging.ERROR)
-    height, width = (int(number) for number in args.size.split("x"))
-    print(flop_count_table(analyze(args.config, args.opts, (height, width)), max_depth=args.depth))
+    print(flop_count_table(analyze(args.config, args.opts, args.size), max_depth=args.depth))

@@ -257,7 +257,8 @@ def build_page(viewer: Viewer, folder: str, examples: Sequence[str] = ()) -> Any
 
     def update(path: str | None, choice: str, threshold: float, stage: int) -> list[Any]:
         view = viewer.view(path, choice, threshold, stage)
-        slider = gradio.Slider(maximum=view.num_stages, value=min(stage, view.num_stages), info=_stage_info(view))
+        info = f"0: static kernels, before any update; {view.num_stages}: the last stage"
+        slider = gradio.Slider(maximum=view.num_stages, value=min(stage, view.num_stages), info=info)
         files = write_files(view, folder)
         buttons = [gradio.DownloadButton(value=x, interactive=x is not None) for x in files]
         return [view.message, files[0], view.rows, *buttons, slider]
@@ -311,10 +312,6 @@ def _add_video(gradio: Any, viewer: Viewer, folder: str) -> None:
             message = gradio.Markdown()
             download = gradio.DownloadButton("Download the drawn video (MP4)", interactive=False)
     button.click(follow, [upload, name], [message, download], api_name="follow")
-
-
-def _stage_info(view: View) -> str:
-    return f"0: static kernels, before any update; {view.num_stages}: the last stage"
 
 
 def _add_examples(gradio: Any, upload: Any, examples: Sequence[str], folder: str) -> None:

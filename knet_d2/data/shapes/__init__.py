@@ -1,7 +1,7 @@
 """The generated data set "shapes", written in the formats of COCO and registered like a built-in data set."""
 
 from .drawing import STUFF_CLASSES, THING_CLASSES, Scene, Thing, draw_scene
-from .registration import SPLITS, make_split, register_shapes
+from .registration import SPLITS, make_split, register_shapes, shapes_entries
 from .writer import write_shapes
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "draw_scene",
     "make_split",
     "register_shapes",
+    "shapes_entries",
     "write_shapes",
 ]

@@ -109,25 +109,24 @@ def _make_and_load(make: Callable[[], Any], load: Callable[[], list[dict]]) -> l
     return load()
 
 
+def shapes_entries(folder: str) -> dict[str, dict[str, Any]]:
+    """A folder of :func:`write_shapes` as in DATASETS.CUSTOM, without the name, by task."""
+    files = ("images", "instances.json", "panoptic.json", "panoptic", "semantic")
+    images, instances, panoptic_json, panoptic_root, labels = (os.path.join(folder, file) for file in files)
+    panoptic = {"panoptic_json": panoptic_json, "panoptic_root": panoptic_root, "instances_json": instances}
+    names = [category["name"] for category in shapes_categories()]
+    return {
+        "instance": {"type": "coco_instance", "images": images, "json": instances},
+        "panoptic": {"type": "coco_panoptic", "images": images, **panoptic},
+        "semantic": {"type": "sem_seg", "images": images, "labels": labels, "classes": names},
+    }
+
+
 def register_shapes(root: str) -> None:
     """Register shapes_{instance,panoptic,semantic}_{train,val}, whose files are below root/shapes."""
     metadata = shapes_metadata()
     for split in SPLITS:
-        folder = _folder(split, root)
-        files = ("images", "instances.json", "panoptic.json", "panoptic", "semantic")
-        images, instances, panoptic_json, panoptic_root, labels = (os.path.join(folder, file) for file in files)
-        panoptic = {"panoptic_json": panoptic_json, "panoptic_root": panoptic_root, "instances_json": instances}
-        entries: dict[str, dict[str, Any]] = {
-            "instance": {"type": "coco_instance", "images": images, "json": instances},
-            "panoptic": {"type": "coco_panoptic", "images": images, **panoptic},
-            "semantic": {
-                "type": "sem_seg",
-                "images": images,
-                "labels": labels,
-                "classes": metadata["semantic"]["stuff_classes"],
-            },
-        }
-        for task, entry in entries.items():
+        for task, entry in shapes_entries(_folder(split, root)).items():
             make = functools.partial(make_split, split, root)
             register_generated(f"shapes_{task}_{split}", entry, metadata[task], make)
 

@@ -26,8 +26,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from ...data.timm_names import import_timm, pretrained_statement
 from ...errors import ConfigError
 from ..layers import AppliedNorm, FoldedConv2d
-from .fpn import add_fpn
-from .simple_pyramid import SimpleFeaturePyramid
+from .fpn import SimpleFeaturePyramid, add_fpn
 from .swin import next_multiple
 
 NORMS = ("BN", "SyncBN", "FrozenBN")

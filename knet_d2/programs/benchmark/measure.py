@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import gc
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -214,11 +213,3 @@ def fits_in_memory(make_run: Callable[[int], Callable[[], Any]]) -> Callable[[in
         return True
 
     return fits
-
-
-def median(values: Sequence[float]) -> float:
-    """Return the median; the mean of the two middle values for an even number, NaN for no value."""
-    ordered = sorted(values)
-    if not ordered:
-        return math.nan
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

@@ -58,15 +58,6 @@ class Subject(NamedTuple):
     def is_knet(self) -> bool:
         return isinstance(self.model, KNet)
 
-    @property
-    def reads_panoptic_files(self) -> bool:
-        """Whether the mapper of this model reads COCO's panoptic format."""
-        return self.is_knet and self.model.bank.num_matched > 0
-
-    @property
-    def can_train(self) -> bool:
-        return not isinstance(self.model, BackboneOnly)
-
     def inputs(self, size: tuple[int, int], batch: int, output_size: tuple[int, int]) -> list[dict[str, Any]]:
         """Make a batch in the format of this model; see :func:`make_batch`."""
         if self.is_knet:
@@ -87,13 +78,11 @@ class Subject(NamedTuple):
                 getattr(self.model, name).compile(dynamic=False)
 
 
-def build_subject(spec: str, device: str, *, channels_last: bool = False) -> Subject:
+def build_subject(spec: str, device: str) -> Subject:
     """Build a model with random weights.
 
     Args:
         spec: one of PEERS, BACKBONE, or a config below configs/, then any number of ",KEY=VALUE".
-        device: device of the model.
-        channels_last: use the memory format channels_last for Detectron2's models.
 
     Raises:
         ConfigError: there is no such model, or an option is wrong.
@@ -111,8 +100,6 @@ def build_subject(spec: str, device: str, *, channels_last: bool = False) -> Sub
         cfg = model_zoo.get_config(PEERS.get(name, PEERS["mask_rcnn"]))
         cfg.merge_from_list([*options, "MODEL.DEVICE", device])
         model = BackboneOnly(cfg).to(device) if name == BACKBONE else build_model(cfg)
-        if channels_last:
-            model = model.to(memory_format=torch.channels_last)
     elif name.endswith(".yaml"):
         cfg = load_config(get_config_file(name), ["MODEL.WEIGHTS", "", *options, "MODEL.DEVICE", device])
         model = build_model(cfg)

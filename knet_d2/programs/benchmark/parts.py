@@ -1,16 +1,26 @@
-"""Measures the time and the memory of the parts of a model by wrapping their methods."""
+"""Measures the time and the memory of the parts of a model by wrapping their methods; and the time of its mapper."""
 
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
+from detectron2.config import CfgNode
+from panopticapi.utils import id2rgb
+from PIL import Image
 
-from .measure import Run, held_mib, median, peak_mib, reset_peak, synchronize
+from ...data.mapper import build_mapper
+from .measure import Run, held_mib, interleave, peak_mib, reset_peak, synchronize
 from .models import Subject
+from .workload import draw_image
 
 REST = "rest"
+_PHOTO = (480, 640)
 
 
 class PartTimer:
@@ -106,3 +116,31 @@ def measure_parts(run: Run, device: torch.device, repeats: int) -> tuple[dict[st
         for name, peak in timer.peaks.items():
             peaks[name].append(peak - (held or 0.0))
     return {name: median(x) for name, x in samples.items()}, {name: median(x) for name, x in peaks.items()}
+
+
+def mapper_seconds(cfg: CfgNode, rounds: int) -> float:
+    """Return the median seconds for reading and augmenting one training image of COCO's size with a panoptic PNG."""
+    mapper = build_mapper(cfg, is_train=True)
+    with tempfile.TemporaryDirectory() as folder:
+        record = _write_example(cfg, Path(folder))
+        return median(interleave([lambda: mapper(record)], rounds, 1, torch.device("cpu"))[0])
+
+
+def _write_example(cfg: CfgNode, folder: Path) -> dict[str, Any]:
+    """Write an image and its panoptic PNG; returns their record in the format of a registered data set."""
+    x = draw_image(_PHOTO, seed=0)
+    knet, ids, segments = cfg.MODEL.KNET, x.stuff.numpy() + 1, []
+    for number in np.unique(ids[ids > 0]).tolist():
+        if knet.STUFF_CATEGORY_IDS:
+            segments.append({"id": number, "category_id": knet.STUFF_CATEGORY_IDS[number - 1], "isthing": False})
+        else:
+            ids[ids == number] = 0  # an instance model has no stuff
+    for number, (mask, label) in enumerate(zip(x.masks.numpy(), x.classes.tolist()), start=256):
+        if (ids[mask] != number).any():
+            ids[mask] = number
+            segments.append({"id": number, "category_id": knet.THING_CATEGORY_IDS[label], "isthing": True})
+    image_file, panoptic_file = str(folder / "image.jpg"), str(folder / "panoptic.png")
+    Image.fromarray(x.image.permute(1, 2, 0).numpy()).save(image_file)
+    Image.fromarray(id2rgb(ids)).save(panoptic_file)
+    record = {"file_name": image_file, "image_id": 0, "height": _PHOTO[0], "width": _PHOTO[1]}
+    return {**record, "pan_seg_file_name": panoptic_file, "segments_info": segments}

@@ -15,14 +15,15 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
 import torch
 
 from ...errors import ConfigError
+from ..arguments import size
 from . import tables
 from .filling import count_findings, fill
-from .mapping import mapper_seconds
 from .measure import (
     PRECISIONS,
     Run,
@@ -32,19 +33,13 @@ from .measure import (
     largest_batch,
     matrix_rate,
     measure_memory,
-    median,
     precision,
 )
-from .models import BACKBONE, PEERS, Subject, build_subject
-from .parts import measure_parts
+from .models import BACKBONE, PEERS, BackboneOnly, Subject, build_subject
+from .parts import mapper_seconds, measure_parts
 
 INSTANCE, PANOPTIC = "coco/instance/knet_r50_fpn_1x.yaml", "coco/panoptic/knet_r50_fpn_1x.yaml"
 MAX_BATCH = "max"
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, width = (int(number) for number in text.split("x"))
-    return height, width
 
 
 def _batch(text: str) -> "int | str":
@@ -57,10 +52,8 @@ def get_parser() -> argparse.ArgumentParser:
     names = ", ".join([*PEERS, BACKBONE])
     parser.add_argument("--models", nargs="+", default=default, help=f"{names}, or configs[,KEY=VALUE...]")
     parser.add_argument("--mode", nargs="+", default=["inference"], choices=["inference", "training"])
-    parser.add_argument(
-        "--size", nargs="+", type=_size, default=[(800, 1216)], help="sizes of the network's input, HxW"
-    )
-    parser.add_argument("--output-size", type=_size, help="size of the results, HxW; default: size of the input")
+    parser.add_argument("--size", nargs="+", type=size, default=[(800, 1216)], help="sizes of the network's input, HxW")
+    parser.add_argument("--output-size", type=size, help="size of the results, HxW; default: size of the input")
     parser.add_argument(
         "--batch", nargs="+", type=_batch, default=[1], help=f'numbers of images, or "{MAX_BATCH}" (CUDA)'
     )
@@ -70,9 +63,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=10, help="number of measurements; the table has the median")
     parser.add_argument("--warmup", type=int, default=2, help="number of runs before the measurements")
-    parser.add_argument(
-        "--channels-last-peers", action="store_true", help="use channels_last for Detectron2's models, too"
-    )
     parser.add_argument("--json", help="file for the raw results")
     return parser
 
@@ -81,8 +71,8 @@ def compare(args: argparse.Namespace, setting: dict[str, Any]) -> list[dict[str,
     """Measure all models in one setting of mode, precision, compilation, size and batch."""
     device, train = torch.device(args.device), setting["mode"] == "training"
     output_size = args.output_size or setting["size"]
-    subjects = [build_subject(name, args.device, channels_last=args.channels_last_peers) for name in args.models]
-    subjects = [subject for subject in subjects if subject.can_train or not train]
+    subjects = [build_subject(name, args.device) for name in args.models]
+    subjects = [subject for subject in subjects if not (train and isinstance(subject.model, BackboneOnly))]
     runs, rows = [], []
     with precision(setting["precision"], device):
         for subject in subjects:
@@ -93,8 +83,8 @@ def compare(args: argparse.Namespace, setting: dict[str, Any]) -> list[dict[str,
             row["giga_multiply_adds"] = count_operations(run)
             row["findings"] = findings
             row["parts"], row["parts_peak_mib"] = measure_parts(run, device, args.rounds)
-            if train and subject.reads_panoptic_files:
-                row["parts"]["mapper, per image"] = mapper_seconds(subject, args.rounds)
+            if train and subject.is_knet and subject.model.bank.num_matched:
+                row["parts"]["mapper, per image"] = mapper_seconds(subject.cfg, args.rounds)
             if setting["compiled"]:
                 subject.compile()
             rows.append(row)

@@ -127,13 +127,6 @@ def built_subject(setup: Setup, task: str) -> Subject:
     return subject
 
 
-def filled_subject(setup: Setup, task: str) -> Subject:
-    """Build a model on the CPU whose kernels differ in their masks and classes, in evaluation mode."""
-    subject = built_subject(setup, task)
-    fill(subject, subject.inputs(setup.size.compared_image, 1, setup.size.compared_image))
-    return subject
-
-
 def compare_training_step(setup: Setup, task: str) -> list[Row]:
     """Compare losses, matches and gradients of a batch of two images."""
     # Not filled: the large weights of a filled model amplify rounding
@@ -210,10 +203,11 @@ def _gradient_row(check: str, dtype: torch.dtype, found: dict, expected: dict, t
 
 def compare_results(setup: Setup, task: str) -> list[Row]:
     """Compare both implementations of post-processing, dense on the device and cells on the CPU, on equal logits."""
-    subject = filled_subject(setup, task)
-    height, width = setup.size.compared_image
+    subject, (height, width) = built_subject(setup, task), setup.size.compared_image
+    inputs = subject.inputs((height, width), 1, (height, width))
+    fill(subject, inputs)  # so that its kernels differ in their masks and classes
     with torch.no_grad():
-        (logits,) = subject.model(subject.inputs(setup.size.compared_image, 1, (height, width)), do_postprocess=False)
+        (logits,) = subject.model(inputs, do_postprocess=False)
     geometry = ImageGeometry(logits.geometry.padded, logits.geometry.image, (height * 3 // 2, width * 3 // 2))
     classes, masks = logits.class_logits, logits.mask_logits
     processor, rows = subject.model.postprocessor, []

@@ -43,7 +43,7 @@ def markdown(report: Mapping[str, Any], other: Mapping[str, Any] | None = None) 
         *dict.fromkeys(part["command"] for part in report["parts"].values()),
         "```",
         "",
-        _table(_environment(report["environment"])),
+        _table([{"what": name, "found": x} for name, x in report["environment"].items() if x is not None]),
         "",
     ]
     lines += [_table([_summary(name, part) for name, part in report["parts"].items()]), ""]
@@ -73,10 +73,6 @@ def _verdict(report: Mapping[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def _environment(environment: Mapping[str, Any]) -> list[Row]:
-    return [{"what": name, "found": value} for name, value in environment.items() if value is not None]
-
-
 def _summary(name: str, part: Part) -> Row:
     return {
         "part": name,
@@ -94,21 +90,18 @@ def _table(rows: list[Row]) -> str:
 
 
 def _equality(rows: list[Row], others: list[Row], beside: str) -> list[str]:
-    return [
-        _table(
-            [
-                {
-                    "": "" if row["passed"] else "**out of tolerance**",
-                    "comparison": row["check"],
-                    "type": row["type"],
-                    "difference": f"{row['difference']:.1e}",
-                    "allowed": f"{row['tolerance']:.1e}",
-                    "of what": row["detail"],
-                }
-                for row in sorted(rows, key=lambda row: row["passed"])
-            ]
-        )
+    lines = [
+        {
+            "": "" if row["passed"] else "**out of tolerance**",
+            "comparison": row["check"],
+            "type": row["type"],
+            "difference": f"{row['difference']:.1e}",
+            "allowed": f"{row['tolerance']:.1e}",
+            "of what": row["detail"],
+        }
+        for row in sorted(rows, key=lambda row: row["passed"])
     ]
+    return [_table(lines)]
 
 
 def _training(rows: list[Row], others: list[Row], beside: str) -> list[str]:

@@ -3,22 +3,15 @@
 import gc
 import itertools
 import math
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 
 from ..benchmark.filling import fill
-from ..benchmark.measure import (
-    Run,
-    count_operations,
-    interleave,
-    matrix_rate,
-    measure_memory,
-    median,
-    precision,
-)
+from ..benchmark.measure import Run, count_operations, interleave, matrix_rate, measure_memory, precision
 from ..benchmark.models import PEERS, Subject, build_subject
 from .plan import Row, Setup, Step
 
@@ -75,9 +68,9 @@ def settings(setup: Setup) -> list[Setting]:
 
 def steps(setup: Setup) -> Iterator[Step]:
     """Yield the settings. A model is kept until another one is measured."""
-    subjects, rates = _Subjects(setup), _Rates(setup)
+    subjects, rate = _Subjects(setup), cache(partial(matrix_rate, setup.device))
     for setting in settings(setup):
-        yield Step(describe(setting), partial(measure, setup, setting, subjects, rates))
+        yield Step(describe(setting), partial(measure, setup, setting, subjects, rate))
 
 
 def describe(setting: Setting) -> str:
@@ -135,20 +128,8 @@ class _Subjects:
         return self._operations[setting.train]
 
 
-class _Rates:
-    """The device's 10^9 multiply-adds per second of a large matrix product, measured once per precision."""
-
-    def __init__(self, setup: Setup):
-        self._device, self._rates = setup.device, dict[str, float]()
-
-    def get(self, name: str) -> float:
-        if name not in self._rates:
-            self._rates[name] = matrix_rate(self._device, name)
-        return self._rates[name]
-
-
-def measure(setup: Setup, setting: Setting, subjects: _Subjects, rates: _Rates) -> list[Row]:
-    """Measure one setting."""
+def measure(setup: Setup, setting: Setting, subjects: _Subjects, rate: Callable[[str], float]) -> list[Row]:
+    """Measure one setting; rate: 10^9 multiply-adds per second of a large matrix product in a precision."""
     device, size = setup.device, setup.size.image
     subject = subjects.get(setting)
     operations = subjects.operations(setting, subject) * setting.batch
@@ -166,6 +147,6 @@ def measure(setup: Setup, setting: Setting, subjects: _Subjects, rates: _Rates) 
         "seconds": seconds,
         "images_per_second": setting.batch / seconds,
         "peak_mib": memory.peak if memory else None,
-        "share_of_matrix_rate": operations / seconds / rates.get(setting.precision),
+        "share_of_matrix_rate": operations / seconds / rate(setting.precision),
     }
     return [row]

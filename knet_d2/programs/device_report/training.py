@@ -1,13 +1,11 @@
 """Part "training": the generated shapes, in all tasks and precisions, one run stopped and resumed, and evaluated."""
 
-import json
 import os
 import signal
 import time
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,19 +14,15 @@ from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
 from ...config.files import get_config_file
-from ...data.shapes import write_shapes
+from ...data.shapes import shapes_entries, write_shapes
 from ...engine import Trainer, load_config
 from ...engine.stop_signals import Preempted
 from ...engine.train_step import amp_dtype
 from ...errors import ConfigError
+from ...evaluation import best_metric
 from .plan import Row, Setup, Step
 
-# Task -> (group of results, metric)
-METRICS = {
-    "panoptic": ("panoptic_seg", "PQ"),
-    "instance": ("segm", "AP"),
-    "semantic": ("sem_seg", "mIoU"),
-}
+TASKS = ("panoptic", "instance", "semantic")
 # Name in the table -> SOLVER.AMP.DTYPE; "" is full precision
 PRECISIONS = {"fp32": "", "bf16": "bfloat16", "fp16": "float16"}
 # The run that is also stopped and resumed
@@ -38,7 +32,7 @@ RESUMED = ("panoptic", "fp32")
 def steps(setup: Setup) -> Iterator[Step]:
     """Yield the training runs; the first one writes the images."""
     for precision in PRECISIONS:
-        for task in METRICS:
+        for task in TASKS:
             name = f"{task}, {precision}"
             yield Step(name, partial(train, setup, task, precision))
             if (task, precision) == RESUMED:
@@ -52,7 +46,7 @@ def config(setup: Setup, task: str, precision: str, name: str) -> CfgNode:
         folder = setup.folder / f"shapes_{split}"
         if not folder.exists():
             write_shapes(str(folder), count, seed=1 if split == "train" else 2, size=size.train_side)
-        data[split] = _entry(task, folder, f"{setup.folder.name}_{task}_{split}")
+        data[split] = {"name": f"{setup.folder.name}_{task}_{split}", **shapes_entries(str(folder))[task]}
     output = setup.folder / name
     output.mkdir(exist_ok=True)
     values = {
@@ -78,21 +72,6 @@ def config(setup: Setup, task: str, precision: str, name: str) -> CfgNode:
     options = dict(option.split("=", 1) for option in size.options)
     opts = [str(item) for pair in {**options, **values}.items() for item in pair]
     return load_config(get_config_file(f"shapes/{task}.yaml"), opts)
-
-
-def _entry(task: str, folder: Path, name: str) -> dict[str, Any]:
-    """Return the entry of DATASETS.CUSTOM for a folder of write_shapes."""
-    categories = json.loads((folder / "panoptic.json").read_text())["categories"]
-    files: dict[str, dict[str, Any]] = {
-        "instance": {"type": "coco_instance", "json": f"{folder}/instances.json"},
-        "panoptic": {
-            "type": "coco_panoptic",
-            "panoptic_json": f"{folder}/panoptic.json",
-            "panoptic_root": f"{folder}/panoptic",
-        },
-        "semantic": {"type": "sem_seg", "labels": f"{folder}/semantic", "classes": [x["name"] for x in categories]},
-    }
-    return {"name": name, "images": f"{folder}/images", **files[task]}
 
 
 class _FinalLoss(HookBase):
@@ -143,7 +122,7 @@ def train(setup: Setup, task: str, precision: str) -> list[Row]:
     trainer = _trainer(config(setup, task, precision, f"{task}_{precision}"), loss, resume=False)
     start = time.perf_counter()
     results = trainer.train()
-    return [_row(setup, f"{task}, {precision}", task, loss, results, time.perf_counter() - start)]
+    return [_row(setup, f"{task}, {precision}", trainer.cfg, loss, results, time.perf_counter() - start)]
 
 
 def resume(setup: Setup, task: str, precision: str) -> list[Row]:
@@ -161,7 +140,7 @@ def resume(setup: Setup, task: str, precision: str) -> list[Row]:
     if trainer.start_iter != stopped.iter + 1:
         raise RuntimeError(f"resumed at iteration {trainer.start_iter}, stopped after {stopped.iter}")
     results = trainer.train()
-    row = _row(setup, f"{task}, {precision}, resumed", task, loss, results, time.perf_counter() - start)
+    row = _row(setup, f"{task}, {precision}, resumed", cfg, loss, results, time.perf_counter() - start)
     row["note"] = f"weights differ from those of the run without a stop by {_weight_difference(setup, name):.1e}"
     return [row]
 
@@ -176,8 +155,8 @@ def _weight_difference(setup: Setup, name: str) -> float:
     return max(float((x - y).abs().max() / x.abs().max().clamp(min=1e-12)) for x, y in pairs)
 
 
-def _row(setup: Setup, run: str, task: str, loss: _FinalLoss, results: Any, seconds: float) -> Row:
-    group, metric = METRICS[task]
+def _row(setup: Setup, run: str, cfg: CfgNode, loss: _FinalLoss, results: Any, seconds: float) -> Row:
+    group, metric = best_metric(cfg).split("/")
     return {
         "run": run,
         "iterations": setup.size.iterations,
