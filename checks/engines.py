@@ -1,9 +1,10 @@
-"""Compare engines and exported files on a data set: AP, PQ or mIoU of one model, and milliseconds per image.
+"""Compare engines and exported files on a data set: AP, PQ or mIoU, pixels of the same class, milliseconds per image.
 
     python -m checks.engines m.pth m.onnx m.onnx=openvino m_int8.onnx --config-file configs/shapes/panoptic.yaml
 
 The weights file is computed by PyTorch, an exported file by onnxruntime or by the engine behind its name. All are asked
-image by image in turn, so that a change of the machine's speed meets them alike. Times are medians with reading the
+image by image in turn, so that a change of the machine's speed meets them alike. "same" is the share of the pixels that
+have the class which the first model gives them. Times are medians with reading the
 file and making masks of the image's size: of the clock, and of the processor, which other programs disturb less.
 """
 
@@ -13,9 +14,12 @@ import os
 import statistics
 import sys
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from detectron2.config import CfgNode
 
 from knet_d2.config.merging import load_config
 from knet_d2.data.classes import class_table
@@ -39,34 +43,75 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    logging.disable(logging.INFO)  # the evaluators' tables
-    torch.set_num_threads(1)
-    cfg = load_config(args.config_file, args.opts)
+class Measured(NamedTuple):
+    """A model on a data set.
+
+    Attributes:
+        value: AP, PQ or mIoU.
+        same: share of the pixels with the same class as in the results of the first model.
+        clock, processor: median seconds of an image.
+    """
+
+    value: float
+    same: float
+    clock: float
+    processor: float
+
+
+def measure(models: Sequence[str], cfg: CfgNode, confidence_threshold: float) -> dict[str, Measured]:
+    """Evaluate models on the first data set in DATASETS.TEST, image by image in turn.
+
+    Args:
+        models: weights or FILE.onnx[=ENGINE].
+    """
     name, table = cfg.DATASETS.TEST[0], class_table(cfg)
     output = get_task(cfg).checked_outputs(cfg.MODEL.KNET.TEST.OUTPUTS)[0]
     predictors, evaluators = {}, {}
-    seconds: dict[str, list[tuple[float, float]]] = {path: [] for path in args.models}
-    for path in args.models:
+    seconds: dict[str, list[tuple[float, float]]] = {path: [] for path in models}
+    for path in models:
         file, _, engine = path.partition("=")
-        threshold = args.confidence_threshold
-        predictors[path] = load(file, confidence_threshold=threshold, device="cpu", engine=engine or None)
+        predictors[path] = load(file, confidence_threshold=confidence_threshold, device="cpu", engine=engine or None)
         (evaluators[path],) = build_evaluators(cfg, name)
         evaluators[path].reset()
+    same: dict[str, list[float]] = {path: [] for path in models}
     records: list[dict[str, Any]] = load_dataset(name)
     for record in records:
+        expected = None
         for path, predictor in predictors.items():
             start = time.perf_counter(), time.process_time()
             prediction = predictor(record["file_name"])
             seconds[path].append((time.perf_counter() - start[0], time.process_time() - start[1]))
             found = {output: result_of(output, prediction._replace(classes=table))}
             evaluators[path].process([record], [found])
+            classes = prediction.class_map()
+            expected = classes if expected is None else expected
+            same[path].append(float(np.mean(classes == expected)))
     group, metric = METRICS[output]
-    print(f"{name}, {len(records)} images, 1 thread\n{'model':32} {metric:>8} {'ms':>8} {'CPU ms':>8}")
-    for path in args.models:
-        value = evaluators[path].evaluate()[group][metric]
-        clock, processor = (1000 * statistics.median(x) for x in zip(*seconds[path]))
-        print(f"{os.path.basename(path):32} {value:8.2f} {clock:8.1f} {processor:8.1f}")
+    return {
+        path: Measured(
+            evaluators[path].evaluate()[group][metric],
+            statistics.mean(same[path]),
+            *map(statistics.median, zip(*seconds[path])),
+        )
+        for path in models
+    }
+
+
+def print_table(cfg: CfgNode, measured: Mapping[str, Measured]) -> None:
+    (_, metric), name = METRICS[get_task(cfg).checked_outputs(cfg.MODEL.KNET.TEST.OUTPUTS)[0]], cfg.DATASETS.TEST[0]
+    print(f"{name}, {len(load_dataset(name))} images, 1 thread")
+    print(f"{'model':40} {metric:>8} {'same':>9} {'ms':>8} {'CPU ms':>8}")
+    for path, x in measured.items():
+        print(
+            f"{os.path.basename(path):40} {x.value:8.2f} {x.same:9.3%} {1000 * x.clock:8.1f} {1000 * x.processor:8.1f}"
+        )
+
+
+def main(args: argparse.Namespace) -> None:
+    logging.disable(logging.INFO)  # the evaluators' tables
+    torch.set_num_threads(1)
+    cfg = load_config(args.config_file, args.opts)
+    print_table(cfg, measure(args.models, cfg, args.confidence_threshold))
 
 
 if __name__ == "__main__":

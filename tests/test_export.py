@@ -17,6 +17,7 @@ import torch
 from checkpoint_helpers import ROOT
 from helpers import IMAGE_KERNELS, neck, spread_scores, tiny_config, tiny_model
 from PIL import Image
+from torch import nn
 
 import knet_d2
 from knet_d2.checkpoint import describe_model
@@ -34,8 +35,9 @@ from knet_d2.programs import export_model
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+onnx = pytest.importorskip("onnx")
 
-from checks import exports
+from checks import export_table, exports
 from tools import onnx_runner
 
 OUTPUTS = {"instance": "instances", "panoptic": "panoptic_seg", "semantic": "sem_seg"}
@@ -465,7 +467,7 @@ def test_half_precision(tmp_path):
     (expected,) = exports.run_model(knet_d2.load(weights, device="cpu").model, images, (96, 128))
     same = (label_map[0] == expected["label_map"]).mean()
     assert 0.97 < same < 1
-    kinds = {x.data_type for x in __import__("onnx").load(path).graph.initializer}
+    kinds = {x.data_type for x in onnx.load(path).graph.initializer}
     assert {1, 10} <= kinds  # float32 and float16
 
 
@@ -522,7 +524,7 @@ def test_integers(exported, tmp_path):
     assert not any(name == "sem_seg_head" or name.startswith(ends) for name in found.layers)
     metadata = onnxruntime.InferenceSession(target).get_modelmeta().custom_metadata_map
     assert json.loads(metadata["quantization"])["layers"] == found.layers
-    graph = __import__("onnx").load(target).graph
+    graph = onnx.load(target).graph
     constants = {x.name: x for x in graph.initializer}
     sources = {name: x for x in graph.node for name in x.output}
     weights = [sources.get(x.input[1]) for x in graph.node if x.op_type == "Conv"]
@@ -538,6 +540,46 @@ def test_integers(exported, tmp_path):
     for arguments in (["x.pth", "x.pt2", "--int8", "a.jpg"], ["x.pth", "x.onnx", "--fp16", "--int8", "a.jpg"]):
         with pytest.raises(ConfigError, match="--int8: x.(pt2|onnx): use it for .onnx files and without --fp16"):
             export_model.main(export_model.get_parser().parse_args(arguments))
+
+
+def test_activations_with_a_limit_and_layers_that_stay_float(tmp_path):
+    """The range of a convolution before a ReLU6 is 0 to 6, whatever the convolution gives."""
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3), nn.ReLU6())
+    model.forward = lambda image: model.model.backbone(image)
+    model.eval()
+    nn.init.normal_(model.model.backbone[0].weight, std=5.0)
+    image = torch.randn(1, 3, 16, 16)
+    source, target = str(tmp_path / "float.onnx"), str(tmp_path / "int8.onnx")
+    torch.onnx.export(model, (image,), source, input_names=["image"], dynamo=True, verbose=False)
+    inputs = [{"image": image.numpy()}]
+
+    def scales(path):
+        graph = onnx.load(path).graph
+        constants = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
+        sources = {name: x for x in graph.node for name in x.output}
+        quantizers = [x for x in graph.node if x.op_type == "QuantizeLinear"]
+        return [constants[x.input[1]] for x in quantizers if getattr(sources.get(x.input[0]), "op_type", "") == "Conv"]
+
+    found = quantize(source, target, iter(inputs))
+    assert found.layers == ["backbone.0", "backbone.2"] and found.float_layers == []
+    assert scales(target)[0] == pytest.approx(6 / 255, rel=1e-3)
+    found = quantize(source, target, iter(inputs), excluded=["backbone.0"])
+    assert found.layers == ["backbone.2"] and found.float_layers == ["backbone.0"]
+    with pytest.raises(ConfigError, match="--int8-float neck: no layer is named so. Layers: backbone.0, backbone.2"):
+        quantize(source, target, iter(inputs), excluded=["neck"])
+
+
+def test_export_table_keeps_its_rows(tmp_path):
+    """In the order of the architectures, whatever order they were measured in."""
+    target = tmp_path / "exports.md"
+    names = [x.removesuffix(".yaml") for x in export_table.ARCHITECTURES[:2]]
+    rows = [f"| {name} | {ending} | fp32 | any | 1 |" for name in names[::-1] for ending in (".pt2", ".onnx")]
+    for row in rows:
+        export_table.add_row(target, row)
+    assert target.read_text() == export_table.HEADER + "\n".join([*rows[2:], *rows[:2]]) + "\n"
+    assert set(export_table.read_rows(target)) == {(n, e, "fp32") for n in names for e in (".pt2", ".onnx")}
 
 
 class Untrusted:

@@ -7,7 +7,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,9 @@ from .writing import ONNX_COMMAND
 PARTS = ("backbone", "sem_seg_head")
 # End layers of the static kernels' producer, where it has them
 END_LAYERS = ("classifier", "instance_kernels")
-_OPERATORS = ("Conv", "Relu", "Add", "MaxPool")
+# Clip is ReLU6
+_ACTIVATIONS = ("Relu", "Clip")
+_OPERATORS = ("Conv", *_ACTIVATIONS, "Add", "MaxPool")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -43,7 +45,11 @@ class Quantization(NamedTuple):
 
 
 def quantize(
-    source: str, target: str, inputs: Iterable[Mapping[str, np.ndarray]], reduce_range: bool = True
+    source: str,
+    target: str,
+    inputs: Iterable[Mapping[str, np.ndarray]],
+    reduce_range: bool = True,
+    excluded: Sequence[str] = (),
 ) -> Quantization:
     """Write an ONNX file of tools/export_model.py again, with convolutions in 8-bit integers (QDQ).
 
@@ -52,9 +58,11 @@ def quantize(
         inputs: inputs of the graph for typical images, of which the ranges of activations are taken.
         reduce_range: weights of 7 bits, as sums of products of 8 bits saturate on processors without VNNI; results are
             then the same on every processor.
+        excluded: beginnings of names of further modules that stay in float32, such as "backbone.bottom_up.stem".
 
     Raises:
-        ConfigError: a package is missing, there is no image, or the end layers can't be told by their names.
+        ConfigError: a package is missing, there is no image, the end layers can't be told by their names, or an
+            excluded module is not found.
     """
     try:
         import onnx
@@ -79,16 +87,27 @@ def quantize(
     )
     reader = Reader()
     chosen, layers, float_layers = [], [], []
+    unknown = set(excluded)
+    outputs: set[str] = set()  # of chosen convolutions
     for node, module in _modules(model):
+        if node.op_type in _ACTIVATIONS and node.input[0] in outputs:
+            chosen.append(node.name)  # the range of a convolution's output is then that behind its activation
+            continue
         # Outside of the backbone, other operators make the feature that the update stages sum
         if node.op_type not in _OPERATORS or not module.startswith(PARTS if node.op_type == "Conv" else PARTS[0]):
             continue
         # What the producer computes itself, by weights that it arranges, are logits
         is_end = module in PARTS or module.startswith(tuple(f"{PARTS[1]}.{name}" for name in END_LAYERS))
-        if not is_end:
+        excluding = {name for name in excluded if module.startswith(name)}
+        unknown -= excluding
+        stays = is_end or bool(excluding)
+        if not stays:
             chosen.append(node.name)
         if node.op_type == "Conv":
-            (float_layers if is_end else layers).append(module)
+            (float_layers if stays else layers).append(module)
+            outputs |= set() if stays else {node.output[0]}
+    if unknown:
+        raise ConfigError(f"--int8-float {min(unknown)}: no layer is named so. Layers: {', '.join(layers)}.")
     if not layers:
         raise ConfigError(f"{source}: no convolution of {' or '.join(PARTS)} is found by its name. Export it again.")
     with tempfile.TemporaryDirectory() as folder:

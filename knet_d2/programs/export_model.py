@@ -10,8 +10,10 @@ import itertools
 import logging
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.export import ExportedProgram
 
@@ -49,6 +51,14 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--int8-images", type=int, default=100, metavar="N", help="most images of the calibration")
     parser.add_argument(
+        "--int8-float",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="modules that stay in float32, such as backbone.bottom_up.stem: beginnings of the names in the file's "
+        "property quantization",
+    )
+    parser.add_argument(
         "--int8-full-range",
         action="store_true",
         help="weights of 8 bits instead of 7, only for processors with VNNI; on others, sums saturate",
@@ -68,20 +78,28 @@ def save_int8(
     program: ExportedProgram, path: str, metadata: dict[str, str], predictor: ImagePredictor, args: argparse.Namespace
 ) -> None:
     """Write a traced model as an ONNX file in 8-bit integers, and print what is in integers."""
-    images = ImageFiles(args.int8, predictor.pixel_format)
     with tempfile.TemporaryDirectory() as folder:
         source = os.path.join(folder, "float.onnx")
         save_onnx(program, source, metadata)
-        exported = OnnxPredictor(source)
-        readable = (frame.image for frame in images if frame.image is not None)
-        samples = map(exported.sample, map(predictor.pixel_format.arrange, readable, itertools.repeat("The image")))
-        inputs = (exported.inputs([sample]) for sample in itertools.islice(samples, args.int8_images))
-        found = quantize(source, path, inputs, reduce_range=not args.int8_full_range)
+        inputs = calibration_inputs(OnnxPredictor(source), args.int8, args.int8_images)
+        found = quantize(source, path, inputs, not args.int8_full_range, args.int8_float)
     share = share_of_operations(predictor.model, example_sample(predictor.model), found.layers)
     bits = 7 if found.reduce_range else 8
     numbers = f"{bits} bits, {found.num_images} images, {share:.0%} of the operations"
     print(f"{len(found.layers)} convolutions are computed in integers ({numbers})")
     print(f"In float32: {', '.join(found.float_layers) or 'no other convolution'}, and the update stages")
+
+
+def calibration_inputs(exported: OnnxPredictor, images: Sequence[str], most: int) -> Iterator[dict[str, np.ndarray]]:
+    """Inputs of an exported file for images, of which the ranges of its activations are taken.
+
+    Args:
+        images: files, folders, patterns.
+        most: number of images at most.
+    """
+    frames = ImageFiles(images, exported.pixel_format)
+    for image in itertools.islice((x.image for x in frames if x.image is not None), most):
+        yield exported.inputs([exported.sample(exported.pixel_format.arrange(image, "The image"))])
 
 
 def example_sample(model: KNet) -> dict[str, Any]:
