@@ -78,7 +78,8 @@ def train_loader(cfg):
         instance_mask_format="bitmask",
         recompute_boxes=True,
     )
-    records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    # Without empty images, which the mapper can't give boxes
+    records = [x for name in cfg.DATASETS.TRAIN for x in DatasetCatalog.get(name) if x["annotations"]]
     sampler = TrainingSampler(len(records), seed=cfg.SEED)
     return build_detection_train_loader(
         records, mapper=mapper, sampler=sampler, total_batch_size=cfg.SOLVER.IMS_PER_BATCH, num_workers=0
