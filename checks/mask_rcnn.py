@@ -68,6 +68,11 @@ def mask_rcnn_config(config_file: str, opts: list[str]):
     return cfg
 
 
+def has_objects(record: dict) -> bool:
+    """Whether an image has objects that the mapper can give boxes of."""
+    return any(not x.get("iscrowd") for x in record["annotations"])
+
+
 def train_loader(cfg):
     """Batches of the training images with the config's augmentations."""
     mapper = DatasetMapper(
@@ -78,8 +83,7 @@ def train_loader(cfg):
         instance_mask_format="bitmask",
         recompute_boxes=True,
     )
-    # Without empty images, which the mapper can't give boxes
-    records = [x for name in cfg.DATASETS.TRAIN for x in DatasetCatalog.get(name) if x["annotations"]]
+    records = [x for name in cfg.DATASETS.TRAIN for x in DatasetCatalog.get(name) if has_objects(x)]
     sampler = TrainingSampler(len(records), seed=cfg.SEED)
     return build_detection_train_loader(
         records, mapper=mapper, sampler=sampler, total_batch_size=cfg.SOLVER.IMS_PER_BATCH, num_workers=0
