@@ -6,6 +6,7 @@ It stands outside of the package, so that ``knet --help`` and ``knet docs`` do n
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,24 +27,40 @@ further programs, which knet starts, too.
 """
 
 
+# Folders of pages beside docs/ in a checkout; setup.py lays them into the same folder of a wheel
+PAGES_BESIDE = ("*.md", "demo/**/*.md")
+
+
 def documents() -> dict[str, Path]:
-    """The pages of the documentation by name: from the package of a wheel, or from beside the package in a checkout."""
+    """The pages of the documentation by name, such as DATASETS, README or demo/README.
+
+    They are in the package of a wheel; in a checkout in docs/, and beside it.
+    """
     package = Path(importlib.util.find_spec("knet_d2").origin).parent
-    folders = (package / "docs", package.parent / "docs")
-    folder = next(x for x in folders if x.is_dir())
-    return {path.stem: path for path in sorted(folder.glob("*.md"))}
+    in_wheel = package / "docs"
+    patterns = {in_wheel: ["**/*.md"]}
+    if not in_wheel.is_dir():
+        patterns = {package.parent / "docs": ["**/*.md"], package.parent: [*PAGES_BESIDE]}
+    pages = ((folder, path) for folder in patterns for pattern in patterns[folder] for path in folder.glob(pattern))
+    return dict(sorted((path.relative_to(folder).with_suffix("").as_posix(), path) for folder, path in pages))
+
+
+def find_document(name: str) -> Path | None:
+    """The page of a name, in any case; or of a link between pages, such as ../demo/README.md#results-as-json."""
+    wanted = re.sub(r"^((\.\.?|docs)/)+|#.*$|\.md(?=#|$)", "", name, flags=re.IGNORECASE).lower()
+    return next((path for page, path in documents().items() if page.lower() == wanted), None)
 
 
 def print_document(names: Sequence[str]) -> int:
     """Print a page, or without a name the list of pages; returns the exit code."""
-    pages = documents()
     if not names or names[0] in ("-h", "--help"):
-        listed = "\n".join(f"  {name:18}{path}" for name, path in pages.items())
+        listed = "\n".join(f"  {name:30}{path}" for name, path in documents().items())
         print(f"usage: knet docs PAGE\n\n{listed}", flush=True)
         return 0
-    if names[0].upper() not in pages:
-        raise SystemExit(f"knet docs: there is no page {names[0]!r}; the pages are {', '.join(pages)}.")
-    print(pages[names[0].upper()].read_text(encoding="utf-8"), flush=True)
+    path = find_document(names[0])
+    if path is None:
+        raise SystemExit(f"knet docs: there is no page {names[0]!r}; the pages are {', '.join(documents())}.")
+    print(path.read_text(encoding="utf-8"), flush=True)
     return 0
 
 

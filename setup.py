@@ -1,13 +1,30 @@
 """K-Net as a Detectron2 extension. Detectron2 itself comes from ``python -m knet_d2.install_detectron2``."""
 
 import runpy
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 DEPENDENCIES = runpy.run_path(str(ROOT / "knet_d2" / "setup" / "dependencies.py"))
+PAGES_BESIDE = runpy.run_path(str(ROOT / "knet_command.py"))["PAGES_BESIDE"]
 README = ROOT / "README.md"
+
+
+class BuildWithPages(build_py):
+    """Copies the pages that lie beside docs/ into the package's folder of documents."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for path in (path for pattern in PAGES_BESIDE for path in ROOT.glob(pattern)):
+            target = Path(self.build_lib, "knet_d2", "docs", path.relative_to(ROOT))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
 
 setup(
     name="knet_d2",
@@ -25,11 +42,12 @@ setup(
     package_data={
         "knet_d2": ["**/*.json", "weights/*.safetensors"],
         "knet_d2.configs": ["**/*.yaml"],
-        "knet_d2.docs": ["*.md"],
+        "knet_d2.docs": ["**/*.md"],
     },
     install_requires=[dependency.requirement for dependency in DEPENDENCIES["DEPENDENCIES"] if dependency.declared],
     entry_points={"console_scripts": ["knet = knet_command:main"]},
     py_modules=["knet_command"],
+    cmdclass={"build_py": BuildWithPages},
     extras_require={
         # What most users want: OpenCV, K-Net Lite's backbones, export, safetensors and TIFF files
         "standard": [

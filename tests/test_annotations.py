@@ -158,11 +158,44 @@ def test_nothing_that_was_corrected_is_replaced(tmp_path):
         annotate.main(annotate.get_parser().parse_args(arguments))
     with pytest.raises(ConfigError, match="has files already, which people may have corrected"):
         write_annotations("yolo", images, str(tmp_path / "out"), CLASSES)
-    with pytest.raises(ConfigError, match="--format x: use one of labelme, cvat, yolo, coco"):
+    with pytest.raises(ConfigError, match="--format x: use one of labelme, cvat, yolo, coco, png"):
         write_annotations("x", images, str(tmp_path / "new"), CLASSES)
     same = [(str(tmp_path / "other" / "b.png"), images[0][1]), *images]
     with pytest.raises(ConfigError, match="has the same name as"):
         write_annotations("labelme", same, str(tmp_path / "same"), CLASSES)
+
+
+@pytest.mark.parametrize(
+    "name, ids, empty", [("background", [0, 255], 0), ("rest", [0, 255], 65535), ("rest", [], 255)]
+)
+def test_label_maps_have_the_values_of_the_data_set(tmp_path, name, ids, empty):
+    (path, found), *_ = predictions(tmp_path)
+    classes = ClassTable([name, "cell"], [0, 1], [(200, 0, 0), (0, 0, 200)], 0, ids)
+    cell = shapes()[0]
+    around = ~cell
+    around[:, -4:] = False  # no segment
+    segments = [Segment.from_mask(around, 0), Segment.from_mask(cell, 1)]
+    folder = str(tmp_path / "out")
+    assert write_annotations("png", [(path, Prediction(SIZE, segments, classes))], folder, classes) == 1
+    expected = np.where(cell, ids[1] if ids else 1, 0)
+    expected[:, -4:] = empty
+    (file,) = (tmp_path / "out" / "masks").iterdir()
+    assert file.name == "b.png" and (np.asarray(Image.open(file)) == expected).all()
+
+
+@pytest.mark.parametrize("kind", ["labelme", "yolo", "coco", "cvat"])
+def test_the_background_of_masks_is_no_annotation(tmp_path, kind):
+    (path, found), *_ = predictions(tmp_path)
+    classes = CLASSES._replace(names=["background", "cell"], num_things=0)
+    segments = [Segment.from_mask(~shapes()[1], 0), Segment.from_mask(shapes()[1], 1)]
+    alone = [Segment.from_mask(np.ones(SIZE, bool), 0)]
+    images = [(path, Prediction(SIZE, segments, classes)), (path[:-5] + "c.png", Prediction(SIZE, alone, classes))]
+    write_annotations(kind, images, str(tmp_path / "out"), classes)
+    with open(tmp_path / "out" / "order.csv") as f:
+        assert [(os.path.basename(x["file_name"]), x["segments"]) for x in csv.DictReader(f)] == [
+            ("c.png", "0"),
+            ("b.png", "1"),
+        ]
 
 
 @pytest.mark.parametrize("kind", WRITERS)

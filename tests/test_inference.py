@@ -181,6 +181,10 @@ def test_a_folder_stands_for_its_best_weights(tmp_path):
     cfg, model = tiny_config("instance"), tiny_model("instance")
     with pytest.raises(CheckpointError, match="this folder has no model_best.pth or model_final.pth"):
         knet_d2.load(tmp_path)
+    for name in ("model_final_2.pth", "model_best_1.pth", "model_final_10.pth", "model_best_10.pth"):
+        (tmp_path / name).touch()  # as training in a used folder renames them
+    with pytest.raises(CheckpointError, match="the earlier run's model is .*/model_best_10.pth. Train first"):
+        knet_d2.load(tmp_path)
     for number, name in enumerate(("model_final.pth", "model_best.pth")):
         next(model.parameters()).data.fill_(number)
         save_weights(str(tmp_path / name), model.state_dict(), describe_model(cfg))

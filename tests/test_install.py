@@ -378,15 +378,20 @@ def test_wheel_of_knet_d2_holds_configs_documents_and_tables(tmp_path):
     source.mkdir()
     for name in ("knet_d2", "configs", "docs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "LICENSE"):
+    (source / "demo" / "fruits_nuts").mkdir(parents=True)
+    pages = ("README.md", "MODEL_ZOO.md", "CHANGELOG.md", "demo/README.md", "demo/fruits_nuts/README.md")
+    for name in pages:
+        shutil.copy(ROOT / name, source / name)
+    for name in ("setup.py", "knet_command.py", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("knet_d2-*.whl")
     expected = {path for folder in ("knet_d2", "configs") for path in (source / folder).rglob("*") if path.is_file()}
-    expected |= set((source / "docs").glob("*.md"))  # not the pictures and tables
+    expected |= set((source / "docs").rglob("*.md"))  # not the pictures and tables
     expected = {str(path.relative_to(source)) for path in expected}
     expected = {f"knet_d2/{name}" if name.startswith(("configs/", "docs/")) else name for name in expected}
+    expected |= {"knet_command.py", *(f"knet_d2/docs/{name}" for name in pages)}
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") or name.endswith("dist-info/LICENSE") for name in names)

@@ -19,6 +19,7 @@ import torch
 import yaml
 from data_helpers import custom_entry, data_cfg, unique_name
 from dataset_trees import CLASSES, NUM_IMAGES, instances_json, write_images, write_labels, write_panoptic
+from detectron2.data import MetadataCatalog
 from PIL import Image
 from program_helpers import NUM_IMAGES as NUM_SHAPES
 from program_helpers import ROOT, TINY_MODEL, shapes  # noqa: F401
@@ -30,6 +31,7 @@ from knet_d2.config.files import find_config_file, get_config_file
 from knet_d2.config.merging import merge_config
 from knet_d2.data import load_dataset
 from knet_d2.data.check import check_datasets
+from knet_d2.data.classes import ClassTable
 from knet_d2.data.discovery import Found, find_annotations
 from knet_d2.data.files import files_below
 from knet_d2.engine import Trainer
@@ -39,6 +41,7 @@ from knet_d2.evaluation.report.page import RECOMMENDED
 from knet_d2.programs import NAMES, parse, run_program, train
 from knet_d2.programs.own_data import RECIPES, choose_recipe, use_data, write_config
 from knet_d2.setup.dependencies import VERSION
+from knet_d2.tasks import TASKS
 
 
 def _root(tmp_path):
@@ -150,9 +153,10 @@ def test_panoptic_json(tmp_path):
     root = _root(tmp_path)
     write_images(root / "images")
     write_panoptic(root, (1, 2, 3, 4))
-    found = find_annotations(str(root))
-    assert found.task == "panoptic" and found.entries[0]["panoptic_root"] == str(root / "panoptic")
-    assert _number_of_images(found) == [1, 1]
+    for task in (None, "semantic"):
+        found = find_annotations(str(root), task)
+        assert found.task == (task or "panoptic") and found.entries[0]["panoptic_root"] == str(root / "panoptic")
+        assert _number_of_images(found) == [1, 1]
 
 
 def test_masks_of_two_values_are_semantic(tmp_path):
@@ -163,6 +167,9 @@ def test_masks_of_two_values_are_semantic(tmp_path):
     (entry,) = found.entries
     assert (found.task, entry["classes"], entry["label_values"]) == ("semantic", ["background", "object"], [0, 255])
     assert _number_of_images(found) == [1, 1]
+    # knet annotate --format png writes these values again
+    table = ClassTable.from_metadata(MetadataCatalog.get(found.train[0]), TASKS["semantic"])
+    assert table.dataset_ids == [0, 255] and [table.is_background(i) for i in range(2)] == [True, False]
     # The label maps of the trees have class 0, here 255, in about a third of the pixels
     share = np.mean([np.asarray(Image.open(path)) == 255 for path in (root / "masks").iterdir()])
     assert 0.1 < share < 0.9 and found.what == (
@@ -389,6 +396,10 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     # The next evaluation, and a resumed run, have the options of training
     assert Path(output, "config.yaml").read_text() == saved
     assert "DETECTIONS_PER_IMAGE: 3" in Path(output, "inference", "config.yaml").read_text()
+    page = Path(output, "report.html").read_bytes()
+    assert knet_command.main(["eval", output, "DATASETS.TEST", f"('{root.name}_train',)"]) == 0
+    assert Path(output, "report.html").read_bytes() == page
+    assert f"{root.name}_train" in Path(output, f"report_{root.name}_train.html").read_text()
     for words in (["eval", output], ["predict", output, "x.jpg", "--opts"]):
         assert knet_command.main([*words, "MODEL.WEIGHTS", "other.pth"]) == 1
         assert "MODEL.WEIGHTS: the model is the first argument" in capsys.readouterr().err
@@ -525,7 +536,7 @@ def test_the_installed_command_is_this_function(monkeypatch):
     made = {}
     monkeypatch.setattr("setuptools.setup", lambda **options: made.update(options))
     runpy.run_path(os.path.join(os.path.dirname(__file__), "..", "setup.py"))
-    assert made["package_dir"]["knet_d2.docs"] == "docs" and made["package_data"]["knet_d2.docs"] == ["*.md"]
+    assert made["package_dir"]["knet_d2.docs"] == "docs" and made["package_data"]["knet_d2.docs"] == ["**/*.md"]
     (command,) = made["entry_points"]["console_scripts"]
     name, module, function = re.fullmatch(r"(\w+) = ([\w.]+):(\w+)", command).groups()
     assert name == "knet" and getattr(importlib.import_module(module), function) is knet_command.main
@@ -592,6 +603,24 @@ def test_documents_are_printed_and_packed(capsys, monkeypatch):
     assert os.path.join("docs", "CONFIG.md") in capsys.readouterr().out
     with pytest.raises(SystemExit, match="there is no page 'fly'; the pages are ADVANCED_USAGE"):
         knet_command.main(["docs", "fly"])
+
+
+def test_every_link_between_pages_names_a_page():
+    """As a reader of an installed package types it."""
+    pages = {path.resolve(): name for name, path in knet_command.documents().items()}
+    assert {"README", "MODEL_ZOO", "demo/README", "demo/fruits_nuts/README", "FAQ"} <= set(pages.values())
+    links = 0
+    for page in pages:
+        for target in re.findall(r"\]\((?!\w+://)([^)#\s]+\.md)(?:#[^)\s]*)?\)", page.read_text()):
+            linked = (page.parent / target).resolve()
+            if "checks" not in linked.parts:  # for developers of a checkout
+                assert linked in pages, (page, target)
+                assert knet_command.find_document(pages[linked].lower() + ".md#a-heading") == Path(linked)
+                links += 1
+    assert links > 50
+    assert knet_command.find_document("../demo/README.md").parent.name == "demo"
+    assert knet_command.find_document("docs/FAQ.md") == knet_command.find_document("faq")
+    assert knet_command.find_document("fly.md") is None
 
 
 def test_help_and_version_need_neither_torch_nor_detectron2(tmp_path):

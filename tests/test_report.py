@@ -16,11 +16,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_evaluation import _damaged, _decode, _instances, _one_hot, _panoptic_output, _squares, _tiny_panoptic
 
+from knet_d2.config import get_knet_cfg
 from knet_d2.data import load_dataset
 from knet_d2.data.shapes import write_shapes
 from knet_d2.engine import Trainer
+from knet_d2.engine.output_dir import save_config
 from knet_d2.evaluation import InstanceEvaluator, PanopticEvaluator, build_evaluators, write_report
-from knet_d2.evaluation.report import recommended_threshold
+from knet_d2.evaluation.report import recommended_threshold, report_name
 from knet_d2.evaluation.report.average_precision import match_classes
 from knet_d2.evaluation.report.bootstrap import MOST_GROUPS, groups_of, interval, resample
 from knet_d2.evaluation.report.matches import Matches, confusion_matrix
@@ -386,6 +388,16 @@ def test_report_of_a_model(root, tmp_path, task, metric, caplog):
     assert "Confusion matrix" in parsed.text and "95% interval" in parsed.text and "Training run" in parsed.text
     assert any(x.startswith(f"{metric} of {cfg.DATASETS.TEST[0]}: ") and "95% interval" in x for x in caplog.messages)
     assert not model.training
+
+
+def test_other_data_sets_than_the_own_of_a_run_have_another_report(tmp_path):
+    cfg = get_knet_cfg()
+    cfg.OUTPUT_DIR, cfg.DATASETS.TEST = str(tmp_path), ("x_val",)
+    assert report_name(cfg) == "report.html"  # before there is a training run
+    save_config(cfg, str(tmp_path))
+    assert report_name(cfg) == "report.html"
+    cfg.DATASETS.TEST = ("x_train", "../y")
+    assert report_name(cfg) == "report_x_train_.._y.html"
 
 
 def test_no_report_if_it_is_switched_off(root, tmp_path):

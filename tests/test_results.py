@@ -140,6 +140,19 @@ def test_things_of_a_class_have_shades_of_its_colour_and_stuff_has_not():
     assert {tuple(drawn[y + 3, x + 3]) for y, x in corners} == {tuple(color // 2)}
 
 
+def test_the_background_of_masks_keeps_its_pixels():
+    """Its name is written; a thing of that name is painted."""
+    picture = np.full((400, 500, 3), 90, np.uint8)
+    background = square(0, 0, 9, 0, None)._replace(crop=np.ones((400, 500), bool), size=(400, 500))
+    cell = square(10, 10, 20, 1, None)._replace(size=(400, 500))
+    for num_things, painted in ((0, False), (2, True)):
+        classes = table(["Background", "cell"], num_things)
+        prediction = Prediction((400, 500), [background, cell], classes)
+        for drawn in (prediction.draw(picture), VideoDrawer(classes).draw(picture, prediction)):
+            assert (drawn[300:, 300:] != 90).all() == painted and (drawn[11:29, 11:29, 0] != 90).mean() > 0.9
+            assert (drawn[:, 40:] > 200).any()
+
+
 def test_a_label_lies_in_its_segment():
     """Where the mean of the pixels does not: a ring, and lines that are one pixel wide."""
     ring = np.zeros((200, 300), bool)

@@ -11,6 +11,7 @@ logger = logging.getLogger(__name__)
 
 # What a training run ends with: the best weights first
 _RESULTS = ("model_best.pth", "model_final.pth")
+_SET_ASIDE = re.compile(r"model_(best|final)_(\d+)\.pth")
 _PERIODIC = re.compile(r"model_\d{7,}\.pth")
 
 
@@ -81,7 +82,18 @@ def best_checkpoint(folder: str) -> str:
     for name in _RESULTS:
         if os.path.isfile(path := os.path.join(folder, name)):
             return path
-    raise CheckpointError(f"{folder}: this folder has no {' or '.join(_RESULTS)}. Train first, or name a weights file.")
+    earlier = _newest_set_aside(folder)
+    found = f"; the earlier run's model is {os.path.join(folder, earlier)}" if earlier else ""
+    raise CheckpointError(
+        f"{folder}: this folder has no {' or '.join(_RESULTS)}{found}. Train first, or name a weights file."
+    )
+
+
+def _newest_set_aside(folder: str) -> str | None:
+    """The best weights of the last run that a new one in the same folder has renamed: model_best_<number>.pth."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    found = [match for name in names if (match := _SET_ASIDE.fullmatch(name))]
+    return max(found, key=lambda match: (int(match[2]), match[1] == "best"))[0] if found else None
 
 
 def remove_unfinished(folder: str) -> None:

@@ -79,6 +79,10 @@ class ClassTable(NamedTuple):
     def stuff_category_ids(self) -> list[int]:
         return self.category_ids[self.num_things :]
 
+    def is_background(self, label: int) -> bool:
+        """Whether a class is stuff, or of a semantic model, and named "background": all that is no object."""
+        return label >= self.num_things and self.names[label].lower() == "background"
+
     def named_like(self, other: ClassTable | None) -> ClassTable:
         """This table; where no data set told its names, with those of a table with as many things and stuff classes."""
         if self.has_names or other is None:

@@ -113,6 +113,7 @@ def _register_sem_seg(name: str, entry: dict[str, Any]) -> Loader:
     classes = _class_list(entry)
     colors = _colors(entry, classes)
     label_map = _label_map(entry, len(classes))
+    ids = {int(np.flatnonzero(label_map == label)[0]): label for label in range(len(classes))}
     if colors:
         label_map = np.full(len(colors), IGNORE_LABEL, np.int16)
         label_map[: len(classes)] = np.arange(len(classes))
@@ -122,6 +123,7 @@ def _register_sem_seg(name: str, entry: dict[str, Any]) -> Loader:
         sem_seg_root=labels,
         sem_seg_label_map=label_map,
         sem_seg_colors=colors,
+        stuff_dataset_id_to_contiguous_id=ids,
         evaluator_type="sem_seg",
         ignore_label=IGNORE_LABEL,
     )

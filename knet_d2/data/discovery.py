@@ -190,7 +190,10 @@ def _find_json(folder: str) -> Iterator[_Candidate]:
                 by_format.setdefault((task, title), {})[path] = make(path, folder, content)
                 break
     for (task, title), entries in by_format.items():
-        yield task, f"{title} {', '.join(entries)}", _by_part(entries, folder)
+        parts = _by_part(entries, folder)
+        yield task, (what := f"{title} {', '.join(entries)}"), parts
+        if task == "panoptic":  # its PNGs have a class at each pixel, too
+            yield "semantic", what, parts
     if labelme:
         root = os.path.commonpath(labelme)
         images = {} if any(files_below(root, IMAGE_SUFFIXES)) else {"images": _images_beside(root)}

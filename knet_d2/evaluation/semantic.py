@@ -126,11 +126,11 @@ class SemanticEvaluator(DatasetEvaluator):
 
     def _encode(self, predicted: np.ndarray, file_name: str) -> list[dict[str, Any]]:
         """Encode the predicted classes of one image in COCO's result format for stuff."""
-        contiguous = self._metadata.get("stuff_dataset_id_to_contiguous_id")
-        dataset_ids = {v: k for k, v in contiguous.items()} if contiguous else {}
+        contiguous = self._metadata.get("stuff_dataset_id_to_contiguous_id") or {}
+        dataset_ids = {v: k for k, v in contiguous.items()}
         results = []
         for label in np.unique(predicted).tolist():
-            category, segmentation = dataset_ids[label] if contiguous else label, encode_mask(predicted == label)
+            category, segmentation = dataset_ids.get(label, label), encode_mask(predicted == label)
             results.append({"file_name": file_name, "category_id": category, "segmentation": segmentation})
         return results
 

@@ -1,9 +1,11 @@
 """Segment images and write the results as annotation files of a label tool, to correct them by hand.
 
     %(prog)s output/my_photos new_photos --format labelme --output to_correct
+    %(prog)s output/my_photos new_photos --format png --output to_correct
 
-order.csv lists the images with the most doubtful ones first. What was corrected is read for training by the types of
-DATASETS.CUSTOM; see knet docs DATASETS.
+order.csv lists the images with the most doubtful ones first. A class "background" is no annotation, as it is no object.
+--format png writes masks/NAME.png, with the values of the masks that the model was trained on, such as 0 and 255. What
+was corrected is read for training by the types of DATASETS.CUSTOM; see knet docs DATASETS.
 """
 
 import argparse

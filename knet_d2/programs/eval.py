@@ -2,9 +2,11 @@
 
     %(prog)s output/my_photos
     %(prog)s output/my_photos MODEL.KNET.TEST.SCORE_THRESHOLD 0.5
+    %(prog)s output/my_photos DATASETS.TEST "('my_photos_train',)"
 
-The last line of the log names the report, an HTML page. For weights without a training run's folder, and for several
-machines: knet train --eval-only.
+The last line of the log names the report, an HTML page; for other data sets than the run's own, it is report_NAME.html.
+That of the training images shows wrong annotations: they are among the worst images. For weights without a training
+run's folder, and for several machines: knet train --eval-only.
 """
 
 import argparse

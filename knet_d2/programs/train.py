@@ -20,7 +20,7 @@ from ..engine.output_dir import save_config
 from ..engine.writers import read_metrics
 from ..errors import ConfigError
 from ..evaluation import write_report
-from ..evaluation.report import REPORT, recommended_threshold
+from ..evaluation.report import REPORT, recommended_threshold, report_name
 from . import check_dataset
 from .own_data import add_data_arguments, use_data
 
@@ -51,7 +51,8 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     evaluators = [Trainer.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
     results = Trainer.test(cfg, model, evaluators)
-    write_report(cfg, model, evaluators, results, read_metrics(os.path.join(cfg.OUTPUT_DIR, "metrics.json")))
+    history = read_metrics(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))
+    write_report(cfg, model, evaluators, results, history, report_name(cfg))
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))
     if comm.is_main_process():

@@ -49,7 +49,7 @@ def write_annotations(
         kind: one of WRITERS.
         images: (path of an image file, its prediction).
         folder: where the files are written; it is created.
-        classes: classes of the model.
+        classes: classes of the model. Segments of a background class are left out, as they are no objects.
         tolerance: largest distance in pixels between a polygon and the outline of its mask. With 0, polygons follow
             every pixel. Masks with holes are written as masks.
 
@@ -61,7 +61,8 @@ def write_annotations(
     """
     check_destination(kind, folder)
     os.makedirs(folder, exist_ok=True)
-    ordered = sorted((Annotated(*x) for x in images), key=lambda x: (len(x.prediction.segments) > 0, -x.doubt, x.path))
+    found = (Annotated(path, _without_background(prediction)) for path, prediction in images)
+    ordered = sorted(found, key=lambda x: (len(x.prediction.segments) > 0, -x.doubt, x.path))
     WRITERS[kind](ordered, folder, classes, tolerance)
     with open(os.path.join(folder, "order.csv"), "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         rows = csv.writer(f)
@@ -76,6 +77,11 @@ def check_destination(kind: str, folder: str) -> None:
         raise ConfigError(f"--format {kind}: use one of {', '.join(WRITERS)}.")
     if os.path.isdir(folder) and os.listdir(folder):
         raise ConfigError(f"--output {folder}: has files already, which people may have corrected. Use a new folder.")
+
+
+def _without_background(prediction: Prediction) -> Prediction:
+    kept = [x for x in prediction.segments if not prediction.classes.is_background(x.label)]
+    return prediction._replace(segments=kept)
 
 
 def outlines(segment: Segment, tolerance: float) -> list[list[tuple[float, float]]] | None:
@@ -186,11 +192,28 @@ def _write_cvat(images: list[Annotated], folder: str, classes: ClassTable, toler
     ElementTree.ElementTree(root).write(os.path.join(folder, "annotations.xml"), encoding="utf-8", xml_declaration=True)
 
 
+def _write_png(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
+    """masks/NAME.png, label maps with the values of the model's data set.
+
+    Pixels without a segment have the value of the background class; without one 255, or 65535 where 255 is a class.
+    """
+    os.makedirs(os.path.join(folder, "masks"))
+    ids = list(classes.dataset_ids or classes.category_ids)
+    background = next((ids[i] for i in range(len(ids)) if classes.is_background(i)), None)
+    void = background if background is not None else 65535 if 255 in ids else 255
+    values = np.array([*ids, void], np.int64)
+    for image, name in _with_names(images):
+        labels = values[image.prediction.class_map()]  # -1, no segment, is the last
+        pixels = labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
+        Image.fromarray(pixels).save(os.path.join(folder, "masks", f"{name}.png"))
+
+
 WRITERS: dict[str, Callable[[list[Annotated], str, ClassTable, float], None]] = {
     "labelme": _write_labelme,
     "cvat": _write_cvat,
     "yolo": _write_yolo,
     "coco": _write_coco,
+    "png": _write_png,
 }
 
 

@@ -32,13 +32,13 @@ class Drawn(NamedTuple):
     """How a segment is drawn.
 
     Attributes:
-        color: uint8 RGB.
+        color: uint8 RGB; None: the image shows as it is.
         text: its label.
         outlined: whether a white line surrounds it.
     """
 
     segment: Segment
-    color: tuple[int, int, int]
+    color: tuple[int, int, int] | None
     text: str
     outlined: bool
 
@@ -46,7 +46,8 @@ class Drawn(NamedTuple):
 def draw_segments(image: np.ndarray, segments: Sequence[Segment], classes: ClassTable) -> np.ndarray:
     """Paint segments in the colours of their classes, with names and scores.
 
-    Things have a white outline, and those of a class three shades in turn.
+    Things have a white outline, and those of a class three shades in turn. A background class has its name alone, so
+    that the picture shows what lies there.
 
     The result is a multiple of the image's size if the image is small.
     """
@@ -57,10 +58,17 @@ def draw_segments(image: np.ndarray, segments: Sequence[Segment], classes: Class
         text = drawable_text(classes.names[segment.label])
         text = text if segment.score is None else f"{text} {segment.score:.0%}"
         is_thing = segment.label < classes.num_things
-        color = _shaded(classes.colors[segment.label], _SHADES[things[segment.label] % len(_SHADES)])
-        things[segment.label] += is_thing
+        color = class_color(classes, segment.label)
+        if is_thing:
+            color = _shaded(color, _SHADES[things[segment.label] % len(_SHADES)])
+            things[segment.label] += 1
         items.append(Drawn(_enlarged_segment(segment, factor), color, text, is_thing))
     return write_labels(paint(_enlarge(image, factor), items), items)
+
+
+def class_color(classes: ClassTable, label: int) -> tuple[int, int, int] | None:
+    """The colour that a class is painted in; None for a background class."""
+    return None if classes.is_background(label) else classes.colors[label]
 
 
 def _shaded(color: Sequence[int], part: float) -> tuple[int, int, int]:
@@ -70,9 +78,9 @@ def _shaded(color: Sequence[int], part: float) -> tuple[int, int, int]:
 
 
 def paint(image: np.ndarray, items: Sequence[Drawn]) -> np.ndarray:
-    """Paint segments over an image, half transparent, small segments over large ones."""
+    """Paint segments that have a colour over an image, half transparent, small segments over large ones."""
     colors = image.copy()
-    items = sorted(items, key=lambda x: -x.segment.area)
+    items = sorted((x for x in items if x.color is not None), key=lambda x: -x.segment.area)
     for segment, color, _, _ in items:
         colors[segment.window][segment.crop] = color
     drawn = cv2.addWeighted(image, 0.5, colors, 0.5, -0.25)  # the mean, rounded down

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from ..data.classes import ClassTable
-from .pictures import Drawn, drawable_text, paint, write_labels
+from .pictures import Drawn, class_color, drawable_text, paint, write_labels
 from .prediction import Prediction
 from .segment import Segment
 
@@ -36,7 +36,7 @@ class VideoDrawer:
         return write_labels(drawn, items)
 
     def _drawn(self, segment: Segment) -> Drawn:
-        color, text = self._classes.colors[segment.label], drawable_text(self._classes.names[segment.label])
+        color, text = class_color(self._classes, segment.label), drawable_text(self._classes.names[segment.label])
         if segment.track_id is not None and self._is_thing(segment):
             color, text = tuple(track_color(segment.track_id).tolist()), f"{text} {segment.track_id}"
         return Drawn(segment, color, text, self._is_thing(segment))

@@ -20,6 +20,7 @@ from torch import nn
 
 from ...checkpoint import write_atomically
 from ...data import load_dataset
+from ...data.formats.builder import read_yaml
 from ...errors import DataError
 from ...results.comparison import draw_comparisons
 from .page import RECOMMENDED, DatasetReport, Picture, page, training_charts
@@ -42,8 +43,9 @@ def write_report(
     evaluators: Sequence[DatasetEvaluator],
     results: dict[str, Any],
     history: Sequence[dict[str, Any]] = (),
+    name: str = REPORT,
 ) -> None:
-    """Write the report of an evaluation on the main process, if TEST.REPORT is on.
+    """Write the report of an evaluation to OUTPUT_DIR on the main process, if TEST.REPORT is on.
 
     Args:
         cfg: the config, with its classes resolved.
@@ -51,24 +53,42 @@ def write_report(
         evaluators: the evaluators of DATASETS.TEST, after evaluate(); the report shows their ``sections``.
         results: all metrics, as DefaultTrainer.test returns them.
         history: records of metrics.json.
+        name: of the file, see :func:`report_name`.
     """
     if not cfg.TEST.REPORT or not cfg.DATASETS.TEST or not comm.is_main_process():
         return
     datasets = []
-    for name, evaluator in zip(cfg.DATASETS.TEST, evaluators, strict=True):
+    for dataset, evaluator in zip(cfg.DATASETS.TEST, evaluators, strict=True):
         of_dataset = getattr(evaluator, "sections", [])
         for section in of_dataset:
             for metric in section.metrics:
                 if metric.interval:
                     low, high = metric.interval
-                    logger.info(f"{metric.name} of {name}: {metric.value:.2f}, 95% interval {low:.2f} to {high:.2f}.")
-        pictures = _draw(cfg, model, name, of_dataset[0]) if of_dataset else []
-        datasets.append(DatasetReport(name, of_dataset, pictures))
+                    logger.info(
+                        f"{metric.name} of {dataset}: {metric.value:.2f}, 95% interval {low:.2f} to {high:.2f}."
+                    )
+        pictures = _draw(cfg, model, dataset, of_dataset[0]) if of_dataset else []
+        datasets.append(DatasetReport(dataset, of_dataset, pictures))
     title = f"K-Net, {cfg.MODEL.KNET.TASK} segmentation: {', '.join(cfg.DATASETS.TEST)}"
-    path = os.path.join(cfg.OUTPUT_DIR, REPORT)
+    path = os.path.join(cfg.OUTPUT_DIR, name)
     content = page(title, training_charts(history), datasets, flatten_results_dict(results))
     write_atomically(path, lambda f: f.write(content))
     logger.info("Report of this evaluation: %s", path)
+
+
+def report_name(cfg: CfgNode) -> str:
+    """report.html; report_<names>.html for other data sets than DATASETS.TEST of the training run in OUTPUT_DIR.
+
+    Thus an evaluation on training images replaces neither the run's report nor the threshold that it recommends.
+    """
+    try:
+        own = list(read_yaml(os.path.join(cfg.OUTPUT_DIR, "config.yaml"))["DATASETS"]["TEST"])
+    except (KeyError, TypeError, DataError):  # no training run was here
+        return REPORT
+    if own == list(cfg.DATASETS.TEST):
+        return REPORT
+    names = re.sub(r"[^\w.-]+", "_", "_".join(cfg.DATASETS.TEST))
+    return f"report_{names}.html"
 
 
 def recommended_threshold(folder: str) -> float | None:
