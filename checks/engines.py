@@ -4,11 +4,12 @@
 
 The weights file is computed by PyTorch, an exported file by onnxruntime or by the engine behind its name. All are asked
 image by image in turn, so that a change of the machine's speed meets them alike. "same" is the share of the pixels that
-have the class which the first model gives them. Times are medians with reading the
-file and making masks of the image's size: of the clock, and of the processor, which other programs disturb less.
+have the class which the first model gives them. Times are medians with reading the file and making masks of the image's
+size: of the clock, and of the processor, which other programs disturb less.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import statistics
@@ -87,13 +88,11 @@ def measure(models: Sequence[str], cfg: CfgNode, confidence_threshold: float) ->
             expected = classes if expected is None else expected
             same[path].append(float(np.mean(classes == expected)))
     group, metric = METRICS[output]
+    with contextlib.redirect_stdout(None):  # pycocotools' tables
+        values = {path: evaluators[path].evaluate()[group][metric] for path in models}
     return {
-        path: Measured(
-            evaluators[path].evaluate()[group][metric],
-            statistics.mean(same[path]),
-            *map(statistics.median, zip(*seconds[path])),
-        )
-        for path in models
+        path: Measured(value, statistics.mean(same[path]), *map(statistics.median, zip(*seconds[path])))
+        for path, value in values.items()
     }
 
 

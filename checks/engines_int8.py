@@ -89,7 +89,7 @@ def print_operators(times: dict[str, dict[str, float]]) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    logging.disable(logging.INFO)
+    logging.disable(logging.WARNING)  # onnxruntime advises to optimise a graph that is
     torch.set_num_threads(1)
     cfg, engine = load_config(args.config_file, args.opts), OnnxPredictor(args.model)
     with tempfile.TemporaryDirectory() as folder:
