@@ -84,6 +84,21 @@ def test_files_read_again_are_the_same_masks(tmp_path, kind):
         assert annotation["category_id"] == (1 - label if kind == "coco" else label)
 
 
+def test_via(tmp_path):
+    """It has neither holes nor groups of parts."""
+    folder = str(tmp_path / "out")
+    write_annotations("via", predictions(tmp_path), folder, CLASSES, tolerance=0)
+    entry = {"name": unique_name("corrected"), "type": "via", "annotations": f"{folder}/via_region_data.json"}
+    cfg = data_cfg("instance", custom=({**entry, "images": str(tmp_path / "photos")},))
+    records = {os.path.basename(x["file_name"]): x["annotations"] for x in load_dataset(cfg.DATASETS.TRAIN[0])}
+    assert {name: len(x) for name, x in records.items()} == {"a.png": 0, "b.png": 1 + 2 + 4 + 2, "c.png": 1}
+    expected = shapes()
+    expected[3, 36:42, 36:44] = True
+    for label in (0, 1):
+        found = [decoded(x["segmentation"]) for x in records["b.png"] if x["category_id"] == label]
+        assert np.array_equal(np.any(found, axis=0), np.any(expected[label::2], axis=0))
+
+
 def test_cvat(tmp_path):
     folder = str(tmp_path / "out")
     write_annotations("cvat", predictions(tmp_path), folder, CLASSES, tolerance=0)
@@ -145,6 +160,7 @@ def test_order_is_by_doubt(tmp_path):
 @pytest.mark.parametrize("kind", WRITERS)
 def test_names_that_are_no_utf_8(tmp_path, kind):
     name = os.fsdecode(b"photo \xff.png")
+    (tmp_path / name).touch()
     prediction = Prediction(SIZE, [Segment.from_mask(shapes()[0], 0, 0.5)], CLASSES)
     assert write_annotations(kind, [(str(tmp_path / name), prediction)], str(tmp_path / "out"), CLASSES) == 1
     assert b"photo \xff.png,1.000,1" in (tmp_path / "out" / "order.csv").read_bytes()
@@ -158,7 +174,7 @@ def test_nothing_that_was_corrected_is_replaced(tmp_path):
         annotate.main(annotate.get_parser().parse_args(arguments))
     with pytest.raises(ConfigError, match="has files already, which people may have corrected"):
         write_annotations("yolo", images, str(tmp_path / "out"), CLASSES)
-    with pytest.raises(ConfigError, match="--format x: use one of labelme, cvat, yolo, coco, png"):
+    with pytest.raises(ConfigError, match="--format x: use one of labelme, cvat, yolo, coco, via, png"):
         write_annotations("x", images, str(tmp_path / "new"), CLASSES)
     same = [(str(tmp_path / "other" / "b.png"), images[0][1]), *images]
     with pytest.raises(ConfigError, match="has the same name as"):

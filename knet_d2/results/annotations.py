@@ -87,8 +87,11 @@ def _without_background(prediction: Prediction) -> Prediction:
 def outlines(segment: Segment, tolerance: float) -> list[list[tuple[float, float]]] | None:
     """The outlines of the parts of a mask as points (x, y), with fewer points than pixels; None if it has a hole."""
     _, hierarchy = cv2.findContours(segment.crop.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    if (hierarchy[0, :, 3] >= 0).any():
-        return None
+    return None if (hierarchy[0, :, 3] >= 0).any() else outer_outlines(segment, tolerance)
+
+
+def outer_outlines(segment: Segment, tolerance: float) -> list[list[tuple[float, float]]]:
+    """The outlines of the parts of a mask without their holes, see :func:`outlines`."""
     found = []
     for polygon in segment.polygons():
         points = np.array(polygon, np.float32).reshape(-1, 1, 2)
@@ -192,6 +195,27 @@ def _write_cvat(images: list[Annotated], folder: str, classes: ClassTable, toler
     ElementTree.ElementTree(root).write(os.path.join(folder, "annotations.xml"), encoding="utf-8", xml_declaration=True)
 
 
+def _write_via(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
+    """One JSON. VIA has neither masks nor groups: each part is a region of its own, and holes are filled."""
+    root, content = _common_folder(images), {}
+    for image in images:
+        regions = [
+            {
+                "shape_attributes": {
+                    "name": "polygon",
+                    "all_points_x": [x for x, _ in p],
+                    "all_points_y": [y for _, y in p],
+                },
+                "region_attributes": {"class": classes.names[segment.label]},
+            }
+            for segment in image.prediction.segments
+            for p in outer_outlines(segment, tolerance)
+        ]
+        name, size = os.path.relpath(image.path, root).replace(os.sep, "/"), os.path.getsize(image.path)
+        content[f"{name}{size}"] = {"filename": name, "size": size, "regions": regions, "file_attributes": {}}
+    _write_json(content, os.path.join(folder, "via_region_data.json"))
+
+
 def _write_png(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
     """masks/NAME.png, label maps with the values of the model's data set.
 
@@ -213,6 +237,7 @@ WRITERS: dict[str, Callable[[list[Annotated], str, ClassTable, float], None]] = 
     "cvat": _write_cvat,
     "yolo": _write_yolo,
     "coco": _write_coco,
+    "via": _write_via,
     "png": _write_png,
 }
 
