@@ -3,7 +3,7 @@
 import copy
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -128,51 +128,59 @@ def built_subject(setup: Setup, task: str) -> Subject:
 
 
 def compare_training_step(setup: Setup, task: str) -> list[Row]:
-    """Compare losses, matches and gradients of a batch of two images."""
+    """Compare losses, matches and gradients of a batch of two images; losses and gradients with equal matches."""
     # Not filled: the large weights of a filled model amplify rounding
     subject = built_subject(setup, task)
     state = {name: value.clone() for name, value in subject.model.state_dict().items()}
     batch = subject.inputs(setup.size.compared_image, 2, setup.size.compared_image)
 
-    def run(dtype: torch.dtype, device: str | torch.device) -> tuple[dict[str, torch.Tensor], ...]:
+    def run(dtype: torch.dtype, device: str | torch.device, given: Sequence[Any] = ()) -> tuple[Any, ...]:
         model = subject.model.to(device, dtype).train()
         model.load_state_dict(state)  # the previous run changed the statistics of batch norm
         model.zero_grad()
-        matches = _record_matches(model)
+        matches = _record_matches(model, given)
         losses = model(batch)
         sum(losses.values()).backward()
         del model.criterion.matcher.match  # the recording
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        found = losses, dict(enumerate(matches)), gradients
-        return tuple({str(key): value.detach().cpu() for key, value in x.items()} for x in found)
+        return *({str(key): value.detach().cpu() for key, value in x.items()} for x in (losses, gradients)), matches
 
     expected, rows = run(torch.float64, "cpu"), []
     with precision("fp32", setup.device):
         for dtype in precisions(setup.device):
-            losses, matches, gradients = run(dtype, setup.device)
+            losses, gradients, matches = run(dtype, setup.device, expected[2])
             rows.append(_worst(f"{task}: losses", dtype, losses, expected[0], LOSS_TOLERANCE[dtype]))
-            if expected[1]:
-                rows.append(_match_row(f"{task}: matches", dtype, matches, expected[1]))
+            if matches:
+                rows.append(_match_row(f"{task}: matches", dtype, _kernels(matches), _kernels(expected[2])))
             allowed = GRADIENT_TOLERANCE[task][dtype]
-            rows.append(_gradient_row(f"{task}: gradients", dtype, gradients, expected[2], allowed))
+            rows.append(_gradient_row(f"{task}: gradients", dtype, gradients, expected[1], allowed))
     return rows
 
 
-def _record_matches(model: Any) -> list[torch.Tensor]:
-    """Return a list that gets the kernels of the instances, in the order of the instances, of every match."""
-    found: list[torch.Tensor] = []
-    matcher = model.criterion.matcher
+def _record_matches(model: Any, given: Sequence[Any]) -> list[Any]:
+    """Return a list that gets the results of the matcher; the model goes on with ``given``, if there are any.
+
+    Rounding changes the match of instances for which two kernels cost the same, and then their losses.
+    """
+    found: list[Any] = []
+    matcher, others = model.criterion.matcher, iter(given)
     original = matcher.match
 
     def recording(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        for stage in result:
-            for kernels, instances in stage:
-                found.append(kernels[instances.argsort()])
-        return result
+        found.append(original(*args, **kwargs))
+        if not given:
+            return found[-1]
+        device = args[1][0].device
+        return [[tuple(x.to(device) for x in match) for match in stage] for stage in next(others)]
 
     matcher.match = recording
     return found
+
+
+def _kernels(results: Sequence[Any]) -> dict[int, torch.Tensor]:
+    """The kernels of the instances of every image and stage, in the order of the instances."""
+    matches = (match for stages in results for stage in stages for match in stage)
+    return {i: kernels[instances.argsort()].cpu() for i, (kernels, instances) in enumerate(matches)}
 
 
 def _match_row(check: str, dtype: torch.dtype, found: dict, expected: dict) -> Row:
