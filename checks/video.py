@@ -6,10 +6,10 @@
 This prints a Markdown table. All trackers get the things of the same panoptic maps, and start tracks above the same
 score. "embeddings" are those of a model with MODEL.KNET.VIDEO.EMBEDDING, "kernels" the kernels of any model, "iou" an
 IoU tracker, "byte" ByteTrack by the package trackers, which has to be installed (pip install trackers); its tracks have
-an id from their second frame on.
+an id from their second frame on. "truth" knows the true ids: what it misses, the segments miss, and not the tracker.
 
-"ids kept" is the share of the ids that are the same before and after a crossing of look-alikes, of the things that are
-seen on both sides. The model is of the data set shapes, or of moving shapes.
+"ids kept" is the share of the ids that are the same before and after a crossing, of the things that are seen on both
+sides: of look-alikes, and of things of two classes. The model is of the data set shapes, or of moving shapes.
 """
 
 import argparse
@@ -40,7 +40,8 @@ from knet_d2.video.tracker import NO_TRACK
 DATASET = "moving_shapes_panoptic_val"
 # Ids of stuff are 1 + the class; those of things are above this
 MOST_CLASSES = 1000
-TRACKERS = ("embeddings", "kernels", "iou", "byte")
+SAME_THING_IOU = 0.3
+TRACKERS = ("embeddings", "kernels", "iou", "byte", "truth")
 METRICS = {"video_panoptic": ("STQ", "AQ", "SQ", "VPQ"), "video_instance": ("AP",)}
 
 
@@ -125,16 +126,22 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
     return np.count_nonzero(a & b) / union if union else 0.0
 
 
-def ids_kept(crossings: list[dict[str, Any]], ids: Callable[[Any, int, int], int | None], num_frames: int) -> float:
-    """The share of ids that are the same before and after crossings of look-alikes, NaN if none is seen.
+def ids_kept(
+    crossings: list[dict[str, Any]],
+    ids: Callable[[Any, int, int], int | None],
+    num_frames: int,
+    look_alike: bool = True,
+) -> float:
+    """The share of ids that are the same before and after crossings of one kind, NaN if none is seen.
 
     Args:
         crossings: content of crossings.json.
         ids: (video, frame, true track) -> the id that the tracker gave to it, or None.
+        look_alike: the kind: of look-alikes, or of things of two classes.
     """
     kept = []
     for crossing in crossings:
-        if crossing["look_alike"]:
+        if crossing["look_alike"] == look_alike:
             for track in crossing["tracks"]:
                 before = _first(ids, crossing["video_id"], track, range(int(np.floor(crossing["time"])) - 1, -1, -1))
                 after = _first(ids, crossing["video_id"], track, range(int(np.ceil(crossing["time"])) + 1, num_frames))
@@ -166,9 +173,7 @@ class TrackingMasks:
             self._video, self._tracker = x["video_id"], self._new_tracker()
         output = self._results(prediction)
         segment_map, segments = output["panoptic_seg"]
-        ids, things = segment_map.numpy(), [x for x in segments if x["isthing"]]
-        columns = [x["category_id"] for x in things], [ids == x["id"] for x in things]
-        found = iter(self._tracker(*columns, [x["score"] for x in things]))
+        found = iter(self._ids(x, segment_map.numpy(), [x for x in segments if x["isthing"]]))
         followed = []
         for segment in segments:
             track_id = MOST_CLASSES + next(found) if segment["isthing"] else 1 + segment["category_id"]
@@ -178,9 +183,33 @@ class TrackingMasks:
                 followed.append({**segment, "track_id": track_id})
         return {"panoptic_seg": (segment_map, followed)}
 
+    def _ids(self, x: dict[str, Any], segment_map: np.ndarray, things: list[dict[str, Any]]) -> Sequence[int]:
+        """The ids of a frame's things, NO_TRACK for none."""
+        columns = [x["category_id"] for x in things], [segment_map == x["id"] for x in things]
+        return self._tracker(*columns, [x["score"] for x in things])
+
+
+class TrackingTruth(TrackingMasks):
+    """Gives things the id of the true thing that they overlap most, whatever their classes; others get new ids."""
+
+    def __init__(self, results: PostProcessor, dataset_name: str):
+        super().__init__(results, functools.partial(itertools.count, MOST_CLASSES))
+        self._truth = VideoInstanceEvaluator(dataset_name, "panoptic_seg")
+
+    def _ids(self, x: dict[str, Any], segment_map: np.ndarray, things: list[dict[str, Any]]) -> Sequence[int]:
+        true = self._truth._truth(self._truth._records[x["image_id"]], segment_map.shape)
+        found = [_most_alike(segment_map == x["id"], true.masks) for x in things]
+        return [next(self._tracker) if i is None else true.ids[i] for i in found]
+
+
+def _most_alike(mask: np.ndarray, others: np.ndarray) -> int | None:
+    """Index of the mask that this one overlaps most, if the IoU is above SAME_THING_IOU."""
+    ious = [_iou(mask, x) for x in others]
+    return int(np.argmax(ious)) if max(ious, default=0.0) > SAME_THING_IOU else None
+
 
 class IdCollector(VideoPanopticEvaluator):
-    """Also collects the predicted id that overlaps each true thing most, if the IoU is above 0.3."""
+    """Also collects the predicted id that overlaps each true thing most, if the IoU is above SAME_THING_IOU."""
 
     def __init__(self, dataset_name: str):
         super().__init__(dataset_name)
@@ -196,10 +225,10 @@ class IdCollector(VideoPanopticEvaluator):
             predicted = self._masks._of_segments(output)
             true = self._masks._truth(self._records[frame["image_id"]], predicted.masks.shape[1:])
             for track, mask in zip(true.ids, true.masks):
-                ious = [_iou(mask, x) for x in predicted.masks]
-                if ious and max(ious) > 0.3:
+                i = _most_alike(mask, predicted.masks)
+                if i is not None:
                     t = int(frame["image_id"].rpartition("/")[2])
-                    self.ids[frame["video_id"], t, track] = int(predicted.ids[int(np.argmax(ious))])
+                    self.ids[frame["video_id"], t, track] = int(predicted.ids[i])
 
 
 class TrackingKernels(TrackingKNet):
@@ -209,7 +238,9 @@ class TrackingKernels(TrackingKNet):
         return super().follow(x, prediction._replace(embeddings=prediction.kernels))
 
 
-def new_followers(cfg: CfgNode, model: KNet, trackers: Sequence[str], min_ious: Sequence[float]) -> dict[str, Any]:
+def new_followers(
+    cfg: CfgNode, model: KNet, trackers: Sequence[str], min_ious: Sequence[float], dataset: str
+) -> dict[str, Any]:
     """From a name in the table to what follows objects."""
     rule = cfg.MODEL.KNET.VIDEO.MEMORY, cfg.MODEL.KNET.VIDEO.NEW_TRACK_SCORE
     followers: dict[str, Any] = {}
@@ -218,6 +249,8 @@ def new_followers(cfg: CfgNode, model: KNet, trackers: Sequence[str], min_ious: 
             followers["embeddings"] = TrackingKNet(cfg, model)
         elif tracker == "kernels":
             followers["kernels"] = TrackingKernels(cfg, model)
+        elif tracker == "truth":
+            followers["true ids"] = TrackingTruth(model.postprocessor, dataset)
         elif tracker == "byte":
             followers["ByteTrack"] = TrackingMasks(model.postprocessor, lambda: ByteTracker(*rule))
         else:
@@ -246,10 +279,11 @@ def evaluate(cfg: CfgNode, model: KNet, followers: dict[str, Any], dataset: str)
     found = {}
     for name, (panoptic, instances) in evaluators.items():
         results: dict[str, Any] = {**panoptic.evaluate(), **instances.evaluate()}  # type: ignore[dict-item]
-        kept = ids_kept(crossings, lambda *key, ids=panoptic.ids: ids.get(key), 10**6)
-        found[name] = {key: results[part][key] for part, keys in METRICS.items() for key in keys} | {
-            "ids kept": 100 * kept
-        }
+        found[name] = {key: results[part][key] for part, keys in METRICS.items() for key in keys}
+        for column, look_alike in (("ids kept, look-alikes", True), ("ids kept, two classes", False)):
+            found[name][column] = 100 * ids_kept(
+                crossings, lambda *key, of=panoptic.ids: of.get(key), 10**6, look_alike
+            )
     return found
 
 
@@ -264,7 +298,8 @@ def main() -> int:
     predictor = knet_d2.load(args.weights, device="cpu", opts=args.opts)
     cfg, model = predictor.cfg, predictor.model
     cfg.DATASETS.TEST = (args.dataset,)
-    found = evaluate(cfg, model, new_followers(cfg, model, args.trackers, args.min_iou), args.dataset)
+    followers = new_followers(cfg, model, args.trackers, args.min_iou, args.dataset)
+    found = evaluate(cfg, model, followers, args.dataset)
     columns = list(next(iter(found.values())))
     rows = [[name, *metrics.values()] for name, metrics in found.items()]
     print(tabulate(rows, ["tracker", *columns], tablefmt="pipe", floatfmt=".1f"))

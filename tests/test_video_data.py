@@ -14,7 +14,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 from helpers import spread_scores, tiny_config, tiny_model
 
-from checks.video import IouTracker, ids_kept
+from checks.video import MOST_CLASSES, IouTracker, TrackingTruth, ids_kept
 from knet_d2.data import (
     build_mapper,
     build_test_loader,
@@ -156,6 +156,25 @@ def test_ids_kept_of_crossings():
     assert kept(ids={(0, 4, 1): 7, (0, 6, 1): 7}) == 1.0
     assert kept(ids={(0, 5, 1): None, (0, 6, 1): 7}) == 0.5
     assert math.isnan(ids_kept([other], ids.get, 9))
+    assert ids_kept([crossing, other], lambda *key: {**ids, (0, 5, 1): 7}.get(key), 9, look_alike=False) == 0.5
+
+
+def test_true_ids_of_segments(root):
+    """Segments get the true id, whatever their class, and those that overlap no true thing enough get new ones."""
+    name = register("video_panoptic", root)
+    record = load_dataset(name)[NUM_FRAMES + 1]
+    _, index = read_panoptic_segments(record, (SIZE, SIZE))
+    true = record["segments_info"]
+    segments = [{"id": i + 1, "isthing": x["isthing"], "category_id": 0, "score": 1.0} for i, x in enumerate(true)]
+    things = [i for i, x in enumerate(true) if x["isthing"]]
+    segment_map, lost = index + 1, np.argwhere(index == things[0])
+    segment_map[tuple(lost[: math.ceil(0.75 * len(lost))].T)] = 0
+    output = {"panoptic_seg": (torch.from_numpy(segment_map.astype(np.int32)), segments)}
+    follower = TrackingTruth(lambda prediction: output, name)
+    _, followed = follower.follow(record, None)["panoptic_seg"]
+    assert len(things) > 2
+    assert [followed[i]["track_id"] - MOST_CLASSES for i in things[1:]] == [true[i]["id"] for i in things[1:]]
+    assert followed[things[0]]["track_id"] == 2 * MOST_CLASSES
 
 
 # ---- formats ---------------------------------------------------------------------------------------------------
