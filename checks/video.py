@@ -9,7 +9,10 @@ IoU tracker, "byte" ByteTrack by the package trackers, which has to be installed
 an id from their second frame on. "truth" knows the true ids: what it misses, the segments miss, and not the tracker.
 
 "ids kept" is the share of the ids that are the same before and after a crossing, of the things that are seen on both
-sides: of look-alikes, and of things of two classes. The model is of the data set shapes, or of moving shapes.
+sides: of look-alikes, and of things of two classes. "nearest" is how often a vector by which things are followed is
+most like that of the same thing in the next frame, of the things of its class there, if there are others: of all
+things, and of look-alikes at most one frame before or after they cross. The model is of the data set shapes, or of
+moving shapes.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from tabulate import tabulate
@@ -208,6 +212,49 @@ def _most_alike(mask: np.ndarray, others: np.ndarray) -> int | None:
     return int(np.argmax(ious)) if max(ious, default=0.0) > SAME_THING_IOU else None
 
 
+class NextFrame:
+    """How often a thing's vector is most like that of the same thing in the next frame, among those of its class."""
+
+    def __init__(self, crossings: list[dict[str, Any]]):
+        """
+        Args:
+            crossings: content of crossings.json.
+        """
+        self._crossings = [x for x in crossings if x["look_alike"]]
+        self._last: tuple[Any, list[dict[str, Any]], torch.Tensor] = (None, [], torch.zeros(0))
+        self._right: dict[bool, list[bool]] = {False: [], True: []}
+
+    def add(self, frame: dict[str, Any], things: list[dict[str, Any]], vectors: torch.Tensor) -> None:
+        """
+        Args:
+            things: segments with their class and the true id in "track_id"; only those of two frames count.
+            vectors: of these, [n, C].
+        """
+        video, earlier, earlier_vectors = self._last
+        self._last = frame["video_id"], things, vectors
+        if video != frame["video_id"] or not earlier or not things:
+            return
+        cosines = F.normalize(earlier_vectors, dim=1) @ F.normalize(vectors, dim=1).T
+        for thing, row in zip(earlier, cosines.tolist()):
+            others = {x["track_id"]: c for x, c in zip(things, row) if x["category_id"] == thing["category_id"]}
+            if thing["track_id"] in others and len(others) > 1:
+                right = max(others, key=lambda i: others[i]) == thing["track_id"]
+                self._right[self._crosses(frame, thing["track_id"] - MOST_CLASSES)].append(right)
+
+    def _crosses(self, frame: dict[str, Any], track: int) -> bool:
+        """Whether the thing crosses a look-alike at most one frame before or after the middle of the two frames."""
+        middle = int(frame["image_id"].rpartition("/")[2]) - 0.5
+        return any(
+            x["video_id"] == frame["video_id"] and track in x["tracks"] and abs(x["time"] - middle) <= 1
+            for x in self._crossings
+        )
+
+    def shares(self) -> dict[str, float]:
+        """In percent, NaN where there are no such things."""
+        parts = {"nearest, all": [*self._right[False], *self._right[True]], "nearest, look-alikes": self._right[True]}
+        return {name: 100 * float(np.mean(part)) if part else float("nan") for name, part in parts.items()}
+
+
 class IdCollector(VideoPanopticEvaluator):
     """Also collects the predicted id that overlaps each true thing most, if the IoU is above SAME_THING_IOU."""
 
@@ -231,11 +278,20 @@ class IdCollector(VideoPanopticEvaluator):
                     self.ids[frame["video_id"], t, track] = int(predicted.ids[i])
 
 
+def by_kernels(prediction: ImageLogits) -> ImageLogits:
+    """Kernels in the place of the embeddings."""
+    return prediction._replace(embeddings=prediction.kernels)
+
+
+# By which vectors things are followed, of the trackers that use some
+VECTORS: dict[str, Callable[[ImageLogits], ImageLogits]] = {"embeddings": lambda x: x, "kernels": by_kernels}
+
+
 class TrackingKernels(TrackingKNet):
     """Follows objects by their kernels, whatever embeddings the model learned."""
 
     def follow(self, x: dict[str, Any], prediction: ImageLogits) -> dict[str, Any]:
-        return super().follow(x, prediction._replace(embeddings=prediction.kernels))
+        return super().follow(x, by_kernels(prediction))
 
 
 def new_followers(
@@ -265,13 +321,19 @@ def evaluate(cfg: CfgNode, model: KNet, followers: dict[str, Any], dataset: str)
     root = os.path.dirname(MetadataCatalog.get(dataset).image_root)
     with open(os.path.join(root, "crossings.json")) as f:
         crossings = json.load(f)
-    source = TrackingKNet(cfg, model)
+    source, truth = TrackingKNet(cfg, model), TrackingTruth(model.postprocessor, dataset)
+    next_frames = {name: NextFrame(crossings) for name in VECTORS if name in followers}
     evaluators = {name: (IdCollector(dataset), VideoInstanceEvaluator(dataset, "panoptic_seg")) for name in followers}
     for evaluator in itertools.chain(*evaluators.values()):
         evaluator.reset()
     for inputs in tqdm(build_test_loader(cfg, dataset), unit="frame", mininterval=5, disable=None):
         prediction = source.predict(inputs[0])
         source.follow(inputs[0], prediction)
+        _, segments = truth.follow(inputs[0], prediction)["panoptic_seg"]
+        things = [i for i, x in enumerate(segments) if x["isthing"]]
+        for name, next_frame in next_frames.items():
+            _, vectors = model.postprocessor.with_embeddings("panoptic_seg", VECTORS[name](prediction))
+            next_frame.add(inputs[0], [segments[i] for i in things], vectors[things])
         for name, follower in followers.items():
             output = follower.follow(inputs[0], prediction)
             for evaluator in evaluators[name]:
@@ -284,6 +346,7 @@ def evaluate(cfg: CfgNode, model: KNet, followers: dict[str, Any], dataset: str)
             found[name][column] = 100 * ids_kept(
                 crossings, lambda *key, of=panoptic.ids: of.get(key), 10**6, look_alike
             )
+        found[name] |= next_frames[name].shares() if name in next_frames else {}
     return found
 
 
@@ -300,8 +363,8 @@ def main() -> int:
     cfg.DATASETS.TEST = (args.dataset,)
     followers = new_followers(cfg, model, args.trackers, args.min_iou, args.dataset)
     found = evaluate(cfg, model, followers, args.dataset)
-    columns = list(next(iter(found.values())))
-    rows = [[name, *metrics.values()] for name, metrics in found.items()]
+    columns = list(dict.fromkeys(key for metrics in found.values() for key in metrics))
+    rows = [[name, *map(metrics.get, columns)] for name, metrics in found.items()]
     print(tabulate(rows, ["tracker", *columns], tablefmt="pipe", floatfmt=".1f"))
     return 0
 

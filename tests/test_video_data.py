@@ -14,7 +14,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 from helpers import spread_scores, tiny_config, tiny_model
 
-from checks.video import MOST_CLASSES, IouTracker, TrackingTruth, ids_kept
+from checks.video import MOST_CLASSES, IouTracker, NextFrame, TrackingTruth, ids_kept
 from knet_d2.data import (
     build_mapper,
     build_test_loader,
@@ -157,6 +157,20 @@ def test_ids_kept_of_crossings():
     assert kept(ids={(0, 5, 1): None, (0, 6, 1): 7}) == 0.5
     assert math.isnan(ids_kept([other], ids.get, 9))
     assert ids_kept([crossing, other], lambda *key: {**ids, (0, 5, 1): 7}.get(key), 9, look_alike=False) == 0.5
+
+
+def test_nearest_things_of_the_next_frame():
+    """Of things that exchange their vectors at a crossing, beside a lone one, one of two classes and another video."""
+    next_frame = NextFrame([{"video_id": 0, "time": 2.0, "tracks": [1, 2], "look_alike": True}])
+    unit = torch.eye(3)
+    things = [{"track_id": MOST_CLASSES + i, "category_id": c} for i, c in ((1, 0), (2, 0), (3, 1))]
+    for t, order in enumerate([(0, 1, 2), (0, 1, 2), (1, 0, 2), (1, 0, 2), (1, 0, 2)]):
+        next_frame.add({"video_id": 0, "image_id": f"0/{t}"}, things, 5 * unit[list(order)])
+    next_frame.add({"video_id": 1, "image_id": "1/0"}, things, unit[[1, 2, 0]])
+    next_frame.add({"video_id": 1, "image_id": "1/1"}, things[:1], unit[[1]])
+    # 4 steps of two things: wrong between frames 1 and 2, near the crossing like the step after it
+    assert next_frame.shares() == {"nearest, all": 75.0, "nearest, look-alikes": 50.0}
+    assert all(math.isnan(x) for x in NextFrame([]).shares().values())
 
 
 def test_true_ids_of_segments(root):
