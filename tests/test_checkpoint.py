@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from toys import Parts, ToyNet, ToyTrainer, assert_identical, run, toy_cfg
 
-from knet_d2.checkpoint import Checkpointer, as_checkpoint, load_file
+from knet_d2.checkpoint import Checkpointer, as_checkpoint, load_file, write_atomically
 from knet_d2.errors import CheckpointError
 
 
@@ -112,6 +112,16 @@ def test_damaged_state_of_an_optimizer_is_refused(tmp_path):
     trainer = ToyTrainer(toy_cfg(tmp_path))
     with pytest.raises(CheckpointError, match="model_final.pth.*optimiser"):
         trainer.resume_or_load(resume=True)
+
+
+def test_an_error_of_writing_names_the_file_itself(tmp_path):
+    """Not the temporary one that it is until it is complete."""
+    (tmp_path / "file").write_text("")
+    for folder, error in (("file", NotADirectoryError), ("absent", FileNotFoundError)):
+        path = str(tmp_path / folder / "model.onnx")
+        with pytest.raises(error) as raised:
+            write_atomically(path, lambda f: f.write(b"x"))
+        assert raised.value.filename == path
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])

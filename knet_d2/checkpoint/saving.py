@@ -36,6 +36,10 @@ def write_atomically(path: str, write: Callable[[Any], None], mode: str = "wb") 
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e:
+        if e.filename == temporary:  # of which a user knows nothing
+            e.filename = path
+        raise
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
