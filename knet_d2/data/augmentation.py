@@ -225,7 +225,7 @@ def _color_augmentation(cfg: CfgNode) -> T.Transform:
 
 def _sizes(cfg: CfgNode, key: str) -> list[int]:
     """One or several lengths of INPUT, checked."""
-    value = cfg.INPUT[key]
+    value = getattr(cfg.INPUT, key)
     sizes = list(value) if isinstance(value, (list, tuple)) else [value]
     if not sizes or not all(type(x) is int and 0 <= x < 2**31 for x in sizes):
         raise ConfigError(f"INPUT.{key} is {str(value)[:60]}; it must be a length in pixels (or 0: as it is).")
