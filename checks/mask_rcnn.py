@@ -112,6 +112,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     os.makedirs(args.output, exist_ok=True)
     cfg = mask_rcnn_config(args.config_file, [*args.opts, "OUTPUT_DIR", args.output])
+    DatasetCatalog.get(cfg.DATASETS.TEST[0])  # writes a generated set, whose JSON the evaluator reads
     seed_all_rng(cfg.SEED)
     model = build_model(cfg)
     Checkpointer(model, partial=True).load(cfg.MODEL.WEIGHTS)
