@@ -1,11 +1,9 @@
 """What a training run shows: the log of a run, and a progress bar on a terminal."""
 
 import contextlib
-import datetime
 import logging
 import re
 import sys
-import time
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -93,12 +91,8 @@ class ProgressBar(HookBase):
 class FirstEstimate(HookBase):
     """Logs after three iterations how long the run takes, since the next line may come much later."""
 
-    def before_step(self) -> None:
-        if self.trainer.iter == self.trainer.start_iter + 1:  # the first one is slower
-            self._start = time.perf_counter()
-
     def after_step(self) -> None:
-        if self.trainer.iter == self.trainer.start_iter + 2:
-            seconds = (time.perf_counter() - self._start) / 2
-            left = datetime.timedelta(seconds=int(seconds * (self.trainer.max_iter - self.trainer.iter - 1)))
+        if self.trainer.iter == self.trainer.start_iter + 2:  # the first one that IterationTimer times
+            storage = self.trainer.storage
+            seconds, left = storage.history("time").latest(), time_left(storage, self.trainer.max_iter)
             logger.info("%.2g s for an iteration: about %s for the rest, without evaluations.", seconds, left)

@@ -85,13 +85,15 @@ def use_data(args: argparse.Namespace, others: Sequence[str] = ()) -> str | None
 
 def _warmup_of_shorter_run(config_file: str, options: dict[str, str]) -> list[str]:
     """SOLVER.WARMUP_ITERS in the ratio in which ``options`` shorten the recipe; [] if they do not, or state it."""
+    stated = options.get("SOLVER.MAX_ITER", "")
+    if not stated.isdecimal() or "SOLVER.WARMUP_ITERS" in options:  # what is no number is refused later
+        return []
     cfg = get_knet_cfg()
     merge_config(cfg, config_file)
-    recipe = cfg.SOLVER.clone()
-    merge_config(cfg, config_file, [x for pair in options.items() for x in pair])
-    if cfg.SOLVER.MAX_ITER >= recipe.MAX_ITER or "SOLVER.WARMUP_ITERS" in options:
+    recipe = cfg.SOLVER
+    if int(stated) >= recipe.MAX_ITER:
         return []
-    return ["SOLVER.WARMUP_ITERS", str(recipe.WARMUP_ITERS * cfg.SOLVER.MAX_ITER // recipe.MAX_ITER)]
+    return ["SOLVER.WARMUP_ITERS", str(recipe.WARMUP_ITERS * int(stated) // recipe.MAX_ITER)]
 
 
 def choose_recipe(task: str, device: str | None = None) -> str:
