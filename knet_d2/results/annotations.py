@@ -20,6 +20,7 @@ import yaml
 from PIL import Image
 
 from ..data.classes import ClassTable
+from ..data.custom import IGNORE_LABEL
 from ..errors import ConfigError
 from .prediction import Prediction
 from .segment import Segment
@@ -224,7 +225,7 @@ def _write_png(images: list[Annotated], folder: str, classes: ClassTable, tolera
     os.makedirs(os.path.join(folder, "masks"))
     ids = list(classes.dataset_ids or classes.category_ids)
     background = next((ids[i] for i in range(len(ids)) if classes.is_background(i)), None)
-    void = background if background is not None else 65535 if 255 in ids else 255
+    void = background if background is not None else 65535 if IGNORE_LABEL in ids else IGNORE_LABEL
     values = np.array([*ids, void], np.int64)
     for image, name in _with_names(images):
         labels = values[image.prediction.class_map()]  # -1, no segment, is the last
