@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..errors import ConfigError, DataError
 from .coco_mending import log_mends
 from .coco_records import instance_records, panoptic_records, records_of_content
-from .files import color_code, files_below
+from .files import IGNORE_LABEL, color_code, files_below
 from .formats import READERS, Annotations, class_names, read_annotations, read_labelmap
 from .split import ALL, FOLDER, TEST, TRAIN, VAL, Part, load_part
 
@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 Loader = Callable[[], list[dict]]
 
-IGNORE_LABEL = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy")
 _registered: dict[str, tuple] = {}
 

@@ -19,6 +19,8 @@ IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"
 ARRAY_TYPE = ".npy"
 # What Pillow may open. It reads these by itself; for others, as PostScript, it starts programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# The value of pixels without a class in label maps
+IGNORE_LABEL = 255
 
 
 def _megapixels() -> int:

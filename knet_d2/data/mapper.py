@@ -17,7 +17,7 @@ from detectron2.structures import BitMasks, Instances, polygons_to_bitmask
 from ..errors import ConfigError, DataError
 from ..tasks import Task, get_task
 from .augmentation import build_augmentations, has_default_augmentations, padded_size
-from .files import read_image, read_labels, read_panoptic
+from .files import IGNORE_LABEL, read_image, read_labels, read_panoptic
 from .pixels import PixelFormat
 from .segmentation import check_coordinates, from_kitti_step, read_rle, segment_index
 
@@ -318,8 +318,8 @@ def read_sem_seg(
 ) -> np.ndarray:
     """Read "sem_seg_file_name" as labels 0..num_classes-1 and ignore_value: int64 [H, W].
 
-    A record may have "sem_seg_label_map", an array: value in the file -> label, 255 where it is ignored, -1 where it
-    must not occur; and "sem_seg_colors", see read_labels.
+    A record may have "sem_seg_label_map", an array: value in the file -> label, IGNORE_LABEL where it is ignored, -1
+    where it must not occur; and "sem_seg_colors", see read_labels.
     """
     path = record["sem_seg_file_name"]
     raw = read_labels(path, record["file_name"], size, record.get("sem_seg_colors", ()))
@@ -328,7 +328,7 @@ def read_sem_seg(
         labels = raw
     else:
         labels = np.where(raw < len(lookup), np.asarray(lookup, np.int64)[raw.clip(max=len(lookup) - 1)], -1)
-        labels = np.where(labels == 255, ignore_value, labels)
+        labels = np.where(labels == IGNORE_LABEL, ignore_value, labels)
     wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_value)
     if wrong.any():
         raise DataError(

@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 from ..data.classes import ClassTable
-from ..data.custom import IGNORE_LABEL
+from ..data.files import IGNORE_LABEL
 from ..errors import ConfigError
 from .prediction import Prediction
 from .segment import Segment

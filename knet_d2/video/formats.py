@@ -18,8 +18,8 @@ from detectron2.utils.file_io import PathManager
 
 from ..data.coco_json import decode_json
 from ..data.coco_records import set_panoptic_classes
-from ..data.custom import FORMATS, IGNORE_LABEL, Format, Loader, load_label_folder
-from ..data.files import read_panoptic
+from ..data.custom import FORMATS, Format, Loader, load_label_folder
+from ..data.files import IGNORE_LABEL, read_panoptic
 from ..data.segmentation import SegmentationError, from_kitti_step, read_segmentation
 from ..errors import ConfigError, DataError
 

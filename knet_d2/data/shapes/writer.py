@@ -15,10 +15,10 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 from tqdm import tqdm
 
+from ..files import IGNORE_LABEL
 from ..segmentation import encode_mask
 from .drawing import STUFF_CLASSES, THING_CLASSES, Scene, Thing, draw_scene
 
-IGNORE_LABEL = 255
 _COLORS = (
     (214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 187, 20),
     (140, 109, 90), (170, 170, 190), (110, 140, 130),

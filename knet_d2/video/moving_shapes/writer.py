@@ -16,8 +16,9 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 from tqdm import tqdm
 
+from ...data.files import IGNORE_LABEL
 from ...data.segmentation import encode_mask
-from ...data.shapes.writer import IGNORE_LABEL, shapes_categories
+from ...data.shapes.writer import shapes_categories
 from .scenes import STUFF_CLASSES, THING_CLASSES, Frame, Video, draw_video
 
 _FIRST_STUFF_ID = 101  # of segments; those of things are their tracks
