@@ -12,6 +12,7 @@ from torch import nn
 
 from ..data.classes import ClassTable
 from ..errors import CheckpointError, KNetError
+from .address import weights_file
 from .class_rows import class_parameters, first_difference, match_rows, take_rows
 from .description import changed_options, described_classes, has_description
 from .download import download_errors
@@ -112,11 +113,11 @@ class Checkpointer(DetectionCheckpointer):
         if not path:
             return super().load(path, *args, **kwargs)
         address, self._options = split_options(path)
-        local = address
-        if "://" in address:
+        local = weights_file(address)
+        if "://" in local:
             with download_errors(address, "get the file by other means and name it in MODEL.WEIGHTS."):
                 # Detectron2's main branch would take the address apart and lose an absolute path's slashes in it
-                local = self.path_manager.get_local_path(address)
+                local = self.path_manager.get_local_path(local)
         if not os.path.isfile(local):
             raise CheckpointError(f"{address}: there is no such weights file. Check MODEL.WEIGHTS.")
         try:

@@ -6,11 +6,9 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..checkpoint import best_checkpoint, load_file, read_description
+from ..checkpoint import load_file, read_description
+from ..checkpoint.address import weights_file
 from ..checkpoint.download import PREFIX
-from ..checkpoint.hub import PREFIX as HUB_PREFIX
-from ..checkpoint.hub import fetch_from_hub
-from ..checkpoint.packaged import packaged_file
 from ..checkpoint.zoo import zoo_entry
 from ..config.files import get_config_file
 from ..config.merging import choose_device, load_config, merge_config
@@ -115,8 +113,8 @@ def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode
         CheckpointError: the weights file contains no config, or a folder no weights file.
     """
     weights = dict(zip(opts[0::2], opts[1::2])).get("MODEL.WEIGHTS", "")
-    if file := _file_of(weights):
-        weights = file
+    if weights:
+        weights = weights_file(weights)
         opts = [*opts, "MODEL.WEIGHTS", weights]
     if not config_file and weights.startswith(PREFIX):
         config_file = get_config_file(zoo_entry(weights.removeprefix(PREFIX)).name + ".yaml")
@@ -133,10 +131,3 @@ def resolve_model(config_file: str | None, opts: Sequence[str]) -> tuple[CfgNode
         raise ConfigError("MODEL.WEIGHTS is empty; name the weights, as MODEL.WEIGHTS path/to/model_final.pth.")
     warn_of_unread_options(cfg)
     return cfg, classes, content
-
-
-def _file_of(weights: str) -> str | None:
-    """The file that a name or a folder stands for; None for what is read as it is."""
-    if weights.startswith(HUB_PREFIX):
-        return fetch_from_hub(weights)
-    return packaged_file(weights) or (best_checkpoint(weights) if os.path.isdir(weights) else None)

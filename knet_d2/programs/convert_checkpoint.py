@@ -10,6 +10,7 @@ import os
 import torch
 
 from ..checkpoint import LoadReport, as_checkpoint, describe_model, has_description, load_file, read_description
+from ..checkpoint.address import weights_file
 from ..checkpoint.hub import CardFacts, read_card_facts, write_hub_folder
 from ..checkpoint.load_report import build_report, find_misfits, recognise
 from ..checkpoint.saving import save_weights
@@ -23,7 +24,7 @@ from .arguments import add_opts
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", help="the checkpoint, a .pth file")
+    parser.add_argument("input", help="a weights file, folder of a training run, or name as lite0_fruits")
     parser.add_argument("output", help="the file to write: .pth or .safetensors; with --model-card a folder")
     parser.add_argument("--half", action="store_true", help="store the numbers in float16: half the size")
     parser.add_argument(
@@ -101,8 +102,9 @@ def halve(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def main(args: argparse.Namespace) -> None:
     facts = read_card_facts(args.model_card) if args.model_card else None
-    refuse_to_replace([args.input], [args.output], args.output)
-    converted, metadata, report = convert(args.input, args.config, tuple(args.opts))
+    path = weights_file(args.input)
+    refuse_to_replace([path], [args.output], args.output)
+    converted, metadata, report = convert(path, args.config, tuple(args.opts))
     if args.half:
         converted = halve(converted)
     if facts is None:

@@ -1,4 +1,4 @@
-"""The trained model that comes with the package, and weights in float16."""
+"""What may stand in the place of a weights file, the model that comes with the package, and weights in float16."""
 
 import json
 import socket
@@ -11,8 +11,8 @@ import torch
 from helpers import tiny_config, tiny_model
 
 import knet_d2
-from knet_d2.checkpoint import describe_model, load_file
-from knet_d2.checkpoint.packaged import FOLDER, packaged_file, packaged_names
+from knet_d2.checkpoint import Checkpointer, describe_model, load_file
+from knet_d2.checkpoint.address import FOLDER, packaged_names, weights_file
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.errors import CheckpointError
 from knet_d2.programs import convert_checkpoint
@@ -55,10 +55,28 @@ def test_the_model_that_comes_with_the_package_finds_fruits_that_it_has_not_seen
 
 def test_packaged_files_are_small_and_safe():
     assert packaged_names() == ["lite0_fruits"]
-    assert packaged_file("lite0_fruit") is None
+    assert weights_file("lite0_fruit") == "lite0_fruit"
     path = FOLDER / "lite0_fruits.safetensors"
     assert path.stat().st_size < 8_000_000
     assert {x.dtype for x in load_file(str(path))["model"].values() if x.is_floating_point()} == {torch.float16}
+
+
+def test_training_and_conversion_start_from_a_folder_too(tmp_path):
+    cfg, model = tiny_config("instance"), tiny_model("instance")
+    save_weights(str(tmp_path / "model_final.pth"), tiny_model("instance", seed=1).state_dict(), describe_model(cfg))
+    save_weights(str(tmp_path / "model_best.pth"), model.state_dict(), describe_model(cfg))
+    started = tiny_model("instance", seed=2)
+    Checkpointer(started, partial=True).load(str(tmp_path))
+    target = tmp_path / "converted.safetensors"
+    convert_checkpoint.main(convert_checkpoint.get_parser().parse_args([str(tmp_path), str(target)]))
+    converted = load_file(str(target))
+    assert converted["metadata"]["source"] == "model_best.pth"
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(started.state_dict()[name], value, rtol=0, atol=0)
+        torch.testing.assert_close(converted["model"][name], value, rtol=0, atol=0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"no model_best\.pth or model_final\.pth"):
+        Checkpointer(started).load(str(tmp_path / "empty"))
 
 
 def test_half_the_size_gives_nearly_the_same_model(tmp_path, capsys):
