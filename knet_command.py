@@ -22,8 +22,16 @@ HELP = """usage: knet COMMAND ...
   doctor    say what is installed and what is missing
   docs      print a page of the documentation: knet docs DATASETS
 
-knet COMMAND --help lists the options of a command; knet --version prints the version. python -m knet_d2 --help lists
-further programs, which knet starts, too.
+Less often used:
+
+  demo, web, serve                         Detectron2's demo, a web page, an HTTP service
+  predict_bulk, cut_tiles                  millions of images, huge images
+  convert_dataset, convert_checkpoint      annotations to COCO, weights to a file or folder to share
+  compare, visualize_kernels               ground truth beside prediction, what kernels have learned
+  compare_training, verify_zoo             training runs of several configs, official checkpoints
+  benchmark, analyze_model, device_report  speed, size, what works on a GPU
+
+knet COMMAND --help lists the options of a command; knet --version prints the version.
 """
 
 

@@ -546,6 +546,8 @@ def test_help_and_other_programs(capsys):
     assert knet_command.main([]) == knet_command.main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"\n  {name} " in printed for name in ("train", "eval", "predict", "check", "export", "doctor"))
+    short = {"check_dataset": "check", "export_model": "export"}
+    assert [name for name in NAMES if not re.search(rf"^  .*\b{short.get(name, name)}\b", printed, re.MULTILINE)] == []
     with pytest.raises(SystemExit, match="there is no command 'fly'; knet --help lists them"):
         knet_command.main(["fly"])
     # Each has one help, with its options and its own name, whatever starts it
@@ -594,6 +596,11 @@ def test_messages_name_no_file_of_a_checkout():
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert node in statements or CHECKOUT.search(node.value) is None, (path, node.value)
                 assert set(re.findall(r"knet docs ([A-Z_]+)", node.value)) <= set(knet_command.documents()), path
+
+
+def test_python_m_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "knet_d2", "docs", "FAQ"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.strip()) == (0, Path(ROOT, "docs", "FAQ.md").read_text().strip())
 
 
 def test_documents_are_printed_and_packed(capsys, monkeypatch):

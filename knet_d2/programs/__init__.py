@@ -1,7 +1,7 @@
 """The programs. Each module has ``get_parser()`` and ``main(args)``, which returns an exit code, or None for success.
 
 ``train_net.py`` and the scripts in ``demo/`` and ``tools/`` start them; an installed package starts them by
-``knet NAME`` or ``python -m knet_d2 NAME``. In the texts of ``--help``, ``%(prog)s`` stands for that.
+``knet NAME``. In the texts of ``--help``, ``%(prog)s`` stands for that.
 """
 
 import argparse
