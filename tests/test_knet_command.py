@@ -38,7 +38,7 @@ from knet_d2.engine import Trainer
 from knet_d2.errors import ConfigError, DataError
 from knet_d2.evaluation.report import recommended_threshold
 from knet_d2.evaluation.report.page import RECOMMENDED
-from knet_d2.programs import NAMES, parse, run_program, train
+from knet_d2.programs import NAMES, check_dataset, parse, run_program, train
 from knet_d2.programs.own_data import RECIPES, choose_recipe, use_data, write_config
 from knet_d2.setup.dependencies import VERSION
 from knet_d2.tasks import TASKS
@@ -243,6 +243,26 @@ def test_names_are_for_masks_alone(tmp_path):
         find_annotations(str(root), names=["a", "b"])
 
 
+@pytest.mark.parametrize("tool", ["VIA 2", "numbers", "single masks"])
+def test_the_name_of_objects_without_a_class(tmp_path, tool):
+    root = _root(tmp_path)
+    if tool == "VIA 2":
+        write_tool(root, tool, "x")
+        (path,) = root.glob("**/*.json")
+        path.write_text(re.sub(r'"region_attributes": \{[^}]*\}', '"region_attributes": {}', path.read_text()))
+    else:
+        write_images(root / "images")
+        write_labels(root / "masks", [1, 2, 3, 4], void=0)
+        for path in (root / "masks").glob("*.png") if tool == "single masks" else ():
+            path.with_suffix("").mkdir()
+            path.rename(path.with_suffix("") / "1.png")
+    found = find_annotations(str(root), "instance", ["butterfly"])
+    assert sum(_number_of_images(found)) == NUM_IMAGES
+    assert MetadataCatalog.get(found.train[0]).thing_classes == ["butterfly"]
+    with pytest.raises(DataError, match="--names a,b: .* have names already"):
+        find_annotations(str(root), "instance", ["a", "b"])
+
+
 def test_masks_in_folders_of_folders(tmp_path):
     """As zhixuhao/unet has them: data/membrane/train/image and label."""
     root = _root(tmp_path)
@@ -253,7 +273,7 @@ def test_masks_in_folders_of_folders(tmp_path):
     assert found.task == "semantic" and _number_of_images(found) == [1, 1]
 
 
-def test_an_image_that_is_annotated_and_missing(tmp_path, capsys):
+def test_an_image_that_is_annotated_and_missing(tmp_path, capsys, monkeypatch):
     root = _root(tmp_path)
     write_tool(root, "VIA 2", "x")
     (path,) = root.glob("**/*.json")
@@ -264,12 +284,15 @@ def test_an_image_that_is_annotated_and_missing(tmp_path, capsys):
     assert knet_command.main(arguments) == 1
     printed = capsys.readouterr().out
     assert "lost.jpg: is annotated, but does not exist. Add the file" in printed and "1 errors" in printed
-    fixed = root / "fixed.json"
+    fixed, drawn = root / "fixed.json", []
+    draw = check_dataset.ground_truth
+    monkeypatch.setattr(check_dataset, "ground_truth", lambda cfg, x: (drawn.append(x["file_name"]), draw(cfg, x))[1])
     assert knet_command.main([*arguments, "--draw", "--fix", str(fixed)]) == 0  # the written file has no error
     assert "1 errors" in capsys.readouterr().out
     assert {x.name for x in (tmp_path / "out").glob("*.jpg")} == {
         f"{root.name}_{part}.jpg" for part in ("train", "val")
     }
+    assert sorted(map(os.path.basename, drawn)) == [f"{stem(i)}.jpg" for i in range(2)]  # each in one part
     with pytest.raises(DataError, match=r"fixed\.json\)\. Correct or remove it\.$"):
         load_dataset(f"{root.name}_train")
     assert [x["file_name"] for x in json.loads(fixed.read_text())["images"]] == [f"{stem(i)}.jpg" for i in range(2)]

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,8 @@ from .formats.masks import read_labelmap
 _PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 _MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "semantic", "gt", "groundtruth")
 _IMAGE_FOLDERS = ("images", "image", "imgs", "img", "photos")
+# Formats whose annotations need not name the classes of objects
+_UNNAMED = ("via", "instance_png", "png_per_instance")
 # Share that is held out where a folder has no part for validation.
 VALIDATION = 0.2
 _DEEPEST = 3
@@ -52,7 +54,8 @@ def find_annotations(folder: str, task: str | None = None, names: Sequence[str] 
         folder: a folder with images and annotations in one of the formats of docs/DATASETS.md; or one annotation file,
             whose images are searched in its folder.
         task: "instance", "panoptic" or "semantic"; None: what the annotations that are found first are for.
-        names: of the classes of label maps, in the order of their values; other annotations have names already.
+        names: of the classes of label maps, in the order of their values; or the name of the only class, where the
+            annotations name none. Others have names already.
 
     Raises:
         DataError: there is no such folder, or nothing is found that fits the task or the names.
@@ -70,8 +73,8 @@ def find_annotations(folder: str, task: str | None = None, names: Sequence[str] 
             if task is None or task == kind:
                 if isinstance(parts, DataError):
                     raise parts
-                if names and "label_values" not in next(iter(parts.values())):
-                    raise DataError(f"--names {','.join(names)}: {what} have names already. Leave it out.")
+                if names:
+                    _name_one_class(parts.values(), names, what)
                 return _found(name, kind, what, parts)
             others.append(f"{what} (task {kind})")
     if others:
@@ -80,6 +83,15 @@ def find_annotations(folder: str, task: str | None = None, names: Sequence[str] 
         f"--data {folder}: no annotations were found. knet docs DATASETS lists the formats. If your files have other "
         "names than usual, name the data set in a config."
     )
+
+
+def _name_one_class(entries: Iterable[dict[str, Any]], names: Sequence[str], what: str) -> None:
+    """Give the name of the only class to annotations that need not name it; label maps have theirs already."""
+    for entry in entries:
+        if entry["type"] in _UNNAMED and len(names) == 1:
+            entry["classes"] = list(names)
+        elif "label_values" not in entry:
+            raise DataError(f"--names {','.join(names)}: {what} have names already. Leave it out.")
 
 
 # (task, description, {part: entry without a name}, or why it can't be used); the part "train" alone is split.

@@ -33,6 +33,7 @@ from ..data.coco_records import readable_records
 from ..data.files import read_picture, refuse_to_replace
 from ..data.formats import Annotations
 from ..data.pixels import PixelFormat
+from ..data.split import load_part
 from ..errors import ConfigError, DataError, KNetError
 from ..results.comparison import ground_truth, spread
 from ..results.pictures import picture_sheet
@@ -95,7 +96,11 @@ def _drawable_records(name: str) -> list[dict]:
             content, path = parse_json(metadata.json_file, metadata.image_root)[0], metadata.json_file
         else:
             raise
-        return readable_records(content, path, metadata.image_root, name)
+
+        def readable() -> list[dict]:
+            return readable_records(content, path, metadata.image_root, name)
+
+        return load_part(readable, name) if metadata.get("part") else readable()
 
 
 def draw_datasets(cfg: CfgNode, args: argparse.Namespace, report: Report) -> list[str]:

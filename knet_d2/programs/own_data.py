@@ -42,7 +42,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: text.split(","),
         default=[],
         metavar="NAME,NAME",
-        help="of the classes of masks in --data, in the order of their values, as membrane,cell for 0 and 255",
+        help="of the classes of masks in --data, in the order of their values, as membrane,cell for 0 and 255; or of "
+        "objects without a class",
     )
     parser.add_argument(
         "--recipe", metavar="FILE", help="config file that --data starts from; default: by task and device"

@@ -91,15 +91,17 @@ class Builder:
         self._images.append(image)
         return image["id"]
 
-    def add_object(self, image_id: int, name: str, segmentation: Any, where: Place) -> None:
+    def add_object(self, image_id: int, name: str | None, segmentation: Any, where: Place) -> None:
         """Add an object.
 
         Args:
             image_id: id of its image.
-            name: name of its class.
+            name: name of its class; None if the annotations name no classes: it is the one in ``classes``, or "object".
             segmentation: polygons [[x0, y0, ...], ...], RLE, or a mask, bool [H, W].
             where: its place.
         """
+        if name is None:
+            name = self.classes[0] if self.classes and len(self.classes) == 1 else ONE_CLASS
         if self.classes is not None and name not in self.classes:
             self.error(where, f"has the class {name!r}, which is not among classes ({', '.join(self.classes)})")
             return

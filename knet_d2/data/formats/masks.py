@@ -60,11 +60,11 @@ def read_png_per_instance(entry: dict[str, Any], builder: Builder) -> None:
         raise DataError(f"{root}: this folder of masks does not exist. Correct the path in DATASETS.CUSTOM.")
     images = {x: file for x, file in builder.image_files() if os.path.basename(os.path.dirname(x)) != "masks"}
     of_folder = {re.sub(r"(^|/)images$", r"\1masks", os.path.dirname(x)): x for x in images}
-    of_image: dict[str, list[tuple[str, str]]] = {x: [] for x in images}
+    of_image: dict[str, list[tuple[str | None, str]]] = {x: [] for x in images}
     for stem, path in files_below(root, (".png",)):
         owner, name = _owner(stem, images, of_folder)
         if owner is not None:
-            of_image[owner].append((name or ONE_CLASS, path))
+            of_image[owner].append((name or None, path))
         elif os.path.realpath(path) not in {os.path.realpath(os.path.join(builder.root, x)) for x in images.values()}:
             builder.error(Place(path), f"is the mask of no image in {builder.root}")
     for stem, file_name in images.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...errors import DataError
-from .builder import ONE_CLASS, Builder, Place, ellipse, flat, read_json_text, read_text, rectangle
+from .builder import Builder, Place, ellipse, flat, read_json_text, read_text, rectangle
 
 csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a polygon may have
 
@@ -29,7 +29,7 @@ def read_via(entry: dict[str, Any], builder: Builder) -> None:
             where = Place(path, f"{file_name}, region {number}")
             try:
                 polygons = _polygons(shape)
-                name = ONE_CLASS if attribute is None else _value(attributes, attribute)
+                name = None if attribute is None else _value(attributes, attribute)
                 builder.add_object(image_id, name, polygons, where)
             except (ValueError, TypeError, KeyError, OverflowError) as error:
                 builder.error(where, f"lacks {error}" if isinstance(error, KeyError) else error)
