@@ -9,6 +9,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 from data_helpers import data_cfg, unique_name
+from detectron2.data import MetadataCatalog
 from helpers import spread_scores, tiny_config, tiny_model
 from PIL import Image
 from pycocotools.coco import COCO
@@ -18,6 +19,7 @@ from knet_d2.checkpoint import describe_model
 from knet_d2.checkpoint.saving import save_weights
 from knet_d2.data import load_dataset
 from knet_d2.data.classes import ClassTable
+from knet_d2.data.discovery import find_annotations
 from knet_d2.errors import ConfigError
 from knet_d2.programs import annotate
 from knet_d2.results.annotations import WRITERS, Annotated, write_annotations
@@ -53,14 +55,14 @@ def predictions(tmp_path):
     return found
 
 
-def entry_of(kind, folder, photos):
-    """The entry of DATASETS.CUSTOM that reads the files again."""
-    keys = {
-        "labelme": {"type": "labelme", "annotations": folder, "classes": CLASSES.names},
-        "yolo": {"type": "yolo_seg", "labels": f"{folder}/labels", "classes": f"{folder}/data.yaml"},
-        "coco": {"type": "coco_instance", "json": f"{folder}/annotations.json"},
-    }[kind]
-    return {"name": unique_name("corrected"), "images": photos, **keys}
+def read_again(folder, task="instance"):
+    """The records of the whole folder by file name, and their classes; as knet train --data finds them."""
+    (entry,) = find_annotations(folder, task).entries
+    del entry["validation"]
+    cfg = data_cfg(task, custom=({**entry, "name": unique_name("corrected")},))
+    (name,) = cfg.DATASETS.TRAIN
+    records = {os.path.relpath(x["file_name"], os.path.join(folder, "images")): x for x in load_dataset(name)}
+    return records, MetadataCatalog.get(name)
 
 
 def decoded(segmentation):
@@ -74,11 +76,10 @@ def test_files_read_again_are_the_same_masks(tmp_path, kind):
     images = predictions(tmp_path)
     folder = str(tmp_path / "out")
     assert write_annotations(kind, images, folder, CLASSES, tolerance=0) == 3
-    entry = entry_of(kind, folder, str(tmp_path / "photos"))
-    cfg = data_cfg("instance", custom=(entry,))
-    records = {os.path.basename(x["file_name"]): x["annotations"] for x in load_dataset(cfg.DATASETS.TRAIN[0])}
-    assert {name: len(x) for name, x in records.items()} == {"a.png": 0, "b.png": 4, "c.png": 1}
-    for annotation, mask, label in zip(records["b.png"], shapes(), (0, 1, 0, 1), strict=True):
+    records, metadata = read_again(folder)
+    assert sorted(metadata.thing_classes) == ["cup", "fork"]
+    assert {name: len(x["annotations"]) for name, x in records.items()} == {"a.png": 0, "b.png": 4, "c.png": 1}
+    for annotation, mask, label in zip(records["b.png"]["annotations"], shapes(), (0, 1, 0, 1), strict=True):
         assert np.array_equal(decoded(annotation["segmentation"]), mask)
         # COCO's file has the ids of the data set, 7 for cup and 3 for fork, of which fork is then the first class
         assert annotation["category_id"] == (1 - label if kind == "coco" else label)
@@ -88,14 +89,16 @@ def test_via(tmp_path):
     """It has neither holes nor groups of parts."""
     folder = str(tmp_path / "out")
     write_annotations("via", predictions(tmp_path), folder, CLASSES, tolerance=0)
-    entry = {"name": unique_name("corrected"), "type": "via", "annotations": f"{folder}/via_region_data.json"}
-    cfg = data_cfg("instance", custom=({**entry, "images": str(tmp_path / "photos")},))
-    records = {os.path.basename(x["file_name"]): x["annotations"] for x in load_dataset(cfg.DATASETS.TRAIN[0])}
-    assert {name: len(x) for name, x in records.items()} == {"a.png": 0, "b.png": 1 + 2 + 4 + 2, "c.png": 1}
+    records, _ = read_again(folder)
+    assert {name: len(x["annotations"]) for name, x in records.items()} == {
+        "a.png": 0,
+        "b.png": 1 + 2 + 4 + 2,
+        "c.png": 1,
+    }
     expected = shapes()
     expected[3, 36:42, 36:44] = True
     for label in (0, 1):
-        found = [decoded(x["segmentation"]) for x in records["b.png"] if x["category_id"] == label]
+        found = [decoded(x["segmentation"]) for x in records["b.png"]["annotations"] if x["category_id"] == label]
         assert np.array_equal(np.any(found, axis=0), np.any(expected[label::2], axis=0))
 
 
@@ -127,6 +130,7 @@ def test_cvat(tmp_path):
 def test_polygons_have_few_points(tmp_path):
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
     circle = (rows - 24) ** 2 + (columns - 32) ** 2 < 20**2
+    (tmp_path / "x.png").touch()
     image = (str(tmp_path / "x.png"), Prediction(SIZE, [Segment.from_mask(circle, 0, 0.5)], CLASSES))
     numbers = {}
     for tolerance in (0, 1, 3):
@@ -154,7 +158,8 @@ def test_order_is_by_doubt(tmp_path):
     assert [x["file_name"] for x in content["images"]] == ["a.png", "c.png", "b.png"]
     assert [x["score"] for x in content["annotations"]] == [0.55, 0.9, 0.8, 0.95, 0.99]
     semantic = Prediction(SIZE, [Segment.from_mask(shapes()[0], 0, None)], CLASSES)
-    assert Annotated("x", semantic).doubt == 0 and Annotated("x", semantic._replace(segments=[])).doubt == 1
+    assert Annotated("x", "x", semantic).doubt == 0
+    assert Annotated("x", "x", semantic._replace(segments=[])).doubt == 1
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -176,9 +181,28 @@ def test_nothing_that_was_corrected_is_replaced(tmp_path):
         write_annotations("yolo", images, str(tmp_path / "out"), CLASSES)
     with pytest.raises(ConfigError, match="--format x: use one of labelme, cvat, yolo, coco, via, png"):
         write_annotations("x", images, str(tmp_path / "new"), CLASSES)
-    same = [(str(tmp_path / "other" / "b.png"), images[0][1]), *images]
-    with pytest.raises(ConfigError, match="has the same name as"):
+    same = [(str(tmp_path / "photos" / "b.jpg"), images[0][1]), *images]
+    with pytest.raises(ConfigError, match="has the same name as .*Rename one of them"):
         write_annotations("labelme", same, str(tmp_path / "same"), CLASSES)
+
+
+@pytest.mark.parametrize("kind", ["labelme", "yolo", "coco", "via", "png"])
+def test_images_of_several_folders(tmp_path, kind):
+    """They keep their folders, so that equal names do not meet."""
+    images = predictions(tmp_path)
+    (tmp_path / "photos" / "more").mkdir()
+    (tmp_path / "photos" / "b.png").rename(tmp_path / "photos" / "more" / "c.png")
+    moved = [(str(tmp_path / "photos" / "more" / "c.png"), images[0][1]), images[1]]
+    folder = str(tmp_path / "out")
+    classes = CLASSES._replace(dataset_ids=[0, 1])
+    write_annotations(kind, moved, folder, classes)
+    records, metadata = read_again(folder, "semantic" if kind == "png" else "instance")
+    assert sorted(metadata.stuff_classes if kind == "png" else metadata.thing_classes) == ["cup", "fork"]
+    assert sorted(records) == ["c.png", "more/c.png"]
+    if kind != "png":
+        assert len(records["more/c.png"]["annotations"]) >= 4 > len(records["c.png"]["annotations"]) == 1
+    (tmp_path / "photos").rename(tmp_path / "gone")  # the folder is complete without them
+    assert all(os.path.isfile(x["file_name"]) for x in records.values())
 
 
 @pytest.mark.parametrize(

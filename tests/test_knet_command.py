@@ -207,7 +207,7 @@ def test_masks_of_two_values_among_others_are_named(tmp_path, values, named):
     _write_masks(root, values)
     with pytest.raises(DataError, match=f"masks have the values 0 and 255 alone, but .*{named}.*same two values"):
         find_annotations(str(root))
-    (root / "classes.txt").write_text("a\nb\n")  # then 255 is what has no class
+    (root / "classes.txt").write_text("a\nb\nc\n")  # then 255 is what has no class
     assert find_annotations(str(root)).entries[0]["classes"] == str(root / "classes.txt")
 
 

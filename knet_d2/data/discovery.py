@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import DataError
 from .custom import IMAGE_SUFFIXES
 from .files import files_below, read_labels
-from .formats.builder import read_text, read_yaml
+from .formats.builder import class_names, read_text, read_yaml
 from .formats.masks import read_labelmap
 
 # Names of the parts of a data set in files and folders
@@ -430,11 +430,13 @@ def _semantic_classes(folder: str, sample: dict[str, Counter[int]], names: Seque
             values are needed.
     """
     values = sorted(set().union(*sample.values()))
-    if len(values) == 2:
-        return {"classes": _named(values, names) or ["background", "object"], "label_values": values, "ignore": []}
-    for name in ("classes.txt", "labels.txt"):
-        if os.path.isfile(os.path.join(folder, name)):
-            return {"classes": os.path.join(folder, name)}
+    files = (os.path.join(folder, name) for name in ("classes.txt", "labels.txt"))
+    file = next((path for path in files if os.path.isfile(path)), None)
+    stated = class_names(file) if file else ["background", "object"]
+    if len(values) == 2 == len(stated):
+        return {"classes": _named(values, names) or stated, "label_values": values, "ignore": []}
+    if file:
+        return {"classes": file}
     _check_two_values(sample)
     known = [x for x in values if x != 255]
     if len(known) < len(values) and (not known or max(known) >= 2 * len(known)):

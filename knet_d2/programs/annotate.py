@@ -3,9 +3,10 @@
     %(prog)s output/my_photos new_photos --format labelme --output to_correct
     %(prog)s output/my_photos new_photos --format png --output to_correct
 
-order.csv lists the images with the most doubtful ones first. A class "background" is no annotation, as it is no object.
---format png writes masks/NAME.png, with the values of the masks that the model was trained on, such as 0 and 255. What
-was corrected is read for training by the types of DATASETS.CUSTOM; see knet docs DATASETS.
+The folder has a copy of the images, and order.csv lists the most doubtful ones first. When they are corrected, train on
+them: knet train --data to_correct (CVAT: on its export "COCO 1.0"). A class "background" is no annotation, as it is no
+object. --format png writes masks/NAME.png, with the values of the masks that the model was trained on, such as 0 and
+255.
 """
 
 import argparse

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -27,10 +28,21 @@ from .segment import Segment
 
 
 class Annotated(NamedTuple):
-    """An image file with its prediction."""
+    """An image file with its prediction.
+
+    Attributes:
+        path: the file.
+        name: its path below the folder that all images are in, with "/".
+    """
 
     path: str
+    name: str
     prediction: Prediction
+
+    @property
+    def stem(self) -> str:
+        """The name without its ending."""
+        return os.path.splitext(self.name)[0]
 
     @property
     def doubt(self) -> float:
@@ -45,6 +57,8 @@ def write_annotations(
     kind: str, images: Iterable[tuple[str, Prediction]], folder: str, classes: ClassTable, tolerance: float = 1.0
 ) -> int:
     """Write annotation files of a label tool, and order.csv: images without a segment, then others by falling doubt.
+
+    The images are copied to ``images`` in the folder, so that tools can open it, and training can read it.
 
     Args:
         kind: one of WRITERS.
@@ -62,13 +76,19 @@ def write_annotations(
     """
     check_destination(kind, folder)
     os.makedirs(folder, exist_ok=True)
-    found = (Annotated(path, _without_background(prediction)) for path, prediction in images)
-    ordered = sorted(found, key=lambda x: (len(x.prediction.segments) > 0, -x.doubt, x.path))
+    found = [(os.path.abspath(path), _without_background(prediction)) for path, prediction in images]
+    root = os.path.commonpath([os.path.dirname(path) for path, _ in found]) if found else ""
+    named = (Annotated(path, os.path.relpath(path, root).replace(os.sep, "/"), x) for path, x in found)
+    ordered = sorted(named, key=lambda x: (len(x.prediction.segments) > 0, -x.doubt, x.name))
+    if kind in _FILE_PER_IMAGE:
+        _check_stems(ordered)
+    for image in ordered:
+        shutil.copyfile(image.path, _place(folder, "images", image.name))
     WRITERS[kind](ordered, folder, classes, tolerance)
     with open(os.path.join(folder, "order.csv"), "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         rows = csv.writer(f)
         rows.writerow(["file_name", "doubt", "segments"])
-        rows.writerows((x.path, f"{x.doubt:.3f}", len(x.prediction.segments)) for x in ordered)
+        rows.writerows((x.name, f"{x.doubt:.3f}", len(x.prediction.segments)) for x in ordered)
     return len(ordered)
 
 
@@ -102,8 +122,8 @@ def outer_outlines(segment: Segment, tolerance: float) -> list[list[tuple[float,
 
 
 def _write_labelme(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
-    """One JSON for each image, with the path of the image; parts of an object are in a group."""
-    for image, name in _with_names(images):
+    """One JSON beside each image, where the tool looks for it; parts of an object are in a group."""
+    for image in images:
         shapes: list[dict[str, Any]] = []
         for number, segment in enumerate(image.prediction.segments, 1):
             common = {"label": classes.names[segment.label], "flags": {}, "description": _score_text(segment)}
@@ -122,15 +142,14 @@ def _write_labelme(images: list[Annotated], folder: str, classes: ClassTable, to
         height, width = image.prediction.size
         content = {
             **{"version": "5.5.0", "flags": {}, "shapes": shapes, "imageData": None},
-            **{"imagePath": os.path.relpath(image.path, folder), "imageHeight": height, "imageWidth": width},
+            **{"imagePath": os.path.basename(image.name), "imageHeight": height, "imageWidth": width},
         }
-        _write_json(content, os.path.join(folder, f"{name}.json"))
+        _write_json(content, _place(folder, "images", f"{image.stem}.json"))
 
 
 def _write_yolo(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
     """labels/NAME.txt and data.yaml; an object in several parts, or with a hole, is a row of run lengths."""
-    os.makedirs(os.path.join(folder, "labels"))
-    for image, name in _with_names(images):
+    for image in images:
         height, width = image.prediction.size
         rows = []
         for segment in image.prediction.segments:
@@ -140,23 +159,21 @@ def _write_yolo(images: list[Annotated], folder: str, classes: ClassTable, toler
             else:
                 numbers = (f"{x / width:.6f} {y / height:.6f}" for x, y in parts[0])
                 rows.append(f"{segment.label} {' '.join(numbers)}")
-        with open(os.path.join(folder, "labels", f"{name}.txt"), "w", encoding="utf-8") as f:
+        with open(_place(folder, "labels", f"{image.stem}.txt"), "w", encoding="utf-8") as f:
             f.write("".join(f"{row}\n" for row in rows))
     with open(os.path.join(folder, "data.yaml"), "w", encoding="utf-8") as f:
-        content = {"path": _common_folder(images), "train": ".", "names": dict(enumerate(classes.names))}
+        content = {"train": "images", "val": "images", "names": dict(enumerate(classes.names))}
         yaml.safe_dump(content, f, sort_keys=False, allow_unicode=True)
 
 
 def _write_coco(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
-    """One JSON; file names are relative to the folder that all images are in."""
-    root = _common_folder(images)
+    """One JSON; file names are relative to the folder of the images."""
     ids = list(classes.dataset_ids or classes.category_ids)
     content: dict[str, Any] = {"info": {}, "images": [], "annotations": []}
     content["categories"] = [{"id": i, "name": name} for i, name in zip(ids, classes.names, strict=True)]
     for number, image in enumerate(images, 1):
         height, width = image.prediction.size
-        name = os.path.relpath(image.path, root).replace(os.sep, "/")
-        content["images"].append({"id": number, "file_name": name, "height": height, "width": width})
+        content["images"].append({"id": number, "file_name": image.name, "height": height, "width": width})
         for segment in image.prediction.segments:
             parts = outlines(segment, tolerance)
             polygons = None if parts is None else [[v for p in part for v in p] for part in parts]
@@ -176,8 +193,7 @@ def _write_cvat(images: list[Annotated], folder: str, classes: ClassTable, toler
     ElementTree.SubElement(root, "version").text = "1.1"
     for number, image in enumerate(images):
         height, width = image.prediction.size
-        name = os.path.relpath(image.path, _common_folder(images)).replace(os.sep, "/")
-        keys = {"id": str(number), "name": name, "width": str(width), "height": str(height)}
+        keys = {"id": str(number), "name": image.name, "width": str(width), "height": str(height)}
         parent = ElementTree.SubElement(root, "image", keys)
         for group, segment in enumerate(image.prediction.segments, 1):
             common = {"label": classes.names[segment.label], "source": "auto", "occluded": "0", "z_order": "0"}
@@ -198,7 +214,7 @@ def _write_cvat(images: list[Annotated], folder: str, classes: ClassTable, toler
 
 def _write_via(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
     """One JSON. VIA has neither masks nor groups: each part is a region of its own, and holes are filled."""
-    root, content = _common_folder(images), {}
+    content = {}
     for image in images:
         regions = [
             {
@@ -212,25 +228,32 @@ def _write_via(images: list[Annotated], folder: str, classes: ClassTable, tolera
             for segment in image.prediction.segments
             for p in outer_outlines(segment, tolerance)
         ]
-        name, size = os.path.relpath(image.path, root).replace(os.sep, "/"), os.path.getsize(image.path)
-        content[f"{name}{size}"] = {"filename": name, "size": size, "regions": regions, "file_attributes": {}}
+        size = os.path.getsize(image.path)
+        content[f"{image.name}{size}"] = {
+            "filename": image.name,
+            "size": size,
+            "regions": regions,
+            "file_attributes": {},
+        }
     _write_json(content, os.path.join(folder, "via_region_data.json"))
 
 
 def _write_png(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
-    """masks/NAME.png, label maps with the values of the model's data set.
+    """masks/NAME.png, label maps with the values of the model's data set; and classes.txt if these are 0, 1, ...
 
     Pixels without a segment have the value of the background class; without one 255, or 65535 where 255 is a class.
     """
-    os.makedirs(os.path.join(folder, "masks"))
     ids = list(classes.dataset_ids or classes.category_ids)
     background = next((ids[i] for i in range(len(ids)) if classes.is_background(i)), None)
     void = background if background is not None else 65535 if IGNORE_LABEL in ids else IGNORE_LABEL
     values = np.array([*ids, void], np.int64)
-    for image, name in _with_names(images):
+    if ids == [*range(len(ids))]:
+        with open(os.path.join(folder, "classes.txt"), "w", encoding="utf-8") as f:
+            f.write("".join(f"{name}\n" for name in classes.names))
+    for image in images:
         labels = values[image.prediction.class_map()]  # -1, no segment, is the last
         pixels = labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
-        Image.fromarray(pixels).save(os.path.join(folder, "masks", f"{name}.png"))
+        Image.fromarray(pixels).save(_place(folder, "masks", f"{image.stem}.png"))
 
 
 WRITERS: dict[str, Callable[[list[Annotated], str, ClassTable, float], None]] = {
@@ -241,6 +264,8 @@ WRITERS: dict[str, Callable[[list[Annotated], str, ClassTable, float], None]] = 
     "via": _write_via,
     "png": _write_png,
 }
+# Their files are named as the images, without the ending
+_FILE_PER_IMAGE = ("labelme", "yolo", "png")
 
 
 def _row_runs(mask: np.ndarray) -> list[int]:
@@ -250,22 +275,18 @@ def _row_runs(mask: np.ndarray) -> list[int]:
     return np.diff([0, *starts, flat.size]).tolist()
 
 
-def _with_names(images: list[Annotated]) -> list[tuple[Annotated, str]]:
-    """The images with names for files: the name of the image without its ending.
-
-    Raises:
-        ConfigError: two images have the same name.
-    """
+def _check_stems(images: list[Annotated]) -> None:
     first: dict[str, str] = {}
     for image in images:
-        name = os.path.splitext(os.path.basename(image.path))[0]
-        if first.setdefault(name, image.path) != image.path:
-            raise ConfigError(f"{image.path}: has the same name as {first[name]}. Write one folder after the other.")
-    return [(image, os.path.splitext(os.path.basename(image.path))[0]) for image in images]
+        if first.setdefault(image.stem, image.path) != image.path:
+            raise ConfigError(f"{image.path}: has the same name as {first[image.stem]}. Rename one of them.")
 
 
-def _common_folder(images: list[Annotated]) -> str:
-    return os.path.commonpath([os.path.dirname(os.path.abspath(x.path)) for x in images]) if images else ""
+def _place(*parts: str) -> str:
+    """The path of a file that is written, whose folder is made."""
+    path = os.path.join(*parts)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return path
 
 
 def _score_text(segment: Segment) -> str:
