@@ -235,7 +235,7 @@ def test_a_threshold_that_is_no_score(threshold):
     with pytest.raises(ConfigError, match="confidence_threshold = .*: use a score from 0 to 1"):
         knet_d2.load("m.onnx", confidence_threshold=threshold)
     with pytest.raises(ConfigError, match="use a score from 0 to 1"):
-        threshold_options(threshold)
+        threshold_options(threshold, ())
 
 
 def test_the_order_of_channels_is_stated_and_checked(described, tmp_path):

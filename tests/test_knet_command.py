@@ -38,6 +38,7 @@ from knet_d2.engine import Trainer
 from knet_d2.errors import ConfigError, DataError
 from knet_d2.evaluation.report import recommended_threshold
 from knet_d2.evaluation.report.page import RECOMMENDED
+from knet_d2.inference.from_file import threshold_options
 from knet_d2.programs import NAMES, check_dataset, parse, run_program, train
 from knet_d2.programs.own_data import RECIPES, choose_recipe, use_data, write_config
 from knet_d2.setup.dependencies import VERSION
@@ -429,7 +430,9 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     (page := Path(output, "report.html")).write_text(
         page.read_text().replace("<title>", RECOMMENDED.format("0.22") + "<title>")
     )
-    assert "pictures --confidence-threshold 0.22\n" in train.next_steps(output)
+    assert threshold_options(None, ["MODEL.WEIGHTS", output])[1::2] == ["0.22", "0.22"]
+    assert threshold_options(None, ["MODEL.WEIGHTS", final])[1::2] == ["0.22", "0.22"]
+    assert threshold_options(None, ["MODEL.WEIGHTS", str(tmp_path)])[1::2] == ["0.3", "0.3"]
     target = str(tmp_path / "pictures")
     photo = str(root / "images" / "000000.jpg")
     result = str(tmp_path / "result.json")
@@ -444,6 +447,8 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     assert os.listdir(target) == ["000000.jpg"] and found["images"]
     assert knet_command.main(["predict", output, photo, "--output", target, "--confidence-threshold", "0.99"]) == 0
     assert "Found 0 objects in 1 image, 1 of them with none (--confidence" in capsys.readouterr().out
+    assert knet_command.main(["predict", output, photo, "--output", target]) == 0
+    assert "(--confidence-threshold 0.22, as the training run's report recommends)" in capsys.readouterr().out
     assert knet_command.main(["check", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "0 errors" in printed and get_config_file(RECIPES["instance"].cpu) in printed
@@ -510,6 +515,12 @@ def test_ctrl_c_saves_and_prints_the_command_that_continues(shapes, tmp_path, mo
     assert f"\n  knet predict '{output}' PHOTOS --output '{output}'/pictures" in printed
     assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == 1
     assert "Training from iteration 1 to 2" in (output / "log.txt").read_text()
+    assert "The run had ended" not in (output / "log.txt").read_text()
+    assert re.search(r"\nsegm/AP: \d+\.\d\d after 2 iterations\n", printed)
+    assert knet_command.main([*shlex.split(command)[1:], "SOLVER.MAX_ITER", "3"]) == 0
+    assert re.search(r"\nsegm/AP: \d+\.\d\d after 2, \d+\.\d\d after 3 iterations\n", capsys.readouterr().out)
+    log = re.sub(r"\s+", " ", (output / "log.txt").read_text())
+    assert re.search(r"The run had ended at iteration 2\. It goes on to 3, with a learning rate of \d", log)
 
 
 def test_a_faulty_data_set_is_not_trained_on(shapes, tmp_path, capsys):  # noqa: F811

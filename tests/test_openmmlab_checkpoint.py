@@ -187,7 +187,7 @@ def as_swin_release(state):
 
 
 @pytest.mark.parametrize("kind", ["detectron2", "openmmlab", "openmmlab_state_dict", "torchvision_fpn", "swin"])
-def test_pretrained_backbones(tmp_path, kind):
+def test_pretrained_backbones(tmp_path, kind, caplog):
     stem = {"MODEL.RESNETS.STEM_TYPE": "deeplab"}
     task, options = {
         "detectron2": ("panoptic", {}),
@@ -205,8 +205,12 @@ def test_pretrained_backbones(tmp_path, kind):
         content = as_openmmlab(source)
         torch.save({"state_dict": content} if kind == "openmmlab_state_dict" else content, path)
     checkpointer = Checkpointer(target, partial=True)
-    checkpointer.load(path)
+    with caplog.at_level("INFO"):
+        checkpointer.load(path)
     report = checkpointer.report
+    # A complete backbone is told in one line; Swin's norms of the outputs are listed
+    assert ("re-initialised: not in the file" in caplog.text) == (kind == "swin")
+    assert ("These are not in the file and start at random: " in caplog.text) == (kind != "swin")
     in_file = [name for name in state if not name.startswith("out_norms")]
     assert set(report.loaded) == {prefix + name for name in in_file}
     assert_same_state(source.state_dict(), target.state_dict(), report.loaded)

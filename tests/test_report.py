@@ -387,6 +387,8 @@ def test_report_of_a_model(root, tmp_path, task, metric, caplog):
     assert parsed.tags.count("img") == 12 and "://" not in text and len(text) < 2_000_000
     assert "Confusion matrix" in parsed.text and "95% interval" in parsed.text and "Training run" in parsed.text
     assert any(x.startswith(f"{metric} of {cfg.DATASETS.TEST[0]}: ") and "95% interval" in x for x in caplog.messages)
+    lowest = rf"Images of {cfg.DATASETS.TEST[0]} with the lowest quality: \w+\.\w+ [01]\.\d{{3}}, "
+    assert any(re.match(lowest, x) for x in caplog.messages)
     assert not model.training
 
 

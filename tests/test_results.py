@@ -1,6 +1,7 @@
 """Predictions, their files and pictures; sources and sinks, also with unusual names and wrong paths."""
 
 import base64
+import csv
 import functools
 import io
 import json
@@ -20,7 +21,7 @@ from PIL import Image
 from knet_d2.data.classes import ClassTable
 from knet_d2.data.pixels import PixelFormat
 from knet_d2.errors import ConfigError, DataError
-from knet_d2.inference.sinks import JsonLines, MaskFiles, PictureFiles, Stop, VideoFile
+from knet_d2.inference.sinks import CsvFile, JsonLines, MaskFiles, PictureFiles, Stop, VideoFile
 from knet_d2.inference.sources import Frame, ImageFiles, Video
 from knet_d2.programs import demo
 from knet_d2.results import Prediction, Segment, main_prediction, predictions_of
@@ -187,6 +188,19 @@ def test_lines_of_json(tmp_path):
 
     with pytest.raises(Stop):
         JsonLines(Ended(), {}, classes)
+
+
+def test_rows_of_csv(tmp_path):
+    classes, path = table(["thing", "stuff"], num_things=1), tmp_path / "objects.csv"
+    sink = CsvFile(str(path), classes)
+    segments = [square(5, 7, 20, 0)._replace(track_id=3), square(0, 30, 9, 1, None)]
+    sink.write(Frame("a, b.jpg", noise()), {"panoptic_seg": Prediction(SIZE, segments, classes)})
+    sink.write(Frame("c.jpg", noise()), {"panoptic_seg": Prediction(SIZE, [], classes)})
+    sink.close()
+    things, stuff = csv.DictReader(path.read_text().splitlines())
+    score, box = f"{segments[0].score:.4f}", {"x": "7", "y": "5", "width": "20", "height": "20"}
+    assert things == {"image": "a, b.jpg", "class": "thing", "score": score, "area": "400", **box, "track": "3"}
+    assert (stuff["class"], stuff["score"], stuff["area"], stuff["track"]) == ("stuff", "", "81", "")
 
 
 def test_standard_output_has_json_alone(monkeypatch, capfd):

@@ -182,9 +182,19 @@ class Checkpointer(DetectionCheckpointer):
         super()._load_model(checkpoint)
         if not self._restores_training:
             self._warn_of_other_options(path)
-        is_incomplete = self.report.other_shape or self.report.missing_in_evaluation()
-        log = self.logger.warning if is_incomplete else self.logger.info
-        log(f"{path}\n{self.report.as_text()}")
+        self._log_report(path, layout)
+
+    def _log_report(self, path: str, layout: Layout) -> None:
+        """Log what became of each parameter; at level DEBUG if a backbone is complete and only the rest is new."""
+        report, table = self.report, f"{path}\n{self.report.as_text()}"
+        lacking = [*(x.name for x in report.other_shape), *report.missing]
+        if layout.scope == "backbone" and not any(name.startswith(layout.backbone_prefix) for name in lacking):
+            self.logger.info(f"{path}: {report.in_brief()}")
+            self.logger.debug(table)
+        elif report.other_shape or report.missing_in_evaluation():
+            self.logger.warning(table)
+        else:
+            self.logger.info(table)
 
     def _warn_of_other_options(self, path: str) -> None:
         """Warn of options without parameters whose values are not those in the file.

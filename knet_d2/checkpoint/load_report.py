@@ -1,6 +1,7 @@
 """The layout of a weights file, a report on every parameter of the file and the model, and the reasons of a misfit."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -121,6 +122,12 @@ class LoadReport(NamedTuple):
     def missing_in_evaluation(self) -> list[str]:
         """The missing parameters that an evaluated model needs."""
         return [name for name in self.missing if not name.startswith(_TRAINING_ONLY)]
+
+    def in_brief(self) -> str:
+        """A sentence on the start from a pretrained backbone, in which the rest of the model is new."""
+        parts = Counter(name.split(".")[0] for name in self.missing)
+        new = ", ".join(f"{part} ({count})" for part, count in parts.items())
+        return f"{len(self.loaded)} parameters are loaded. These are not in the file and start at random: {new}."
 
     def as_text(self) -> str:
         """Return a table with one row for each list; names that differ only in numbers are merged."""

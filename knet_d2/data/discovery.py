@@ -374,7 +374,7 @@ def _find_masks(folder: str, names: Sequence[str]) -> Iterator[_Candidate]:
             labelled = {p: {"type": "sem_seg", "images": i, "labels": m, **classes} for p, (i, m) in pairs.items()}
         except DataError as error:
             classes, labelled = {}, error
-        yield "semantic", what + _meaning(shares, classes), labelled
+        yield "semantic", what + _meaning(shares, classes, names), labelled
         if len(shares) > 2:  # two values tell objects from background, but not from each other
             yield "instance", what, numbered
     elif labels:
@@ -410,13 +410,13 @@ def _sample_of(paths: list[str]) -> dict[str, Counter[int]]:
     return sample
 
 
-def _meaning(shares: dict[int, float], keys: dict[str, Any]) -> str:
+def _meaning(shares: dict[int, float], keys: dict[str, Any], names: Sequence[str]) -> str:
     """What the values of label maps mean, with their shares of the pixels, where that was chosen here."""
     if "label_values" not in keys:
         return ""
     named = zip(keys["label_values"], keys["classes"], strict=True)
     listed = "; ".join(f"{value} is {name} ({shares[value]:.1%} of the pixels)" for value, name in named)
-    return f": {listed}. For other names, in this order: --names {','.join(keys['classes'])}"
+    return f": {listed}" + ("" if names else f". For other names, in this order: --names {','.join(keys['classes'])}")
 
 
 def _semantic_classes(folder: str, sample: dict[str, Counter[int]], names: Sequence[str]) -> dict[str, Any]:

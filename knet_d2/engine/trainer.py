@@ -356,6 +356,13 @@ class Trainer(DefaultTrainer):
         if changed:
             values = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
             logger.warning(f"Options that differ from those of the run so far, and hold from now on: {values}.")
+        if changed.get("SOLVER.MAX_ITER", (0, 0))[0] == self.iter + 1 < self.max_iter:
+            rate = max(group["lr"] for group in self.optimizer.param_groups)
+            logger.warning(
+                f"The run had ended at iteration {self.iter + 1}. It goes on to {self.max_iter}, with a learning rate "
+                f"of {rate:.2g} that falls from now on. If that is too low, start a new run from its weights: "
+                f"MODEL.WEIGHTS {self.cfg.OUTPUT_DIR}, and another output folder."
+            )
 
 
 def _with_whole_images(cfg: CfgNode) -> CfgNode:

@@ -15,12 +15,15 @@ from ..config.merging import choose_device, load_config, merge_config
 from ..config.unread import warn_of_unread_options
 from ..data.classes import ClassTable, class_table
 from ..errors import ConfigError
+from ..evaluation.report import recommended_threshold
 from .detectron2_predictor import Predictor
 from .image_predictor import ImagePredictor
 from .onnx_engine import OnnxPredictor, exported_file
 from .runtimes import RUNTIMES
 
 ENGINES = ("pytorch", *RUNTIMES)
+THRESHOLD_HELP = "lowest score of an instance or thing (default: what the training run's report recommends, else 0.3)"
+_USUAL_THRESHOLD = 0.3
 
 
 def load(
@@ -39,8 +42,8 @@ def load(
             tools/convert_checkpoint.py; ``knet://<name>`` for an official model, ``hf://user/name`` for one on Hugging
             Face's hub, ``lite0_fruits`` for the one that comes with the package; or an ``.onnx`` file of
             tools/export_model.py.
-        confidence_threshold: instances and thing segments with a lower score are left out; None: 0.3, or what an
-            exported file was exported with.
+        confidence_threshold: instances and thing segments with a lower score are left out; None: what the report
+            beside the weights recommends, else 0.3; or what an exported file was exported with.
         device: "cpu", "cuda", ...; None takes a GPU if there is one (engines other than PyTorch: "cpu").
         config_file: config file of weights that contain none.
         opts: further config options, KEY VALUE ...
@@ -63,9 +66,9 @@ def load(
         if opts or config_file:
             raise ConfigError(f"{path}: opts and config_file are fixed in an exported file. Export it again with them.")
         return _load_exported(path, confidence_threshold, device, engine)
-    threshold = 0.3 if confidence_threshold is None else confidence_threshold
     device_options = ("MODEL.DEVICE", device) if device else ()
-    options = [*threshold_options(threshold), *device_options, *opts, "MODEL.WEIGHTS", path]
+    given = [*device_options, *opts, "MODEL.WEIGHTS", path]
+    options = [*threshold_options(confidence_threshold, given), *given]
     cfg, classes, content = resolve_model(config_file, options)
     if engine in RUNTIMES:
         return _load_exported(exported_file(cfg, classes), None, device, engine)
@@ -91,8 +94,17 @@ def check_threshold(confidence_threshold: float) -> None:
         raise ConfigError(f"confidence_threshold = {confidence_threshold}: use a score from 0 to 1.")
 
 
-def threshold_options(confidence_threshold: float) -> list[str]:
-    """Return the options, KEY VALUE ..., that drop instances and thing segments with a lower score."""
+def threshold_options(confidence_threshold: float | None, opts: Sequence[str]) -> list[str]:
+    """Return the options, KEY VALUE ..., that drop instances and thing segments with a lower score.
+
+    Args:
+        confidence_threshold: None: what the report of a training run recommends for its weights, else 0.3.
+        opts: KEY VALUE ..., of which MODEL.WEIGHTS may be a file in the folder of a training run, or the folder.
+    """
+    if confidence_threshold is None:
+        weights = dict(zip(opts[0::2], opts[1::2])).get("MODEL.WEIGHTS", "")
+        recommended = recommended_threshold(weights if os.path.isdir(weights) else os.path.dirname(weights))
+        confidence_threshold = _USUAL_THRESHOLD if recommended is None else recommended
     check_threshold(confidence_threshold)
     threshold = str(confidence_threshold)
     return ["MODEL.KNET.TEST.SCORE_THRESHOLD", threshold, "MODEL.KNET.TEST.THING_SCORE_THRESHOLD", threshold]

@@ -1,8 +1,9 @@
-"""Writes predictions to pictures in a folder, a window, a video file or a JSON file."""
+"""Writes predictions to pictures in a folder, a window, a video file, a JSON or a CSV file."""
 
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 import os
@@ -139,6 +140,32 @@ class JsonFile(JsonWriter, Sink):
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
         self.add(frame.name, predictions)
+
+
+class CsvFile(Sink):
+    """Writes a row for each segment of the main output: its class, score, area and box in pixels.
+
+    The score is empty where segments have none, and the track where nothing is followed.
+    """
+
+    COLUMNS = ("image", "class", "score", "area", "x", "y", "width", "height", "track")
+
+    def __init__(self, path: str, classes: ClassTable):
+        """
+        Raises:
+            OSError: nothing can be written there.
+        """
+        self._file = open(path, "w", newline="", encoding="utf-8", errors="surrogateescape")
+        self._rows, self._names = csv.writer(self._file), classes.names
+        self._rows.writerow(self.COLUMNS)
+
+    def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
+        for x in next(iter(predictions.values())).segments:
+            score = "" if x.score is None else f"{x.score:.4f}"
+            self._rows.writerow([frame.name, self._names[x.label], score, x.area, *x.box, x.track_id])
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class JsonLines(Sink):

@@ -11,6 +11,7 @@ object. --format png writes masks/NAME.png, with the values of the masks that th
 
 import argparse
 
+from ..inference.from_file import THRESHOLD_HELP
 from ..results.annotations import WRITERS, check_destination, write_annotations
 from .arguments import MODEL_HELP, add_config_arguments, load_predictor
 
@@ -21,7 +22,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("inputs", nargs="+", help="image files, folders, or quoted patterns such as 'a/*.jpg'")
     parser.add_argument("--format", required=True, choices=WRITERS, help="of the files")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the files")
-    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="lowest score (default 0.3)")
+    parser.add_argument("--confidence-threshold", type=float, help=THRESHOLD_HELP)
     parser.add_argument("--tolerance", type=float, default=1.0, help="distance of polygons to masks, in pixels")
     add_config_arguments(parser)
     return parser

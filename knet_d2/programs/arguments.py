@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ConfigError
-from ..inference.from_file import ENGINES, load
+from ..inference.from_file import ENGINES, THRESHOLD_HELP, load
 from ..inference.image_predictor import ImagePredictor
 
 MODEL_HELP = "folder of a training run, weights file, or a name as knet://NAME or lite0_fruits"
@@ -41,7 +41,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Fa
 
 def add_predictor_arguments(parser: argparse.ArgumentParser, *, default_device: str) -> None:
     """Add the arguments that :func:`load_predictor` reads; what the default device is appears in the help."""
-    parser.add_argument("--confidence-threshold", type=float, help="lowest score of an instance or thing (default 0.3)")
+    parser.add_argument("--confidence-threshold", type=float, help=THRESHOLD_HELP)
     parser.add_argument("--engine", choices=ENGINES, help="what computes the model; see knet docs DEPLOYMENT")
     parser.add_argument("--device", help=f"cpu, cuda, cuda:1, ...; default: {default_device}")
     add_config_arguments(parser)

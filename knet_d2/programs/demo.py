@@ -14,9 +14,10 @@ from ..data.files import refuse_to_replace
 from ..errors import ConfigError
 from ..evaluation.report import recommended_threshold
 from ..inference.detectron2_predictor import Predictor
-from ..inference.from_file import resolve_model, threshold_options
+from ..inference.from_file import THRESHOLD_HELP, resolve_model, threshold_options
 from ..inference.image_predictor import ImagePredictor
 from ..inference.sinks import (
+    CsvFile,
     JsonFile,
     JsonLines,
     MaskFiles,
@@ -35,6 +36,7 @@ from .arguments import add_config_arguments
 
 logger = logging.getLogger(__name__)
 
+_REPORT = "the training run's report"
 IMAGES_HELP = "image files, folders, or quoted patterns such as 'a/*.jpg'"
 
 
@@ -56,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the results of all images or frames to this file; -: to the standard output, a line for each",
     )
     parser.add_argument(
+        "--csv", metavar="FILE", help=f"write a row for each segment to this file: {', '.join(CsvFile.COLUMNS)}"
+    )
+    parser.add_argument(
         "--masks",
         metavar="FOLDER",
         help="write a PNG for each image: the number of the class at each pixel, and the ignore value (255) where "
@@ -64,9 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trail", type=int, default=0, metavar="FRAMES", help="video: draw the path of objects in the last frames"
     )
-    parser.add_argument(
-        "--confidence-threshold", type=float, default=0.3, help="lowest score of an instance or thing (default 0.3)"
-    )
+    parser.add_argument("--confidence-threshold", type=float, help=THRESHOLD_HELP)
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images predicted at once")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads that read and resize images")
     add_config_arguments(parser)
@@ -74,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def build_predictor(args: argparse.Namespace) -> ImagePredictor:
     """Build the predictor, with --confidence-threshold as its score threshold; --opts can overwrite it."""
-    options = [*threshold_options(args.confidence_threshold), *args.opts]
+    options = [*threshold_options(args.confidence_threshold, args.opts), *args.opts]
     cfg, classes, content = resolve_model(args.config_file, options)
     return ImagePredictor(cfg, classes, Predictor(cfg, content))
 
@@ -91,12 +94,15 @@ def build_sinks(
     """
     sinks: list[Sink] = []
     info = {"task": predictor.cfg.MODEL.KNET.TASK, "weights": predictor.cfg.MODEL.WEIGHTS}
+    inputs = [*([source.name] if isinstance(source, Video) else source.paths), predictor.cfg.MODEL.WEIGHTS]
     if lines is not None:
         sinks.append(JsonLines(lines, info, predictor.classes))
     elif args.json:
-        inputs = [source.name] if isinstance(source, Video) else source.paths
-        refuse_to_replace([*inputs, predictor.cfg.MODEL.WEIGHTS], [args.json], f"--json {args.json}")
+        refuse_to_replace(inputs, [args.json], f"--json {args.json}")
         sinks.append(JsonFile(args.json, info, predictor.classes))
+    if args.csv:
+        refuse_to_replace(inputs, [args.csv], f"--csv {args.csv}")
+        sinks.append(CsvFile(args.csv, predictor.classes))
     if isinstance(source, Video):
         if args.masks:
             raise ConfigError(f"--masks {args.masks}: is for images. The masks of a video's objects are in --json.")
@@ -175,7 +181,7 @@ def predict(args: argparse.Namespace, lines: TextIO | None = None) -> int:
                 sink.write(frame, predictions)
             counts.append(_number_of_objects(predictions[predictor.outputs[0]]))
     number = len(counts)
-    written = [path for path in (args.output, args.masks, args.json) if path not in (None, "-")]
+    written = [path for path in (args.output, args.masks, args.json, args.csv) if path not in (None, "-")]
     if written:
         print(f"Wrote the results of {number} {source.unit}{'s' * (number != 1)} to {', '.join(written)}.")
     if predictor.outputs[0] != "sem_seg":
@@ -198,7 +204,8 @@ def what_was_found(counts: Sequence[int], unit: str, predictor: ImagePredictor) 
     test = predictor.cfg.MODEL.KNET.TEST
     used = test.SCORE_THRESHOLD if predictor.outputs[0] == "instances" else test.THING_SCORE_THRESHOLD
     best = recommended_threshold(os.path.dirname(predictor.cfg.MODEL.WEIGHTS))
-    other = "" if best is None or best == used else f"; the training run's report recommends {best:.2f}"
+    recommended = f", as {_REPORT} recommends" if best == used else f"; {_REPORT} recommends {best}"
+    other = "" if best is None else recommended
     return (
         f"Found {sum(counts)} object{'s' * (sum(counts) != 1)} in {len(counts)} {unit}{'s' * (len(counts) != 1)}, "
         f"{counts.count(0)} of them with none (--confidence-threshold {used:g}{other})."

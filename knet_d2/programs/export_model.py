@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..export import default_image_type, export_metadata, halve, save_onnx, save_pt2, trace
 from ..export.quantization import quantize, share_of_operations
 from ..inference import ImagePredictor
+from ..inference.from_file import THRESHOLD_HELP
 from ..inference.onnx_engine import OnnxPredictor
 from ..inference.sources import ImageFiles
 from ..modeling.meta_arch import KNet
@@ -35,7 +36,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", help=MODEL_HELP)
     parser.add_argument("outputs", nargs="+", metavar="output", help="files to write, ending in .onnx or .pt2")
-    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="lowest score (default 0.3)")
+    parser.add_argument("--confidence-threshold", type=float, help=THRESHOLD_HELP)
     parser.add_argument("--fp16", action="store_true", help="compute backbone and static kernels in float16")
     parser.add_argument(
         "--image-type",

@@ -1,8 +1,8 @@
-"""Segment images or videos with a model: pictures, masks as PNG files, JSON.
+"""Segment images or videos with a model: pictures, masks as PNG files, JSON, a table.
 
     %(prog)s output/my_photos photo.jpg --output picture.png
-    %(prog)s output/my_photos my_photos/new --output output/pictures --json output/results.json
-    %(prog)s output/my_photos 'my_photos/new/*.jpg' --masks output/masks
+    %(prog)s output/my_photos new_photos --output output/pictures --csv output/objects.csv
+    %(prog)s output/my_photos 'new_photos/*.jpg' --masks output/masks --json output/results.json
 
 Of a folder, all images are taken, also earlier results in it; a quoted pattern chooses.
 """

@@ -19,16 +19,19 @@ from ..engine import Trainer, launch, setup
 from ..engine.output_dir import save_config
 from ..engine.writers import read_metrics
 from ..errors import ConfigError
-from ..evaluation import write_report
-from ..evaluation.report import REPORT, recommended_threshold, report_name
+from ..evaluation import best_metric, write_report
+from ..evaluation.report import REPORT, report_name
 from . import check_dataset
 from .own_data import add_data_arguments, use_data
 
+# Evaluations in the line at the end of a run
+MOST_LISTED = 10
 _EXAMPLES = """
 examples:
   %(prog)s --data my_photos --task instance
   %(prog)s --data my_photos --task instance --resume          continue a run that was stopped
   %(prog)s --data my_photos SOLVER.MAX_ITER 200               a shorter run; such pairs are last on the line
+  %(prog)s --data my_photos --output longer MODEL.WEIGHTS output/my_photos    a new run from an earlier one's weights
   %(prog)s --config-file config.yaml --num-gpus 8
   %(prog)s --config-file config.yaml --eval-only MODEL.WEIGHTS model.pth
 
@@ -70,19 +73,25 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
     save_config(cfg, cfg.OUTPUT_DIR)
     results = trainer.train()
     if comm.is_main_process():
-        print(next_steps(cfg.OUTPUT_DIR), flush=True)
+        print(f"\n{progress_of(cfg)}{next_steps(cfg.OUTPUT_DIR)}", flush=True)
     return results
+
+
+def progress_of(cfg: CfgNode) -> str:
+    """A line with the main metric of each evaluation of the run so far; "" if there was none."""
+    name = best_metric(cfg)
+    found = [x for x in read_metrics(os.path.join(cfg.OUTPUT_DIR, "metrics.json")) if name in x]
+    listed = ", ".join(f"{x[name]:.2f} after {x['iteration'] + 1}" for x in found[-MOST_LISTED:])
+    return f"{name}: {listed} iterations\n\n" if listed else ""
 
 
 def next_steps(folder: str) -> str:
     """What a user can do with the model of a training run, as commands."""
     name = shlex.quote(folder)
-    threshold = recommended_threshold(folder)
-    option = "" if threshold is None else f" --confidence-threshold {threshold:.2f}"
-    steps = [f"knet predict {name} PHOTOS --output {name}/pictures{option}", f"knet export {name} {name}/model.onnx"]
+    steps = [f"knet predict {name} PHOTOS --output {name}/pictures", f"knet export {name} {name}/model.onnx"]
     if os.path.isfile(os.path.join(folder, REPORT)):
         steps.insert(0, f"open {folder}/{REPORT} in a browser")
-    return "\n  ".join([f"\nThe model is in {folder}. What is next:", *steps]) + "\n"
+    return "\n  ".join([f"The model is in {folder}. What is next:", *steps]) + "\n"
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -213,12 +213,12 @@ def _pictures(dataset: DatasetReport) -> str:
         return ""
     figures = (
         f'<figure><img alt="ground truth and prediction" src="data:image/jpeg;base64,{_base64(x.jpeg)}">'
-        f"<figcaption>{escape(x.name)}: quality {x.quality:.2f}</figcaption></figure>"
+        f"<figcaption>{escape(x.name)}: quality {x.quality:.3f}</figcaption></figure>"
         for x in dataset.pictures
     )
     text = (
-        "The worst images first, then the best. Left: ground truth; right: prediction. The quality of an image is the "
-        "sum of IoUs of its right objects / (TP + FP / 2 + FN / 2), for label maps the mean IoU of its classes."
+        "The worst images first, then the best. Left: ground truth; right: prediction. The quality of an image with "
+        "label maps is the mean IoU of its classes; with objects, sum of IoUs of the right / (TP + FP / 2 + FN / 2)."
     )
     return f'<h2>Images of {escape(dataset.name)}</h2><p>{text}</p><div class="charts">{"".join(figures)}</div>'
 

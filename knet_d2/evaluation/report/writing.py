@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 REPORT = "report.html"
 _NUM_WORST, _NUM_BEST = 8, 4
+_NUM_LOGGED = 3
 # Pixels of the longer side of the ground truth, and of the prediction beside it
 _PICTURE_SIZE = 480
 _JPEG_QUALITY = 80
@@ -68,6 +69,9 @@ def write_report(
                         f"{metric.name} of {dataset}: {metric.value:.2f}, 95% interval {low:.2f} to {high:.2f}."
                     )
         pictures = _draw(cfg, model, dataset, of_dataset[0]) if of_dataset else []
+        if pictures:
+            listed = ", ".join(f"{x.name} {x.quality:.3f}" for x in pictures[:_NUM_LOGGED])
+            logger.info(f"Images of {dataset} with the lowest quality: {listed}.")
         datasets.append(DatasetReport(dataset, of_dataset, pictures))
     title = f"K-Net, {cfg.MODEL.KNET.TASK} segmentation: {', '.join(cfg.DATASETS.TEST)}"
     path = os.path.join(cfg.OUTPUT_DIR, name)
