@@ -1,7 +1,7 @@
 """What a task of segmentation is: its kernels, classes, annotations, losses, results and metric.
 
-Nothing else in the package asks which task a model is for; it asks the :class:`Task` for what it needs to know. A new
-task is a new entry of ``TASKS``.
+Nothing else in the package asks which task a model is for; it asks the :class:`Task` for what it needs to know. What a
+new task needs beside its entry of ``TASKS`` is listed in docs/ARCHITECTURE.md.
 
 Shapes: N kernels, K classes (things first, then stuff).
 """

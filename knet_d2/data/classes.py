@@ -146,8 +146,8 @@ def has_classes(cfg: CfgNode) -> bool:
 def with_classes(cfg: CfgNode) -> CfgNode:
     """A config with its classes and the normalisation of its images resolved: ``cfg`` itself if they are, else a copy.
 
-    The trainer, the predictor and the model call it; for a config of :func:`knet_d2.engine.load_config` nothing is left
-    to do, and no data set is looked at.
+    The predictor and the model call it. For a config of :func:`knet_d2.engine.load_config` nothing is left to do, and
+    no data set is looked at.
     """
     if has_classes(cfg) and len(cfg.MODEL.PIXEL_MEAN) and len(cfg.MODEL.PIXEL_STD):
         return cfg

@@ -174,6 +174,7 @@ def set_panoptic_classes(categories: list[dict], json_file: str, name: str) -> t
     things = {category["id"] for category in ordered if category["isthing"]}
     metadata = MetadataCatalog.get(name)
     names = [category["name"] for category in ordered]
+    # Detectron2's panoptic evaluator and visualiser index both lists by the contiguous id of all classes
     metadata.set(
         thing_classes=names,
         stuff_classes=names,

@@ -183,7 +183,8 @@ class KNetDatasetMapper:
             png, index = read_panoptic_segments(record, size)
         if "sem_seg" in needed:
             labels = self._read_label_map(record, size) if index is None else self._segment_labels(record, index)
-        # PIL also resizes the image, so its nearest neighbour agrees with it; it resizes labels of uint8 only
+        # Detectron2 resizes uint8 by PIL and other types by PyTorch, whose nearest neighbour is another one. The image
+        # is resized by PIL, so labels must be uint8, too
         aug_input = T.AugInput(image, sem_seg=labels)
         transforms = self.augmentations(aug_input)
         image, labels = aug_input.image, aug_input.sem_seg
@@ -228,7 +229,7 @@ class KNetDatasetMapper:
             masks = np.stack(found) if found else np.zeros((0, *size), bool)
             return make_instances(_without(masks, added), classes, size, tracks)
         segments = record["segments_info"]
-        # The three bytes of the PNG are augmented, not its index: PIL resizes 8 bits, but there may be more segments
+        # The three bytes of the PNG are augmented, not its index: PIL resizes 8 bits, and segments may be more than 256
         index = segment_index(transforms.apply_segmentation(png), [x["id"] for x in segments])
         classes = self._segment_classes(record)
         things = [i for i, x in enumerate(segments) if classes[i] < len(self.thing_classes) and not x.get("iscrowd", 0)]
@@ -273,7 +274,7 @@ class KNetDatasetMapper:
         classes = self.thing_classes if isthing else self.stuff_classes
         if category in classes:
             return classes[category]
-        if not isthing and not self.stuff_classes:
+        if not isthing and not self.stuff_classes:  # an instance model: any label that no thing has
             return max(self.ignore_value, len(self.thing_classes))
         known = f"{len(self.thing_classes)} thing and {len(self.stuff_classes)} stuff classes"
         raise DataError(

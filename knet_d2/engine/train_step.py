@@ -117,7 +117,7 @@ class TrainStep(TrainerBase):
         data_time = time.perf_counter() - start
 
         self.last_batch = data
-        # One operation for each type, not for each layer
+        # Running statistics as they are now, to undo a skipped step; one copy for each type, not for each layer
         statistics = [torch.cat([x.flatten() for x in buffers]) for buffers in self._statistics]
         try:
             metrics = self._update(data, data_time)
@@ -278,6 +278,7 @@ class TrainStep(TrainerBase):
 
 def step_seed(seed: int, iteration: int, rank: int) -> int:
     """Return a seed that depends only on (seed, iteration, rank)."""
+    # PyTorch's seeds are signed, so one bit goes
     return int(np.random.SeedSequence((seed, iteration, rank)).generate_state(1, np.uint64)[0]) >> 1
 
 

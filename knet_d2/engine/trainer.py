@@ -77,7 +77,8 @@ class Trainer(DefaultTrainer):
             cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         cfg.defrost()
         cfg.SEED = resolve_seed(cfg)
-        # load_config has done both; the classes of a config that was made in Python may have no names yet
+        # load_config has done both. For a config that was made in Python, resolving reads the data sets, which sets the
+        # names of the classes in their metadata
         register_custom_datasets(cfg)
         resolve_classes(cfg)
         cfg.freeze()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
@@ -56,6 +57,8 @@ class Predictor(DefaultPredictor):
         if cfg.TEST.AUG.ENABLED:
             self.model, shorter = KNetWithTTA(cfg, self.network).eval(), 0  # it resizes images itself
         self.aug = Resize([shorter, shorter], cfg.INPUT.MAX_SIZE_TEST)
+        # As in Detectron2's, for code that draws the results
+        self.metadata, self.input_format = MetadataCatalog.get(next(iter(cfg.DATASETS.TEST), "__unused")), "BGR"
         self.outputs = tuple(dict.fromkeys((*self.network.postprocessor.options.outputs, *get_task(cfg).outputs)))
 
     def __call__(self, original_image: np.ndarray) -> dict[str, Any]:

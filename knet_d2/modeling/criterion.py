@@ -200,7 +200,7 @@ class KNetCriterion(nn.Module):
         return MatchedBatch(own, comparison, self.class_mask, self.bank, self.kernel_of_class)
 
     def _group_batch(self, group: TrainingGroup, comparison: Comparison, stream: int) -> LossBatch:
-        things_only = self.class_mask[:1]
+        things_only = self.class_mask[:1]  # the row of the first kernel, which is matched
         if group.instances is not None:
             return AssignedBatch(group, comparison, things_only, stream)
         things = KernelGroup(group.state.mask_logits.shape[1], Assignment.HUNGARIAN, range(self.bank.num_things))
@@ -224,7 +224,7 @@ class KNetCriterion(nn.Module):
             if comm.get_world_size() == 1:
                 raise
             for batch in batches:
-                batch.matches = batch.any_matches()
+                batch.matches = batch.placeholder_matches()
             return error
         for batch in batches:
             batch.matches = [next(found) for _ in batch.stages]

@@ -143,7 +143,7 @@ class MatchedBatch(LossBatch):
             self._positives[stage] = self._build_positives(matches, with_stuff=has_stuff and stage > 0)
         return self._positives[stage]
 
-    def any_matches(self) -> list[list[Match]]:
+    def placeholder_matches(self) -> list[list[Match]]:
         """Matches without a meaning, of the form of :attr:`matches`."""
         counts = [len(target.classes) for target in self.targets]
         index = [torch.arange(min(self._bank.num_matched, x), device=self.state.feature.device) for x in counts]

@@ -229,6 +229,7 @@ class KNet(nn.Module):
             stages, embeddings = self.cascade(state), None
         else:
             stages, embeddings = self.video(self.cascade, state, memory)
+        # By what objects are followed in a video; an exported model gives it, so it is computed for every image
         if embeddings is None and not self.training and self.bank.num_matched and self.cascade.corrects_masks:
             embeddings = group_embeddings(state.feature, stages[-1].mask_logits, self.bank.num_matched)
         return NetworkOutput(features, state, stages, embeddings)
@@ -276,8 +277,7 @@ class KNet(nn.Module):
             output_size = (x.get("height", image_size[0]), x.get("width", image_size[1]))
             geometry = ImageGeometry(tuple(images.tensor.shape[-2:]), image_size, output_size)
             class_logits = None if shown.class_logits is None else shown.class_logits[i]
-            last, embeddings = (output.stages[-1] if output.stages else shown).kernels[i], shown.kernels[i]
-            if output.embeddings is not None:
-                embeddings = output.embeddings[i]
+            last = (output.stages[-1] if output.stages else shown).kernels[i]
+            embeddings = shown.kernels[i] if output.embeddings is None else output.embeddings[i]
             logits.append(ImageLogits(class_logits, shown.mask_logits[i], geometry, embeddings, last))
         return logits

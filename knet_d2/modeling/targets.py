@@ -46,8 +46,8 @@ def build_targets(
         stuff_masks = resized(labels == truth.stuff_classes[:, None, None])
         sem_seg = F.pad(labels, padding, value=ignore_value)
     masks = resized(truth.masks())
-    rest = truth.size, truth.seed, truth.track_ids
-    return Targets(truth.classes, masks, truth.stuff_classes, stuff_masks, sem_seg, *rest)
+    found = truth.classes, masks, truth.stuff_classes, stuff_masks, sem_seg
+    return Targets(*found, image_size=truth.size, seed=truth.seed, track_ids=truth.track_ids)
 
 
 def last_nonzero(masks: torch.Tensor, values: torch.Tensor, background: int) -> torch.Tensor:

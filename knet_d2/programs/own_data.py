@@ -13,8 +13,7 @@ from ..config.files import get_config_file
 from ..config.merging import merge_config
 from ..data.discovery import Found, find_annotations
 from ..errors import ConfigError
-
-TASKS = ("instance", "panoptic", "semantic")
+from ..tasks import TASKS
 
 
 class Recipe(NamedTuple):

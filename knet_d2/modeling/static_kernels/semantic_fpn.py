@@ -289,5 +289,6 @@ class SemanticFPNKernelHead(nn.Module):
                 kernels = torch.cat([kernels, stuff_kernels], dim=1)
                 mask_logits = torch.cat([mask_logits, semantic_logits[:, fixed]], dim=1)
         kept = localization_feature if self.training else None
-        rest = first.center_logits, first.places, kept, first.mask_inputs
-        return KernelState(feature, kernels, mask_logits, semantic_logits, *rest)
+        return KernelState(
+            feature, kernels, mask_logits, semantic_logits, first.center_logits, first.places, kept, first.mask_inputs
+        )
