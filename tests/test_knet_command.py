@@ -285,11 +285,13 @@ def test_an_image_that_is_annotated_and_missing(tmp_path, capsys, monkeypatch):
     assert knet_command.main(arguments) == 1
     printed = capsys.readouterr().out
     assert "lost.jpg: is annotated, but does not exist. Add the file" in printed and "1 errors" in printed
+    assert printed.endswith("--fix FILE.json writes annotations without these errors.\n--draw draws the good images.\n")
     fixed, drawn = root / "fixed.json", []
     draw = check_dataset.ground_truth
     monkeypatch.setattr(check_dataset, "ground_truth", lambda cfg, x: (drawn.append(x["file_name"]), draw(cfg, x))[1])
     assert knet_command.main([*arguments, "--draw", "--fix", str(fixed)]) == 0  # the written file has no error
-    assert "1 errors" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 errors" in printed and f"The errors above are not in {fixed}: name it" in printed
     assert {x.name for x in (tmp_path / "out").glob("*.jpg")} == {
         f"{root.name}_{part}.jpg" for part in ("train", "val")
     }

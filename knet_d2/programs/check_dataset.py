@@ -162,6 +162,18 @@ def write_fixed(cfg: CfgNode, target: str) -> list[str]:
     return targets
 
 
+def _way_out(report: Report, args: argparse.Namespace, fixed: list[str]) -> str:
+    """Sentences, each on a line, on what helps with the errors of a report."""
+    advice = []
+    if fixed and not report.failed_when_fixed:
+        advice.append(f"The errors above are not in {', '.join(fixed)}: name it in the place of the annotations.")
+    elif not report.failed_when_fixed:
+        advice.append("--fix FILE.json writes annotations without these errors.")
+    if args.output and not args.draw:
+        advice.append("--draw draws the good images.")
+    return "".join(f"{line}\n" for line in advice)
+
+
 def main(args: argparse.Namespace) -> int:
     args.output = use_data(args) or args.output
     if not args.config_file:
@@ -179,8 +191,9 @@ def main(args: argparse.Namespace) -> int:
         with open(written[-1], "w") as f:
             json.dump(report.as_json(), f, indent=1)
     print(report.text(args.most))
-    if args.fix:
-        written += write_fixed(cfg, args.fix)
-    if written:
-        print(f"Wrote {', '.join(written)}")
+    fixed = write_fixed(cfg, args.fix) if args.fix else []
+    if written or fixed:
+        print(f"Wrote {', '.join([*written, *fixed])}")
+    if report.failed:
+        print(_way_out(report, args, fixed), end="")
     return int(report.failed_when_fixed if args.fix else report.failed)
