@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..errors import ConfigError, DataError
 from .coco_mending import log_mends
 from .coco_records import instance_records, panoptic_records, records_of_content
-from .files import IGNORE_LABEL, color_code, files_below
+from .files import ARRAY_TYPE, IGNORE_LABEL, IMAGE_TYPES, color_code, files_below
 from .formats import READERS, Annotations, class_names, read_annotations, read_labelmap
 from .split import ALL, FOLDER, TEST, TRAIN, VAL, Part, load_part
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 Loader = Callable[[], list[dict]]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy")
+IMAGE_SUFFIXES = (*IMAGE_TYPES, ARRAY_TYPE)
 _registered: dict[str, tuple] = {}
 
 
