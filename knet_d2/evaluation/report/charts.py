@@ -55,10 +55,10 @@ def line_chart(
     for y in y_axis:
         _, v = place(x_axis[0], y)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{v:.1f}" y2="{v:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{v + 4:.1f}" text-anchor="end">{_number(y)}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{v + 4:.1f}" text-anchor="end">{_number(y, y_axis)}</text>')
     for x in x_axis:
         h, _ = place(x, y_axis[0])
-        parts.append(f'<text x="{h:.1f}" y="{bottom + 16}" text-anchor="middle">{_number(x)}</text>')
+        parts.append(f'<text x="{h:.1f}" y="{bottom + 16}" text-anchor="middle">{_number(x, x_axis)}</text>')
     middle = (_LEFT + right) / 2
     parts.append(f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>')
     for i, line in enumerate(points):
@@ -110,5 +110,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def _number(x: float) -> str:
-    return f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}"
+def _number(x: float, ticks: Sequence[float]) -> str:
+    """A tick's number, with the digits that tell it from the next one."""
+    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    return f"{x + 0.0:,.{digits}f}"

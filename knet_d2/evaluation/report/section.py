@@ -74,8 +74,11 @@ class Thresholds(NamedTuple):
 
     @property
     def best(self) -> int:
-        """Index of the threshold with the highest F1; the lowest of equal ones."""
-        return int(self.f1.argmax())
+        """Index of the threshold with the highest F1; of several equal ones in a row, the middle one."""
+        is_best = self.f1 == self.f1.max()
+        first = int(is_best.argmax())
+        length = int(np.append(is_best[first:], False).argmin())
+        return first + (length - 1) // 2
 
 
 class Section(NamedTuple):
