@@ -1,24 +1,28 @@
-"""Compare trackers on moving shapes: a model's kernels beside a plain IoU tracker, with the same detections.
+"""Compare trackers on videos: a model's kernels beside a plain IoU tracker, with the same detections.
 
     python -m checks.video output/shapes_panoptic/model_final.pth
     python -m checks.video output/moving_shapes_kae/model_final.pth --trackers embeddings kernels
+    python -m checks.video output/mine/model_final.pth --config-file mine.yaml --dataset my_videos
 
 This prints a Markdown table. All trackers get the things of the same panoptic maps, and start tracks above the same
-score. "embeddings" are those of a model with MODEL.KNET.VIDEO.EMBEDDING, "kernels" the kernels of any model, "iou" an
-IoU tracker, "byte" ByteTrack by the package trackers, which has to be installed (pip install trackers); its tracks have
+score. "embeddings" are what a model is followed by: those that it learned with MODEL.KNET.VIDEO.EMBEDDING, or the
+mean features under the masks of a model with RESIDUAL_MASKS. "kernels" are the kernels of any model, "iou" an IoU
+tracker, "byte" ByteTrack by the package trackers, which has to be installed (pip install trackers); its tracks have
 an id from their second frame on. "truth" knows the true ids: what it misses, the segments miss, and not the tracker.
 
-"ids kept" is the share of the ids that are the same before and after a crossing, of the things that are seen on both
-sides: of look-alikes, and of things of two classes. "nearest" is how often a vector by which things are followed is
-most like that of the same thing in the next frame, of the things of its class there, if there are others: of all
-things, and of look-alikes at most one frame before or after they cross. The model is of the data set shapes, or of
-moving shapes.
+The videos are moving shapes, or any other panoptic videos whose classes the panoptic model has (docs/DATASETS.md).
+What is said of crossings needs their list, which moving shapes have. "ids kept" is the share of the ids that are the
+same before and after a crossing, of the things that are seen on both sides: of look-alikes, and of things of two
+classes. "nearest" is how often a vector by which things are followed is most like that of the same thing in the next
+frame, of the things of its class there, if there are others: of all things, and of look-alikes at most one frame
+before or after they cross.
 """
 
 import argparse
 import functools
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -32,11 +36,10 @@ from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 from tqdm import tqdm
 
-import knet_d2
 from knet_d2.data import build_test_loader
 from knet_d2.modeling.meta_arch import KNet
 from knet_d2.modeling.postprocessing import ImageLogits, PostProcessor
-from knet_d2.programs.arguments import add_opts
+from knet_d2.programs.arguments import add_config_arguments, load_predictor
 from knet_d2.video.evaluators import VideoInstanceEvaluator, VideoPanopticEvaluator
 from knet_d2.video.model import TrackingKNet
 from knet_d2.video.tracker import NO_TRACK
@@ -243,16 +246,18 @@ class NextFrame:
 
     def _crosses(self, frame: dict[str, Any], track: int) -> bool:
         """Whether the thing crosses a look-alike at most one frame before or after the middle of the two frames."""
-        middle = int(frame["image_id"].rpartition("/")[2]) - 0.5
-        return any(
-            x["video_id"] == frame["video_id"] and track in x["tracks"] and abs(x["time"] - middle) <= 1
-            for x in self._crossings
-        )
+        of_track = [x for x in self._crossings if x["video_id"] == frame["video_id"] and track in x["tracks"]]
+        return any(abs(x["time"] - _number(frame) + 0.5) <= 1 for x in of_track)
 
     def shares(self) -> dict[str, float]:
         """In percent, NaN where there are no such things."""
         parts = {"nearest, all": [*self._right[False], *self._right[True]], "nearest, look-alikes": self._right[True]}
         return {name: 100 * float(np.mean(part)) if part else float("nan") for name, part in parts.items()}
+
+
+def _number(frame: dict[str, Any]) -> int:
+    """Of a frame of moving shapes, from 0."""
+    return int(frame["image_id"].rpartition("/")[2])
 
 
 class IdCollector(VideoPanopticEvaluator):
@@ -274,8 +279,7 @@ class IdCollector(VideoPanopticEvaluator):
             for track, mask in zip(true.ids, true.masks):
                 i = _most_alike(mask, predicted.masks)
                 if i is not None:
-                    t = int(frame["image_id"].rpartition("/")[2])
-                    self.ids[frame["video_id"], t, track] = int(predicted.ids[i])
+                    self.ids[frame["video_id"], _number(frame), track] = int(predicted.ids[i])
 
 
 def by_kernels(prediction: ImageLogits) -> ImageLogits:
@@ -318,12 +322,11 @@ def new_followers(
 @torch.no_grad()
 def evaluate(cfg: CfgNode, model: KNet, followers: dict[str, Any], dataset: str) -> dict[str, dict[str, float]]:
     """The metrics of each follower by name; all get the same predictions."""
-    root = os.path.dirname(MetadataCatalog.get(dataset).image_root)
-    with open(os.path.join(root, "crossings.json")) as f:
-        crossings = json.load(f)
+    crossings = _crossings(dataset)
     source, truth = TrackingKNet(cfg, model), TrackingTruth(model.postprocessor, dataset)
     next_frames = {name: NextFrame(crossings) for name in VECTORS if name in followers}
-    evaluators = {name: (IdCollector(dataset), VideoInstanceEvaluator(dataset, "panoptic_seg")) for name in followers}
+    of_maps = IdCollector if crossings else VideoPanopticEvaluator
+    evaluators = {name: (of_maps(dataset), VideoInstanceEvaluator(dataset, "panoptic_seg")) for name in followers}
     for evaluator in itertools.chain(*evaluators.values()):
         evaluator.reset()
     for inputs in tqdm(build_test_loader(cfg, dataset), unit="frame", mininterval=5, disable=None):
@@ -342,28 +345,38 @@ def evaluate(cfg: CfgNode, model: KNet, followers: dict[str, Any], dataset: str)
     for name, (panoptic, instances) in evaluators.items():
         results: dict[str, Any] = {**panoptic.evaluate(), **instances.evaluate()}  # type: ignore[dict-item]
         found[name] = {key: results[part][key] for part, keys in METRICS.items() for key in keys}
-        for column, look_alike in (("ids kept, look-alikes", True), ("ids kept, two classes", False)):
-            found[name][column] = 100 * ids_kept(
-                crossings, lambda *key, of=panoptic.ids: of.get(key), 10**6, look_alike
-            )
+        if crossings:
+            for column, look_alike in (("ids kept, look-alikes", True), ("ids kept, two classes", False)):
+                found[name][column] = 100 * ids_kept(
+                    crossings, lambda *key, of=panoptic.ids: of.get(key), 10**6, look_alike
+                )
         found[name] |= next_frames[name].shares() if name in next_frames else {}
     return found
+
+
+def _crossings(dataset: str) -> list[dict[str, Any]]:
+    """Content of the crossings.json of moving shapes; empty for other videos."""
+    path = os.path.join(os.path.dirname(MetadataCatalog.get(dataset).image_root), "crossings.json")
+    if not os.path.isfile(path):
+        return []
+    with open(path) as f:
+        return json.load(f)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights")
-    parser.add_argument("--dataset", default=DATASET, help="a registered panoptic set of moving shapes")
+    parser.add_argument("--dataset", default=DATASET, help="panoptic videos, as of DATASETS.CUSTOM in --config-file")
     parser.add_argument("--trackers", nargs="+", choices=TRACKERS, default=["kernels", "iou"])
     parser.add_argument("--min-iou", type=float, nargs="+", default=[0.1, 0.3], help="of the IoU tracker")
-    add_opts(parser)
+    add_config_arguments(parser)
     args = parser.parse_args()
-    predictor = knet_d2.load(args.weights, device="cpu", opts=args.opts)
+    predictor = load_predictor(args.weights, args, device="cpu")
     cfg, model = predictor.cfg, predictor.model
     cfg.DATASETS.TEST = (args.dataset,)
     followers = new_followers(cfg, model, args.trackers, args.min_iou, args.dataset)
     found = evaluate(cfg, model, followers, args.dataset)
-    columns = list(dict.fromkeys(key for metrics in found.values() for key in metrics))
+    columns = dict.fromkeys(key for metrics in found.values() for key, x in metrics.items() if not math.isnan(x))
     rows = [[name, *map(metrics.get, columns)] for name, metrics in found.items()]
     print(tabulate(rows, ["tracker", *columns], tablefmt="pipe", floatfmt=".1f"))
     return 0

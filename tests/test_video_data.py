@@ -1,5 +1,6 @@
 """Data sets of videos: formats, moving shapes, evaluators, and a model that is trained and evaluated on them."""
 
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 from helpers import spread_scores, tiny_config, tiny_model
 
-from checks.video import MOST_CLASSES, IouTracker, NextFrame, TrackingTruth, ids_kept
+from checks.video import MOST_CLASSES, IouTracker, NextFrame, TrackingTruth, ids_kept, new_followers
+from checks.video import evaluate as evaluate_trackers
 from knet_d2.data import (
     build_mapper,
     build_test_loader,
@@ -171,6 +173,10 @@ def test_nearest_things_of_the_next_frame():
     # 4 steps of two things: wrong between frames 1 and 2, near the crossing like the step after it
     assert next_frame.shares() == {"nearest, all": 75.0, "nearest, look-alikes": 50.0}
     assert all(math.isnan(x) for x in NextFrame([]).shares().values())
+    elsewhere = NextFrame([])
+    for name in ("first", "second"):  # frames of other videos have any names, and nobody says where things cross
+        elsewhere.add({"video_id": 0, "image_id": f"0/{name}"}, things, unit)
+    assert elsewhere.shares()["nearest, all"] == 100 and math.isnan(elsewhere.shares()["nearest, look-alikes"])
 
 
 def test_true_ids_of_segments(root):
@@ -189,6 +195,30 @@ def test_true_ids_of_segments(root):
     assert len(things) > 2
     assert [followed[i]["track_id"] - MOST_CLASSES for i in things[1:]] == [true[i]["id"] for i in things[1:]]
     assert followed[things[0]]["track_id"] == 2 * MOST_CLASSES
+
+
+def test_trackers_on_videos_without_a_list_of_crossings(root, tmp_path):
+    """Frames with other names in another folder: the metrics stay, and only what is said of crossings is missing."""
+    with open(os.path.join(root, "panoptic.json")) as f:
+        content = json.load(f)
+    for image in itertools.chain(*(x["images"] for x in content["videos"])):
+        image["id"] = f"frame {image['id']}"
+    for annotation in itertools.chain(*(x["annotations"] for x in content["annotations"])):
+        annotation["image_id"] = f"frame {annotation['image_id']}"
+    (tmp_path / "panoptic.json").write_text(json.dumps(content))
+    (tmp_path / "images").symlink_to(os.path.join(root, "images"))
+    moved = {"images": str(tmp_path / "images"), "panoptic_json": str(tmp_path / "panoptic.json")}
+    options = {"INPUT.FORMAT": "RGB", "INPUT.MIN_SIZE_TEST": SIZE, "MODEL.KNET.TEST.OVERLAP_THRESHOLD": 0.0}
+    options |= {"MODEL.KNET.NUM_THING_CLASSES": 4, "MODEL.KNET.NUM_STUFF_CLASSES": 3}
+    cfg, model = tiny_config("panoptic", options), spread_scores(tiny_model("panoptic", options)).eval()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    found = []
+    for changes in ({}, moved):
+        name = register("video_panoptic", root, **changes)
+        found.append(evaluate_trackers(cfg, model, new_followers(cfg, model, ["iou"], [0.1], name), name))
+    crossings, nothing = found[0]["IoU above 0.1"], found[1]["IoU above 0.1"]
+    assert crossings.keys() - nothing.keys() == {"ids kept, look-alikes", "ids kept, two classes"}
+    assert all(nothing[key] == crossings[key] for key in nothing) and nothing["STQ"] > 0
 
 
 # ---- formats ---------------------------------------------------------------------------------------------------
