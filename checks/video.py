@@ -2,7 +2,7 @@
 
     python -m checks.video output/shapes_panoptic/model_final.pth
     python -m checks.video output/moving_shapes_kae/model_final.pth --trackers embeddings kernels
-    python -m checks.video output/mine/model_final.pth --config-file mine.yaml --dataset my_videos
+    python -m checks.video output/my_model/model_final.pth --config-file my_config.yaml --dataset my_videos
 
 This prints a Markdown table. All trackers get the things of the same panoptic maps, and start tracks above the same
 score. "embeddings" are what a model is followed by: those that it learned with MODEL.KNET.VIDEO.EMBEDDING, or the
