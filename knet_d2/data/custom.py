@@ -326,8 +326,7 @@ def checked_entry(entry: Any, where: str) -> dict[str, Any]:
             raise ConfigError(
                 f"{where}.{key} = {value!r}: use a value of type {' or '.join(t.__name__ for t in types)}."
             )
-        is_path = isinstance(value, str) and key not in ("name", "type", "group_by", "attribute")
-        checked[key] = os.path.expanduser(value) if is_path else value
+        checked[key] = os.path.expanduser(value) if isinstance(value, str) else value
     for key in ("validation", "test"):
         if not 0 < checked.get(key, 0.5) < 1:
             raise ConfigError(f"{where}.{key} = {checked[key]}: use a number between 0 and 1, such as 0.2.")

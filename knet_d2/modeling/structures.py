@@ -17,9 +17,9 @@ class Places(NamedTuple):
     """Where in an image its N matched kernels are read, by a map of the instances' centres; without gradients.
 
     Attributes:
-        cells: int64 [B, N], y W + x of the cell in a map of H x W.
-        probs: [B, N], probabilities that the cells are centres.
-        class_offsets: [B, N], added to the logits of all classes at every stage.
+        cells: int64 [B, N_m] of the matched kernels, y W + x of the cell in a map of H x W.
+        probs: [B, N_m], probabilities that the cells are centres.
+        class_offsets: [B, N_m], added to the logits of all classes at every stage.
     """
 
     cells: torch.Tensor
