@@ -325,8 +325,8 @@ class Term(NamedTuple):
         log_name: names it in "loss_<log_name>_s<stage>".
         weight_key: its weight in MODEL.KNET.LOSS.
         compute: (criterion, batch, stage, weight) -> weighted scalar, and the count of this process that it is a mean
-            over: the pixels of a mean over pixels, the masks of a mean over masks. With ``is_sum``, the scalar is the sum
-            that is still to be divided by the count.
+            over: the pixels of a mean over pixels, the masks of a mean over masks. With ``is_sum``, the scalar is the
+            sum, which is still to be divided by the count.
         at_static, at_updates: whether it is computed for stage 0, and for the stages 1 to S.
         is_optional: whether a weight of 0 leaves it out, with its key. The other terms are kept with the value 0, since
             parameters depend on them alone, and DistributedDataParallel needs a gradient of every parameter.
