@@ -3,7 +3,7 @@
 from .deform_conv import DeformConv2d
 from .fpn import add_fpn, build_knet_resnet_fpn_backbone, build_knet_swin_fpn_backbone
 from .necks import DeformableAttention, add_neck
-from .resnet import build_knet_resnet_backbone, build_resnet
+from .resnet import build_knet_resnet_backbone
 from .swin import SwinTransformer, build_knet_swin_backbone
 from .timm import build_timm_backbone, build_timm_fpn_backbone
 
@@ -17,7 +17,6 @@ __all__ = [
     "build_knet_resnet_fpn_backbone",
     "build_knet_swin_backbone",
     "build_knet_swin_fpn_backbone",
-    "build_resnet",
     "build_timm_backbone",
     "build_timm_fpn_backbone",
 ]

@@ -4,7 +4,6 @@ The modules and parameter names are those of Detectron2. This builder adds batch
 contracted dilation, and deformable convolution without a compiled extension.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,94 +78,6 @@ def contracted_dilations(num_blocks: int, dilation: int) -> list[int]:
     return [max(dilation // 2, 1)] + [dilation] * (num_blocks - 1)
 
 
-def build_resnet(
-    *,
-    depth: int,
-    in_channels: int = 3,
-    stem: str = "basic",
-    stem_channels: int = 64,
-    res2_channels: int = 256,
-    norm="BN",
-    dilations: Sequence[int] = (1, 1, 1, 1),
-    deformable: Sequence[bool] = (False, False, False, False),
-    out_features: list[str] | None = None,
-    freeze_at: int = 0,
-    **bottleneck,
-) -> ResNet:
-    """Build a Detectron2 ResNet.
-
-    Args:
-        depth: 18, 34, 50, 101 or 152.
-        in_channels: channels of the image.
-        stem: "basic" (7x7 convolution) or "deeplab" (three 3x3 convolutions, V1c).
-        stem_channels, res2_channels: output channels of the stem and of res2; each later stage doubles them.
-        norm: argument of :func:`detectron2.layers.get_norm`.
-        dilations: dilations of res2 .. res5; a dilated stage has stride 1 and contracted dilation.
-        deformable: whether the 3x3 convolutions of res2 .. res5 are deformable.
-        out_features, freeze_at: arguments of :class:`detectron2.modeling.backbone.resnet.ResNet`.
-        bottleneck: arguments of :func:`_bottleneck_arguments`, for a depth of 50 or more.
-    """
-    stages, channels = [], stem_channels
-    for i, num_blocks in enumerate(BLOCKS_PER_STAGE[depth]):
-        block_class, arguments = BasicBlock, {}
-        if depth >= 50:
-            block_class = DeformBottleneck if deformable[i] else BottleneckBlock
-            arguments = _bottleneck_arguments(i, num_blocks, dilations[i], deformable[i], **bottleneck)
-        stride = 1 if i == 0 or dilations[i] > 1 else 2
-        out_channels = res2_channels * 2**i
-        stages.append(
-            ResNet.make_stage(
-                block_class,
-                num_blocks,
-                in_channels=channels,
-                out_channels=out_channels,
-                stride_per_block=[stride] + [1] * (num_blocks - 1),
-                norm=norm,
-                **arguments,
-            )
-        )
-        channels = out_channels
-    for block in (block for stage in stages for block in stage):
-        _init_last_norm(block)
-    stem_module = STEMS[stem](in_channels, stem_channels, norm)
-    resnet = ResNet(stem_module, stages, out_features=out_features)
-    if norm is EvalBatchNorm2d:
-        # ResNet.freeze would replace the norms, but norms in eval mode change only through their parameters.
-        for module in [resnet.stem, *resnet.stages][:freeze_at]:
-            module.requires_grad_(False)
-    else:
-        resnet.freeze(freeze_at)
-    return resnet
-
-
-def _bottleneck_arguments(
-    stage: int,
-    num_blocks: int,
-    dilation: int,
-    deformable: bool,
-    num_groups: int = 1,
-    width_per_group: int = 64,
-    stride_in_1x1: bool = False,
-    deform_modulated: bool = False,
-    deform_num_groups: int = 1,
-) -> dict[str, Any]:
-    """Return the arguments of ``ResNet.make_stage`` for bottleneck blocks.
-
-    Args:
-        stage: 0 for res2 .. 3 for res5.
-        width_per_group: channels per group in res2; each later stage doubles them.
-    """
-    arguments = {
-        "bottleneck_channels": num_groups * width_per_group * 2**stage,
-        "num_groups": num_groups,
-        "stride_in_1x1": stride_in_1x1,
-        "dilation_per_block": contracted_dilations(num_blocks, dilation),
-    }
-    if deformable:
-        arguments.update(deform_modulated=deform_modulated, deform_num_groups=deform_num_groups)
-    return arguments
-
-
 def _init_last_norm(block: nn.Module) -> None:
     """Set the weight of a block's last norm to 0 if its norms are in eval mode.
 
@@ -180,7 +91,7 @@ def _init_last_norm(block: nn.Module) -> None:
 
 
 def _check_config(cfg: CfgNode) -> None:
-    """Raise a ConfigError if MODEL.RESNETS has a value that build_resnet does not support."""
+    """Raise a ConfigError if MODEL.RESNETS has a value that is not supported."""
     resnets = cfg.MODEL.RESNETS
     if resnets.DEPTH not in BLOCKS_PER_STAGE:
         raise ConfigError(f"MODEL.RESNETS.DEPTH = {resnets.DEPTH}: use one of {sorted(BLOCKS_PER_STAGE)}.")
@@ -219,21 +130,43 @@ def _check_basic_blocks(resnets: CfgNode) -> None:
 def build_knet_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """Build a ResNet from MODEL.RESNETS; it returns the features MODEL.RESNETS.OUT_FEATURES."""
     _check_config(cfg)
-    resnets = cfg.MODEL.RESNETS
-    return build_resnet(
-        depth=resnets.DEPTH,
-        in_channels=input_shape.channels,
-        stem=resnets.STEM_TYPE,
-        stem_channels=resnets.STEM_OUT_CHANNELS,
-        res2_channels=resnets.RES2_OUT_CHANNELS,
-        num_groups=resnets.NUM_GROUPS,
-        width_per_group=resnets.WIDTH_PER_GROUP,
-        norm=resolve_norm(resnets.NORM),
-        stride_in_1x1=resnets.STRIDE_IN_1X1,
-        dilations=(1, 1, resnets.RES4_DILATION, resnets.RES5_DILATION),
-        deformable=resnets.DEFORM_ON_PER_STAGE,
-        deform_modulated=resnets.DEFORM_MODULATED,
-        deform_num_groups=resnets.DEFORM_NUM_GROUPS,
-        out_features=resnets.OUT_FEATURES,
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-    )
+    resnets, norm = cfg.MODEL.RESNETS, resolve_norm(cfg.MODEL.RESNETS.NORM)
+    stages, channels = [], resnets.STEM_OUT_CHANNELS
+    for i, num_blocks in enumerate(BLOCKS_PER_STAGE[resnets.DEPTH]):
+        dilation = (1, 1, resnets.RES4_DILATION, resnets.RES5_DILATION)[i]
+        block_class, arguments = BasicBlock, {}
+        if resnets.DEPTH >= 50:
+            block_class = BottleneckBlock
+            arguments = {
+                "bottleneck_channels": resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * 2**i,
+                "num_groups": resnets.NUM_GROUPS,
+                "stride_in_1x1": resnets.STRIDE_IN_1X1,
+                "dilation_per_block": contracted_dilations(num_blocks, dilation),
+            }
+        if resnets.DEFORM_ON_PER_STAGE[i]:
+            block_class = DeformBottleneck
+            arguments |= {
+                "deform_modulated": resnets.DEFORM_MODULATED,
+                "deform_num_groups": resnets.DEFORM_NUM_GROUPS,
+            }
+        # A dilated stage has stride 1
+        stride_per_block = [1 if i == 0 or dilation > 1 else 2] + [1] * (num_blocks - 1)
+        widths = {"in_channels": channels, "out_channels": resnets.RES2_OUT_CHANNELS * 2**i}
+        stages.append(
+            ResNet.make_stage(
+                block_class, num_blocks, stride_per_block=stride_per_block, norm=norm, **widths, **arguments
+            )
+        )
+        channels = widths["out_channels"]
+    for block in (block for stage in stages for block in stage):
+        _init_last_norm(block)
+    stem = STEMS[resnets.STEM_TYPE](input_shape.channels, resnets.STEM_OUT_CHANNELS, norm)
+    resnet = ResNet(stem, stages, out_features=resnets.OUT_FEATURES)
+    freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
+    if norm is EvalBatchNorm2d:
+        # ResNet.freeze would replace the norms, but norms in eval mode change only through their parameters.
+        for module in [resnet.stem, *resnet.stages][:freeze_at]:
+            module.requires_grad_(False)
+    else:
+        resnet.freeze(freeze_at)
+    return resnet
