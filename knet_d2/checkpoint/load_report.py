@@ -269,11 +269,11 @@ def summarise(names: Iterable[str]) -> list[str]:
     groups: dict[tuple[str, ...], list[str]] = {}
     for name in names:
         groups.setdefault(tuple(re.sub(r"\d+", "#", part) for part in name.split(".")[:-1]), []).append(name)
-    return [_merge([name.split(".") for name in group]) + _count(group) for group in groups.values()]
-
-
-def _merge(names: Sequence[Sequence[str]]) -> str:
-    return ".".join(_alternatives(parts) for parts in zip(*names))
+    merged = []
+    for group in groups.values():
+        parts = zip(*(name.split(".") for name in group))
+        merged.append(".".join(map(_alternatives, parts)) + (f" ({len(group)})" if len(group) > 1 else ""))
+    return merged
 
 
 def _alternatives(parts: Sequence[str]) -> str:
@@ -288,10 +288,6 @@ def _alternatives(parts: Sequence[str]) -> str:
             return f"{stem}{{{numbers[0]}-{numbers[-1]}}}"
         return f"{stem}{{{','.join(map(str, numbers))}}}"
     return f"{{{','.join(different)}}}"
-
-
-def _count(group: Sequence[str]) -> str:
-    return f" ({len(group)})" if len(group) > 1 else ""
 
 
 def _pairs(pairs: Sequence[ShapePair]) -> str:

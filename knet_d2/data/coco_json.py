@@ -63,13 +63,9 @@ def _is_id(x: Any) -> bool:
     return isinstance(x, (int, str)) and not isinstance(x, bool)
 
 
-def _is_name(x: Any) -> bool:
-    return isinstance(x, str) and x.isprintable() and 0 < len(x) < 4096
-
-
 Check = tuple[Callable[[Any], bool], str]
 _ID: Check = (_is_id, "a whole number or a string")
-_NAME: Check = (_is_name, "a string")
+_NAME: Check = (lambda x: isinstance(x, str) and x.isprintable() and 0 < len(x) < 4096, "a string")
 _FLAG: Check = (lambda x: isinstance(x, int) and x in (0, 1), "0 or 1")
 _NUMBER: Check = (_is_number, "a number")
 _NUMBERS: Check = (lambda x: isinstance(x, list) and all(map(_is_number, x)), "a list of numbers")

@@ -99,7 +99,8 @@ class ProcessAgreement(HookBase):
             for buffer in model.buffers():
                 distributed.broadcast(buffer, src=0)
         state = [item for model in self._models for item in model.state_dict().items()]
-        sums = torch.stack([_checksum(tensor) for _, tensor in state]).tolist()
+        bytes_of = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for _, tensor in state)
+        sums = torch.stack([x.sum(dtype=torch.int64) for x in bytes_of]).tolist()
         for rank, others in enumerate(comm.all_gather(sums)):
             differing = [name for (name, _), a, b in zip(state, sums, others) if a != b]
             if differing:
@@ -108,11 +109,6 @@ class ProcessAgreement(HookBase):
                     f"{differing[0]} ({len(differing)} tensors differ). Continue from the last checkpoint with "
                     "--resume; if it happens again, check the device and its memory."
                 )
-
-
-def _checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the sum of a tensor's bytes, int64."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
 
 
 class CheckpointHook(HookBase):

@@ -157,7 +157,8 @@ class InstanceEvaluator(DatasetEvaluator):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-        metrics = dict(zip(_METRICS, (_percent(x) for x in evaluation.stats), strict=False))
+        percent = [100 * float(x) if x >= 0 else float("nan") for x in evaluation.stats]
+        metrics = dict(zip(_METRICS, percent, strict=False))
         logger.info("Evaluation results of %s:\n%s", kind, create_small_table(metrics))
         precisions = evaluation.eval["precision"][:, :, :, 0]  # [IoU thresholds, recalls, classes, maximums]
         if beyond:
@@ -243,7 +244,3 @@ def _ground_truth_of_records(name: str) -> dict[str, Any]:
 def _mean(precision: np.ndarray) -> float:
     """Return the mean precision in percent, without the entries -1, which COCO could not compute; NaN if all are."""
     return 100 * float(precision[precision > -1].mean()) if (precision > -1).any() else float("nan")
-
-
-def _percent(x: float) -> float:
-    return 100 * float(x) if x >= 0 else float("nan")

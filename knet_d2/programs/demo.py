@@ -179,7 +179,8 @@ def predict(args: argparse.Namespace, lines: TextIO | None = None) -> int:
         for frame, predictions in found:
             for sink in sinks:
                 sink.write(frame, predictions)
-            counts.append(_number_of_objects(predictions[predictor.outputs[0]]))
+            main = predictions[predictor.outputs[0]]
+            counts.append(sum(segment.label < main.classes.num_things for segment in main.segments))
     number = len(counts)
     written = [path for path in (args.output, args.masks, args.json, args.csv) if path not in (None, "-")]
     if written:
@@ -187,10 +188,6 @@ def predict(args: argparse.Namespace, lines: TextIO | None = None) -> int:
     if predictor.outputs[0] != "sem_seg":
         print(what_was_found(counts, source.unit, predictor))
     return 1 if source.failed else 0
-
-
-def _number_of_objects(prediction: Prediction) -> int:
-    return sum(segment.label < prediction.classes.num_things for segment in prediction.segments)
 
 
 def what_was_found(counts: Sequence[int], unit: str, predictor: ImagePredictor) -> str:

@@ -113,14 +113,10 @@ def _as_panoptic(prediction: Prediction) -> tuple[torch.Tensor, list[dict[str, A
     return torch.from_numpy(prediction.segment_map()), segments
 
 
-def _as_label_map(prediction: Prediction) -> torch.Tensor:
-    return torch.from_numpy(prediction.class_map(void=len(prediction.classes.names)))
-
-
 _RESULTS: dict[str, Callable[[Prediction], Any]] = {
     "panoptic_seg": _as_panoptic,
     "instances": _as_instances,
-    "sem_seg": _as_label_map,
+    "sem_seg": lambda prediction: torch.from_numpy(prediction.class_map(void=len(prediction.classes.names))),
 }
 
 

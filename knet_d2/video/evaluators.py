@@ -130,7 +130,9 @@ class VideoPanopticEvaluator(_VideoEvaluator):
             found[x["id"]] = x["category_id"], x["track_id"]
         predicted = found[ids.cpu().numpy()]
         _, index = read_panoptic_segments(record, predicted.shape[:2])
-        known = [(x["category_id"], 0 if _is_crowd(x) else x["id"]) for x in record["segments_info"]]
+        known = [
+            (x["category_id"], 0 if x["isthing"] and x.get("iscrowd", 0) else x["id"]) for x in record["segments_info"]
+        ]
         true = np.array([*known, (VOID, 0)], np.int64)[index]
         table = overlap_table(*(LabelMaps(x[..., 0], x[..., 1]) for x in (true, predicted)))
         for quality in video:
@@ -211,7 +213,3 @@ class VideoInstanceEvaluator(_VideoEvaluator):
 
     def _main(self, metrics: dict[str, float]) -> dict[str, float]:
         return {key: metrics[key] for key in METRICS}
-
-
-def _is_crowd(segment: dict[str, Any]) -> bool:
-    return bool(segment["isthing"] and segment.get("iscrowd", 0))

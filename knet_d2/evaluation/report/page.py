@@ -212,7 +212,8 @@ def _pictures(dataset: DatasetReport) -> str:
     if not dataset.pictures:
         return ""
     figures = (
-        f'<figure><img alt="ground truth and prediction" src="data:image/jpeg;base64,{_base64(x.jpeg)}">'
+        '<figure><img alt="ground truth and prediction" '
+        f'src="data:image/jpeg;base64,{base64.b64encode(x.jpeg).decode()}">'
         f"<figcaption>{escape(x.name)}: quality {x.quality:.3f}</figcaption></figure>"
         for x in dataset.pictures
     )
@@ -221,10 +222,6 @@ def _pictures(dataset: DatasetReport) -> str:
         "label maps is the mean IoU of its classes; with objects, sum of IoUs of the right / (TP + FP / 2 + FN / 2)."
     )
     return f'<h2>Images of {escape(dataset.name)}</h2><p>{text}</p><div class="charts">{"".join(figures)}</div>'
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
 
 
 def _table(head: str, rows: Sequence[str], kind: str = "") -> str:

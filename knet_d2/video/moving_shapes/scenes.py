@@ -132,7 +132,8 @@ def _place_things(rng: np.random.Generator, num_frames: int, size: int) -> tuple
             step = rng.uniform(0.55, 0.75) * diameter
             times = [rng.uniform(0.2, 0.8) * apart]
             times.append(times[0] + apart)
-            distance = step * apart / 2 * _triangle((t - times[0]) / apart)
+            wave = 2 * np.abs(((t - times[0]) / apart - 0.5) % 2 - 1) - 1  # from -1 to 1, 0 at the crossings
+            distance = step * apart / 2 * wave
         else:
             step = rng.uniform(0.1, 0.2) * diameter
             times = [rng.uniform(0.2, 0.8) * num_frames]
@@ -183,11 +184,6 @@ def _direction(rng: np.random.Generator) -> np.ndarray:
 
 def _turning(rng: np.random.Generator, t: np.ndarray) -> np.ndarray:
     return rng.uniform(0, 2 * np.pi) + rng.uniform(-0.15, 0.15) * t
-
-
-def _triangle(x: np.ndarray) -> np.ndarray:
-    """A triangle wave between -1 and 1 that is 0 at whole numbers, with slopes of 2."""
-    return 2 * np.abs((x - 0.5) % 2 - 1) - 1
 
 
 def _draw_thing(image: np.ndarray, thing: _Thing, t: int, camera: np.ndarray) -> np.ndarray:
