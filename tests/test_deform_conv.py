@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from backbone_helpers import DEFORM, RESNET_FPN, build, randomise_norms, relative_error
 from torch import nn
 
-from knet_d2.modeling.backbone import DeformConv2d
+from knet_d2.modeling.backbone.deform_conv import DeformConv2d
 
 
 def sampled(image, y, x):

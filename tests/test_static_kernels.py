@@ -12,9 +12,14 @@ from torch import nn
 
 from knet_d2.errors import ConfigError
 from knet_d2.modeling.cascade import static_predictions
-from knet_d2.modeling.static_kernels import FCNKernelHead, SemanticFPN, SemanticFPNKernelHead, build_auxiliary_head
-from knet_d2.modeling.static_kernels.decode_heads import adaptive_average_pool
-from knet_d2.modeling.static_kernels.semantic_fpn import coordinate_channels, sine_position_encoding
+from knet_d2.modeling.static_kernels import build_auxiliary_head
+from knet_d2.modeling.static_kernels.decode_heads import FCNKernelHead, adaptive_average_pool
+from knet_d2.modeling.static_kernels.semantic_fpn import (
+    SemanticFPN,
+    SemanticFPNKernelHead,
+    coordinate_channels,
+    sine_position_encoding,
+)
 from knet_d2.modeling.structures import KernelState
 from knet_d2.tasks import TASKS, Assignment, KernelBank, KernelGroup
 

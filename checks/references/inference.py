@@ -173,7 +173,7 @@ def _check_instances(case: str, arrays, tensors) -> list[Result]:
     masks = instances.pred_masks.numpy()
     if masks.shape != recorded.shape:
         return [*results, Result(case, "masks_packed", float("inf"), 0.0)]
-    near = (probabilities[order].double() - postprocessing.MASK_THRESHOLD).abs().numpy() < NEAR_THRESHOLD
+    near = (probabilities[order].double() - postprocessing.rules.MASK_THRESHOLD).abs().numpy() < NEAR_THRESHOLD
     wrong = (masks[order] != recorded[recorded_order]) & ~near
     results.append(Result(case, "masks_packed", float(wrong.mean()), 0.0))
     inverse = order[np.argsort(recorded_order)]

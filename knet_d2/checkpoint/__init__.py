@@ -2,7 +2,7 @@
 
 from . import download
 from .checkpointer import Checkpointer
-from .description import ModelDescription, changed_options, describe_model, has_description, read_description
+from .description import changed_options, describe_model, has_description, read_description
 from .load_report import LoadReport
 from .loading import as_checkpoint, load_file
 from .resume import best_checkpoint, periodic_checkpoints, remove_unfinished
@@ -11,7 +11,6 @@ from .saving import write_atomically
 __all__ = [
     "Checkpointer",
     "LoadReport",
-    "ModelDescription",
     "as_checkpoint",
     "best_checkpoint",
     "changed_options",

@@ -1,6 +1,6 @@
 """The generated data set "shapes", written in the formats of COCO and registered like a built-in data set."""
 
-from .drawing import STUFF_CLASSES, THING_CLASSES, Scene, Thing, draw_scene
+from .drawing import STUFF_CLASSES, THING_CLASSES, draw_scene
 from .registration import SPLITS, make_split, register_shapes, shapes_entries
 from .writer import write_shapes
 
@@ -8,8 +8,6 @@ __all__ = [
     "SPLITS",
     "STUFF_CLASSES",
     "THING_CLASSES",
-    "Scene",
-    "Thing",
     "draw_scene",
     "make_split",
     "register_shapes",

@@ -7,13 +7,5 @@ exported graphs; both have the same functions.
 
 from .processor import ImageLogits, PostProcessor, ResultOptions
 from .resize import ImageGeometry, mask_probabilities
-from .rules import MASK_THRESHOLD
 
-__all__ = [
-    "MASK_THRESHOLD",
-    "ImageGeometry",
-    "ImageLogits",
-    "PostProcessor",
-    "ResultOptions",
-    "mask_probabilities",
-]
+__all__ = ["ImageGeometry", "ImageLogits", "PostProcessor", "ResultOptions", "mask_probabilities"]

@@ -1,20 +1,9 @@
-"""Producers of static kernels: Detectron2 SEM_SEG heads that return a :class:`~..structures.KernelState`."""
+"""Producers of static kernels: Detectron2 SEM_SEG heads that return a :class:`~..structures.KernelState`.
 
+Importing this package registers them.
+"""
+
+from . import decode_heads, image_kernels, semantic_fpn
 from .build import build_auxiliary_head, build_static_kernels
-from .decode_heads import ASPPKernelHead, AuxiliaryHead, DecodeKernelHead, FCNKernelHead, PSPKernelHead, UPerKernelHead
-from .image_kernels import ImageKernelHead
-from .semantic_fpn import SemanticFPN, SemanticFPNKernelHead
 
-__all__ = [
-    "ASPPKernelHead",
-    "AuxiliaryHead",
-    "DecodeKernelHead",
-    "FCNKernelHead",
-    "ImageKernelHead",
-    "PSPKernelHead",
-    "SemanticFPN",
-    "SemanticFPNKernelHead",
-    "UPerKernelHead",
-    "build_auxiliary_head",
-    "build_static_kernels",
-]
+__all__ = ["build_auxiliary_head", "build_static_kernels", "decode_heads", "image_kernels", "semantic_fpn"]

@@ -5,19 +5,10 @@ Importing this package registers it.
 
 import os
 
-from .registration import SPLITS, make_split, register_moving_shapes
-from .scenes import Crossing, Frame, Video, draw_video
+from .registration import register_moving_shapes
+from .scenes import draw_video
 from .writer import write_moving_shapes
 
-__all__ = [
-    "SPLITS",
-    "Crossing",
-    "Frame",
-    "Video",
-    "draw_video",
-    "make_split",
-    "register_moving_shapes",
-    "write_moving_shapes",
-]
+__all__ = ["draw_video", "register_moving_shapes", "write_moving_shapes"]
 
 register_moving_shapes(os.getenv("DETECTRON2_DATASETS", "datasets"))
