@@ -9,6 +9,8 @@ from helpers import make_example, spread_scores, tiny_config, tiny_model
 
 from knet_d2.data.classes import ClassTable
 from knet_d2.errors import ConfigError, DataError
+from knet_d2.inference.sinks import TrackFile
+from knet_d2.inference.sources import Frame
 from knet_d2.modeling.association import group_embeddings
 from knet_d2.results.outputs import main_prediction, predictions_of
 from knet_d2.results.prediction import Prediction
@@ -16,7 +18,6 @@ from knet_d2.results.segment import Segment
 from knet_d2.results.video import VideoDrawer, track_color
 from knet_d2.video.model import TrackingKNet, tracker_options
 from knet_d2.video.reading import read_ahead
-from knet_d2.video.tracks import TrackWriter
 
 SHARP = {  # kernels of an untrained model are alike, but equal in equal frames
     "MODEL.KNET.VIDEO.TEMPERATURE": 1e-5,
@@ -247,18 +248,18 @@ def video():
 
 
 def test_tracks_are_written(tmp_path):
-    writer = TrackWriter(str(tmp_path / "tracks.json"))
-    for prediction in video():
-        writer.write(prediction)
-    writer.close()
+    sink = TrackFile(str(tmp_path / "tracks.json"))
+    for i, prediction in enumerate(video()):
+        sink.write(Frame(f"video#{i}", None), {"instances": prediction})
+    sink.close()
     first, second = json.loads((tmp_path / "tracks.json").read_text())
     assert (first["video_id"], first["category_id"], first["score"]) == (1, 7, pytest.approx(0.75))
     expected = [prediction.segments[0].rle() for prediction in video()]
     assert first["segmentations"] == [expected[0], None, expected[2]]
     assert second["segmentations"] == [None, None, video()[2].segments[1].rle()]
     with pytest.raises(OSError):
-        TrackWriter(str(tmp_path / "absent" / "tracks.json"))
-    TrackWriter(str(tmp_path / "empty.json")).close()
+        TrackFile(str(tmp_path / "absent" / "tracks.json"))
+    TrackFile(str(tmp_path / "empty.json")).close()
     assert json.loads((tmp_path / "empty.json").read_text()) == []
 
 
