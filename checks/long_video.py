@@ -25,11 +25,11 @@ import numpy as np
 import tqdm
 
 import knet_d2
+from knet_d2.inference.batches import read_ahead
 from knet_d2.inference.sinks import JsonFile, Sink, TrackFile, VideoFile
 from knet_d2.inference.sources import Video
 from knet_d2.programs import run
 from knet_d2.results.prediction import Prediction
-from knet_d2.video.reading import read_ahead
 
 from .growth import judge, take_sample
 from .photo_videos import cut, windows

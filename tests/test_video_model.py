@@ -9,6 +9,7 @@ from helpers import make_example, spread_scores, tiny_config, tiny_model
 
 from knet_d2.data.classes import ClassTable
 from knet_d2.errors import ConfigError, DataError
+from knet_d2.inference.batches import read_ahead
 from knet_d2.inference.sinks import TrackFile
 from knet_d2.inference.sources import Frame
 from knet_d2.modeling.association import group_embeddings
@@ -17,7 +18,6 @@ from knet_d2.results.prediction import Prediction
 from knet_d2.results.segment import Segment
 from knet_d2.results.video import VideoDrawer, track_color
 from knet_d2.video.model import TrackingKNet, tracker_options
-from knet_d2.video.reading import read_ahead
 
 SHARP = {  # kernels of an untrained model are alike, but equal in equal frames
     "MODEL.KNET.VIDEO.TEMPERATURE": 1e-5,

@@ -1,4 +1,4 @@
-"""Items in order: computed ahead in threads, collected to batches, computed in groups of one kind."""
+"""Items in order: read or computed ahead in threads, collected to batches, computed in groups of one kind."""
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -8,6 +8,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+_END = object()
 
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
@@ -22,6 +23,19 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> I
             yield result
     finally:
         pool.shutdown(cancel_futures=True)  # nothing more is computed for a caller who has stopped
+
+
+def read_ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
+    """Yield the items, of which up to ``count`` are produced ahead in a thread."""
+    iterator = iter(items)
+    pool = ThreadPoolExecutor(1)
+    try:
+        waiting = deque(pool.submit(next, iterator, _END) for _ in range(count))
+        while (item := waiting.popleft().result()) is not _END:
+            waiting.append(pool.submit(next, iterator, _END))
+            yield item  # type: ignore[misc]  # not _END
+    finally:
+        pool.shutdown(cancel_futures=True)  # nothing more is produced for a caller who has stopped
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -18,8 +18,7 @@ from ..modeling.meta_arch import KNet
 from ..results.outputs import main_prediction, predictions_of
 from ..results.prediction import Prediction
 from ..video.model import TrackingKNet
-from ..video.reading import read_ahead
-from .batches import batched, map_ahead
+from .batches import batched, map_ahead, read_ahead
 from .detectron2_predictor import Predictor
 from .inputs import read_input
 from .sources import Frame, ImageFiles, Video

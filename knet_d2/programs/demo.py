@@ -13,6 +13,7 @@ import tqdm
 from ..data.files import refuse_to_replace
 from ..errors import ConfigError
 from ..evaluation.report import recommended_threshold
+from ..inference.batches import read_ahead
 from ..inference.detectron2_predictor import Predictor
 from ..inference.from_file import THRESHOLD_HELP, resolve_model, threshold_options
 from ..inference.image_predictor import ImagePredictor
@@ -31,7 +32,6 @@ from ..inference.sinks import (
 )
 from ..inference.sources import Frame, ImageFiles, Video
 from ..results.prediction import Prediction
-from ..video.reading import read_ahead
 from .arguments import add_config_arguments
 
 logger = logging.getLogger(__name__)
