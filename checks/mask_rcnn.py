@@ -31,6 +31,7 @@ from knet_d2.checkpoint import Checkpointer
 from knet_d2.config.merging import load_config
 from knet_d2.data.augmentation import build_augmentations
 from knet_d2.engine.optimizer import build_gradient_clipper, build_lr_scheduler, build_optimizer
+from knet_d2.engine.output_dir import resolve_seed
 from knet_d2.programs import run
 from knet_d2.programs.arguments import add_opts
 
@@ -112,6 +113,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     os.makedirs(args.output, exist_ok=True)
     cfg = mask_rcnn_config(args.config_file, [*args.opts, "OUTPUT_DIR", args.output])
+    cfg.SEED = resolve_seed(cfg)
     DatasetCatalog.get(cfg.DATASETS.TEST[0])  # writes a generated set, whose JSON the evaluator reads
     seed_all_rng(cfg.SEED)
     model = build_model(cfg)

@@ -22,7 +22,7 @@ from test_oracle import assert_perfect, scores
 from knet_d2.data import load_dataset
 from knet_d2.data.check import check_datasets
 from knet_d2.data.coco_mending import mend_coco
-from knet_d2.data.segmentation import read_rle
+from knet_d2.data.segmentation import box_of, read_rle
 from knet_d2.errors import DataError
 from knet_d2.programs import check_dataset
 
@@ -409,3 +409,21 @@ def test_a_damaged_image_has_one_fault_and_a_missing_one_is_mended(tmp_path, cap
     assert _program(tmp_path, entry, "--output", output, "--draw", "--fix", fixed) == 0
     assert "1 errors" in capsys.readouterr().out
     assert first not in [x["file_name"] for x in json.loads(Path(fixed).read_text())["images"]]
+
+
+def test_a_box_at_the_tolerance_is_the_same_for_the_check_and_for_the_reader(tmp_path):
+    """The box of a polygon's pixels may be a pixel smaller than the polygon's."""
+    polygon = [302.0, 326.0, 388.0, 326.0, 388.0, 399.0, 345.2, 399.2, 345.1, 400.0, 345.0, 399.2, 302.0, 399.0]
+    pixels = mask_util.toBbox(mask_util.merge(mask_util.frPyObjects([polygon], 820, 900))).tolist()
+    assert pixels[3] == 73 and box_of([polygon], 820, 900)[3] == 74  # 9 pixels from the stated box, and 8
+    common = {"image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": [polygon], "area": 6300}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 820, "width": 900}],
+        "annotations": [{"id": 1, "bbox": [295, 319, 101, 89], **common}],
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    Image.new("RGB", (900, 820)).save(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    entry = {"name": unique_name("boxes"), "type": "coco_instance", "json": str(tmp_path / "a.json")}
+    report = check_datasets(data_cfg("instance", custom=({**entry, "images": str(tmp_path)},)))
+    assert "wrong bbox" not in {fault.kind for fault in report.faults} and not report.failed

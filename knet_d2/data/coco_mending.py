@@ -20,6 +20,7 @@ from ..errors import DataError
 from .files import image_size
 from .segmentation import (
     SegmentationError,
+    box_of,
     check_segmentation,
     encode_mask,
     is_number,
@@ -348,25 +349,13 @@ def _complete(annotation: dict[str, Any], sizes: dict[Any, tuple[int, int]], log
         if annotation.get("area") is None:
             annotation["area"] = int(mask_util.area(read_segmentation(segmentation, *size)))
             log.add("area is missing; computed from the mask", _place(annotation, "annotation"))
-        box = _box_of(segmentation, *size)
+        box = box_of(segmentation, *size)
     except SegmentationError:
         return  # the reader reports it
     what = _fault_of_box(annotation.get("bbox"), box)
     if what:
         annotation["bbox"] = box
         log.add(f"{what}; computed from the mask", _place(annotation, "annotation"))
-
-
-def _box_of(segmentation: Any, height: int, width: int) -> list[float]:
-    """The box [x, y, width, height] of polygons or RLE, inside the image."""
-    if isinstance(segmentation, dict):
-        return mask_util.toBbox(read_segmentation(segmentation, height, width)).tolist()
-    if not all(len(x) >= 6 and len(x) % 2 == 0 for x in segmentation):
-        raise SegmentationError("bad polygon", "it has too few points or an odd number of coordinates")
-    columns, rows = ([polygon[axis::2] for polygon in segmentation] for axis in (0, 1))
-    left, right = (min(max(x, 0.0), float(width)) for x in (min(map(min, columns)), max(map(max, columns))))
-    top, bottom = (min(max(y, 0.0), float(height)) for y in (min(map(min, rows)), max(map(max, rows))))
-    return [left, top, right - left, bottom - top]
 
 
 def _is_box(x: Any) -> bool:

@@ -205,6 +205,23 @@ def segment_index(ids_rgb: np.ndarray, segment_ids: list[int]) -> np.ndarray:
     return np.repeat(index, lengths).reshape(ids.shape)
 
 
+def box_of(segmentation: Any, height: int, width: int) -> list[float]:
+    """The box [x, y, width, height] of polygons or RLE, inside the image.
+
+    Raises:
+        SegmentationError: no polygon has 3 points, or one has an odd number of coordinates.
+    """
+    if isinstance(segmentation, dict):
+        return mask_util.toBbox(read_segmentation(segmentation, height, width)).tolist()
+    polygons = [x for x in segmentation if len(x) >= 6]
+    if not polygons or any(len(x) % 2 for x in polygons):
+        raise SegmentationError("bad polygon", "it has too few points or an odd number of coordinates")
+    columns, rows = ([polygon[axis::2] for polygon in polygons] for axis in (0, 1))
+    left, right = (min(max(x, 0.0), float(width)) for x in (min(map(min, columns)), max(map(max, columns))))
+    top, bottom = (min(max(y, 0.0), float(height)) for y in (min(map(min, rows)), max(map(max, rows))))
+    return [left, top, right - left, bottom - top]
+
+
 def is_same_box(stated: Any, box: list[float]) -> bool:
     """Return whether two boxes [x, y, width, height] are equal within the tolerance for rounding."""
     if not isinstance(stated, (list, tuple)) or len(stated) != 4:

@@ -8,7 +8,7 @@ import pycocotools.mask as mask_util
 
 from ...errors import DataError
 from ..formats import Annotations
-from ..segmentation import SegmentationError, find_outside, is_same_box, read_segmentation
+from ..segmentation import SegmentationError, box_of, find_outside, is_same_box, read_segmentation
 from .coco import check_image_ids, check_twice, image_entries, lacking, read_json, restrict
 from .counts import ObjectCounts
 from .faults import Fault
@@ -129,7 +129,8 @@ def _check_mask(annotation: dict, image: dict, seen: dict[tuple, Any]) -> tuple[
         if not (outside and outside[0] == "polygon outside"):
             problems.append(("empty mask", "its mask has no pixel"))
         return 0, problems
-    stated, box = annotation.get("bbox"), mask_util.toBbox(rle).tolist()
+    # Of polygons, as the mending of boxes has it; that of their pixels may be a pixel smaller
+    stated, box = annotation.get("bbox"), box_of(annotation["segmentation"], *size)
     if stated is not None and not is_same_box(stated, box):
         problems.append(("wrong bbox", f"bbox is {stated}, but the box of its mask is {box}"))
     stated = annotation.get("area", area)
