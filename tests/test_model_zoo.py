@@ -53,7 +53,6 @@ def test_unknown_name_suggests_the_nearest():
         model_zoo.get_config_file("coco/panoptic/knet_r50_1x")
     with pytest.raises(ConfigError, match="Did you mean"):
         PathManager.get_local_path("knet://coco/panoptic/knet_r50_1x")
-    assert not PathManager.isfile("knet://x") and PathManager.isfile("knet://coco/panoptic/knet_r50_fpn_1x")
 
 
 def test_documented_table():
@@ -174,7 +173,6 @@ def test_model_without_a_checkpoint(published, monkeypatch):
     monkeypatch.setattr(zoo, "zoo_entries", lambda: {entry.name: entry._replace(url=None)})
     with pytest.raises(CheckpointError, match="no checkpoint was published"):
         PathManager.get_local_path(f"knet://{entry.name}")
-    assert not PathManager.isfile(f"knet://{entry.name}")
 
 
 # ---------------------------------------------------------------- tools/verify_zoo.py

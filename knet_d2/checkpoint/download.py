@@ -70,11 +70,10 @@ def fetch_checkpoint(entry: ZooEntry) -> str:
         )
     path = os.path.join(cache_folder(), entry.checkpoint_file)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with file_lock(path):  # all processes of a run ask for the file at the same time
-        if os.path.isfile(path):
-            _check_hash(path, path, f"Delete it; the published file is {entry.url}.")
-        else:
-            _download(entry.url, path)
+    if os.path.isfile(path):
+        _check_hash(path, path, f"Delete it; the published file is {entry.url}.")
+    else:
+        _download(entry.url, path)
     return path
 
 
@@ -119,29 +118,8 @@ def _check_hash(file: str, path: str, advice: str) -> None:
     print(f"{path}: sha256 {found}", file=sys.stderr)
 
 
-class ZooPathHandler(PathHandler):
-    """Resolves knet://<name of the model zoo> for Detectron2's PathManager."""
-
-    def _get_supported_prefixes(self) -> list[str]:
-        return [PREFIX]
-
-    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        return fetch_checkpoint(zoo_entry(path.removeprefix(PREFIX)))
-
-    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
-        return open(self._get_local_path(path), mode, buffering)
-
-    def _isfile(self, path: str, **kwargs: Any) -> bool:
-        try:
-            return zoo_entry(path.removeprefix(PREFIX)).url is not None
-        except ConfigError:
-            return False
-
-    _exists = _isfile
-
-
 class FetchedWeights(PathHandler):
-    """Resolves names of weights that are fetched on first use, such as timm://<name>."""
+    """Resolves names of weights that are fetched on first use, such as timm://<name>, for Detectron2's PathManager."""
 
     def __init__(self, prefix: str, fetch: Callable[[str], str]):
         """
@@ -189,7 +167,7 @@ def fetch_timm_weights(name: str) -> str:
 
 
 for _handler in (
-    ZooPathHandler(),
+    FetchedWeights(PREFIX, lambda name: fetch_checkpoint(zoo_entry(name))),
     FetchedWeights(registry_weights.PREFIX, fetch_registry_weights),
     FetchedWeights(TIMM_PREFIX, fetch_timm_weights),
 ):
