@@ -40,7 +40,7 @@ from knet_d2.evaluation.report import recommended_threshold
 from knet_d2.evaluation.report.page import RECOMMENDED
 from knet_d2.inference.from_file import threshold_options
 from knet_d2.programs import NAMES, check_dataset, parse, run_program, train
-from knet_d2.programs.own_data import RECIPES, choose_recipe, use_data, write_config
+from knet_d2.programs.own_data import choose_recipe, use_data, write_config
 from knet_d2.setup.dependencies import VERSION
 from knet_d2.tasks import TASKS
 
@@ -453,7 +453,7 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     assert "(--confidence-threshold 0.22, as the training run's report recommends)" in capsys.readouterr().out
     assert knet_command.main(["check", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "0 errors" in printed and get_config_file(RECIPES["instance"].cpu) in printed
+    assert "0 errors" in printed and get_config_file("finetune/instance_lite0.yaml") in printed
     assert sorted(x for x in os.listdir(output) if x.endswith("_train.jpg"))
     called = {}
     monkeypatch.setattr("knet_d2.programs.export_model.main", lambda args: called.update(weights=args.weights))
@@ -541,9 +541,10 @@ def test_a_faulty_data_set_is_not_trained_on(shapes, tmp_path, capsys):  # noqa:
 
 
 def test_recipes_exist_and_depend_on_the_device():
-    for task, recipe in RECIPES.items():
-        assert get_config_file(recipe.gpu) and get_config_file(recipe.cpu)
-        assert (choose_recipe(task, "cpu"), choose_recipe(task, "cuda")) == (recipe.cpu, recipe.gpu)
+    for task in TASKS:
+        for device, ending in (("cpu", "_lite0"), ("cuda", "")):
+            recipe = choose_recipe(task, device)
+            assert recipe == f"finetune/{task}{ending}.yaml" and get_config_file(recipe)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import argparse
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import yaml
@@ -14,20 +13,6 @@ from ..config.merging import merge_config
 from ..data.discovery import Found, find_annotations
 from ..errors import ConfigError
 from ..tasks import TASKS
-
-
-class Recipe(NamedTuple):
-    """Config files below configs/ for fine-tuning with a GPU and without one."""
-
-    gpu: str
-    cpu: str
-
-
-RECIPES = {
-    "instance": Recipe("finetune/instance.yaml", "finetune/instance_lite0.yaml"),
-    "panoptic": Recipe("finetune/panoptic.yaml", "finetune/panoptic_lite0.yaml"),
-    "semantic": Recipe("finetune/semantic.yaml", "finetune/semantic_lite0.yaml"),
-}
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +84,7 @@ def _warmup_of_shorter_run(config_file: str, options: dict[str, str]) -> list[st
 def choose_recipe(task: str, device: str | None = None) -> str:
     """The config file below configs/ for a task; ``device``: value of MODEL.DEVICE, None for the best one there is."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return RECIPES[task].cpu if device == "cpu" else RECIPES[task].gpu
+    return f"finetune/{task}{'_lite0' if device == 'cpu' else ''}.yaml"
 
 
 def write_config(found: Found, recipe: str, folder: str) -> str:
