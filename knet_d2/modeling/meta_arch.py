@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,28 +30,23 @@ from .training_kernels import TrainingKernels, build_training_kernels
 
 
 class Preprocessor(nn.Module):
-    """Makes the network's input from the images of a batch: normalised, and padded to one size."""
+    """Makes the network's input from the images of a batch: normalised, and padded to one size.
+
+    Attributes:
+        pixel_mean, pixel_std: float [C, 1, 1], in the order of INPUT.FORMAT.
+        pads_images: whether images of several sizes may share a padded batch in evaluation.
+    """
 
     pixel_mean: torch.Tensor
     pixel_std: torch.Tensor
 
-    @configurable
-    def __init__(self, *, pixel_mean: Sequence[float], pixel_std: Sequence[float], pads_images: bool):
-        """
-        Args:
-            pixel_mean, pixel_std: per channel, in the order of INPUT.FORMAT.
-            pads_images: whether images of several sizes may share a padded batch in evaluation.
-        """
+    def __init__(self, cfg):
         super().__init__()
-        self.pads_images = pads_images
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).float().view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).float().view(-1, 1, 1), persistent=False)
-
-    @classmethod
-    def from_config(cls, cfg) -> dict[str, Any]:
         PixelFormat.from_config(cfg)  # refuses a mean or deviation for another number of channels
-        mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
-        return {"pixel_mean": mean, "pixel_std": std, "pads_images": get_task(cfg).pads_images}
+        self.pads_images = get_task(cfg).pads_images
+        mean, std = torch.tensor(cfg.MODEL.PIXEL_MEAN).float(), torch.tensor(cfg.MODEL.PIXEL_STD).float()
+        self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", std.view(-1, 1, 1), persistent=False)
 
     def forward(self, batched_inputs: list[dict[str, Any]], divisibility: int) -> ImageList:
         """Normalise, then pad with 0 at the right and bottom.
