@@ -29,10 +29,10 @@ class ClassTable(NamedTuple):
 
     Attributes:
         names: of the classes; the ids as text where no data set tells them.
-        category_ids: contiguous ids in the data set's metadata.
+        category_ids: contiguous ids in the data set's metadata, which are not COCO's "category_id": see ``file_ids``.
         colors: RGB, 0 .. 255.
         num_things: number of thing classes.
-        dataset_ids: ids in the data set's own files, as COCO's "category_id"; () = the contiguous ids.
+        dataset_ids: ids in the data set's own files; () = not known.
     """
 
     names: list[str]
@@ -57,6 +57,11 @@ class ClassTable(NamedTuple):
             if category < len(known):
                 colors[i] = tuple(known[category])
         return cls([*things.values(), *stuff.values()], ids, colors, len(things), dataset_ids)
+
+    @property
+    def file_ids(self) -> Sequence[int]:
+        """Ids for files, as COCO's "category_id": those of the data set, or the contiguous ones where it tells none."""
+        return self.dataset_ids or self.category_ids
 
     @property
     def has_names(self) -> bool:
@@ -120,8 +125,7 @@ def class_table(cfg: CfgNode) -> ClassTable:
 
 def categories(classes: ClassTable) -> list[dict[str, Any]]:
     """The classes as COCO's "categories": id (the contiguous one), name, isthing, color, and dataset_id."""
-    dataset_ids = classes.dataset_ids or classes.category_ids
-    columns = enumerate(zip(classes.category_ids, classes.names, classes.colors, dataset_ids, strict=True))
+    columns = enumerate(zip(classes.category_ids, classes.names, classes.colors, classes.file_ids, strict=True))
     return [
         {"id": i, "name": name, "isthing": n < classes.num_things, "color": list(color), "dataset_id": dataset_id}
         for n, (i, name, color, dataset_id) in columns

@@ -84,7 +84,7 @@ class BulkJob:
         self._shard_size, self._batch_size, self._workers = shard_size, batch_size, workers
         self._format = file_format
         classes = predictor.classes
-        self._ids = classes.dataset_ids or classes.category_ids
+        self._ids = classes.file_ids
         description = {
             "images": len(self._paths),
             "list": hashlib.sha256("\n".join(self._paths).encode(errors="surrogateescape")).hexdigest(),

@@ -216,7 +216,7 @@ class TrackFile(Sink):
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
         """Add the things of the next frame that have a track_id."""
         prediction = next(iter(predictions.values()))
-        ids = prediction.classes.dataset_ids or prediction.classes.category_ids
+        ids = prediction.classes.file_ids
         rows = [
             (x.track_id, self._num_frames, ids[x.label], x.score, json.dumps(x.rle()))
             for x in prediction.segments

@@ -168,7 +168,7 @@ def _write_yolo(images: list[Annotated], folder: str, classes: ClassTable, toler
 
 def _write_coco(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
     """One JSON; file names are relative to the folder of the images."""
-    ids = list(classes.dataset_ids or classes.category_ids)
+    ids = list(classes.file_ids)
     content: dict[str, Any] = {"info": {}, "images": [], "annotations": []}
     content["categories"] = [{"id": i, "name": name} for i, name in zip(ids, classes.names, strict=True)]
     for number, image in enumerate(images, 1):
@@ -243,7 +243,7 @@ def _write_png(images: list[Annotated], folder: str, classes: ClassTable, tolera
 
     Pixels without a segment have the value of the background class; without one 255, or 65535 where 255 is a class.
     """
-    ids = list(classes.dataset_ids or classes.category_ids)
+    ids = list(classes.file_ids)
     background = next((ids[i] for i in range(len(ids)) if classes.is_background(i)), None)
     void = background if background is not None else 65535 if IGNORE_LABEL in ids else IGNORE_LABEL
     values = np.array([*ids, void], np.int64)

@@ -89,7 +89,7 @@ class Prediction(NamedTuple):
         """
         if masks not in MASK_FORMATS:
             raise ConfigError(f"masks = {masks!r}: use one of {MASK_FORMATS}; for arrays, call Prediction.masks().")
-        ids = self.classes.dataset_ids or self.classes.category_ids
+        ids = self.classes.file_ids
         return [
             {
                 "image_id": image_id,
