@@ -12,7 +12,6 @@ All objects of a photo move together, so this measures ids under a moving camera
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from tabulate import tabulate
 
 import knet_d2
 from knet_d2.data.custom import register_custom_datasets
+from knet_d2.data.files import write_json
 from knet_d2.data.records import load_dataset
 from knet_d2.data.segmentation import encode_mask
 from knet_d2.programs.arguments import add_opts
@@ -111,15 +111,12 @@ def write_videos(
             if any(mask.any() for mask in masks):
                 base = {"id": len(tracks) + 1, "video_id": len(videos), "category_id": x["category_id"], "iscrowd": 0}
                 tracks.append({**base, "segmentations": [encode_mask(mask) if mask.any() else None for mask in masks]})
-    _dump(folder, "instances.json", {"videos": videos, "categories": categories, "annotations": tracks})
+    instances = {"videos": videos, "categories": categories, "annotations": tracks}
+    write_json(os.path.join(folder, "instances.json"), instances)
     images = [{"id": f"{t:06d}", "file_name": f"{t:06d}.jpg"} for t in range(num_frames)]
     listed = [{"video_id": x["video_id"], "images": images} for x in panoptic]
-    _dump(folder, "panoptic.json", {"videos": listed, "categories": categories, "annotations": panoptic})
-
-
-def _dump(folder: str, name: str, content: dict[str, Any]) -> None:
-    with open(os.path.join(folder, name), "w") as f:
-        json.dump(content, f)
+    content = {"videos": listed, "categories": categories, "annotations": panoptic}
+    write_json(os.path.join(folder, "panoptic.json"), content)
 
 
 def evaluate(folder: str, weights: str, opts: list[str]) -> dict[str, dict[str, float]]:

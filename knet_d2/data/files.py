@@ -1,10 +1,14 @@
-"""Reading of images, label maps and panoptic PNGs; whatever is wrong with a file is a DataError that names it."""
+"""Reading of images, label maps and panoptic PNGs, and writing of JSON.
+
+Whatever is wrong with a file that is read is a DataError that names it.
+"""
 
 import glob
 import io
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
@@ -109,6 +113,11 @@ def refuse_to_replace(inputs: Iterable[str], outputs: Iterable[str], option: str
     replaced = next((path for path in outputs if os.path.realpath(path) in originals), None)
     if replaced is not None:
         raise ConfigError(f"{option}: this would replace {replaced}, which is read. Use another name or folder.")
+
+
+def write_json(path: str, content: Any, indent: int | None = None) -> None:
+    with PathManager.open(path, "w") as f:
+        json.dump(content, f, indent=indent)
 
 
 def read_image(path: str, pixel_format: PixelFormat | str) -> np.ndarray:

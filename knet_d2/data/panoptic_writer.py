@@ -1,6 +1,5 @@
 """Writes annotations of instances as a COCO panoptic data set, in which the rest of each image is a stuff class."""
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 
 from ..errors import ConfigError, DataError
-from .files import refuse_to_replace
+from .files import refuse_to_replace, write_json
 from .segmentation import read_segmentation
 
 
@@ -53,8 +52,8 @@ def write_panoptic(
         annotations[png] = {"image_id": image["id"], "file_name": png, "segments_info": segments}
     categories = [{"id": x["id"], "name": x["name"], "isthing": 1} for x in content["categories"]]
     categories.append({"id": rest_id, "name": rest, "isthing": 0})
-    with open(json_file, "w", encoding="utf-8") as f:
-        json.dump({"images": content["images"], "annotations": [*annotations.values()], "categories": categories}, f)
+    found = {"images": content["images"], "annotations": [*annotations.values()], "categories": categories}
+    write_json(json_file, found)
 
 
 def _png_name(image: str) -> str:

@@ -1,6 +1,5 @@
 """Evaluates instances by average precision (AP), computed by COCO's own program."""
 
-import json
 import logging
 import os
 from collections import Counter
@@ -18,6 +17,7 @@ from pycocotools.coco import COCO
 from ..data.class_coverage import warn_of_absent_classes
 from ..data.classes import ClassTable, loaded_metadata
 from ..data.coco_json import check_for_evaluation, read_coco_json
+from ..data.files import write_json
 from ..errors import DataError
 from ..tasks import TASKS
 from .report.instances import instance_section
@@ -117,8 +117,7 @@ class InstanceEvaluator(DatasetEvaluator):
         if self._output_dir:
             os.makedirs(self._output_dir, exist_ok=True)
             torch.save(predictions, os.path.join(self._output_dir, "instances_predictions.pth"))
-            with open(os.path.join(self._output_dir, "coco_instances_results.json"), "w") as f:
-                json.dump(instances, f)
+            write_json(os.path.join(self._output_dir, "coco_instances_results.json"), instances)
         if "annotations" not in self._truth:
             logger.info("The data set has no annotations: the predictions are written, but not evaluated.")
             return None

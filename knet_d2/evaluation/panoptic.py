@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import io
-import json
 import logging
 import os
 import shutil
@@ -24,7 +23,7 @@ from tabulate import tabulate
 
 from ..data.class_coverage import warn_of_absent_classes
 from ..data.coco_json import read_coco_json
-from ..data.files import read_panoptic
+from ..data.files import read_panoptic, write_json
 from ..data.segmentation import segment_index
 from ..errors import DataError
 from .report.matches import Matches, panoptic_matches
@@ -123,8 +122,8 @@ class PanopticEvaluator(DatasetEvaluator):
                 f"{missing[0]}. Evaluate all images of the data set."
             )
         if self._output_dir:
-            with PathManager.open(os.path.join(self._output_dir, "predictions.json"), "w") as f:
-                json.dump({**ground_truth, "annotations": predictions}, f)
+            content = {**ground_truth, "annotations": predictions}
+            write_json(os.path.join(self._output_dir, "predictions.json"), content)
         segments = [segment for x in annotations.values() for segment in x["segments_info"]]
         there = {segment["category_id"] for segment in segments if not segment["iscrowd"]}
         occurring = [n for n, category in enumerate(categories) if category in there]
@@ -163,8 +162,7 @@ class PanopticEvaluator(DatasetEvaluator):
         gathered = comm.gather(self._predictions)
         if comm.is_main_process():
             path = os.path.join(self._output_dir, "predictions.json")
-            with PathManager.open(path, "w") as f:
-                json.dump({"annotations": [x for part in gathered for x in part]}, f)
+            write_json(path, {"annotations": [x for part in gathered for x in part]})
             logger.info("%s has no annotations: wrote %s and %s.", self._metadata.panoptic_json, path, folder)
 
     def _compare(

@@ -1,6 +1,5 @@
 """Evaluates semantic segmentation by intersection over union (IoU)."""
 
-import json
 import logging
 import os
 from typing import Any
@@ -14,6 +13,7 @@ from detectron2.utils.logger import create_small_table
 
 from ..data import load_dataset
 from ..data.class_coverage import warn_of_absent_classes
+from ..data.files import write_json
 from ..data.mapper import read_sem_seg
 from ..data.segmentation import encode_mask
 from ..errors import DataError
@@ -114,8 +114,8 @@ class SemanticEvaluator(DatasetEvaluator):
         if self._output_dir:
             os.makedirs(self._output_dir, exist_ok=True)
             torch.save(metrics, os.path.join(self._output_dir, "sem_seg_evaluation.pth"))
-            with open(os.path.join(self._output_dir, "sem_seg_predictions.json"), "w") as f:
-                json.dump([x for part in gathered for x in part[1]], f)
+            segments = [x for part in gathered for x in part[1]]
+            write_json(os.path.join(self._output_dir, "sem_seg_predictions.json"), segments)
         table = create_small_table({key: metrics[key] for key in overall})
         per_class = ", ".join(f"{name} {metrics['IoU-' + name]:.1f}" for name in names)
         logger.info("Semantic evaluation results:\n%s\nIoU per class: %s", table, per_class)

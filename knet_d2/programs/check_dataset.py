@@ -12,7 +12,6 @@ code is 1 if training or evaluation would fail or be wrong; with --fix, if they 
 import argparse
 import contextlib
 import functools
-import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +29,7 @@ from ..data.check.faults import ERROR
 from ..data.coco_json import parse_json
 from ..data.coco_mending import for_other_programs, leave_out_missing_images
 from ..data.coco_records import readable_records
-from ..data.files import read_picture, refuse_to_replace
+from ..data.files import read_picture, refuse_to_replace, write_json
 from ..data.formats import Annotations
 from ..data.pixels import PixelFormat
 from ..data.split import load_part
@@ -157,8 +156,7 @@ def write_fixed(cfg: CfgNode, target: str) -> list[str]:
     targets = [target] if len(sources) == 1 else [f"{stem}_{i}_{name}{ending}" for i, name in enumerate(names)]
     refuse_to_replace(sources, targets, f"--fix {target}")
     for written, read in zip(targets, sources.values(), strict=True):
-        with open(written, "w", encoding="utf-8") as f:
-            json.dump(for_other_programs(read()), f)
+        write_json(written, for_other_programs(read()))
     return targets
 
 
@@ -188,8 +186,7 @@ def main(args: argparse.Namespace) -> int:
         if args.draw or not report.failed:
             written += draw_datasets(cfg, args, report)
         written.append(os.path.join(args.output, "report.json"))
-        with open(written[-1], "w") as f:
-            json.dump(report.as_json(), f, indent=1)
+        write_json(written[-1], report.as_json(), indent=1)
     print(report.text(args.most))
     fixed = write_fixed(cfg, args.fix) if args.fix else []
     if written or fixed:

@@ -9,7 +9,6 @@ of DATASETS.CUSTOM; see knet docs DATASETS. File names in the JSON are relative 
 """
 
 import argparse
-import json
 import os
 from typing import Any
 
@@ -18,7 +17,7 @@ import yaml
 from ..data.coco_json import read_coco_json
 from ..data.coco_mending import for_other_programs, log_mends
 from ..data.custom import checked_entry
-from ..data.files import refuse_to_replace
+from ..data.files import refuse_to_replace, write_json
 from ..data.formats import READERS, read_annotations
 from ..data.panoptic_writer import write_panoptic
 from ..errors import ConfigError
@@ -80,7 +79,6 @@ def main(args: argparse.Namespace) -> None:
     if args.panoptic:
         write_panoptic(content, args.output, args.panoptic, args.rest, inputs)
     else:
-        with open(args.output, "w", encoding="utf-8") as f:
-            json.dump(for_other_programs(content), f)
+        write_json(args.output, for_other_programs(content))
     counts = ", ".join(f"{len(content[key])} {key}" for key in ("images", "annotations", "categories"))
     print(f"Wrote {args.output}: {counts}")

@@ -9,7 +9,6 @@ of other label tools must be a COCO JSON first: see knet convert_dataset.
 """
 
 import argparse
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from ..data.coco_json import check_keys, read_coco_json
 from ..data.coco_records import panoptic_records
 from ..data.custom import load_label_folder
-from ..data.files import ARRAY_TYPE, open_labels, read_stored
+from ..data.files import ARRAY_TYPE, open_labels, read_stored, write_json
 from ..data.mapper import read_panoptic_segments
 from ..data.pixels import PixelFormat
 from ..data.segmentation import SegmentationError, decode_counts, read_segmentation
@@ -271,8 +270,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"Wrote {cut_label_maps(args)} tiles with their label maps.")
         return
     cut, objects = (cut_panoptic if args.panoptic else cut_instances)(content, args)
-    with open(os.path.join(args.output, f"{kind}.json"), "w", encoding="utf-8") as f:
-        json.dump(cut, f)
+    write_json(os.path.join(args.output, f"{kind}.json"), cut)
     most = max(Counter(x["image_id"] for x in objects if not x["iscrowd"]).values(), default=0)
     crowds = sum(x["iscrowd"] for x in objects)
     print(f"Wrote {len(cut['images'])} tiles with {len(objects) - crowds} objects and {crowds} small parts at borders.")

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -19,7 +18,7 @@ from PIL import Image
 
 from ..data.augmentation import ResizeTransform
 from ..data.classes import markdown_text
-from ..data.files import ARRAY_TYPE, find_images, read_image, read_picture
+from ..data.files import ARRAY_TYPE, find_images, read_image, read_picture, write_json
 from ..data.pixels import PixelFormat, picture_of
 from ..errors import ConfigError, DataError
 from ..inference import ImagePredictor, Prediction, Trace, load
@@ -343,8 +342,7 @@ def write_files(view: View, folder: str) -> list[str | None]:
     stem = PurePath(view.coco["images"][0]["file_name"]).stem
     picture, masks = (os.path.join(place, f"{stem}_{x}") for x in ("segments.png", "masks.json"))
     Image.fromarray(view.picture).save(picture, compress_level=1)  # a slider waits for it
-    with open(masks, "w") as f:
-        json.dump(view.coco, f)
+    write_json(masks, view.coco)
     return [picture, masks]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -21,7 +20,7 @@ import yaml
 from PIL import Image
 
 from ..data.classes import ClassTable
-from ..data.files import IGNORE_LABEL
+from ..data.files import IGNORE_LABEL, write_json
 from ..errors import ConfigError
 from .prediction import Prediction
 from .segment import Segment
@@ -144,7 +143,7 @@ def _write_labelme(images: list[Annotated], folder: str, classes: ClassTable, to
             **{"version": "5.5.0", "flags": {}, "shapes": shapes, "imageData": None},
             **{"imagePath": os.path.basename(image.name), "imageHeight": height, "imageWidth": width},
         }
-        _write_json(content, _place(folder, "images", f"{image.stem}.json"))
+        write_json(_place(folder, "images", f"{image.stem}.json"), content)
 
 
 def _write_yolo(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
@@ -184,7 +183,7 @@ def _write_coco(images: list[Annotated], folder: str, classes: ClassTable, toler
                     "segmentation": polygons or segment.rle(),
                 }
             )
-    _write_json(content, os.path.join(folder, "annotations.json"))
+    write_json(os.path.join(folder, "annotations.json"), content)
 
 
 def _write_cvat(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
@@ -235,7 +234,7 @@ def _write_via(images: list[Annotated], folder: str, classes: ClassTable, tolera
             "regions": regions,
             "file_attributes": {},
         }
-    _write_json(content, os.path.join(folder, "via_region_data.json"))
+    write_json(os.path.join(folder, "via_region_data.json"), content)
 
 
 def _write_png(images: list[Annotated], folder: str, classes: ClassTable, tolerance: float) -> None:
@@ -297,8 +296,3 @@ def _png_text(mask: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def _write_json(content: dict[str, Any], path: str) -> None:
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(content, f)

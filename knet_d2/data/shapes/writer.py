@@ -6,7 +6,6 @@ The files are::
     instances.json           panoptic.json
 """
 
-import json
 import os
 
 import numpy as np
@@ -15,7 +14,7 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 from tqdm import tqdm
 
-from ..files import IGNORE_LABEL
+from ..files import IGNORE_LABEL, write_json
 from ..segmentation import encode_mask
 from .drawing import STUFF_CLASSES, THING_CLASSES, Scene, Thing, draw_scene
 
@@ -66,14 +65,11 @@ def write_shapes(root: str, num_images: int, seed: int, size: int = 128) -> None
         Image.fromarray(_semantic_map(scene)).save(os.path.join(root, "semantic", stem + ".png"))
     categories = shapes_categories()
     thing_categories = [category for category in categories if category["isthing"]]
-    info = {"description": "K-Net shapes", "seed": seed, "size": size}
-    _dump(os.path.join(root, "instances.json"), info, images, instances, thing_categories)
-    _dump(os.path.join(root, "panoptic.json"), info, images, panoptic, categories)
-
-
-def _dump(path: str, info: dict, images: list, annotations: list, categories: list) -> None:
-    with open(path, "w") as f:
-        json.dump({"info": info, "images": images, "annotations": annotations, "categories": categories}, f)
+    common = {"info": {"description": "K-Net shapes", "seed": seed, "size": size}, "images": images}
+    files = {"instances": (instances, thing_categories), "panoptic": (panoptic, categories)}
+    for name, (annotations, of_file) in files.items():
+        content = {**common, "annotations": annotations, "categories": of_file}
+        write_json(os.path.join(root, f"{name}.json"), content)
 
 
 def _annotation(thing: Thing) -> dict:

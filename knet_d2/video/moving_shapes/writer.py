@@ -6,7 +6,6 @@ The files are, with one folder per video in each folder::
     instances.json               panoptic.json                  crossings.json
 """
 
-import json
 import os
 from typing import Any
 
@@ -16,7 +15,7 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 from tqdm import tqdm
 
-from ...data.files import IGNORE_LABEL
+from ...data.files import IGNORE_LABEL, write_json
 from ...data.segmentation import encode_mask
 from ...data.shapes.writer import shapes_categories
 from .scenes import STUFF_CLASSES, THING_CLASSES, Frame, Video, draw_video
@@ -64,16 +63,14 @@ def write_moving_shapes(root: str, num_videos: int, seed: int, num_frames: int =
     images = [{"id": x, "file_name": x + ".jpg", **sizes} for x in names]
     things = [x for x in categories if x["isthing"]]
     info = {"description": "K-Net moving shapes", "seed": seed, "size": size}
-    _dump(root, "instances", {"info": info, "videos": videos, "annotations": tracks, "categories": things})
     panoptic_videos = [{"video_id": x["video_id"], "images": images} for x in panoptic]
-    content = {"info": info, "videos": panoptic_videos, "annotations": panoptic, "categories": categories}
-    _dump(root, "panoptic", content)
-    _dump(root, "crossings", crossings)
-
-
-def _dump(root: str, name: str, content: Any) -> None:
-    with open(os.path.join(root, name + ".json"), "w") as f:
-        json.dump(content, f)
+    files = {
+        "instances": {"info": info, "videos": videos, "annotations": tracks, "categories": things},
+        "panoptic": {"info": info, "videos": panoptic_videos, "annotations": panoptic, "categories": categories},
+        "crossings": crossings,
+    }
+    for name, content in files.items():
+        write_json(os.path.join(root, f"{name}.json"), content)
 
 
 def _tracks(video: Video, categories: list[dict[str, Any]]) -> list[dict[str, Any]]:
