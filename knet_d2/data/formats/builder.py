@@ -29,22 +29,11 @@ class Place(NamedTuple):
         return ": ".join(x for x in self if x)
 
 
-class Problem(NamedTuple):
-    """What is wrong at a place of a file, as the rest of a sentence whose subject is the place."""
-
-    path: str
-    place: str
-    what: str
-
-    def __str__(self) -> str:
-        return ": ".join(x for x in self if x)
-
-
 class Builder:
     """The images and objects of a data set, in the order in which a reader adds them.
 
     Attributes:
-        errors: what can't be read.
+        errors: what can't be read, as (path, place, what is wrong), see :meth:`error`.
         notes: what is read in another way than it is written.
     """
 
@@ -59,14 +48,14 @@ class Builder:
             raise DataError(f"{images}: this folder of images does not exist. Correct the path in DATASETS.CUSTOM.")
         self.root = images
         self.classes = None if classes is None else class_names(classes)
-        self.errors: list[Problem] = []
+        self.errors: list[tuple[str, str, str]] = []
         self.notes = MendLog()
         self._images: list[dict[str, Any]] = []
         self._objects: list[dict[str, Any]] = []
 
     def error(self, where: Place, what: Any) -> None:
         """Add a place that can't be read; ``what`` is the rest of a sentence whose subject is the place."""
-        self.errors.append(Problem(*where, str(what)))
+        self.errors.append((*where, str(what)))
 
     def image_files(self) -> list[tuple[str, str]]:
         """The images as (path below the folder without ending, path below the folder).

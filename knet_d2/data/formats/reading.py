@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ...errors import DataError
 from ..coco_json import check_content
 from ..coco_mending import MISSING_IMAGE, Mend, leave_out_missing_images, mend_coco
-from .builder import Builder, Place, Problem
+from .builder import Builder, Place
 from .labelme import read_labelme
 from .masks import read_instance_png, read_png_per_instance, read_voc
 from .via import read_via
@@ -66,12 +66,12 @@ class Annotations(NamedTuple):
     Attributes:
         content: of a COCO instances JSON, complete.
         notes: what was read in another way than it is written, with the numbers of places.
-        errors: places that can't be read; ``content`` leaves them out.
+        errors: (path, place, what is wrong) of what can't be read; ``content`` leaves it out.
     """
 
     content: dict[str, Any]
     notes: list[Mend]
-    errors: list[Problem]
+    errors: list[tuple[str, str, str]]
 
     def checked(self, source: str) -> dict[str, Any]:
         """Return the content.
@@ -81,7 +81,8 @@ class Annotations(NamedTuple):
         """
         if self.errors:
             more = f" ({len(self.errors) - 1} more places: knet check lists them)" * (len(self.errors) > 1)
-            raise DataError(f"{str(self.errors[0]).rstrip('.')}{more}. Correct or remove it.")
+            first = ": ".join(x for x in self.errors[0] if x).rstrip(".")
+            raise DataError(f"{first}{more}. Correct or remove it.")
         check_content(self.content, source)
         return self.content
 
