@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from detectron2.utils.file_io import PathManager
 
 from ..errors import DataError
-from .coco_mending import Mend, log_mends, mend_coco
+from .coco_mending import Mend, is_id, log_mends, mend_coco
 from .segmentation import SegmentationError, check_segmentation
 
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -59,12 +59,8 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e15  # false for NaN, too
 
 
-def _is_id(x: Any) -> bool:
-    return isinstance(x, (int, str)) and not isinstance(x, bool)
-
-
 Check = tuple[Callable[[Any], bool], str]
-_ID: Check = (_is_id, "a whole number or a string")
+_ID: Check = (is_id, "a whole number or a string")
 _NAME: Check = (lambda x: isinstance(x, str) and x.isprintable() and 0 < len(x) < 4096, "a string")
 _FLAG: Check = (lambda x: isinstance(x, int) and x in (0, 1), "0 or 1")
 _NUMBER: Check = (_is_number, "a number")
@@ -152,12 +148,13 @@ def parse_json(path: str, image_root: str | None = None) -> tuple[Any, list[Mend
     return _files[key].content, _files[key].mends
 
 
-def decode_json(text: bytes, path: str) -> Any:
-    """The content of a JSON file; the text may be UTF-8, UTF-16 or UTF-32."""
+def decode_json(text: str | bytes, path: str) -> Any:
+    """The content of a JSON file; bytes may be UTF-8, UTF-16 or UTF-32."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is not valid JSON ({error}). The file may be cut off: download it again.") from error
+        what = f"{path}: is not valid JSON ({error}). The file may be cut off: download or export it again."
+        raise DataError(what) from error
 
 
 def forget_large_files(but: tuple[str, str | None] | None = None) -> None:

@@ -132,7 +132,7 @@ def mend_coco(content: Any, image_root: str | None) -> list[Mend]:
     if isinstance(content.get("images"), list) and len(images) == len(content["images"]):
         _merge_images(content, images, annotations, is_panoptic, log)
     if not is_panoptic:
-        sizes = _hashable({x.get("id"): (x.get("height"), x.get("width")) for x in images if _is_id(x.get("id"))})
+        sizes = _hashable({x.get("id"): (x.get("height"), x.get("width")) for x in images if is_id(x.get("id"))})
         annotations = _mappings(content.get("annotations"))
         _mend_swapped_sizes(annotations, sizes, log)
         for annotation in annotations:
@@ -149,7 +149,8 @@ def _hashable(sizes: dict[Any, tuple[Any, Any]]) -> dict[Any, tuple[int, int]]:
     return {i: (h, w) for i, (h, w) in sizes.items() if type(h) is int and type(w) is int and 0 < h * w <= 2**32}
 
 
-def _is_id(x: Any) -> bool:
+def is_id(x: Any) -> bool:
+    """Whether a value is of a type of ids: a whole number or text."""
     return isinstance(x, (int, str)) and not isinstance(x, bool)
 
 
@@ -176,13 +177,13 @@ def _mend_floats(item: dict[str, Any], what: str, log: MendLog) -> None:
 
 def _mend_references(items: Iterable[dict[str, Any]], key: str, named: list[dict[str, Any]], log: MendLog) -> None:
     """Where ids are text in one place and numbers in another, read a reference as the id that it names."""
-    ids = {x["id"] for x in named if _is_id(x.get("id"))}
+    ids = {x["id"] for x in named if is_id(x.get("id"))}
     by_number: dict[Any, Any] = {}
     for i in ids:
         by_number[_whole(i)] = None if _whole(i) in by_number else i  # None: 7 and "07" are two ids
     for item in items:
         value = item.get(key)
-        if _is_id(value) and value not in ids and by_number.get(_whole(value)) is not None:
+        if is_id(value) and value not in ids and by_number.get(_whole(value)) is not None:
             item[key] = by_number[_whole(value)]
             what = f"{key} and the id that it names are text and number; read as the same id"
             log.add(what, _place(item, "annotation"))
@@ -244,12 +245,12 @@ def _merge_images(
     first: dict[tuple, dict[str, Any]] = {}
     names_of_id: dict[Any, set] = {}
     for image in images:
-        if _is_id(image.get("id")) and isinstance(image.get("file_name"), str):
+        if is_id(image.get("id")) and isinstance(image.get("file_name"), str):
             names_of_id.setdefault(image["id"], set()).add(image["file_name"])
     kept, same = [], {}
     for image in images:
         name, i = image.get("file_name"), image.get("id")
-        if isinstance(name, str) and _is_id(i) and len(names_of_id[i]) == 1:
+        if isinstance(name, str) and is_id(i) and len(names_of_id[i]) == 1:
             earlier = first.setdefault((name, *(str(image.get(side)) for side in _SIDES)), image)
             if earlier is not image and (earlier["id"] == i or not is_panoptic):
                 same[i] = earlier["id"]
@@ -264,7 +265,7 @@ def _merge_images(
         return
     targets, seen, remaining = set(moved.values()), set(), []
     for annotation in content["annotations"]:
-        if isinstance(annotation, dict) and _is_id(annotation.get("image_id")):
+        if isinstance(annotation, dict) and is_id(annotation.get("image_id")):
             annotation["image_id"] = moved.get(annotation["image_id"], annotation["image_id"])
             if annotation["image_id"] in targets:
                 key = str([annotation.get(x) for x in ("image_id", "category_id", "segmentation")])
@@ -316,7 +317,7 @@ def _mend_swapped_sizes(annotations: list[dict[str, Any]], sizes: dict[Any, tupl
 
 
 def _has_swapped_size(annotation: dict[str, Any], sizes: dict[Any, tuple[int, int]]) -> bool:
-    size = sizes.get(annotation["image_id"]) if _is_id(annotation.get("image_id")) else None
+    size = sizes.get(annotation["image_id"]) if is_id(annotation.get("image_id")) else None
     segmentation = annotation.get("segmentation")
     if size is None or size[0] == size[1] or not isinstance(segmentation, dict):
         return False
@@ -325,22 +326,16 @@ def _has_swapped_size(annotation: dict[str, Any], sizes: dict[Any, tuple[int, in
 
 def _with_size(segmentation: dict[str, Any]) -> dict[str, Any]:
     """RLE with the same runs and the sides of its size exchanged."""
-    return _with_text(read_rle({**segmentation, "size": segmentation["size"][::-1]}))
+    return encode_mask(mask_util.decode(read_rle({**segmentation, "size": segmentation["size"][::-1]})))
 
 
 def _transposed(segmentation: dict[str, Any]) -> dict[str, Any]:
     return encode_mask(mask_util.decode(read_rle(segmentation)).T)
 
 
-def _with_text(rle: dict[str, Any]) -> dict[str, Any]:
-    """RLE as JSON has it."""
-    counts = rle["counts"]
-    return {"size": list(rle["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
-
-
 def _complete(annotation: dict[str, Any], sizes: dict[Any, tuple[int, int]], log: MendLog) -> None:
     """Compute the box and the area from the mask where they are missing, and the box where it has a margin."""
-    size = sizes.get(annotation["image_id"]) if _is_id(annotation.get("image_id")) else None
+    size = sizes.get(annotation["image_id"]) if is_id(annotation.get("image_id")) else None
     segmentation = annotation.get("segmentation")
     if size is None or not segmentation:
         return
@@ -384,7 +379,7 @@ def leave_out_missing_images(content: dict[str, Any], image_root: str) -> list[s
     missing = {
         x["id"]: x["file_name"]
         for x in _mappings(content.get("images"))
-        if _is_id(x.get("id"))
+        if is_id(x.get("id"))
         and isinstance(x.get("file_name"), str)
         and not PathManager.isfile(os.path.join(image_root, x["file_name"]))
     }

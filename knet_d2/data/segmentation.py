@@ -144,6 +144,13 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": rle["counts"].decode()}
 
 
+def row_runs(mask: np.ndarray) -> list[int]:
+    """Lengths of the runs of 0 and 1 along the rows of a mask [H, W]; the first is of 0."""
+    flat = mask.reshape(-1).astype(np.int8)
+    starts = np.flatnonzero(np.diff(flat, prepend=0))
+    return np.diff([0, *starts, flat.size]).tolist()
+
+
 def decode_counts(string: str | bytes) -> list[int]:
     """Decode the run lengths of COCO's compressed RLE, column by column: of pixels outside, inside, outside, ...
 

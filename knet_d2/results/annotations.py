@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..data.classes import ClassTable
 from ..data.files import IGNORE_LABEL, write_json
+from ..data.segmentation import row_runs
 from ..errors import ConfigError
 from .prediction import Prediction
 from .segment import Segment
@@ -200,7 +201,7 @@ def _write_cvat(images: list[Annotated], folder: str, classes: ClassTable, toler
             if parts is None:
                 x, y, w, h = segment.box
                 place = {"left": str(x), "top": str(y), "width": str(w), "height": str(h)}
-                runs = ", ".join(map(str, _row_runs(segment.crop)))
+                runs = ", ".join(map(str, row_runs(segment.crop)))
                 ElementTree.SubElement(parent, "mask", {**common, "rle": runs, **place})
                 continue
             grouped = {"group_id": str(group)} if len(parts) > 1 else {}
@@ -265,13 +266,6 @@ WRITERS: dict[str, Callable[[list[Annotated], str, ClassTable, float], None]] = 
 }
 # Their files are named as the images, without the ending
 _FILE_PER_IMAGE = ("labelme", "yolo", "png")
-
-
-def _row_runs(mask: np.ndarray) -> list[int]:
-    """Lengths of the runs of 0 and 1 along the rows; the first is of 0."""
-    flat = mask.reshape(-1).astype(np.int8)
-    starts = np.flatnonzero(np.diff(flat, prepend=0))
-    return np.diff([0, *starts, flat.size]).tolist()
 
 
 def _check_stems(images: list[Annotated]) -> None:

@@ -1,6 +1,5 @@
 """Collects images and objects from a reader, and makes the content of a COCO instances JSON of them."""
 
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -177,13 +176,6 @@ def read_yaml(path: str) -> Any:
         return yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise DataError(f"{path}: is not valid YAML ({str(error).splitlines()[0]}). Correct it.") from error
-
-
-def read_json_text(text: str, path: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is not valid JSON ({error}). Export it again.") from error
 
 
 def rectangle(x: float, y: float, width: float, height: float) -> list[list[float]]:

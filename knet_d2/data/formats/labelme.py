@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from ...errors import DataError
+from ..coco_json import decode_json
 from ..files import ARRAY_TYPE, IMAGE_TYPES, MAX_PIXELS, files_below
-from .builder import Builder, Place, ellipse, flat, read_json_text, read_text, rectangle
+from .builder import Builder, Place, ellipse, flat, read_text, rectangle
 
 
 def read_labelme(entry: dict[str, Any], builder: Builder) -> None:
@@ -28,7 +29,7 @@ def read_labelme(entry: dict[str, Any], builder: Builder) -> None:
         raise DataError(f"{root}: this folder has no JSON files of labelme. Correct the path in DATASETS.CUSTOM.")
     known = set()
     for stem, path in files:
-        content = read_json_text(read_text(path), path)
+        content = decode_json(read_text(path), path)
         if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
             raise DataError(f"{path}: is not a file of labelme, which has a list 'shapes'. Remove or correct it.")
         file_name = _image_file(builder.root, stem, content.get("imagePath"))

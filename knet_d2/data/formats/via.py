@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...errors import DataError
-from .builder import Builder, Place, ellipse, flat, read_json_text, read_text, rectangle
+from ..coco_json import decode_json
+from .builder import Builder, Place, ellipse, flat, read_text, rectangle
 
 csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a polygon may have
 
@@ -40,7 +41,7 @@ _Image = tuple[str, list[tuple[Any, Any]]]
 
 
 def _json_images(text: str, path: str) -> Iterator[_Image]:
-    content = read_json_text(text, path)
+    content = decode_json(text, path)
     if isinstance(content, dict):
         content = content.get("_via_img_metadata", content)  # a saved project
     if (
@@ -70,7 +71,7 @@ def _csv_images(text: str, path: str) -> Iterator[_Image]:
     for row in _rows(rows, path):
         of_image = images.setdefault(row[names["filename"]], [])
         shape, attributes = (
-            read_json_text(row[names[key]] or "{}", f"{path}:{rows.line_num}")
+            decode_json(row[names[key]] or "{}", f"{path}:{rows.line_num}")
             for key in ("region_shape_attributes", "region_attributes")
         )
         if shape:  # an image without regions has one row without a shape

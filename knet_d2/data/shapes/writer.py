@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..files import IGNORE_LABEL, write_json
-from ..segmentation import encode_mask
+from ..segmentation import encode_mask, row_runs
 from .drawing import STUFF_CLASSES, THING_CLASSES, Scene, Thing, draw_scene
 
 _COLORS = (
@@ -78,7 +78,7 @@ def _annotation(thing: Thing) -> dict:
     box, area = mask_util.toBbox(rle).tolist(), int(mask_util.area(rle))
     segmentation: dict | list
     if thing.iscrowd:
-        segmentation = _uncompressed_rle(thing.mask)
+        segmentation = {"size": list(thing.mask.shape), "counts": row_runs(thing.mask.T)}
     elif thing.polygon is not None:
         segmentation = [thing.polygon]
     else:
@@ -91,13 +91,6 @@ def _annotation(thing: Thing) -> dict:
         "iscrowd": int(thing.iscrowd),
         "occlusion": round(thing.occlusion, 4),
     }
-
-
-def _uncompressed_rle(mask: np.ndarray) -> dict:
-    flat = mask.astype(np.int8).flatten(order="F")
-    borders = np.flatnonzero(np.diff(flat, prepend=0)).tolist()
-    counts = np.diff([0, *borders, flat.size]).tolist()
-    return {"size": list(mask.shape), "counts": counts}
 
 
 def _panoptic_map(rng: np.random.Generator, scene: Scene) -> tuple[np.ndarray, list[dict]]:
