@@ -21,13 +21,12 @@ from PIL import Image
 from knet_d2.data.classes import ClassTable
 from knet_d2.data.pixels import PixelFormat
 from knet_d2.errors import ConfigError, DataError
-from knet_d2.inference.sinks import CsvFile, JsonLines, MaskFiles, PictureFiles, Stop, VideoFile
+from knet_d2.inference.sinks import CsvFile, JsonFile, JsonLines, MaskFiles, PictureFiles, Stop, VideoFile
 from knet_d2.inference.sources import Frame, ImageFiles, Video
 from knet_d2.programs import demo
 from knet_d2.results import Prediction, Segment, main_prediction, predictions_of
 from knet_d2.results.pictures import Drawn, draw_segments, inner_point, write_labels
 from knet_d2.results.video import VideoDrawer
-from knet_d2.results.writers import JsonWriter
 
 HOSTILE_NAMES = [
     "$10_bill_$20_bill",
@@ -252,8 +251,8 @@ def test_names_are_drawn_and_written_as_they_are(name, tmp_path):
     picture = draw_segments(noise(), prediction.segments, classes)
     assert picture.shape[0] >= 320
     assert VideoDrawer(classes).draw(noise(), prediction).shape == (*SIZE, 3)
-    writer = JsonWriter(str(tmp_path / "r.json"), {}, classes)
-    writer.add(name or "x", {"instances": prediction})
+    writer = JsonFile(str(tmp_path / "r.json"), {}, classes)
+    writer.write(Frame(name or "x", noise()), {"instances": prediction})
     writer.close()
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["categories"][0]["name"] == name and prediction.to_coco()[0]["category_name"] == name
@@ -262,10 +261,10 @@ def test_names_are_drawn_and_written_as_they_are(name, tmp_path):
 def test_json_is_valid_after_every_image(tmp_path):
     path, classes = tmp_path / "results.json", table(["a", "b"], num_things=1)
     prediction = Prediction(SIZE, [square(0, 0, 5, 0), square(10, 10, 7, 1, None)], classes)
-    writer = JsonWriter(str(path), {"task": "panoptic"}, classes)
+    writer = JsonFile(str(path), {"task": "panoptic"}, classes)
     assert json.loads(path.read_text())["images"] == []
     for count in (1, 2, 3):
-        writer.add(f"{count}.jpg", {"panoptic_seg": prediction, "sem_seg": prediction})
+        writer.write(Frame(f"{count}.jpg", noise()), {"panoptic_seg": prediction, "sem_seg": prediction})
         images = json.loads(path.read_text())["images"]
         assert [x["file_name"] for x in images] == [f"{i}.jpg" for i in range(1, count + 1)]
     writer.close()
@@ -349,7 +348,7 @@ def test_masks_replace_neither_images_nor_pictures(tmp_path):
 
 def test_a_json_file_is_tried_at_once(tmp_path):
     with pytest.raises(OSError):
-        JsonWriter(str(tmp_path / "absent" / "r.json"), {}, table(["a"]))
+        JsonFile(str(tmp_path / "absent" / "r.json"), {}, table(["a"]))
 
 
 def write_video(path, count, fourcc="MJPG"):

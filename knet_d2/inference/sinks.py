@@ -22,7 +22,7 @@ from ..data.files import IMAGE_TYPES, refuse_to_replace
 from ..errors import ConfigError, DataError
 from ..results.prediction import Prediction
 from ..results.video import VideoDrawer
-from ..results.writers import JsonWriter, image_record
+from ..results.writers import image_record
 from .sources import Frame, Video
 
 _ESCAPE = 27
@@ -135,11 +135,47 @@ def _paths_in(folder: str, inputs: Sequence[str], endings: tuple[str, ...] = (".
     return paths
 
 
-class JsonFile(JsonWriter, Sink):
-    """Writes all results into one file."""
+class JsonFile(Sink):
+    """Writes all results into one JSON file, and panoptic PNGs to a folder beside it.
+
+    The file is valid JSON after each image, so it can be read if the program ends early.
+    """
+
+    def __init__(self, path: str, info: Mapping[str, Any], classes: ClassTable):
+        """
+        Args:
+            path: path of the JSON file.
+            info: description of the model.
+            classes: classes of the model.
+
+        Raises:
+            OSError: nothing can be written there.
+        """
+        self._png_folder = os.path.splitext(path)[0] + "_panoptic"
+        self._count, self._ids = 0, classes.category_ids
+        self._file = open(path, "w")
+        head = json.dumps({"info": dict(info), "categories": categories(classes), "images": []})
+        self._file.write(head)
+        self._file.flush()
+        self._end = len(head) - len("]}")  # json.dumps writes ASCII, so one character is one byte
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
-        self.add(frame.name, predictions)
+        record = image_record(frame.name, predictions, self._ids, self._save_png)
+        text = (", " if self._count else "") + json.dumps(record)
+        self._file.seek(self._end)
+        self._file.write(text + "]}")
+        self._file.flush()
+        self._end += len(text)
+        self._count += 1
+
+    def _save_png(self, pixels: np.ndarray) -> str:
+        os.makedirs(self._png_folder, exist_ok=True)
+        name = f"{self._count:06d}.png"
+        Image.fromarray(pixels).save(os.path.join(self._png_folder, name))
+        return name
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class CsvFile(Sink):
