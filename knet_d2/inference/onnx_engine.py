@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoint.description import LARGEST_SIZE, read_metadata
@@ -21,6 +20,7 @@ from ..data.pixels import PixelFormat
 from ..errors import CheckpointError, DataError
 from ..export import OUTPUT_NAMES, default_image_type, export_metadata, save_onnx, trace
 from ..modeling.meta_arch import KNet
+from ..modeling.postprocessing import as_result
 from ..modeling.postprocessing.scores import SUPPRESSED
 from ..setup.dependencies import VERSION
 from .batches import in_groups
@@ -113,21 +113,11 @@ class OnnxPredictor:
 
     def _result(self, found: dict[str, torch.Tensor], size: tuple[int, int]) -> dict[str, Any]:
         output = self.outputs[0]
-        if output == "sem_seg":
-            return {output: found["label_map"]}
         if output == "instances":
             kept = (found["scores"] >= self.cfg.MODEL.KNET.TEST.SCORE_THRESHOLD) & (found["scores"] > SUPPRESSED)
-            boxes, scores, labels, masks = (found[name][kept] for name in ("boxes", "scores", "labels", "masks"))
-            fields = {"pred_boxes": Boxes(boxes), "scores": scores, "pred_classes": labels, "pred_masks": masks}
-            return {output: Instances(size, **fields)}
-        num_things, ids = self.classes.num_things, self.classes.category_ids
-        columns = zip(found["scores"].tolist(), found["labels"].tolist(), found["areas"].tolist())
-        segments = [
-            {"id": i, "isthing": c < num_things, "category_id": ids[c], "score": score, "area": area}
-            for i, (score, c, area) in enumerate(columns, start=1)
-            if area
-        ]
-        return {output: (found["segment_map"], segments)}
+            found = {name: x[kept] for name, x in found.items()}
+        classes = self.classes
+        return {output: as_result(output, [*found.values()], size, classes.num_things, classes.category_ids)}
 
 
 def checked_metadata(metadata: Mapping[str, str], path: str) -> tuple[tuple[str], dict[str, Any], list[int] | None]:

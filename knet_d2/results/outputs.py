@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,18 +99,27 @@ def _as_instances(prediction: Prediction) -> Instances:
 
 
 def _as_panoptic(prediction: Prediction) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    classes = prediction.classes
-    segments = [
+    return torch.from_numpy(prediction.segment_map()), segments_info(prediction, prediction.classes.category_ids)
+
+
+def segments_info(prediction: Prediction, ids: Sequence[int]) -> list[dict[str, Any]]:
+    """The segments of a panoptic map as COCO's "segments_info"; ids: category_id of each class."""
+    return [
         {
             "id": i,
-            "isthing": x.label < classes.num_things,
-            "category_id": classes.category_ids[x.label],
+            "category_id": ids[x.label],
+            "isthing": x.label < prediction.classes.num_things,
             "score": x.score,
             "area": x.area,
+            **track_entry(x),
         }
         for i, x in enumerate(prediction.segments, start=1)
     ]
-    return torch.from_numpy(prediction.segment_map()), segments
+
+
+def track_entry(segment: Segment) -> dict[str, int]:
+    """The id of a segment in a video, as an entry of its record; nothing for images."""
+    return {} if segment.track_id is None else {"track_id": segment.track_id}
 
 
 _RESULTS: dict[str, Callable[[Prediction], Any]] = {

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from panopticapi.utils import id2rgb
 
-from .outputs import OUTPUTS
+from .outputs import OUTPUTS, segments_info, track_entry
 from .prediction import Prediction
-from .segment import Segment
 
 
 def image_record(
@@ -29,7 +28,8 @@ def image_record(
     record: dict[str, Any] = {"file_name": file_name, "height": height, "width": width}
     for key, prediction in predictions.items():
         if key == "panoptic_seg":
-            record[OUTPUTS[key].title] = _panoptic(prediction, ids, save_png(id2rgb(prediction.segment_map())))
+            png = save_png(id2rgb(prediction.segment_map()))
+            record[OUTPUTS[key].title] = {"file_name": png, "segments_info": segments_info(prediction, ids)}
         else:
             record[OUTPUTS[key].title] = _LISTS[key](prediction, ids)
     return record
@@ -37,33 +37,13 @@ def image_record(
 
 def _instances(prediction: Prediction, ids: Sequence[int]) -> list[dict[str, Any]]:
     return [
-        {"category_id": ids[x.label], "score": x.score, "bbox": list(x.box), "segmentation": x.rle(), **_track(x)}
+        {"category_id": ids[x.label], "score": x.score, "bbox": list(x.box), "segmentation": x.rle(), **track_entry(x)}
         for x in prediction.segments
     ]
 
 
 def _semantic(prediction: Prediction, ids: Sequence[int]) -> list[dict[str, Any]]:
     return [{"category_id": ids[x.label], "area": x.area, "segmentation": x.rle()} for x in prediction.segments]
-
-
-def _panoptic(prediction: Prediction, ids: Sequence[int], png: str) -> dict[str, Any]:
-    segments = [
-        {
-            "id": i,
-            "category_id": ids[x.label],
-            "isthing": x.label < prediction.classes.num_things,
-            "score": x.score,
-            "area": x.area,
-            **_track(x),
-        }
-        for i, x in enumerate(prediction.segments, start=1)
-    ]
-    return {"file_name": png, "segments_info": segments}
-
-
-def _track(segment: Segment) -> dict[str, int]:
-    """The id of a segment in a video."""
-    return {} if segment.track_id is None else {"track_id": segment.track_id}
 
 
 _LISTS = {"instances": _instances, "sem_seg": _semantic}

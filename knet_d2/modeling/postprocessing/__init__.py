@@ -5,7 +5,7 @@ What the rules need of every pixel comes from :mod:`.cells` on a CPU and from :m
 exported graphs; both have the same functions.
 """
 
-from .processor import ImageLogits, PostProcessor, ResultOptions
+from .processor import ImageLogits, PostProcessor, ResultOptions, as_result
 from .resize import ImageGeometry, mask_probabilities
 
-__all__ = ["ImageGeometry", "ImageLogits", "PostProcessor", "ResultOptions", "mask_probabilities"]
+__all__ = ["ImageGeometry", "ImageLogits", "PostProcessor", "ResultOptions", "as_result", "mask_probabilities"]

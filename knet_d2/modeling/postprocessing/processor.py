@@ -133,7 +133,7 @@ class PostProcessor(nn.Module):
         class_logits, mask_logits, geometry = logits[:3]
         with no_autocast(mask_logits):
             found = self.tensors(output, class_logits, mask_logits, geometry, options, pixel_functions(mask_logits))
-            return _OUTPUTS[output].result(self, geometry, *found), found[-1]
+        return as_result(output, found, geometry.output, self.bank.num_things, self.category_ids), found[-1]
 
     def tensors(
         self,
@@ -159,7 +159,7 @@ class PostProcessor(nn.Module):
             "panoptic_seg": segment map, scores, classes, areas and kernels, see :func:`.rules.panoptic`.
             "sem_seg": scores [..., K, H, W]; with class logits, of one image only.
         """
-        return _OUTPUTS[output].tensors(self, class_logits, mask_logits, geometry, options, pixels)
+        return _TENSORS[output](self, class_logits, mask_logits, geometry, options, pixels)
 
     def _thing_scores(self, class_scores, mask_logits, geometry, options) -> torch.Tensor:
         matched, things = slice(self.bank.num_matched), slice(self.bank.num_things)
@@ -180,11 +180,6 @@ class PostProcessor(nn.Module):
         masks = pixels.binary_masks(mask_logits[..., : self.bank.num_matched, :, :], kernels, geometry)
         return scores, labels, masks_to_boxes(masks), masks, kernels
 
-    def _instances(self, geometry: ImageGeometry, scores, labels, boxes, masks, kernels) -> Instances:
-        """Instances of the output size: pred_boxes, scores (falling), pred_classes, bool pred_masks, maybe empty."""
-        fields = {"pred_boxes": Boxes(boxes), "scores": scores, "pred_classes": labels, "pred_masks": masks}
-        return Instances(geometry.output, **fields)
-
     def _panoptic_tensors(self, class_logits, mask_logits, geometry, options, pixels) -> tuple[torch.Tensor, ...]:
         class_scores = class_logits.sigmoid()
         scores = self._thing_scores(class_scores, mask_logits, geometry, options)
@@ -202,40 +197,46 @@ class PostProcessor(nn.Module):
             overlap_threshold=options.overlap_threshold,
         )
 
-    def _panoptic_seg(
-        self, geometry: ImageGeometry, segment_map, scores, labels, areas, kernels
-    ) -> tuple[torch.Tensor, list[dict]]:
-        """int32 [H, W] map of segment ids (0: void), and per segment id, isthing, category_id, score and area."""
-        num_things, ids = self.bank.num_things, self.category_ids
-        segments = [
-            {"id": i, "isthing": c < num_things, "category_id": ids[c], "score": score, "area": area}
-            for i, (score, c, area) in enumerate(zip(scores.tolist(), labels.tolist(), areas.tolist()), start=1)
-            if area
-        ]
-        return segment_map, segments
-
     def _semantic_tensors(self, class_logits, mask_logits, geometry, options, pixels) -> tuple[torch.Tensor, ...]:
         if class_logits is None:  # each kernel is a class
             return (resize(mask_logits.flatten(0, -3), geometry).unflatten(0, mask_logits.shape[:-2]),)
         return (semantic_scores(class_logits, mask_logits, self.class_mask, geometry),)
 
-    def _sem_seg(self, geometry: ImageGeometry, scores: torch.Tensor) -> torch.Tensor:
-        """[K, H, W] scores."""
-        return scores
 
-
-class _Output(NamedTuple):
-    """How an output is made: its tensors from logits, and from them the result in Detectron2's form."""
-
-    tensors: Callable[..., tuple[torch.Tensor, ...]]
-    result: Callable[..., Any]
-
-
-_OUTPUTS = {
-    "instances": _Output(PostProcessor._instance_tensors, PostProcessor._instances),
-    "panoptic_seg": _Output(PostProcessor._panoptic_tensors, PostProcessor._panoptic_seg),
-    "sem_seg": _Output(PostProcessor._semantic_tensors, PostProcessor._sem_seg),
+_TENSORS: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
+    "instances": PostProcessor._instance_tensors,
+    "panoptic_seg": PostProcessor._panoptic_tensors,
+    "sem_seg": PostProcessor._semantic_tensors,
 }
+
+
+def as_result(
+    output: str, tensors: Sequence[torch.Tensor], size: tuple[int, int], num_things: int, category_ids: Sequence[int]
+) -> Any:
+    """The tensors of a result of one image, see :meth:`PostProcessor.tensors`, in Detectron2's form.
+
+    Args:
+        size: (height, width) of the image.
+        category_ids: contiguous ids of the classes in the data set's metadata; the first ``num_things`` are things.
+
+    Returns:
+        "instances": Instances with pred_boxes, scores (falling), pred_classes and bool pred_masks, maybe none.
+        "panoptic_seg": int32 [H, W] map of segment ids (0: void); of each id, isthing, category_id, score, area.
+        "sem_seg": the tensor as it is.
+    """
+    if output == "instances":
+        scores, labels, boxes, masks = tensors[:4]
+        return Instances(size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=labels, pred_masks=masks)
+    if output == "sem_seg":
+        return tensors[0]
+    segment_map, *columns = tensors[:4]
+    rows = enumerate(zip(*(x.tolist() for x in columns)), start=1)
+    segments = [
+        {"id": i, "isthing": c < num_things, "category_id": category_ids[c], "score": score, "area": area}
+        for i, (score, c, area) in rows
+        if area
+    ]
+    return segment_map, segments
 
 
 def pixel_functions(mask_logits: torch.Tensor) -> PixelFunctions:
