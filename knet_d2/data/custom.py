@@ -315,7 +315,7 @@ def checked_entry(entry: Any, where: str) -> dict[str, Any]:
     unknown = sorted(set(entry) - set(keys))
     if unknown:
         raise ConfigError(f"{where}: unknown key {unknown[0]!r}; type {kind} has the keys {', '.join(keys)}.")
-    checked = {}
+    checked: dict[str, Any] = {}
     for key, (required, types) in keys.items():
         if key not in entry:
             if required:
