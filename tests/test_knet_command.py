@@ -435,6 +435,10 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     assert threshold_options(None, ["MODEL.WEIGHTS", output])[1::2] == ["0.22", "0.22"]
     assert threshold_options(None, ["MODEL.WEIGHTS", final])[1::2] == ["0.22", "0.22"]
     assert threshold_options(None, ["MODEL.WEIGHTS", str(tmp_path)])[1::2] == ["0.3", "0.3"]
+    with monkeypatch.context() as patch:
+        patch.chdir(output)
+        assert threshold_options(None, ["MODEL.WEIGHTS", "model_final.pth"])[1::2] == ["0.22", "0.22"]
+        assert threshold_options(None, ["MODEL.WEIGHTS", "lite0_fruits"])[1::2] == ["0.3", "0.3"]
     target = str(tmp_path / "pictures")
     photo = str(root / "images" / "000000.jpg")
     result = str(tmp_path / "result.json")

@@ -103,7 +103,9 @@ def threshold_options(confidence_threshold: float | None, opts: Sequence[str]) -
     """
     if confidence_threshold is None:
         weights = dict(zip(opts[0::2], opts[1::2])).get("MODEL.WEIGHTS", "")
-        recommended = recommended_threshold(weights if os.path.isdir(weights) else os.path.dirname(weights))
+        is_local = os.path.exists(weights)  # the report in the working folder is not that of a model with a name
+        folder = weights if os.path.isdir(weights) else os.path.dirname(weights)
+        recommended = recommended_threshold(folder) if is_local else None
         confidence_threshold = _USUAL_THRESHOLD if recommended is None else recommended
     check_threshold(confidence_threshold)
     threshold = str(confidence_threshold)
