@@ -236,11 +236,25 @@ def test_the_warm_up_of_a_shorter_run_is_shorter(tmp_path, options, warmup):
     assert args.opts == [*options, *warmup]
 
 
-def test_names_are_for_masks_alone(tmp_path):
+def test_names_of_categories_follow_their_ids(tmp_path):
     root = _root(tmp_path)
     write_images(root)
-    (root / "result.json").write_text(json.dumps(instances_json()))
-    with pytest.raises(DataError, match=r"--names a,b: COCO's .*result\.json have names already"):
+    content = instances_json()
+    content["categories"] = [{"id": 9, "name": "object"}, {"id": 3, "name": "thing"}]
+    for i, annotation in enumerate(content["annotations"]):
+        annotation["category_id"] = (9, 3)[i % 2]
+    (root / "result.json").write_text(json.dumps(content))
+    found = find_annotations(str(root), names=["moth", "butterfly"])
+    assert sum(_number_of_images(found)) == NUM_IMAGES
+    assert MetadataCatalog.get(found.train[0]).thing_classes == ["moth", "butterfly"]
+    with pytest.raises(AssertionError, match=r"\(moth\) are not as many as the categories.*order: thing, object\."):
+        _number_of_images(find_annotations(str(root.rename(tmp_path / "other")), names=["moth"]))
+
+
+def test_names_are_for_annotations_without_them(tmp_path):
+    root = _root(tmp_path)
+    write_tool(root, "labelme", "x")
+    with pytest.raises(DataError, match="--names a,b: .* have names already"):
         find_annotations(str(root), names=["a", "b"])
 
 

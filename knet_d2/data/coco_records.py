@@ -26,10 +26,11 @@ _ANNOTATION_KEYS = ("id", "image_id", "category_id")
 def instance_records(path: str, image_root: str, name: str) -> list[dict]:
     """Read an instances JSON into the records that Detectron2's load_coco_json returns.
 
-    The classes are written into the metadata of the data set ``name``.
+    The classes are written into the metadata of the data set ``name``. Where that has ``category_names``, these replace
+    the names of the JSON.
 
     Raises:
-        DataError: the JSON is wrong; names the file and the place.
+        DataError: the JSON is wrong, or has another number of categories; names the file and the place.
     """
     return records_of_content(read_coco_json(path, image_root), path, image_root, name)
 
@@ -41,7 +42,12 @@ def records_of_content(content: dict[str, Any], path: str, image_root: str, name
     metadata = MetadataCatalog.get(name)
     ordered = sorted(content["categories"], key=lambda category: category["id"])
     contiguous = {category["id"]: i for i, category in enumerate(ordered)}
-    metadata.thing_classes = [category["name"] for category in ordered]
+    metadata.thing_classes = metadata.get("category_names") or [category["name"] for category in ordered]
+    if len(metadata.thing_classes) != len(ordered):
+        raise DataError(
+            f"{path}: the names for {name} ({', '.join(metadata.thing_classes)}) are not as many as the categories. "
+            f"Name each of these, in this order: {', '.join(str(category['name']) for category in ordered)}."
+        )
     metadata.thing_dataset_id_to_contiguous_id = contiguous
     of_image: dict[Any, list[dict]] = {image["id"]: [] for image in content["images"]}
     ids = set()

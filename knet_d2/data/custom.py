@@ -80,7 +80,9 @@ def _check_limit(cfg: CfgNode, names: set[str]) -> None:
 
 def _register_instance(name: str, entry: dict[str, Any]) -> Loader:
     json_file, images = entry["json"], entry["images"]
-    MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
+    metadata = MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
+    if "classes" in entry:
+        metadata.category_names = _class_list(entry)
     return lambda: instance_records(json_file, images, name)
 
 
@@ -154,7 +156,9 @@ COMMON_KEYS: Keys = {
     "group_by": (False, (str,)),
 }
 FORMATS: dict[str, Format] = {
-    "coco_instance": Format(_register_instance, {"json": (True, _PATH), "images": (True, _PATH)}),
+    "coco_instance": Format(
+        _register_instance, {"json": (True, _PATH), "images": (True, _PATH), "classes": (False, (str, list, tuple))}
+    ),
     "coco_panoptic": Format(
         _register_panoptic,
         {

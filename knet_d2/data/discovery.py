@@ -54,8 +54,8 @@ def find_annotations(folder: str, task: str | None = None, names: Sequence[str] 
         folder: a folder with images and annotations in one of the formats of docs/DATASETS.md; or one annotation file,
             whose images are searched in its folder.
         task: "instance", "panoptic" or "semantic"; None: what the annotations that are found first are for.
-        names: of the classes of label maps, in the order of their values; or the name of the only class, where the
-            annotations name none. Others have names already.
+        names: of the classes of label maps, in the order of their values; of COCO's categories, in the order of their
+            ids; or the name of the only class, where the annotations name none. Others have names already.
 
     Raises:
         DataError: there is no such folder, or nothing is found that fits the task or the names.
@@ -74,7 +74,7 @@ def find_annotations(folder: str, task: str | None = None, names: Sequence[str] 
                 if isinstance(parts, DataError):
                     raise parts
                 if names:
-                    _name_one_class(parts.values(), names, what)
+                    _name_classes(parts.values(), names, what)
                 return _found(name, kind, what, parts)
             others.append(f"{what} (task {kind})")
     if others:
@@ -85,10 +85,10 @@ def find_annotations(folder: str, task: str | None = None, names: Sequence[str] 
     )
 
 
-def _name_one_class(entries: Iterable[dict[str, Any]], names: Sequence[str], what: str) -> None:
-    """Give the name of the only class to annotations that need not name it; label maps have theirs already."""
+def _name_classes(entries: Iterable[dict[str, Any]], names: Sequence[str], what: str) -> None:
+    """Give names to COCO's categories, or one to annotations that need not name it; label maps have theirs already."""
     for entry in entries:
-        if entry["type"] in _UNNAMED and len(names) == 1:
+        if entry["type"] == "coco_instance" or (entry["type"] in _UNNAMED and len(names) == 1):
             entry["classes"] = list(names)
         elif "label_values" not in entry:
             raise DataError(f"--names {','.join(names)}: {what} have names already. Leave it out.")

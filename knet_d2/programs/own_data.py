@@ -26,8 +26,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: text.split(","),
         default=[],
         metavar="NAME,NAME",
-        help="of the classes of masks in --data, in the order of their values, as membrane,cell for 0 and 255; or of "
-        "objects without a class",
+        help="of the classes of masks in --data, in the order of their values, as membrane,cell for 0 and 255; of "
+        "objects without a class; or of COCO's categories, in the order of their ids",
     )
     parser.add_argument(
         "--recipe", metavar="FILE", help="config file that --data starts from; default: by task and device"
