@@ -250,7 +250,11 @@ def test_semantic_metrics_are_those_of_the_evaluator(root):
         assert [row.values[0], row.values[2]] == pytest.approx(expected)
     predicted = np.bincount(np.concatenate([x["sem_seg"].argmax(0).numpy().ravel() for x in maps]), minlength=7)
     assert (section.confusion.sum(axis=1)[:-1] <= predicted).all() and section.confusion[-1].sum() == 0
-    assert section.confusion.sum() == sum(row.values[3] for row in section.rows) > 0.9 * predicted.sum()
+    total = section.confusion.sum()
+    assert total == sum(row.values[5] for row in section.rows) > 0.9 * predicted.sum()
+    shares = [[row.values[3], row.values[4]] for row in section.rows]
+    counts = np.stack([section.confusion[:, :-1].sum(axis=0), section.confusion[:-1].sum(axis=1)], axis=1)
+    assert shares == pytest.approx(100 * counts / total)
 
 
 # ---- intervals ----

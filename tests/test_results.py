@@ -198,7 +198,16 @@ def test_rows_of_csv(tmp_path):
     sink.close()
     things, stuff = csv.DictReader(path.read_text().splitlines())
     score, box = f"{segments[0].score:.4f}", {"x": "7", "y": "5", "width": "20", "height": "20"}
-    assert things == {"image": "a, b.jpg", "class": "thing", "score": score, "area": "400", **box, "track": "3"}
+    share = {"share": f"{400 / 2000:.6f}"}
+    assert things == {
+        "image": "a, b.jpg",
+        "class": "thing",
+        "score": score,
+        "area": "400",
+        **share,
+        **box,
+        "track": "3",
+    }
     assert (stuff["class"], stuff["score"], stuff["area"], stuff["track"]) == ("stuff", "", "81", "")
 
 

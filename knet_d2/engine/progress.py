@@ -43,6 +43,7 @@ def start_log(folder: str) -> None:
                 handler.setLevel(logging.INFO)
             else:
                 handler.setFormatter(plain)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no GPU is nothing to warn of
     logging.getLogger(__name__).debug("Environment:\n%s", collect_env_info())
 
 

@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import math
 import os
 import sqlite3
 import tempfile
@@ -179,12 +180,12 @@ class JsonFile(Sink):
 
 
 class CsvFile(Sink):
-    """Writes a row for each segment of the main output: its class, score, area and box in pixels.
+    """Writes a row for each segment of the main output: its class, score, area and box in pixels, share of the image.
 
     The score is empty where segments have none, and the track where nothing is followed.
     """
 
-    COLUMNS = ("image", "class", "score", "area", "x", "y", "width", "height", "track")
+    COLUMNS = ("image", "class", "score", "area", "share", "x", "y", "width", "height", "track")
 
     def __init__(self, path: str, classes: ClassTable):
         """
@@ -196,9 +197,11 @@ class CsvFile(Sink):
         self._rows.writerow(self.COLUMNS)
 
     def write(self, frame: Frame, predictions: Mapping[str, Prediction]) -> None:
-        for x in next(iter(predictions.values())).segments:
+        prediction = next(iter(predictions.values()))
+        for x in prediction.segments:
             score = "" if x.score is None else f"{x.score:.4f}"
-            self._rows.writerow([frame.name, self._names[x.label], score, x.area, *x.box, x.track_id])
+            share = f"{x.area / math.prod(prediction.size):.6f}"
+            self._rows.writerow([frame.name, self._names[x.label], score, x.area, share, *x.box, x.track_id])
 
     def close(self) -> None:
         self._file.close()

@@ -123,7 +123,10 @@ def build_sinks(
         sinks.append(masks)
         if predictor.outputs[0] != "instances":
             values = [*map("{0[0]} {0[1]}".format, enumerate(classes.names)), f"{masks.void} none"]
-            logger.info(f"Values of the masks in {args.masks}: {', '.join(values)}.")
+            logger.info(
+                f"Values of the masks in {args.masks}: {', '.join(values)}. Such small numbers look black. "
+                "knet annotate --format png writes the values of your own masks instead."
+            )
     return sinks or [Window(milliseconds=0)]
 
 

@@ -88,7 +88,10 @@ def progress_of(cfg: CfgNode) -> str:
 def next_steps(folder: str) -> str:
     """What a user can do with the model of a training run, as commands."""
     name = shlex.quote(folder)
-    steps = [f"knet predict {name} PHOTOS --output {name}/pictures", f"knet export {name} {name}/model.onnx"]
+    steps = [
+        f"knet predict {name} PHOTOS --output {name}/pictures --csv {name}/objects.csv",
+        f"knet export {name} {name}/model.onnx",
+    ]
     if os.path.isfile(os.path.join(folder, REPORT)):
         steps.insert(0, f"open {folder}/{REPORT} in a browser")
     return "\n  ".join([f"The model is in {folder}. What is next:", *steps]) + "\n"

@@ -50,11 +50,12 @@ def semantic_section(names: Sequence[str], confusion: np.ndarray, images: Mappin
     resampled = 100 * _iou((draws @ counts.reshape(len(counts), -1)).reshape(len(draws), len(names), 3))
     right, true, predicted = counts.sum(axis=0).T
     iou = 100 * _iou(counts.sum(axis=0))
-    columns = (iou, 100 * ratio(right, predicted), 100 * ratio(right, true), true, predicted)
+    shares = (100 * x / max(true.sum(), 1) for x in (true, predicted))
+    columns = (iou, 100 * ratio(right, predicted), 100 * ratio(right, true), *shares, true)
     return Section(
         title="Semantic segmentation",
         metrics=[Metric("mIoU", float(mean_of_classes(iou)), interval(mean_of_classes(resampled)))],
-        columns=("IoU", "precision", "recall", "pixels", "predicted pixels"),
+        columns=("IoU", "precision", "recall", "% of the pixels", "% predicted", "pixels"),
         rows=[
             ClassRow(name, interval(resampled[:, i]), tuple(float(x[i]) for x in columns))
             for i, name in enumerate(names)
@@ -62,7 +63,8 @@ def semantic_section(names: Sequence[str], confusion: np.ndarray, images: Mappin
         names=list(names),
         confusion=np.pad(confusion, (0, 1)),
         notes=[
-            "Pixels are counted, without those that are ignored.",
+            "Pixels are counted, without those that are ignored. Where the two shares of a class differ, areas that "
+            "this model measures are too large or too small by as much.",
             f"The intervals come from {len(draws)} draws of the {len(images)} images.",
         ],
         curves=[],
