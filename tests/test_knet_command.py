@@ -310,7 +310,7 @@ def test_an_image_that_is_annotated_and_missing(tmp_path, capsys, monkeypatch):
         f"{root.name}_{part}.jpg" for part in ("train", "val")
     }
     assert sorted(map(os.path.basename, drawn)) == [f"{stem(i)}.jpg" for i in range(2)]  # each in one part
-    with pytest.raises(DataError, match=r"fixed\.json\)\. Correct or remove it\.$"):
+    with pytest.raises(DataError, match=r"annotations without them\. Correct or remove it\.$"):
         load_dataset(f"{root.name}_train")
     assert [x["file_name"] for x in json.loads(fixed.read_text())["images"]] == [f"{stem(i)}.jpg" for i in range(2)]
     with pytest.raises(DataError, match="Name one of them: --data FILE"):  # two files for one part
@@ -318,6 +318,39 @@ def test_an_image_that_is_annotated_and_missing(tmp_path, capsys, monkeypatch):
         find_annotations(str(root))
     found = find_annotations(str(fixed))
     assert found.entries[0]["name"] == "fixed" and _number_of_images(found) == [1, 1]
+
+
+@pytest.mark.parametrize("tool", ["VIA 2", "COCO"])
+def test_training_without_images_that_are_missing(tmp_path, capsys, tool):
+    root, output = _root(tmp_path), tmp_path / "out"
+    if tool == "COCO":
+        write_images(root)
+        (root / "result.json").write_text(json.dumps(instances_json()))
+    else:
+        write_tool(root, tool, "x")
+    next(root.glob(f"**/{stem(0)}.jpg")).unlink()
+    args = parse(train.get_parser(), ["--data", str(root), "--output", str(output), "--leave-out-missing"])
+    before = find_annotations(str(root))
+    use_data(args, ("output", "leave_out_missing"))
+    assert f"Left out 1 of the annotated images, which do not exist: {stem(0)}.jpg." in capsys.readouterr().out
+    config = yaml.safe_load((output / "data_config.yaml").read_text())["DATASETS"]
+    (entry,) = config["CUSTOM"]
+    assert entry["type"] == "coco_instance" and entry.pop("validation") == before.entries[0]["validation"]
+    content = json.loads((output / f"{root.name}.json").read_text())
+    assert [x["file_name"] for x in content["images"]] == [f"{stem(i)}.jpg" for i in range(1, NUM_IMAGES)]
+    assert {x["image_id"] for x in content["annotations"]} == {x["id"] for x in content["images"]}
+    cfg = data_cfg("instance", custom=(entry,), resolve=False)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (entry["name"],), ()
+    report = check_datasets(cfg)
+    assert not report.failed, report.text()
+
+
+def test_missing_images_of_label_maps_are_not_left_out(tmp_path):
+    root = _root(tmp_path)
+    _write_masks(root, [[0, 255]] * 4)
+    args = parse(train.get_parser(), ["--data", str(root), "--output", str(tmp_path / "run"), "--leave-out-missing"])
+    with pytest.raises(ConfigError, match="--leave-out-missing: is for annotations of objects"):
+        use_data(args, ("output", "leave_out_missing"))
 
 
 def test_label_maps_with_names(tmp_path):
@@ -385,7 +418,7 @@ def test_pipes_and_devices_are_no_files(tmp_path):
 
 
 def test_what_is_not_found(tmp_path):
-    with pytest.raises(DataError, match="this folder does not exist"):
+    with pytest.raises(DataError, match="there is no such folder or file"):
         find_annotations(str(tmp_path / "nowhere"))
     write_images(tmp_path / "images")
     with pytest.raises(DataError, match="no annotations were found. knet docs DATASETS"):
@@ -463,10 +496,10 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     assert f"Wrote the results of 1 image to {target}, {result}." in printed
     number = len(found["images"][0]["instances"])
     threshold = "(--confidence-threshold 0; the training run's report recommends 0.22)"
-    assert number > 1 and f"Found {number} objects in 1 image, 0 of them with none {threshold}." in printed
+    assert number > 1 and f"Found {number} objects in 1 image {threshold}." in printed
     assert os.listdir(target) == ["000000.jpg"] and found["images"]
     assert knet_command.main(["predict", output, photo, "--output", target, "--confidence-threshold", "0.99"]) == 0
-    assert "Found 0 objects in 1 image, 1 of them with none (--confidence" in capsys.readouterr().out
+    assert "Found 0 objects in 1 image, none in 1 of them (--confidence" in capsys.readouterr().out
     assert knet_command.main(["predict", output, photo, "--output", target]) == 0
     assert "(--confidence-threshold 0.22, as the training run's report recommends)" in capsys.readouterr().out
     assert knet_command.main(["check", *arguments]) == 0
@@ -568,7 +601,7 @@ def test_recipes_exist_and_depend_on_the_device():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["train", "--data", "nowhere"], "Error: --data nowhere: this folder does not exist"),
+        (["train", "--data", "nowhere"], "Error: --data nowhere: there is no such folder or file"),
         (["train", "--data", "x", "--config-file", "c.yaml"], "Error: --data x writes a config: leave out"),
         (["train", "--task", "semantic"], "Error: --task: only training on --data has this option"),
         (["train", "--no-check"], "Error: --no-check: only training on --data has this option"),

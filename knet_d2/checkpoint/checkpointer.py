@@ -185,12 +185,14 @@ class Checkpointer(DetectionCheckpointer):
         self._log_report(path, layout)
 
     def _log_report(self, path: str, layout: Layout) -> None:
-        """Log what became of each parameter; at level DEBUG if a backbone is complete and only the rest is new."""
+        """Log what became of each parameter: a line if all are loaded, or only what is new behind a backbone is not."""
         report, table = self.report, f"{path}\n{self.report.as_text()}"
         lacking = [*(x.name for x in report.other_shape), *report.missing]
         if layout.scope == "backbone" and not any(name.startswith(layout.backbone_prefix) for name in lacking):
             self.logger.info(f"{path}: {report.in_brief()}")
             self.logger.debug(table)
+        elif not (lacking or report.reshaped or report.unexpected or report.ignored):
+            self.logger.info(f"{path}: all {len(report.loaded)} parameters are loaded (file: {report.layout}).")
         elif report.other_shape or report.missing_in_evaluation():
             self.logger.warning(table)
         else:

@@ -42,9 +42,8 @@ _MARGIN_PIXELS, _MARGIN_PART = 20.0, 0.5
 _SIDES = ("height", "width")
 # What to do about an image that is annotated and has no file
 MISSING_IMAGE = (
-    "Add the file, or correct its name or the folder of images. To leave such images out, write annotations "
-    "without them (knet check --data my_photos --fix my_photos/fixed.json) and use these (knet train --data "
-    "my_photos/fixed.json)."
+    "Add the file, or correct its name or the folder of images. To train without such images, add --leave-out-missing "
+    "to knet train --data; knet check --fix FILE.json writes annotations without them."
 )
 
 

@@ -61,7 +61,7 @@ def find_annotations(folder: str, task: str | None = None, names: Sequence[str] 
         DataError: there is no such folder, or nothing is found that fits the task or the names.
     """
     if not os.path.exists(folder):
-        raise DataError(f"--data {folder}: this folder does not exist. Name the folder of your images and annotations.")
+        raise DataError(f"--data {folder}: there is no such folder or file. Name that of your images and annotations.")
     folder = os.path.abspath(folder)
     is_file = os.path.isfile(folder)
     name = re.sub(r"\W+", "_", os.path.splitext(os.path.basename(folder))[0] if is_file else os.path.basename(folder))

@@ -206,7 +206,8 @@ def what_was_found(counts: Sequence[int], unit: str, predictor: ImagePredictor) 
     best = recommended_threshold(os.path.dirname(predictor.cfg.MODEL.WEIGHTS))
     recommended = f", as {_REPORT} recommends" if best == used else f"; {_REPORT} recommends {best}"
     other = "" if best is None else recommended
+    nothing = f", none in {counts.count(0)} of them" if 0 in counts else ""
     return (
-        f"Found {sum(counts)} object{'s' * (sum(counts) != 1)} in {len(counts)} {unit}{'s' * (len(counts) != 1)}, "
-        f"{counts.count(0)} of them with none (--confidence-threshold {used:g}{other})."
+        f"Found {sum(counts)} object{'s' * (sum(counts) != 1)} in {len(counts)} {unit}{'s' * (len(counts) != 1)}"
+        f"{nothing} (--confidence-threshold {used:g}{other})."
     )

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import yaml
@@ -10,9 +11,17 @@ import yaml
 from ..config import get_knet_cfg
 from ..config.files import get_config_file
 from ..config.merging import merge_config
+from ..data.coco_json import parse_json
+from ..data.coco_mending import MISSING_IMAGE, for_other_programs, leave_out_missing_images
+from ..data.custom import COMMON_KEYS
 from ..data.discovery import Found, find_annotations
+from ..data.files import write_json
+from ..data.formats import READERS, read_annotations
 from ..errors import ConfigError
 from ..tasks import TASKS
+
+# Names of images in a message
+_MOST_NAMED = 5
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,12 +69,47 @@ def use_data(args: argparse.Namespace, others: Sequence[str] = ()) -> str | None
     recipe = args.recipe or choose_recipe(found.task, options.get("MODEL.DEVICE"))
     name = os.path.basename(os.path.abspath(args.data))
     folder = args.output or os.path.join("output", os.path.splitext(name)[0] if os.path.isfile(args.data) else name)
+    if getattr(args, "leave_out_missing", False):
+        found = without_missing_images(found, folder)
     args.config_file = write_config(found, recipe, folder)
     args.opts += _warmup_of_shorter_run(args.config_file, options)
     print(f"Found {found.what}.\nWrote {args.config_file}:\n")
     with open(args.config_file, encoding="utf-8") as f:
         print(f.read())
     return folder
+
+
+def without_missing_images(found: Found, folder: str) -> Found:
+    """Write the annotations of the images that exist into ``folder``, in COCO's format, and name these instead.
+
+    Raises:
+        ConfigError: the annotations are not of objects.
+        DataError: there is something else that can't be read.
+    """
+    entries, missing = [], []
+    for entry in found.entries:
+        if entry["type"] in READERS:
+            reader, read = READERS[entry["type"]], read_annotations(entry)
+            content, root = read.without(MISSING_IMAGE).checked(reader.source(entry)), reader.images(entry)
+            missing += [os.path.relpath(path, root) for path, _, what in read.errors if MISSING_IMAGE in what]
+            kept: dict[str, Any] = {key: entry[key] for key in COMMON_KEYS if key in entry}
+        elif entry["type"] == "coco_instance":
+            root, kept = entry["images"], entry
+            content = dict(parse_json(entry["json"], root)[0])  # others share what is parsed
+            missing += leave_out_missing_images(content, root)
+        else:
+            raise ConfigError(f"--leave-out-missing: is for annotations of objects, and not for {found.what}.")
+        path = os.path.join(folder, f"{entry['name']}.json")
+        os.makedirs(folder, exist_ok=True)
+        write_json(path, for_other_programs(content))
+        entries.append({**kept, "type": "coco_instance", "json": path, "images": root})
+    named = ", ".join([*missing[:_MOST_NAMED], *["..."] * (len(missing) > _MOST_NAMED)])
+    print(
+        f"Left out {len(missing)} of the annotated images, which do not exist: {named}."
+        if missing
+        else "No image is missing."
+    )
+    return found._replace(entries=entries)
 
 
 def _warmup_of_shorter_run(config_file: str, options: dict[str, str]) -> list[str]:

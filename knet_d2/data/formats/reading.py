@@ -1,5 +1,7 @@
 """The table of readers, and the steps that follow every reader: ids, sizes, boxes, areas and checks."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -72,6 +74,10 @@ class Annotations(NamedTuple):
     content: dict[str, Any]
     notes: list[Mend]
     errors: list[tuple[str, str, str]]
+
+    def without(self, reason: str) -> Annotations:
+        """The annotations without the errors for a reason, a part of what is wrong."""
+        return self._replace(errors=[x for x in self.errors if reason not in x[2]])
 
     def checked(self, source: str) -> dict[str, Any]:
         """Return the content.
