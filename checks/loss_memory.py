@@ -83,7 +83,7 @@ def measure(args: argparse.Namespace, num_points: int | None, results) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    # glibc gives large tensors back at once then; else it keeps some, by chance, and a run differs from the next by 100 MiB
+    # glibc gives large tensors back at once then; else it keeps some, and a run differs from the next by 100 MiB
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "500000"
     context = multiprocessing.get_context("spawn")
     for number, name in ((0, "every pixel"), (args.points, f"{args.points} points"), (None, "without losses")):
