@@ -174,6 +174,26 @@ def test_the_gpu_s_comparison_on_fake_tensors(monkeypatch, capsys):
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
+def test_a_semantic_model(tmp_path):
+    small = f"{SMALL},MODEL.SEM_SEG_HEAD.CONVS_DIM=64,MODEL.KNET.UPDATE_HEAD.FEATURE_DIM=64"
+    spec = f"ade20k/semantic/knet_upernet_r50_80k.yaml,{small}"
+    options = [
+        "--rounds",
+        "1",
+        "--warmup",
+        "0",
+        "--size",
+        "64x96",
+        "--threads",
+        "1",
+        "--json",
+        str(tmp_path / "a.json"),
+    ]
+    run_benchmark(["--models", spec, *options])
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert row["giga_multiply_adds"] > 0.1 and set(row["parts"]) >= {"static kernels", "stage 3", "post-processing"}
+
+
 def test_operations_of_a_convolution():
     conv, x = nn.Conv2d(4, 6, 3, padding=1), torch.zeros(2, 4, 8, 10)
     assert measure.count_operations(lambda: conv(x)) * 1e9 == pytest.approx(2 * 8 * 10 * 6 * 4 * 9)

@@ -76,6 +76,8 @@ def compare(args: argparse.Namespace, setting: dict[str, Any]) -> list[dict[str,
     runs, rows = [], []
     with precision(setting["precision"], device):
         for subject in subjects:
+            if not train:  # torch's counter fails without gradients for a parameter that is a module's argument
+                subject.model.requires_grad_(False)
             run, findings = _prepare(subject, setting, output_size, train)
             runs.append(run)
             row = {**setting, "model": subject.name, "batch": len(run.inputs), "output": output_size}
