@@ -20,7 +20,8 @@ from panopticapi.evaluation import pq_compute
 from panopticapi.utils import id2rgb
 from PIL import Image
 
-from knet_d2.data import load_dataset
+from knet_d2.data import load_dataset, register_custom_datasets, resolve_classes
+from knet_d2.data.classes import class_table
 from knet_d2.data.coco_json import check_for_evaluation
 from knet_d2.data.shapes import STUFF_CLASSES, THING_CLASSES, write_shapes
 from knet_d2.errors import ConfigError, DataError
@@ -31,7 +32,7 @@ from knet_d2.evaluation import (
     best_metric,
     build_evaluators,
 )
-from knet_d2.evaluation.semantic import mean_iou
+from knet_d2.evaluation.semantic import SegmentClassEvaluator, mean_iou
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,35 @@ def test_panoptic_quality_closed_form(tmp_path):
     assert (results["SQ_th"], results["RQ_th"]) == pytest.approx((75, 50))
     assert results["PQ_st"] == pytest.approx(100 * stuff_iou)
     assert results["PQ"] == pytest.approx((results["PQ_th"] + results["PQ_st"]) / 2)
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+def test_classes_of_pixels_from_panoptic_segments(tmp_path, task):
+    """A quarter of a cow is taken for grass: IoU 12 / 16 and 47 / 51; one pixel is void."""
+    truth = np.full((8, 8), 3)
+    truth[:4, :4], truth[7, 7] = 1, 0
+    categories = [{"id": 40, "name": "grass", "isthing": 0}, {"id": 7, "name": "cow", "isthing": 1}]
+    name = _tiny_panoptic(tmp_path, categories, [(truth, [(1, 7), (3, 40)])])
+    cfg = data_cfg(task, resolve=False)
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+    cfg.MODEL.KNET.TEST.OUTPUTS = ["sem_seg"]
+    resolve_classes(cfg)
+    cow, grass = (class_table(cfg).names.index(x) for x in ("cow", "grass"))
+    predicted = torch.full((8, 8), grass)
+    predicted[:4, :3] = cow
+    (evaluator,) = build_evaluators(cfg, name, str(tmp_path / "out"))
+    evaluator.reset()
+    evaluator.process(load_dataset(name), [{"sem_seg": torch.nn.functional.one_hot(predicted, 2).movedim(-1, 0)}])
+    metrics = evaluator.evaluate()["sem_seg"]
+    assert (metrics["IoU-cow"], metrics["IoU-grass"]) == pytest.approx((75, 100 * 47 / 51))
+    assert metrics["mIoU"] == pytest.approx((75 + 100 * 47 / 51) / 2)
+    (section,) = evaluator.sections
+    assert sorted(section.names) == ["cow", "grass"] and section.confusion.sum() == 63
+    written = json.loads((tmp_path / "out" / "sem_seg_predictions.json").read_text())
+    assert [(x["category_id"], int(mask_util.area(x["segmentation"]))) for x in sorted(written, key=str)] == [
+        (40, 52),
+        (7, 12),
+    ]
 
 
 @pytest.mark.parametrize("isthing", [0, 1])
@@ -584,8 +614,13 @@ def test_evaluators_follow_the_data_set_and_the_outputs(root, panoptic, caplog):
         assert [type(x) for x in build_evaluators(cfg, cfg.DATASETS.TRAIN[0])] == [expected]
     both = panoptic[0].clone()
     both.MODEL.KNET.TEST.OUTPUTS = ["panoptic_seg", "sem_seg"]
-    assert [type(x) for x in build_evaluators(both, panoptic[1])] == [PanopticEvaluator]
-    assert "no ground truth for the model's output 'sem_seg'" in caplog.text
+    assert [type(x) for x in build_evaluators(both, panoptic[1])] == [PanopticEvaluator, SegmentClassEvaluator]
+    both.MODEL.KNET.TEST.OUTPUTS = ["panoptic_seg", "instances"]
+    alone = custom_entry("coco_panoptic", root)
+    both.DATASETS.CUSTOM = (alone,)
+    register_custom_datasets(both)
+    assert [type(x) for x in build_evaluators(both, alone["name"])] == [PanopticEvaluator]
+    assert "no ground truth for the model's output 'instances'" in caplog.text
     with pytest.raises(ConfigError, match=r"evaluator_type 'coco' can evaluate instances.*the outputs sem_seg"):
         build_evaluators(semantic, instance.DATASETS.TRAIN[0])
 

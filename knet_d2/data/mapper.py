@@ -159,6 +159,12 @@ class KNetDatasetMapper:
         needs = "sem_seg" in self.task.annotations and "sem_seg_file_name" in record
         return needs and not self._is_read_from_png(record)
 
+    def labels(self, record: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+        """The model's class of each pixel of an image as it is, uint8 [H, W], or the ignore value."""
+        if self._is_read_from_png(record):
+            return self._segment_labels(record, read_panoptic_segments(record, size)[1])
+        return self._read_label_map(record, size)
+
     def label_map_classes(self, record: dict[str, Any]) -> set[int]:
         """Return the classes of the pixels in the label map of a record."""
         return set(np.unique(self._read_label_map(record, None)).tolist()) - {self.ignore_value}

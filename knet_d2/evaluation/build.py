@@ -29,7 +29,7 @@ from ..video.evaluators import VideoInstanceEvaluator, VideoPanopticEvaluator
 from .instance import InstanceEvaluator
 from .panoptic import PanopticEvaluator
 from .report import Section
-from .semantic import SemanticEvaluator
+from .semantic import SegmentClassEvaluator, SemanticEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ def _panoptic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
 
 def _semantic(cfg: CfgNode, name: str, folder: str | None) -> DatasetEvaluator:
     knet = cfg.MODEL.KNET
+    if not loaded_metadata(name).get("sem_seg_root") and loaded_metadata(name).get("panoptic_json"):
+        return SegmentClassEvaluator(cfg, name, folder)
     # Some label maps mark all things with one class "things", which has the label 0.
     separated = knet.NUM_THING_CLASSES and "things" in loaded_metadata(name).stuff_classes[:1]
     things = [0] * knet.NUM_THING_CLASSES if separated else knet.THING_CATEGORY_IDS
@@ -130,25 +132,25 @@ class _LVISEvaluator(_ByPackage, LVISEvaluator):
     package = "lvis"
 
 
-# evaluator_type -> output of the model -> (metadata key that the evaluator needs, builder).
-_PANOPTIC: dict[str, tuple[str, Builder]] = {
-    "panoptic_seg": ("panoptic_json", _panoptic),
-    "instances": ("json_file", _instance),
-    "sem_seg": ("sem_seg_root", _semantic),
+# evaluator_type -> output of the model -> (metadata keys, one of which the evaluator needs; builder).
+_PANOPTIC: dict[str, tuple[tuple[str, ...], Builder]] = {
+    "panoptic_seg": (("panoptic_json",), _panoptic),
+    "instances": (("json_file",), _instance),
+    "sem_seg": (("sem_seg_root", "panoptic_json"), _semantic),
 }
-EVALUATORS: dict[str, dict[str, tuple[str, Builder]]] = {
-    "coco": {"instances": ("thing_classes", _instance)},
+EVALUATORS: dict[str, dict[str, tuple[tuple[str, ...], Builder]]] = {
+    "coco": {"instances": (("thing_classes",), _instance)},
     "coco_panoptic_seg": _PANOPTIC,
     "cityscapes_panoptic_seg": _PANOPTIC,
-    "sem_seg": {"sem_seg": ("stuff_classes", _semantic)},
-    "lvis": {"instances": ("json_file", lambda cfg, name, folder: _LVISEvaluator(name, output_dir=folder))},
-    "cityscapes_instance": {"instances": ("gt_dir", lambda cfg, name, folder: _CityscapesInstanceEvaluator(name))},
+    "sem_seg": {"sem_seg": (("stuff_classes",), _semantic)},
+    "lvis": {"instances": (("json_file",), lambda cfg, name, folder: _LVISEvaluator(name, output_dir=folder))},
+    "cityscapes_instance": {"instances": (("gt_dir",), lambda cfg, name, folder: _CityscapesInstanceEvaluator(name))},
     "video_panoptic": {
-        "panoptic_seg": ("stuff_classes", _video_panoptic),
-        "instances": ("thing_classes", _video_instance),
+        "panoptic_seg": (("stuff_classes",), _video_panoptic),
+        "instances": (("thing_classes",), _video_instance),
     },
-    "video_instance": {"instances": ("thing_classes", _video_instance)},
-    "cityscapes_sem_seg": {"sem_seg": ("gt_dir", lambda cfg, name, folder: _CityscapesSemanticEvaluator(name))},
+    "video_instance": {"instances": (("thing_classes",), _video_instance)},
+    "cityscapes_sem_seg": {"sem_seg": (("gt_dir",), lambda cfg, name, folder: _CityscapesSemanticEvaluator(name))},
 }
 
 
@@ -196,8 +198,8 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, output_folder: str | None 
         load_dataset(dataset_name, "DATASETS.TEST")  # generates the files, or raises an error that names the file
     evaluators = []
     for output in outputs:
-        key, builder = EVALUATORS[kind].get(output, (None, None))
-        if key is not None and metadata.get(key):
+        keys, builder = EVALUATORS[kind].get(output, ((), None))
+        if builder is not None and any(metadata.get(key) for key in keys):
             evaluators.append(builder(cfg, dataset_name, output_folder))
         else:
             logger.warning("Data set %s has no ground truth for the model's output %r.", dataset_name, output)

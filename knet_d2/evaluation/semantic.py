@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -13,8 +14,9 @@ from detectron2.utils.logger import create_small_table
 
 from ..data import load_dataset
 from ..data.class_coverage import warn_of_absent_classes
+from ..data.classes import class_table
 from ..data.files import write_json
-from ..data.mapper import read_sem_seg
+from ..data.mapper import build_truth_mapper, read_sem_seg
 from ..data.segmentation import encode_mask
 from ..errors import DataError
 from .report.section import Section
@@ -55,8 +57,23 @@ class SemanticEvaluator(DatasetEvaluator):
         self._report = report
         self.sections: list[Section] = []
 
+    @property
+    def _names(self) -> list[str]:
+        """The classes of the ground truth."""
+        return self._metadata.stuff_classes
+
+    def _dataset_id(self, label: int) -> int:
+        ids = {v: k for k, v in (self._metadata.get("stuff_dataset_id_to_contiguous_id") or {}).items()}
+        return ids.get(label, label)
+
+    def _read(self, record: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+        """The ground truth: int64 [H, W], the number of classes where a pixel is ignored."""
+        number, ignored = len(self._names), self._metadata.get("ignore_label", 255)
+        labels = read_sem_seg(record, size, number, ignored)
+        return np.where(labels == ignored, number, labels)
+
     def reset(self) -> None:
-        size = len(self._metadata.stuff_classes) + 1  # the last row and column count ignored pixels
+        size = len(self._names) + 1  # the last row and column count ignored pixels
         self._confusion = np.zeros((size, size), np.int64)
         self._predictions: list[dict[str, Any]] = []
         self._counts: dict[str, PixelCounts] = {}
@@ -68,12 +85,11 @@ class SemanticEvaluator(DatasetEvaluator):
             inputs: dicts with "file_name".
             outputs: dicts with "sem_seg": scores [K, H, W] of the K classes of the model, or label maps [H, W].
         """
-        size, ignored = len(self._confusion), self._metadata.get("ignore_label", 255)
+        size = len(self._confusion)
         for image, output in zip(inputs, outputs, strict=True):
             scores = output["sem_seg"]
             predicted = self._class_ids[(scores if scores.dim() == 2 else scores.argmax(dim=0)).cpu().numpy()]
-            labels = read_sem_seg(self._records[image["file_name"]], predicted.shape, size - 1, ignored)
-            labels = np.where(labels == ignored, size - 1, labels)
+            labels = self._read(self._records[image["file_name"]], predicted.shape)
             pairs = np.bincount((size * predicted + labels).reshape(-1), minlength=size**2).reshape(size, size)
             self._confusion += pairs
             if self._report:
@@ -98,7 +114,7 @@ class SemanticEvaluator(DatasetEvaluator):
             raise DataError(f"Data set {self._dataset_name} has no labelled pixel. Check the labels that it ignores.")
         right, of_class = confusion.diagonal(), confusion.sum(axis=0)
         there = of_class > 0
-        names = self._metadata.stuff_classes
+        names = self._names
         warn_of_absent_classes(self._dataset_name, "pixel", names, there.nonzero()[0].tolist())
         accuracy, iou = np.full((2, len(confusion)), np.nan)
         accuracy[there] = right[there] / of_class[there]
@@ -126,13 +142,36 @@ class SemanticEvaluator(DatasetEvaluator):
 
     def _encode(self, predicted: np.ndarray, file_name: str) -> list[dict[str, Any]]:
         """Encode the predicted classes of one image in COCO's result format for stuff."""
-        contiguous = self._metadata.get("stuff_dataset_id_to_contiguous_id") or {}
-        dataset_ids = {v: k for k, v in contiguous.items()}
         results = []
         for label in np.unique(predicted).tolist():
-            category, segmentation = dataset_ids.get(label, label), encode_mask(predicted == label)
+            category, segmentation = self._dataset_id(label), encode_mask(predicted == label)
             results.append({"file_name": file_name, "category_id": category, "segmentation": segmentation})
         return results
+
+
+class SegmentClassEvaluator(SemanticEvaluator):
+    """The same for data sets without label maps, where a pixel has the class of its panoptic segment."""
+
+    def __init__(self, cfg: CfgNode, dataset_name: str, output_dir: str | None = None) -> None:
+        """
+        Args:
+            cfg: the config, with its classes resolved.
+            dataset_name, output_dir: see :class:`SemanticEvaluator`.
+        """
+        self._classes = class_table(cfg)
+        class_ids = list(range(len(self._classes.names)))
+        super().__init__(dataset_name, class_ids=class_ids, output_dir=output_dir, report=cfg.TEST.REPORT)
+        self._mapper = build_truth_mapper(cfg, [])
+
+    @property
+    def _names(self) -> list[str]:
+        return self._classes.names
+
+    def _dataset_id(self, label: int) -> int:
+        return self._classes.file_ids[label]
+
+    def _read(self, record: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+        return np.minimum(self._mapper.labels(record, size).astype(np.int64), len(self._names))
 
 
 def mean_iou(confusion: np.ndarray) -> float:
