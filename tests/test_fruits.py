@@ -13,6 +13,8 @@ from knet_d2.data import build_mapper, load_dataset
 from knet_d2.data.custom import register_custom_datasets
 from knet_d2.data.panoptic_writer import write_panoptic
 from knet_d2.errors import ConfigError, DataError
+from knet_d2.evaluation import build_evaluators
+from knet_d2.evaluation.semantic import SegmentClassEvaluator
 from knet_d2.programs import convert_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,6 +144,7 @@ def test_panoptic_and_semantic_photos_have_fruits_and_the_rest(monkeypatch):
     assert torch.equal(example["sem_seg"] == 3, ~objects.any(0)) and objects.any(0).float().mean() > 0.05
     semantic, same = records("semantic", monkeypatch, plain)
     assert semantic.MODEL.KNET.NUM_STUFF_CLASSES == 4
+    assert [type(x) for x in build_evaluators(semantic, semantic.DATASETS.TEST[0])] == [SegmentClassEvaluator]
     labels = build_mapper(semantic, True)(same[0])["sem_seg"][: objects.shape[1], : objects.shape[2]]
     for mask, label in zip(objects, example["instances"].gt_classes, strict=True):
         assert (labels[mask] == label).all()
