@@ -313,6 +313,7 @@ def test_an_image_that_is_annotated_and_missing(tmp_path, capsys, monkeypatch):
     with pytest.raises(DataError, match=r"annotations without them\. Correct or remove it\.$"):
         load_dataset(f"{root.name}_train")
     assert [x["file_name"] for x in json.loads(fixed.read_text())["images"]] == [f"{stem(i)}.jpg" for i in range(2)]
+    assert f"COCO's {fixed} (not read: VIA's {path})" in find_annotations(str(root)).what
     with pytest.raises(DataError, match="Name one of them: --data FILE"):  # two files for one part
         (root / "copy.json").write_text(fixed.read_text())
         find_annotations(str(root))

@@ -1,5 +1,6 @@
 """Finds the annotations in a folder and describes them as entries of DATASETS.CUSTOM."""
 
+import contextlib
 import csv
 import functools
 import io
@@ -69,13 +70,14 @@ def find_annotations(folder: str, task: str | None = None, names: Sequence[str] 
     others = []
     masks = functools.partial(_find_masks, names=names)
     for find in (_find_yolo, _find_json) if is_file else (_find_yolo, _find_json, _find_voc, masks):
-        for kind, what, parts in find(folder):
+        candidates = find(folder)
+        for kind, what, parts in candidates:
             if task is None or task == kind:
                 if isinstance(parts, DataError):
                     raise parts
                 if names:
                     _name_classes(parts.values(), names, what)
-                return _found(name, kind, what, parts)
+                return _found(name, kind, what + _not_read(candidates, what), parts)
             others.append(f"{what} (task {kind})")
     if others:
         raise DataError(f"--data {folder}: has no annotations for --task {task}, but {others[0]}. Leave out --task.")
@@ -96,6 +98,14 @@ def _name_classes(entries: Iterable[dict[str, Any]], names: Sequence[str], what:
 
 # (task, description, {part: entry without a name}, or why it can't be used); the part "train" alone is split.
 _Candidate = tuple[str, str, dict[str, dict[str, Any]] | DataError]
+
+
+def _not_read(candidates: Iterator[_Candidate], chosen: str) -> str:
+    """A remark on further annotations of the same kind of files; "" without any."""
+    others = []
+    with contextlib.suppress(DataError):  # of what is not read
+        others = [what for _, what, _ in candidates if what != chosen]
+    return f" (not read: {', '.join(others)})" if others else ""
 
 
 def _found(name: str, task: str, what: str, parts: dict[str, dict[str, Any]]) -> Found:
