@@ -346,6 +346,17 @@ def test_training_without_images_that_are_missing(tmp_path, capsys, tool):
     assert not report.failed, report.text()
 
 
+def test_leaving_out_missing_images_never_replaces_the_annotations(tmp_path):
+    root = _root(tmp_path)
+    write_images(root)
+    path, text = root / f"{root.name}.json", json.dumps(instances_json())
+    path.write_text(text)
+    args = parse(train.get_parser(), ["--data", str(path), "--output", str(root), "--leave-out-missing"])
+    with pytest.raises(ConfigError, match=rf"--output .*: this would replace .*{path.name}, which is read"):
+        use_data(args, ("output", "leave_out_missing"))
+    assert path.read_text() == text
+
+
 def test_missing_images_of_label_maps_are_not_left_out(tmp_path):
     root = _root(tmp_path)
     _write_masks(root, [[0, 255]] * 4)

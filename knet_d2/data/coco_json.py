@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from detectron2.utils.file_io import PathManager
 
 from ..errors import DataError
-from .coco_mending import Mend, is_id, log_mends, mend_coco
+from .coco_mending import Mend, is_id, leave_out_missing_images, log_mends, mend_coco
 from .segmentation import SegmentationError, check_segmentation
 
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -123,6 +123,12 @@ def read_coco_json(path: str, image_root: str | None = None) -> dict[str, Any]:
 def check_content(content: Any, path: str) -> None:
     """Raise a DataError unless the types of all values are right, ids differ, and masks can be decoded."""
     raise_wrong(find_wrong_type(content) or find_repeated_id(content) or find_wrong_mask(content), path)
+
+
+def parse_present(path: str, image_root: str) -> tuple[dict[str, Any], list[str]]:
+    """A copy of a file's mended content without the images that do not exist, and the file names of these."""
+    content = dict(parse_json(path, image_root)[0])  # others share what is parsed
+    return content, leave_out_missing_images(content, image_root)
 
 
 def parse_json(path: str, image_root: str | None = None) -> tuple[Any, list[Mend]]:

@@ -62,9 +62,10 @@ class SemanticEvaluator(DatasetEvaluator):
         """The classes of the ground truth."""
         return self._metadata.stuff_classes
 
-    def _dataset_id(self, label: int) -> int:
-        ids = {v: k for k, v in (self._metadata.get("stuff_dataset_id_to_contiguous_id") or {}).items()}
-        return ids.get(label, label)
+    @property
+    def _dataset_ids(self) -> dict[int, int]:
+        """Class -> id in the data set's own files, where that is another number."""
+        return {v: k for k, v in (self._metadata.get("stuff_dataset_id_to_contiguous_id") or {}).items()}
 
     def _read(self, record: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
         """The ground truth: int64 [H, W], the number of classes where a pixel is ignored."""
@@ -142,9 +143,9 @@ class SemanticEvaluator(DatasetEvaluator):
 
     def _encode(self, predicted: np.ndarray, file_name: str) -> list[dict[str, Any]]:
         """Encode the predicted classes of one image in COCO's result format for stuff."""
-        results = []
+        results, dataset_ids = [], self._dataset_ids
         for label in np.unique(predicted).tolist():
-            category, segmentation = self._dataset_id(label), encode_mask(predicted == label)
+            category, segmentation = dataset_ids.get(label, label), encode_mask(predicted == label)
             results.append({"file_name": file_name, "category_id": category, "segmentation": segmentation})
         return results
 
@@ -167,8 +168,9 @@ class SegmentClassEvaluator(SemanticEvaluator):
     def _names(self) -> list[str]:
         return self._classes.names
 
-    def _dataset_id(self, label: int) -> int:
-        return self._classes.file_ids[label]
+    @property
+    def _dataset_ids(self) -> dict[int, int]:
+        return dict(enumerate(self._classes.file_ids))
 
     def _read(self, record: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
         return np.minimum(self._mapper.labels(record, size).astype(np.int64), len(self._names))

@@ -26,8 +26,8 @@ from ..config.merging import merge_config
 from ..data import load_dataset, register_custom_datasets, resolve_classes
 from ..data.check import Fault, Report, check_datasets
 from ..data.check.faults import ERROR
-from ..data.coco_json import parse_json
-from ..data.coco_mending import for_other_programs, leave_out_missing_images
+from ..data.coco_json import parse_json, parse_present
+from ..data.coco_mending import for_other_programs
 from ..data.coco_records import readable_records
 from ..data.files import read_picture, refuse_to_replace, write_json
 from ..data.formats import Annotations
@@ -130,9 +130,7 @@ def _converted(read: Callable[[], Annotations]) -> dict[str, Any]:
 
 
 def _mended(path: str, image_root: str) -> dict[str, Any]:
-    content = dict(parse_json(path, image_root)[0])  # others share what is parsed
-    leave_out_missing_images(content, image_root)
-    return content
+    return parse_present(path, image_root)[0]
 
 
 def write_fixed(cfg: CfgNode, target: str) -> list[str]:

@@ -11,11 +11,11 @@ import yaml
 from ..config import get_knet_cfg
 from ..config.files import get_config_file
 from ..config.merging import merge_config
-from ..data.coco_json import parse_json
-from ..data.coco_mending import MISSING_IMAGE, for_other_programs, leave_out_missing_images
+from ..data.coco_json import parse_present
+from ..data.coco_mending import MISSING_IMAGE, for_other_programs
 from ..data.custom import COMMON_KEYS
 from ..data.discovery import Found, find_annotations
-from ..data.files import write_json
+from ..data.files import refuse_to_replace, write_json
 from ..data.formats import READERS, read_annotations
 from ..errors import ConfigError
 from ..tasks import TASKS
@@ -83,7 +83,7 @@ def without_missing_images(found: Found, folder: str) -> Found:
     """Write the annotations of the images that exist into ``folder``, in COCO's format, and name these instead.
 
     Raises:
-        ConfigError: the annotations are not of objects.
+        ConfigError: the annotations are not of objects, or would be replaced.
         DataError: there is something else that can't be read.
     """
     entries, missing = [], []
@@ -95,11 +95,13 @@ def without_missing_images(found: Found, folder: str) -> Found:
             kept: dict[str, Any] = {key: entry[key] for key in COMMON_KEYS if key in entry}
         elif entry["type"] == "coco_instance":
             root, kept = entry["images"], entry
-            content = dict(parse_json(entry["json"], root)[0])  # others share what is parsed
-            missing += leave_out_missing_images(content, root)
+            content, lost = parse_present(entry["json"], root)
+            missing += lost
         else:
             raise ConfigError(f"--leave-out-missing: is for annotations of objects, and not for {found.what}.")
         path = os.path.join(folder, f"{entry['name']}.json")
+        sources = [entry[key] for key in ("json", "annotations") if key in entry]
+        refuse_to_replace(sources, [path], f"--output {folder}")
         os.makedirs(folder, exist_ok=True)
         write_json(path, for_other_programs(content))
         entries.append({**kept, "type": "coco_instance", "json": path, "images": root})
