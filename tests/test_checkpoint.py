@@ -21,6 +21,20 @@ class Exploit:
         return os.mkdir, (Exploit.path,)
 
 
+def test_a_line_tells_that_all_parameters_are_loaded(tmp_path, caplog):
+    model, path = ToyNet(None), str(tmp_path / "a.pth")
+    torch.save({"model": model.state_dict()}, path)
+    with caplog.at_level("INFO", "fvcore.common.checkpoint"):
+        Checkpointer(ToyNet(None)).load(path)
+    number = len(list(model.parameters()))
+    assert f"{path}: all {number} parameters are loaded" in caplog.text and "re-initialised" not in caplog.text
+    caplog.clear()
+    torch.save({"model": {**model.state_dict(), "other.weight": torch.zeros(1)}}, path)
+    with caplog.at_level("INFO", "fvcore.common.checkpoint"):
+        Checkpointer(ToyNet(None)).load(path)
+    assert "parameters are loaded" not in caplog.text and "not used: not in the model" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["weights.pth", "weights.pkl"])
 def test_code_in_a_weights_file_never_runs(tmp_path, name):
     Exploit.path = str(tmp_path / "made_by_exploit")
