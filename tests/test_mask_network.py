@@ -5,6 +5,7 @@ import torch
 from helpers import IMAGE_KERNELS, make_batch, make_example, tiny_model
 
 from knet_d2.errors import ConfigError
+from knet_d2.modeling import mask_network
 from knet_d2.modeling.mask_network import MaskNetwork, limited
 from knet_d2.modeling.structures import MaskInputs
 
@@ -43,6 +44,24 @@ def test_each_kernel_is_two_convolutions_with_a_relu_between_them():
             value += sum(w * x for w, x in zip(of_local[channel], inputs.local[b, :, i, j]))
             expected += last[channel] * max(value.item(), 0)
         assert masks[b, n, i, j].item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, N])
+def test_masks_and_gradients_do_not_depend_on_how_many_kernels_are_computed_at_once(at_once, monkeypatch):
+    kernels = torch.randn(B, N, C, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    results, computed = [], []
+    whole = MaskNetwork._masks
+    monkeypatch.setattr(MaskNetwork, "_masks", lambda *args: computed.append(args[1].shape[1]) or whole(*args))
+    for elements in (1 << 19, at_once * B * WIDTH * H * W):
+        monkeypatch.setattr(mask_network, "CHUNK_ELEMENTS", elements)
+        network, inputs = make_network(), make_inputs()
+        tensors = [x.requires_grad_() for x in (kernels.clone(), *inputs)]
+        masks = network(tensors[0], MaskInputs(*tensors[1:]))
+        gradients = torch.autograd.grad(masks.square().sum(), [*tensors, *network.parameters()])
+        results.append([masks, *gradients])
+    assert computed == [N] + [min(at_once, N - i) for i in range(0, N, at_once)]
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_positions_near_an_object_are_as_they_are_and_far_ones_limited():

@@ -11,6 +11,8 @@ from .structures import MaskInputs
 
 # Standard deviation of the initial weights that are the same for all kernels, and of those that depend on the kernel
 SHARED_STD, KERNEL_STD = 0.3, 0.01
+# On a CPU, numbers of hidden channels that are computed at once: they stay in the cache (2 MB in float32)
+CHUNK_ELEMENTS = 1 << 19
 # Positions, in units of an object's extent, are limited smoothly to this
 FARTHEST = 4.0
 
@@ -48,13 +50,24 @@ class MaskNetwork(nn.Module):
 
     def forward(self, kernels: torch.Tensor, inputs: MaskInputs) -> torch.Tensor:
         """[B, N, C] -> masks of the kernels, [B, N, H, W]."""
-        of_local, of_across, of_down, offsets, of_hidden, offset = self.weights(kernels).split(self.sizes, dim=-1)
-        batch, count, _ = kernels.shape
-        size = inputs.local.shape[-2:]
-        hidden = of_local.reshape(batch, count * self.width, self.width) @ inputs.local.flatten(2)
-        hidden = hidden.reshape(batch, count, self.width, *size)
-        across = of_across[..., None] * inputs.across[:, :, None] + offsets[..., None]
-        down = of_down[..., None] * inputs.down[:, :, None]
-        hidden = (hidden + across[..., None, :] + down[..., None]).relu()
-        masks = of_hidden[:, :, None] @ hidden.flatten(3)
-        return (masks[:, :, 0] + offset).unflatten(2, size)
+        weights = self.weights(kernels)
+        if kernels.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._masks(weights, inputs.local, inputs.across, inputs.down)
+        of_a_kernel = inputs.local.numel()  # as many hidden channels as it reads
+        parts = (weights, inputs.across, inputs.down)
+        chunks = zip(*(x.split(max(1, CHUNK_ELEMENTS // of_a_kernel), dim=1) for x in parts))
+        return torch.cat([self._masks(some, inputs.local, *positions) for some, *positions in chunks], dim=1)
+
+    def _masks(
+        self, weights: torch.Tensor, local: torch.Tensor, across: torch.Tensor, down: torch.Tensor
+    ) -> torch.Tensor:
+        """Masks of some kernels, [B, n, H, W], by their networks' weights, [B, n, sum of sizes]."""
+        of_local, of_across, of_down, offsets, of_hidden, offset = weights.split(self.sizes, dim=-1)
+        batch, count, _ = weights.shape
+        across = of_across[..., None] * across[:, :, None] + offsets[..., None]
+        down = of_down[..., None] * down[:, :, None]
+        positions = (across[..., None, :] + down[..., None]).flatten(1, 2).flatten(2)
+        of_local = of_local.reshape(batch, count * self.width, self.width)
+        hidden = torch.baddbmm(positions, of_local, local.flatten(2)).relu_()
+        masks = of_hidden[:, :, None] @ hidden.unflatten(1, (count, self.width))
+        return (masks[:, :, 0] + offset).unflatten(2, local.shape[-2:])
