@@ -2,10 +2,11 @@
 
     python -m checks.mask_rcnn --config-file configs/shapes/instance.yaml output/mask_rcnn --opts SOLVER.MAX_ITER 320
 
-It is a yardstick: the program prints the processor seconds of the training steps and the AP below COCO's table, to be
-compared with those of train_net.py. Weights, augmentations, frozen layers and the average of the weights are the
-config's, too. What it says of K-Net's head has no effect; the heads have the pyramid's number of channels, and anchors
-for the sizes of the config's images. Give the best of several SOLVER.BASE_LR.
+With --cascade it is Cascade Mask R-CNN. It is a yardstick: the program prints the processor seconds of the training
+steps and the AP below COCO's table, to be compared with those of train_net.py. Weights, augmentations, frozen layers
+and the average of the weights are the config's, too. What it says of K-Net's head has no effect; the heads have the
+pyramid's number of channels, and anchors for the sizes of the config's images. Give the best of several
+SOLVER.BASE_LR.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from knet_d2.checkpoint import Checkpointer
 from knet_d2.config.merging import load_config
 from knet_d2.data.augmentation import build_augmentations
+from knet_d2.data.copy_paste import Mapper, with_copy_paste
 from knet_d2.engine.optimizer import build_gradient_clipper, build_lr_scheduler, build_optimizer
 from knet_d2.engine.output_dir import resolve_seed
 from knet_d2.programs import run
@@ -50,8 +52,8 @@ def build_mask_rcnn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     return FPN(network, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, LastLevelMaxPool(), fpn.FUSE_TYPE)
 
 
-def mask_rcnn_config(config_file: str, opts: list[str]):
-    """The config with Mask R-CNN as model."""
+def mask_rcnn_config(config_file: str, opts: list[str], cascade: bool = False):
+    """The config with Mask R-CNN as model; with "cascade" its boxes are improved in three steps."""
     cfg = load_config(config_file, opts)
     cfg.defrost()
     model, channels = cfg.MODEL, cfg.MODEL.FPN.OUT_CHANNELS
@@ -60,10 +62,11 @@ def mask_rcnn_config(config_file: str, opts: list[str]):
     model.PROPOSAL_GENERATOR.NAME, model.RPN.IN_FEATURES = "RPN", [*LEVELS, "p6"]
     model.ANCHOR_GENERATOR.SIZES = [[share * min(cfg.INPUT.MIN_SIZE_TRAIN)] for share in ANCHORS]
     model.RPN.PRE_NMS_TOPK_TRAIN, model.RPN.PRE_NMS_TOPK_TEST, model.RPN.POST_NMS_TOPK_TRAIN = 2000, 1000, 1000
-    model.ROI_HEADS.NAME, model.ROI_HEADS.IN_FEATURES = "StandardROIHeads", LEVELS
+    model.ROI_HEADS.NAME, model.ROI_HEADS.IN_FEATURES = "CascadeROIHeads" if cascade else "StandardROIHeads", LEVELS
     model.ROI_HEADS.NUM_CLASSES = len(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes)
     model.ROI_HEADS.BATCH_SIZE_PER_IMAGE = PROPOSALS
     box, mask = model.ROI_BOX_HEAD, model.ROI_MASK_HEAD
+    box.CLS_AGNOSTIC_BBOX_REG = cascade
     box.NAME, box.NUM_FC, box.FC_DIM, box.POOLER_RESOLUTION = "FastRCNNConvFCHead", 2, 4 * channels, 7
     mask.NAME, mask.NUM_CONV, mask.CONV_DIM, mask.POOLER_RESOLUTION = "MaskRCNNConvUpsampleHead", 4, channels, 14
     return cfg
@@ -72,6 +75,17 @@ def mask_rcnn_config(config_file: str, opts: list[str]):
 def has_objects(record: dict) -> bool:
     """Whether an image has objects that the mapper can give boxes of."""
     return any(not x.get("iscrowd") for x in record["annotations"])
+
+
+def with_boxes(mapper: Mapper) -> Mapper:
+    """A mapper whose instances have the boxes around their masks also after copy-paste."""
+
+    def mapped(record: dict) -> dict:
+        example = mapper(record)
+        example["instances"].gt_boxes = example["instances"].gt_masks.get_bounding_boxes()
+        return example
+
+    return mapped
 
 
 def train_loader(cfg):
@@ -85,6 +99,7 @@ def train_loader(cfg):
         recompute_boxes=True,
     )
     records = [x for name in cfg.DATASETS.TRAIN for x in DatasetCatalog.get(name) if has_objects(x)]
+    mapper = with_boxes(with_copy_paste(cfg, mapper, records))
     sampler = TrainingSampler(len(records), seed=cfg.SEED)
     return build_detection_train_loader(
         records, mapper=mapper, sampler=sampler, total_batch_size=cfg.SOLVER.IMS_PER_BATCH, num_workers=0
@@ -106,13 +121,14 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, help="an instance config with a ResNet and a pyramid")
     parser.add_argument("output", help="folder of the results")
+    parser.add_argument("--cascade", action="store_true", help="Cascade Mask R-CNN")
     add_opts(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     os.makedirs(args.output, exist_ok=True)
-    cfg = mask_rcnn_config(args.config_file, [*args.opts, "OUTPUT_DIR", args.output])
+    cfg = mask_rcnn_config(args.config_file, [*args.opts, "OUTPUT_DIR", args.output], args.cascade)
     cfg.SEED = resolve_seed(cfg)
     DatasetCatalog.get(cfg.DATASETS.TEST[0])  # writes a generated set, whose JSON the evaluator reads
     seed_all_rng(cfg.SEED)

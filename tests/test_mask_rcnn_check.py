@@ -1,8 +1,10 @@
 """The yardstick of checks.mask_rcnn: what its Mask R-CNN shares with a K-Net of the same config."""
 
+import torch
 from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Instances
 
-from checks.mask_rcnn import mask_rcnn_config
+from checks.mask_rcnn import mask_rcnn_config, with_boxes
 from knet_d2.config.merging import load_config
 
 CONFIG = "configs/shapes/instance_modern.yaml"
@@ -22,3 +24,17 @@ def test_anchors_and_classes_follow_the_config():
     assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[8.0], [16.0], [32.0], [64.0], [128.0]]  # images of 128 pixels
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 4
     assert set(build_model(cfg).backbone.output_shape()) == {"p2", "p3", "p4", "p5", "p6"}
+
+
+def test_cascade_has_three_boxes_for_an_object_that_do_not_depend_on_its_class():
+    heads = build_model(mask_rcnn_config(CONFIG, OPTS, cascade=True)).roi_heads
+    assert [x.bbox_pred.out_features for x in heads.box_predictor] == [4, 4, 4]
+    assert [x.cls_score.out_features for x in heads.box_predictor] == [5, 5, 5]
+
+
+def test_boxes_are_those_of_the_masks():
+    masks = torch.zeros(2, 8, 10, dtype=torch.bool)
+    masks[0, 1:4, 2:9], masks[1, 7, 0] = True, True
+    example = {"instances": Instances((8, 10), gt_masks=BitMasks(masks), gt_classes=torch.tensor([0, 3]))}
+    found = with_boxes(lambda record: example)({})["instances"]
+    assert found.gt_boxes.tensor.tolist() == [[2, 1, 9, 4], [0, 7, 1, 8]]
