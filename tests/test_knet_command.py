@@ -306,6 +306,7 @@ def test_an_image_that_is_annotated_and_missing(tmp_path, capsys, monkeypatch):
     assert knet_command.main([*arguments, "--draw", "--fix", str(fixed)]) == 0  # the written file has no error
     printed = capsys.readouterr().out
     assert "1 errors" in printed and f"The errors above are not in {fixed}: name it" in printed
+    assert "--data takes it if it lies in the folder of the images." in printed
     assert {x.name for x in (tmp_path / "out").glob("*.jpg")} == {
         f"{root.name}_{part}.jpg" for part in ("train", "val")
     }
@@ -321,8 +322,8 @@ def test_an_image_that_is_annotated_and_missing(tmp_path, capsys, monkeypatch):
     assert found.entries[0]["name"] == "fixed" and _number_of_images(found) == [1, 1]
 
 
-@pytest.mark.parametrize("tool", ["VIA 2", "COCO"])
-def test_training_without_images_that_are_missing(tmp_path, capsys, tool):
+@pytest.mark.parametrize(("program", "tool"), [(train, "VIA 2"), (train, "COCO"), (check_dataset, "VIA 2")])
+def test_images_that_are_missing_are_left_out(tmp_path, capsys, program, tool):
     root, output = _root(tmp_path), tmp_path / "out"
     if tool == "COCO":
         write_images(root)
@@ -330,9 +331,9 @@ def test_training_without_images_that_are_missing(tmp_path, capsys, tool):
     else:
         write_tool(root, tool, "x")
     next(root.glob(f"**/{stem(0)}.jpg")).unlink()
-    args = parse(train.get_parser(), ["--data", str(root), "--output", str(output), "--leave-out-missing"])
+    args = parse(program.get_parser(), ["--data", str(root), "--output", str(output), "--leave-out-missing"])
     before = find_annotations(str(root))
-    use_data(args, ("output", "leave_out_missing"))
+    use_data(args, ("output",))
     assert f"Left out 1 of the annotated images, which do not exist: {stem(0)}.jpg." in capsys.readouterr().out
     config = yaml.safe_load((output / "data_config.yaml").read_text())["DATASETS"]
     (entry,) = config["CUSTOM"]
@@ -353,7 +354,7 @@ def test_leaving_out_missing_images_never_replaces_the_annotations(tmp_path):
     path.write_text(text)
     args = parse(train.get_parser(), ["--data", str(path), "--output", str(root), "--leave-out-missing"])
     with pytest.raises(ConfigError, match=rf"--output .*: this would replace .*{path.name}, which is read"):
-        use_data(args, ("output", "leave_out_missing"))
+        use_data(args, ("output",))
     assert path.read_text() == text
 
 
@@ -362,7 +363,7 @@ def test_missing_images_of_label_maps_are_not_left_out(tmp_path):
     _write_masks(root, [[0, 255]] * 4)
     args = parse(train.get_parser(), ["--data", str(root), "--output", str(tmp_path / "run"), "--leave-out-missing"])
     with pytest.raises(ConfigError, match="--leave-out-missing: is for annotations of objects"):
-        use_data(args, ("output", "leave_out_missing"))
+        use_data(args, ("output",))
 
 
 def test_label_maps_with_names(tmp_path):

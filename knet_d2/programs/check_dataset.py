@@ -163,6 +163,8 @@ def _way_out(report: Report, args: argparse.Namespace, fixed: list[str]) -> str:
     advice = []
     if fixed and not report.failed_when_fixed:
         advice.append(f"The errors above are not in {', '.join(fixed)}: name it in the place of the annotations.")
+        if args.data:
+            advice.append("--data takes it if it lies in the folder of the images.")
     elif not report.failed_when_fixed:
         advice.append("--fix FILE.json writes annotations without these errors.")
     if args.output and not args.draw:

@@ -39,6 +39,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "objects without a class; or of COCO's categories, in the order of their ids",
     )
     parser.add_argument(
+        "--leave-out-missing", action="store_true", help="of --data: leave out annotated images that do not exist"
+    )
+    parser.add_argument(
         "--recipe", metavar="FILE", help="config file that --data starts from; default: by task and device"
     )
 
@@ -58,7 +61,7 @@ def use_data(args: argparse.Namespace, others: Sequence[str] = ()) -> str | None
         DataError: see :func:`find_annotations`.
     """
     if not args.data:
-        given = next((x for x in ("task", "names", "recipe", *others) if getattr(args, x)), None)
+        given = next((x for x in ("task", "names", "leave_out_missing", "recipe", *others) if getattr(args, x)), None)
         if given:
             raise ConfigError(f"--{given.replace('_', '-')}: only training on --data has this option.")
         return None
@@ -69,7 +72,7 @@ def use_data(args: argparse.Namespace, others: Sequence[str] = ()) -> str | None
     recipe = args.recipe or choose_recipe(found.task, options.get("MODEL.DEVICE"))
     name = os.path.basename(os.path.abspath(args.data))
     folder = args.output or os.path.join("output", os.path.splitext(name)[0] if os.path.isfile(args.data) else name)
-    if getattr(args, "leave_out_missing", False):
+    if args.leave_out_missing:
         found = without_missing_images(found, folder)
     args.config_file = write_config(found, recipe, folder)
     args.opts += _warmup_of_shorter_run(args.config_file, options)

@@ -102,18 +102,15 @@ def get_parser() -> argparse.ArgumentParser:
     parser.description = "Train a model, or evaluate one."
     add_data_arguments(parser)
     parser.add_argument("--output", metavar="FOLDER", help="with --data: folder of the run; default: output/NAME")
-    parser.add_argument(
-        "--leave-out-missing", action="store_true", help="with --data: train without annotated images that do not exist"
-    )
     parser.add_argument("--no-check", action="store_true", help="with --data: train without checking the data set")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    folder = use_data(args, ("output", "leave_out_missing", "no_check"))
+    folder = use_data(args, ("output", "no_check"))
     if folder and not args.no_check:
         check = check_dataset.get_parser().parse_args(["--config-file", args.config_file, "--opts", *args.opts])
         if check_dataset.main(check):
-            print("Correct the errors above, or train without this check: --no-check.")
+            print("Correct the errors above. With --no-check, training begins, and stops at what it cannot read.")
             return 1
     return launch.run(train, args)
