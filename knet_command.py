@@ -62,7 +62,9 @@ def find_document(name: str) -> Path | None:
 def print_document(names: Sequence[str]) -> int:
     """Print a page, or without a name the list of pages; returns the exit code."""
     if not names or names[0] in ("-h", "--help"):
-        listed = "\n".join(f"  {name:30}{path}" for name, path in documents().items())
+        pages = documents()
+        width = max(map(len, pages)) + 2
+        listed = "\n".join(f"  {name:{width}}{path}" for name, path in pages.items())
         print(f"usage: knet docs PAGE\n\n{listed}", flush=True)
         return 0
     path = find_document(names[0])

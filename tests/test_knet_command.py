@@ -708,7 +708,9 @@ def test_documents_are_printed_and_packed(capsys, monkeypatch):
     assert knet_command.main(["docs", "datasets"]) == 0
     assert capsys.readouterr().out.startswith("# Data sets")
     assert knet_command.main(["docs"]) == 0
-    assert os.path.join("docs", "CONFIG.md") in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert os.path.join("docs", "CONFIG.md") in listed
+    assert {tuple(line.split())[0] for line in listed.splitlines()[2:]} == set(knet_command.documents())
     with pytest.raises(SystemExit, match="there is no page 'fly'; the pages are ADVANCED_USAGE"):
         knet_command.main(["docs", "fly"])
 
@@ -763,3 +765,16 @@ def test_a_reader_that_ends_is_no_error():
     command = f"{sys.executable} -m knet_command docs CONFIG | head -1"
     found = subprocess.run(command, cwd=ROOT, shell=True, capture_output=True, text=True)
     assert (found.stdout, found.stderr) == ("# Config options\n", "")
+
+
+def test_a_check_leaves_the_folder_of_a_training_run_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = _root(tmp_path)
+    write_tool(root, "VIA 2", "x")
+    arguments = ["--data", str(root)]
+    run = use_data(parse(train.get_parser(), arguments))
+    assert run == os.path.join("output", root.name) and os.listdir(run) == ["data_config.yaml"]
+    Path(run, "data_config.yaml").write_text("as the run left it")
+    assert knet_command.main(["check", *arguments]) == 0
+    assert Path(run, "data_config.yaml").read_text() == "as the run left it"
+    assert {"data_config.yaml", "report.json"} < set(os.listdir(os.path.join(run, "check")))

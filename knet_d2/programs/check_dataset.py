@@ -44,7 +44,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     parser.add_argument(
-        "--output", metavar="FOLDER", help="folder for the pictures and report.json; with --data also for its config"
+        "--output",
+        metavar="FOLDER",
+        help="folder for the pictures and report.json; with --data also for its config, default: output/NAME/check",
     )
     parser.add_argument(
         "--draw", action="store_true", help="with --output: draw the good images even if others have errors"
@@ -173,7 +175,7 @@ def _way_out(report: Report, args: argparse.Namespace, fixed: list[str]) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    args.output = use_data(args) or args.output
+    args.output = use_data(args, subfolder="check") or args.output  # a training run in output/NAME stays as it is
     if not args.config_file:
         raise ConfigError("Name what to check: --data FOLDER, or --config-file FILE.")
     cfg = get_knet_cfg()

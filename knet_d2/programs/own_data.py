@@ -46,15 +46,16 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def use_data(args: argparse.Namespace, others: Sequence[str] = ()) -> str | None:
+def use_data(args: argparse.Namespace, others: Sequence[str] = (), subfolder: str = "") -> str | None:
     """Find the data of --data, write the config of a training run and print it, and set args.config_file to it.
 
     Args:
         args: with the arguments of :func:`add_data_arguments`, config_file, output and opts.
         others: further arguments that need --data.
+        subfolder: of output/NAME, where args.output is not given.
 
     Returns:
-        The folder of the training run; None without --data.
+        The folder of the config; None without --data.
 
     Raises:
         ConfigError: arguments are given that do not go together.
@@ -71,7 +72,9 @@ def use_data(args: argparse.Namespace, others: Sequence[str] = ()) -> str | None
     options = dict(zip(args.opts[0::2], args.opts[1::2]))
     recipe = args.recipe or choose_recipe(found.task, options.get("MODEL.DEVICE"))
     name = os.path.basename(os.path.abspath(args.data))
-    folder = args.output or os.path.join("output", os.path.splitext(name)[0] if os.path.isfile(args.data) else name)
+    if os.path.isfile(args.data):
+        name = os.path.splitext(name)[0]
+    folder = args.output or os.path.normpath(os.path.join("output", name, subfolder))
     if args.leave_out_missing:
         found = without_missing_images(found, folder)
     args.config_file = write_config(found, recipe, folder)
