@@ -273,9 +273,11 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path, whole_run):
 
 def test_new_run_in_a_used_folder_sets_the_earlier_one_aside(tmp_path, whole_run):
     shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "report.html").write_text("of the earlier run")  # the threshold that it recommends is not this run's
     ToyNet.fail_at = ("image3.png", Interrupted())
     with pytest.raises(Interrupted):
         run(tmp_path)
+    assert (tmp_path / "report_1.html").exists() and not (tmp_path / "report.html").exists()
     assert (tmp_path / "metrics_1.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
     assert (tmp_path / "last_checkpoint_1").read_text() == "model_final.pth"
     assert (tmp_path / "model_final_1.pth").exists() and not (tmp_path / "model_final.pth").exists()

@@ -30,6 +30,7 @@ from ..data import build_loss_loader, build_test_loader, build_train_loader, reg
 from ..data.classes import class_table
 from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..evaluation import Evaluators, best_metric, build_evaluators, write_report
+from ..evaluation.report import REPORT
 from ..inference.tiled_model import TiledKNet, size_and_overlap
 from ..modeling.tta import KNetWithTTA
 from ..results.comparison import draw_validation_pictures
@@ -256,7 +257,7 @@ class Trainer(DefaultTrainer):
     def _set_earlier_run_aside(self) -> None:
         """Rename what would be taken for this run's later: metrics.json -> metrics_1.json, and so on."""
         folder = self.cfg.OUTPUT_DIR
-        names = ["metrics.json", RUN_IDS, "last_checkpoint", "model_best.pth", "model_final.pth"]
+        names = ["metrics.json", RUN_IDS, "last_checkpoint", "model_best.pth", "model_final.pth", REPORT]
         names += periodic_checkpoints(folder)
         pairs = [(name, os.path.splitext(name)) for name in names if os.path.exists(os.path.join(folder, name))]
         events = [name for name in os.listdir(folder) if name.startswith(EVENTS)]
@@ -273,8 +274,8 @@ class Trainer(DefaultTrainer):
         for name, (stem, suffix) in pairs:
             os.replace(os.path.join(folder, name), os.path.join(folder, f"{stem}_{number}{suffix}"))
         logger.warning(
-            f"{folder} has an earlier run; its metrics, checkpoints and events are renamed: their names or "
-            f"that of their folder end in _{number} now"
+            f"{folder} has an earlier run; its metrics, checkpoints, report and events are renamed: their "
+            f"names or that of their folder end in _{number} now"
         )
 
     def train(self) -> dict[str, Any] | None:
