@@ -710,7 +710,7 @@ def test_documents_are_printed_and_packed(capsys, monkeypatch):
     assert knet_command.main(["docs"]) == 0
     listed = capsys.readouterr().out
     assert os.path.join("docs", "CONFIG.md") in listed
-    assert {tuple(line.split())[0] for line in listed.splitlines()[2:]} == set(knet_command.documents())
+    assert {line.split()[0] for line in listed.splitlines()[2:]} == set(knet_command.documents())
     with pytest.raises(SystemExit, match="there is no page 'fly'; the pages are ADVANCED_USAGE"):
         knet_command.main(["docs", "fly"])
 
