@@ -5,7 +5,8 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
 
-from checks.mask_rcnn import for_detectron2, mask_rcnn_config, predictions
+from checks.mask_rcnn import for_detectron2, predictions
+from checks.peers import mask_rcnn_config
 from knet_d2.config.merging import load_config
 
 CONFIG = "configs/shapes/instance_modern.yaml"
