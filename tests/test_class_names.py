@@ -66,6 +66,12 @@ def written(folder, task, classes, model):
     return path
 
 
+def test_the_classifier_of_pooled_features_has_a_row_per_class():
+    names = tiny_model("panoptic", {"MODEL.KNET.UPDATE_HEAD.POOLED_CLASSES": True}).state_dict()
+    found = {name for name in class_parameters(names) if "pooled_classes" in name}
+    assert found == {f"cascade.stages.{i}.pooled_classes.classifier.weight" for i in range(3)}
+
+
 @pytest.mark.parametrize("task", NAMES)
 def test_a_model_with_reordered_classes_gives_the_same(tmp_path, task, caplog):
     classes, order = table(*NAMES[task]), ORDER[task]

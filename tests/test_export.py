@@ -52,7 +52,12 @@ OPTIONS = {
 SCORES_BY_MASKS = {"MODEL.KNET.TEST.SCORE_EXPONENT": 1.0, "MODEL.KNET.TEST.MASK_NMS": 0.9}
 KINDS = {
     "instance": {"MODEL.KNET.POSITION_ENCODING": "coordinates", **SCORES_BY_MASKS, **neck("BiFPN")},
-    "panoptic": {**IMAGE_KERNELS, **SCORES_BY_MASKS, "MODEL.KNET.UPDATE_HEAD.RESIDUAL_MASKS": True},
+    "panoptic": {
+        **IMAGE_KERNELS,
+        **SCORES_BY_MASKS,
+        "MODEL.KNET.UPDATE_HEAD.RESIDUAL_MASKS": True,
+        "MODEL.KNET.UPDATE_HEAD.POOLED_CLASSES": True,
+    },
     "semantic": {"MODEL.SEM_SEG_HEAD.NAME": "PSPKernelHead", **neck("MSDeformAttn")},
 }
 DEFORMABLE = {

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import sigmoid, tiny_config
+from detectron2.modeling import build_model
+from helpers import sigmoid, tiny_config, tiny_model
 from torch import nn
 
 from knet_d2.errors import ConfigError
@@ -15,6 +16,7 @@ from knet_d2.modeling.cascade import (
     KernelUpdateCascade,
     KernelUpdateHead,
     LinearKernelUpdate,
+    PooledClasses,
     gather_group_features,
 )
 from knet_d2.modeling.structures import KernelState
@@ -221,6 +223,36 @@ def test_residual_masks_add_to_those_of_the_stage_before(soft):
         assert torch.equal(untrained.double()(feature, kernels, masks).mask_logits, masks)
 
 
+def test_pooled_classes_add_a_linear_function_of_the_mean_under_the_mask():
+    """The mean of the pyramid's feature, normalised, under the stage's own mask; an untrained stage adds nothing."""
+    plain, pooling = make_head(num_classes=K), make_head(num_classes=K, pooled_channels=4)
+    feature, kernels, masks = make_inputs()
+    pyramid_feature = random(B, 4, *feature.shape[-2:], seed=7)
+    expected = plain(feature, kernels, masks).class_logits
+    output = pooling(feature, kernels, masks, pyramid_feature=pyramid_feature)
+    pooled = pooling.pooled_classes
+    for b in range(B):
+        for n in range(N):
+            cells = pyramid_feature[b][:, output.mask_logits[b, n] > 0]
+            mean = cells.mean(dim=1).tolist() if cells.shape[1] else [0.0] * 4
+            logits = slow_linear(pooled.classifier, slow_layer_norm(pooled.norm, mean))
+            np.testing.assert_allclose(array(output.class_logits[b, n] - expected[b, n]), logits, rtol=1e-9, atol=1e-9)
+    pooled.init_weights()
+    untrained = pooling(feature, kernels, masks, pyramid_feature=pyramid_feature)
+    torch.testing.assert_close(untrained.class_logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_pooled_classes_read_the_level_that_has_the_size_of_the_feature():
+    model = tiny_model("panoptic", {"MODEL.KNET.UPDATE_HEAD.POOLED_CLASSES": True}).eval()
+    seen = []
+    for module in model.modules():
+        if isinstance(module, PooledClasses):
+            module.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
+    with torch.no_grad():
+        output = model.network(torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)))
+    assert len(seen) == 3 and all(torch.equal(x, output.features["p3"]) for x in seen)
+
+
 def test_interaction_matches_explicit_heads():
     module = randomized(KernelInteraction(8, num_heads=2, ffn_dim=12))
     kernels = random(B, N, 8)
@@ -345,4 +377,21 @@ def test_initialisation_of_the_segmentation_release():
 def test_bad_update_head_config_is_an_error_that_names_the_key(key, value):
     cfg = tiny_config("panoptic", {f"MODEL.KNET.UPDATE_HEAD.{key}": value})
     with pytest.raises(ConfigError, match=rf"MODEL\.KNET\.UPDATE_HEAD\.{key} = '?{value}"):
-        KernelUpdateCascade(cfg, 5)
+        build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    "task, options, message",
+    [
+        ("semantic", {}, "use False for semantic segmentation"),
+        (
+            "panoptic",
+            {"MODEL.SEM_SEG_HEAD.IN_FEATURES": ["p2", "p4", "p5"]},
+            "needs a feature of stride 8 .*COMMON_STRIDE",
+        ),
+    ],
+)
+def test_pooled_classes_without_a_feature_are_an_error(task, options, message):
+    cfg = tiny_config(task, {"MODEL.KNET.UPDATE_HEAD.POOLED_CLASSES": True, **options})
+    with pytest.raises(ConfigError, match=rf"POOLED_CLASSES.*{message}"):
+        build_model(cfg)

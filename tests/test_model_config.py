@@ -27,6 +27,7 @@ NODES = {
     "UPDATE_HEAD.KERNEL_UPDATE": ("panoptic", False),
     "UPDATE_HEAD.KERNEL_INTERACTION": ("panoptic", False),
     "UPDATE_HEAD.RESIDUAL_MASKS": ("panoptic", True),
+    "UPDATE_HEAD.POOLED_CLASSES": ("panoptic", True),
     "UPDATE_HEAD.INIT": ("semantic", "default"),
     "LOSS.CLASS_WEIGHT": ("panoptic", 1.0),
     "LOSS.MASK_WEIGHT": ("panoptic", 2.0),

@@ -149,6 +149,12 @@ def test_a_repetition_is_alone_in_the_interaction():
     assert not torch.allclose(seeing_all, group.stages[-1].class_logits)
 
 
+def test_classes_of_the_groups_read_the_pyramid_as_those_of_the_model():
+    model = tiny_model("instance", {**GROUPS, "MODEL.KNET.UPDATE_HEAD.POOLED_CLASSES": True}).train()
+    groups, state, _ = groups_of(model, seeded(model, [3, 1]))
+    assert len(groups) == 2 and all(x.state.pyramid_feature is state.pyramid_feature for x in groups.values())
+
+
 def test_denoising_without_interaction():
     model = tiny_model("instance", {**DENOISING, "MODEL.KNET.UPDATE_HEAD.KERNEL_INTERACTION": False}).train()
     assert model(seeded(model, [2]))["loss_mask_dn_s3"] > 0

@@ -67,6 +67,9 @@ def _add_model_config(cfg: CN) -> None:
     # Whether the masks of a stage are those of the stage before plus the products of its kernels and the feature,
     # instead of these products alone. Suits short training runs; official weights are without.
     knet.UPDATE_HEAD.RESIDUAL_MASKS = False
+    # Whether classes are predicted from the kernels and from the mean of the pyramid's feature under their masks, not
+    # from the kernels alone. Suits short training runs from pretrained backbones; official weights are without.
+    knet.UPDATE_HEAD.POOLED_CLASSES = False
     # Initialisation of the update heads: "xavier" (official detection models) or "default" (PyTorch's; official
     # segmentation models).
     knet.UPDATE_HEAD.INIT = "xavier"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
 from torch import nn
 
 from ..errors import ConfigError
@@ -145,6 +146,52 @@ def _linear_norm_relu(dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, dim, bias=False), nn.LayerNorm(dim), nn.ReLU())
 
 
+class PooledClasses(nn.Module):
+    """Class logits from the mean of the pyramid's feature under each kernel's mask: mask pooling (arXiv:2303.04803).
+
+    The layers between the pyramid and F begin at random, and F tells the classes of objects only after many iterations.
+    The features of a pretrained backbone tell them from the first.
+    """
+
+    def __init__(self, channels: int, num_classes: int):
+        """
+        Args:
+            channels: C' of the pyramid's feature.
+            num_classes: K.
+        """
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.classifier = nn.Linear(channels, num_classes, bias=False)
+
+    def init_weights(self) -> None:
+        """Begin with logits of 0, so that the prior of the class branch stands."""
+        nn.init.zeros_(self.classifier.weight)
+
+    def forward(self, mask_logits: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
+        """[B, N, H, W] and [B, C', H, W] -> [B, N, K]."""
+        return self.classifier(self.norm(mean_under_masks(mask_logits, feature)))
+
+
+def pooled_level(cfg, input_shape: dict[str, ShapeSpec]) -> str | None:
+    """Name of the feature that :class:`PooledClasses` read: that of the stride of F; None if the config has none.
+
+    Raises:
+        ConfigError: the static kernels read no such feature, or the task has no class branch.
+    """
+    if not cfg.MODEL.KNET.UPDATE_HEAD.POOLED_CLASSES:
+        return None
+    task, head = get_task(cfg), cfg.MODEL.SEM_SEG_HEAD
+    if not task.has_class_branch:
+        raise ConfigError(f"MODEL.KNET.UPDATE_HEAD.POOLED_CLASSES: use False for {task.name} segmentation.")
+    for name in head.IN_FEATURES:
+        if input_shape[name].stride == head.COMMON_STRIDE:
+            return name
+    raise ConfigError(
+        f"MODEL.KNET.UPDATE_HEAD.POOLED_CLASSES needs a feature of stride {head.COMMON_STRIDE} "
+        "(MODEL.SEM_SEG_HEAD.COMMON_STRIDE) in MODEL.SEM_SEG_HEAD.IN_FEATURES."
+    )
+
+
 class KernelUpdateHead(nn.Module):
     """f_i: (K_{i-1}, M_{i-1}, F) -> (K_i, M_i, class logits).
 
@@ -165,6 +212,7 @@ class KernelUpdateHead(nn.Module):
         kernel_interaction: bool = True,
         residual_masks: bool = False,
         network_width: int = 0,
+        pooled_channels: int = 0,
         xavier_init: bool = True,
     ):
         """
@@ -177,6 +225,7 @@ class KernelUpdateHead(nn.Module):
             kernel_update, kernel_interaction: False for the paper's ablations (Tab. 4a).
             residual_masks: M_i = M_{i-1} + K_i * F instead of K_i * F. The stage begins to learn from M_i = M_{i-1}.
             network_width: see :class:`.mask_network.MaskNetwork`; 0: masks are those of the 1x1 convolution alone.
+            pooled_channels: see :class:`PooledClasses`; 0: the class branch alone predicts classes.
             xavier_init: initialise all matrices as the detection release does; else PyTorch's default.
         """
         super().__init__()
@@ -187,11 +236,13 @@ class KernelUpdateHead(nn.Module):
         self.interaction = (
             KernelInteraction(dim, num_heads=num_heads, ffn_dim=ffn_dim) if kernel_interaction else NoInteraction()
         )
-        self.class_branch = None
+        self.class_branch = self.pooled_classes = None
         if num_classes is not None:
             self.class_branch = nn.Sequential(*_linear_norm_relu(dim), nn.Linear(dim, num_classes))
         self.mask_branch = nn.Sequential(*_linear_norm_relu(dim), nn.Linear(dim, dim))
         self.mask_network = MaskNetwork(dim, network_width) if network_width else None
+        if num_classes is not None and pooled_channels:
+            self.pooled_classes = PooledClasses(pooled_channels, num_classes)
         self._init_weights(xavier_init)
 
     def _init_weights(self, xavier_init: bool) -> None:
@@ -212,6 +263,8 @@ class KernelUpdateHead(nn.Module):
             nn.init.zeros_(self.mask_branch[-1].bias)
         if self.mask_network is not None:
             self.mask_network.init_weights()
+        if self.pooled_classes is not None:
+            self.pooled_classes.init_weights()
         if self.class_branch is not None:
             nn.init.constant_(self.class_branch[-1].bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
 
@@ -222,6 +275,7 @@ class KernelUpdateHead(nn.Module):
         mask_logits: torch.Tensor,
         visible: torch.Tensor | None = None,
         mask_inputs: MaskInputs | None = None,
+        pyramid_feature: torch.Tensor | None = None,
     ) -> StageOutput:
         """
         Args:
@@ -230,6 +284,7 @@ class KernelUpdateHead(nn.Module):
             mask_logits: M_{i-1}, [B, N, H, W].
             visible: see :meth:`KernelInteraction.forward`.
             mask_inputs: of the first kernels' own networks.
+            pyramid_feature: [B, C', H, W], see :class:`PooledClasses`.
         """
         group_features = self.gather(feature, mask_logits)
         kernels = self.interaction(self.kernel_update(group_features, kernels), visible=visible)
@@ -239,7 +294,10 @@ class KernelUpdateHead(nn.Module):
             count = mask_inputs.across.shape[1]
             more = self.mask_network(kernels[:, :count], mask_inputs)
             masks = masks + F.pad(more, (0, 0, 0, 0, 0, masks.shape[1] - count))
-        return StageOutput(kernels, mask_logits + masks if self.residual_masks else masks, class_logits)
+        masks = mask_logits + masks if self.residual_masks else masks
+        if self.pooled_classes is not None:
+            class_logits = class_logits + self.pooled_classes(masks, pyramid_feature)
+        return StageOutput(kernels, masks, class_logits)
 
     def gather(self, feature: torch.Tensor, mask_logits: torch.Tensor) -> torch.Tensor:
         """Group features of the transformed feature F': [B, N, C]."""
@@ -283,7 +341,7 @@ class KernelUpdateCascade(nn.Module):
         return any(stage.residual_masks for stage in self.stages)
 
     @classmethod
-    def from_config(cls, cfg, num_classes: int) -> dict[str, Any]:
+    def from_config(cls, cfg, num_classes: int, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         knet, head = cfg.MODEL.KNET, cfg.MODEL.KNET.UPDATE_HEAD
         dim = cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM
         for key, value in (("FEATURE_DIM", head.FEATURE_DIM), ("NUM_HEADS", head.NUM_HEADS)):
@@ -299,6 +357,7 @@ class KernelUpdateCascade(nn.Module):
                 f"MODEL.KNET.NUM_STAGES = {knet.NUM_STAGES}: use {task.min_stages} to {MOST_STAGES} for {task.name} "
                 "segmentation."
             )
+        level = pooled_level(cfg, input_shape)
         return {
             "num_stages": knet.NUM_STAGES,
             "dim": dim,
@@ -311,6 +370,7 @@ class KernelUpdateCascade(nn.Module):
             "kernel_interaction": head.KERNEL_INTERACTION,
             "residual_masks": head.RESIDUAL_MASKS,
             "network_width": knet.MASK_NETWORK_WIDTH,
+            "pooled_channels": input_shape[level].channels if level else 0,
             "xavier_init": head.INIT == "xavier",
         }
 
@@ -328,13 +388,13 @@ class KernelUpdateCascade(nn.Module):
             visible: bool [B, N, N], which kernels (last axis) each kernel sees in the interaction; None: all.
         """
         with no_autocast(state.feature):
-            feature = full_precision(state.feature)
+            feature, pyramid_feature = full_precision(state.feature), full_precision(state.pyramid_feature)
             kernels, mask_logits = full_precision(state.kernels), full_precision(state.mask_logits)
             outputs = []
             for stage in self.stages:
                 if fuse is not None and stage is self.stages[-1]:
                     kernels = fuse(stage.gather(feature, mask_logits), kernels)  # type: ignore[operator]
-                output = stage(feature, kernels, mask_logits, visible=visible, mask_inputs=state.mask_inputs)
+                output = stage(feature, kernels, mask_logits, visible, state.mask_inputs, pyramid_feature)
                 outputs.append(with_class_offsets(output, state.places))
                 kernels, mask_logits = outputs[-1].kernels, outputs[-1].mask_logits
         return outputs

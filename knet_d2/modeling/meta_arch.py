@@ -137,7 +137,7 @@ class KNet(nn.Module):
             "preprocessor": preprocessor,
             "backbone": backbone,
             "sem_seg_head": build_static_kernels(cfg, shape, bank),
-            "cascade": KernelUpdateCascade(cfg, bank.num_classes),
+            "cascade": KernelUpdateCascade(cfg, bank.num_classes, shape),
             "criterion": KNetCriterion(cfg, bank),
             "auxiliary_head": build_auxiliary_head(cfg, shape, bank),
             # The last one with weights, so that the others' initial values do not depend on it

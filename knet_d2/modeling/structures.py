@@ -52,6 +52,7 @@ class KernelState(NamedTuple):
         places: of the matched kernels, where they are read from the image, or None.
         localization_feature: F_loc, [B, C, H, W], which first masks are convolved with; in training only.
         mask_inputs: of the matched kernels' own networks, or None where they have none.
+        pyramid_feature: [B, C', H, W], see :class:`.cascade.PooledClasses`; None without these.
     """
 
     feature: torch.Tensor
@@ -62,6 +63,7 @@ class KernelState(NamedTuple):
     places: Places | None = None
     localization_feature: torch.Tensor | None = None
     mask_inputs: MaskInputs | None = None
+    pyramid_feature: torch.Tensor | None = None
 
 
 class StageOutput(NamedTuple):

@@ -61,7 +61,7 @@ class DenoisingKernels(nn.Module):
         mask_weights = torch.stack([F.pad(x, (0, 0, 0, 0, 0, length - len(x))) for x in masks])
         groups = torch.stack([F.pad(x, (0, length - len(x)), value=PADDING) for x in repetitions])
         kernels = self.start + gather_group_features(mask_weights, feature)
-        noised = KernelState(feature, kernels, 2 * mask_weights - 1)
+        noised = KernelState(feature, kernels, 2 * mask_weights - 1, pyramid_feature=state.pyramid_feature)
         stages = cascade(noised, visible=groups[:, :, None] == groups[:, None, :])
         return TrainingGroup("dn", noised, stages, self.weight, instances=list(instances))
 
@@ -137,7 +137,7 @@ class OneToManyKernels(nn.Module):
         feature, localization = full_precision(state.feature), full_precision(state.localization_feature)
         learned, masks, *_ = self.kernels.first_masks(feature, localization, None)
         kernels = learned + gather_group_features((masks > 0).to(feature.dtype), feature)
-        first = KernelState(feature, kernels, masks)
+        first = KernelState(feature, kernels, masks, pyramid_feature=state.pyramid_feature)
         return TrainingGroup("o2m", first, cascade(first), self.weight, self.repeats)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...tasks import KernelBank
-from ..cascade import PRIOR_PROBABILITY, gather_group_features
+from ..cascade import PRIOR_PROBABILITY, gather_group_features, pooled_level
 from ..layers import conv_norm_relu, full_precision, mask_convolution, no_autocast
 from ..structures import KernelState, MaskInputs, Places
 
@@ -204,6 +204,7 @@ class SemanticFPNKernelHead(nn.Module):
         norm: str,
         instance_kernels: Callable[[int, int, str, int], InstanceKernels] = LearnedKernels,
         position_encoding: str = "sine",
+        pooled_level: str | None = None,
     ):
         """
         Args:
@@ -213,6 +214,7 @@ class SemanticFPNKernelHead(nn.Module):
             common_stride, position_encoding: see :class:`SemanticFPN`.
             norm: normalisation of all convolutions.
             instance_kernels: builds the instance kernels.
+            pooled_level: name of the feature that the state hands on, see :func:`..cascade.pooled_level`.
         """
         super().__init__()
         self.semantic_fpn = SemanticFPN(
@@ -222,6 +224,7 @@ class SemanticFPNKernelHead(nn.Module):
             norm=norm,
             position_encoding=position_encoding,
         )
+        self.pooled_level = pooled_level
         self.localization_branch = self._branch(conv_dim, norm)
         self.semantic_branch = self._branch(conv_dim, norm)
         self.instance_kernels = instance_kernels(conv_dim, bank.num_matched, norm, common_stride)
@@ -257,6 +260,7 @@ class SemanticFPNKernelHead(nn.Module):
             "common_stride": head.COMMON_STRIDE,
             "norm": head.NORM,
             "position_encoding": encoding,
+            "pooled_level": pooled_level(cfg, input_shape),
         }
 
     @property
@@ -288,7 +292,14 @@ class SemanticFPNKernelHead(nn.Module):
                 stuff_kernels = self.classifier.weight[fixed].flatten(1).expand(kernels.shape[0], -1, -1)
                 kernels = torch.cat([kernels, stuff_kernels], dim=1)
                 mask_logits = torch.cat([mask_logits, semantic_logits[:, fixed]], dim=1)
-        kept = localization_feature if self.training else None
         return KernelState(
-            feature, kernels, mask_logits, semantic_logits, first.center_logits, first.places, kept, first.mask_inputs
+            feature,
+            kernels,
+            mask_logits,
+            semantic_logits,
+            first.center_logits,
+            first.places,
+            localization_feature if self.training else None,
+            first.mask_inputs,
+            None if self.pooled_level is None else features[self.pooled_level],
         )
