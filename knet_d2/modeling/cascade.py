@@ -394,8 +394,14 @@ class KernelUpdateCascade(nn.Module):
             for stage in self.stages:
                 if fuse is not None and stage is self.stages[-1]:
                     kernels = fuse(stage.gather(feature, mask_logits), kernels)  # type: ignore[operator]
-                options = {"visible": visible, "mask_inputs": state.mask_inputs, "pyramid_feature": pyramid_feature}
-                output = stage(feature, kernels, mask_logits, **options)
+                output = stage(
+                    feature,
+                    kernels,
+                    mask_logits,
+                    visible=visible,
+                    mask_inputs=state.mask_inputs,
+                    pyramid_feature=pyramid_feature,
+                )
                 outputs.append(with_class_offsets(output, state.places))
                 kernels, mask_logits = outputs[-1].kernels, outputs[-1].mask_logits
         return outputs
