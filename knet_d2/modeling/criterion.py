@@ -113,10 +113,9 @@ class KNetCriterion(nn.Module):
             raise ConfigError(
                 f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE = {ignore_value} is one of the {bank.num_classes} classes' labels."
             )
-        if loss.NUM_POINTS < 0 or (loss.NUM_POINTS and not bank.num_matched):
+        if loss.NUM_POINTS < 0:
             raise ConfigError(
-                f"MODEL.KNET.LOSS.NUM_POINTS = {loss.NUM_POINTS}: use 0 for every pixel"
-                + (", or more, such as 12544." if bank.num_matched else ", as the losses of label maps need.")
+                f"MODEL.KNET.LOSS.NUM_POINTS = {loss.NUM_POINTS}: use 0 for every pixel, or more, such as 12544."
             )
         if loss.QUALITY_EXPONENT < 0:
             raise ConfigError(f"MODEL.KNET.LOSS.QUALITY_EXPONENT = {loss.QUALITY_EXPONENT}: use 0 for none, or more.")
@@ -172,9 +171,8 @@ class KNetCriterion(nn.Module):
                 for name, weight in self.weights.items():
                     self._add_term(parts, batch, name, stage, weight)
             if auxiliary_logits is not None:
-                loss = kernel_cross_entropy(full_precision(auxiliary_logits), batch.labels, self.ignore_value)
-                value = self.auxiliary_weight * loss
-                parts["loss_auxiliary"] = Part(value, batch.labels.numel(), False, self.global_normalizers)
+                value, number = _label_map_loss(self, comparison, full_precision(auxiliary_logits))
+                parts["loss_auxiliary"] = Part(self.auxiliary_weight * value, number, False, self.global_normalizers)
             if association is not None:
                 found = association(batch.matches[-1], targets)
                 for name, (value, number) in found.items():
@@ -314,8 +312,14 @@ def _center_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weig
 
 def _label_map_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
     """Cross entropy over kernels that each stand for a class, whose target is the label map itself."""
-    loss = kernel_cross_entropy(batch.mask_logits(stage), batch.labels, criterion.ignore_value)
-    return weight * loss, batch.labels.numel()
+    loss, number = _label_map_loss(criterion, batch.comparison, batch.mask_logits(stage))
+    return weight * loss, number
+
+
+def _label_map_loss(criterion: KNetCriterion, comparison: Comparison, logits: torch.Tensor) -> Value:
+    """Mean cross entropy of logits [B, K, H, W] where label maps are compared, without a weight."""
+    logits, labels = comparison.label_pairs(logits)
+    return kernel_cross_entropy(logits, labels, criterion.ignore_value), labels.numel()
 
 
 class Term(NamedTuple):

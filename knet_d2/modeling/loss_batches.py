@@ -37,6 +37,15 @@ class Comparison:
         """Logits where all kernels are compared: [B, N, H, W] -> [B, N, h, w]."""
         return upsample_masks(mask_logits)
 
+    @functools.cached_property
+    def labels(self) -> torch.Tensor:
+        """Class of every pixel, or the ignore value: int64 [B, Hp, Wp]."""
+        return torch.stack([target.sem_seg for target in self.full_targets])
+
+    def label_pairs(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [B, N, H, W] and labels [B, Hp, Wp] of the cross entropy of label maps, which resizes the logits."""
+        return logits, self.labels
+
     def positive_pairs(self, batch: LossBatch, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and targets that the mask and dice loss of the positive kernels compare, [P, h, w] each."""
         positives = batch.positives(stage)
@@ -121,11 +130,6 @@ class MatchedBatch(LossBatch):
         self._bank, self._repeats, self._name = bank, group.repeats, group.name
         self._kernel_of_class = kernel_of_class
         self._positives: dict[int, Positives] = {}
-
-    @functools.cached_property
-    def labels(self) -> torch.Tensor:
-        """Class of every pixel: int64 [B, Hp, Wp]."""
-        return torch.stack([target.sem_seg for target in self.targets])
 
     def compared_logits(self, stage: int) -> torch.Tensor:
         """See :class:`LossBatch`; at stage 0 only the masks of the matched kernels, which come first."""

@@ -1,9 +1,9 @@
 """Sampled points at which masks are compared with the ground truth, instead of every pixel.
 
-They are those of Mask2Former (arXiv:2112.01527, Sec. 3.2.2): one uniform set of an image for what compares
-all kernels (matching, rank and dense loss), and for the mask and dice loss of each kernel the points where its mask is
-least certain, as in PointRend (arXiv:1912.08193, Sec. 3.1). Nothing is up-sampled then: logits are read at the head's
-resolution, ground truth at that of the input, both bilinearly.
+They are those of Mask2Former (arXiv:2112.01527, Sec. 3.2.2): one uniform set of an image for what compares all
+kernels (matching, rank and dense loss, the cross entropy of label maps), and for the mask and dice loss of each kernel
+the points where its mask is least certain, as in PointRend (arXiv:1912.08193, Sec. 3.1). Nothing is up-sampled then:
+logits are read at the head's resolution, ground truth at that of the input; both bilinearly, but for labels.
 
 Shapes: as in :mod:`.structures`; Hp x Wp is the padded input. L points are held as a map of 1 x L, so that they take
 the place of maps of h x w. Points are (x, y) from 0 to 1 over the padded input.
@@ -11,6 +11,7 @@ the place of maps of h x w. Points are (x, y) from 0 to 1 over the padded input.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,6 +56,19 @@ class SampledPoints(Comparison):
     def read(self, mask_logits: torch.Tensor) -> torch.Tensor:
         """[B, N, H, W] -> [B, N, 1, L], at one uniform set for all kernels of an image."""
         return sample(mask_logits, self._points)
+
+    @functools.cached_property
+    def labels(self) -> torch.Tensor:
+        """Class of the pixel that each point is in, or the ignore value: int64 [B, 1, L]."""
+        maps = torch.stack([target.sem_seg for target in self.full_targets])
+        height, width = maps.shape[-2:]
+        x = (self._points[..., 0] * width).long().clamp(max=width - 1)
+        y = (self._points[..., 1] * height).long().clamp(max=height - 1)
+        return maps.flatten(1).gather(1, (y * width + x)[:, 0])[:, None]
+
+    def label_pairs(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, N, 1, L] and [B, 1, L], at one uniform set for all kernels of an image."""
+        return self.read(logits), self.labels
 
     def positive_pairs(self, batch: LossBatch, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
         """[P, 1, L] each, at points of each kernel's own."""
