@@ -99,6 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_named("knet", words[0], words[1:])
     except KeyboardInterrupt:  # during the imports, which take seconds
         return 130
+    except ImportError as error:
+        if error.name != "detectron2":
+            raise
+        raise SystemExit(f"Error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -328,6 +328,13 @@ def test_a_program_without_detectron2_ends_with_the_command(tmp_path):
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("ImportError: knet_d2 needs Detectron2")
 
 
+def test_the_command_without_detectron2_is_one_line(tmp_path):
+    done = run_python(tmp_path, "-m", "knet_command", "train", "--data", "photos", blocked="detectron2")
+    assert done.returncode == 1 and done.stderr.strip() == (
+        "Error: knet_d2 needs Detectron2, which is not installed. Install it with: python -m knet_d2.install_detectron2"
+    )
+
+
 def test_load_without_opencv_is_one_error_with_the_command(tmp_path):
     """Only knet_d2.load needs OpenCV; training does not."""
     done = run_python(tmp_path, "-c", "import knet_d2; knet_d2.load", blocked="cv2")

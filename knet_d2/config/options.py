@@ -88,8 +88,8 @@ def _add_model_config(cfg: CN) -> None:
     knet.LOSS.DENSE_WEIGHT = 1.0
     # Weight of the focal loss on the map of centres, which MODEL.SEM_SEG_HEAD.NAME "ImageKernelHead" has; 0 = none.
     knet.LOSS.CENTER_WEIGHT = 0.0
-    # Number of points of an image at which masks are compared in matching and losses (Mask2Former: 12544), instead of
-    # every pixel of the up-sampled masks; 0 = every pixel. At most a quarter of these pixels are sampled.
+    # Number of points of an image at which masks and label maps are compared in matching and losses (Mask2Former:
+    # 12544), instead of every pixel; 0 = every pixel. At most a quarter of the up-sampled masks' pixels are sampled.
     knet.LOSS.NUM_POINTS = 0
     # Class target of a positive kernel: the IoU of its mask to this power (GFL: 1), so that scores tell how good masks
     # are; 0 = 1 for all.
