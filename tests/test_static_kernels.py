@@ -13,7 +13,7 @@ from torch import nn
 from knet_d2.errors import ConfigError
 from knet_d2.modeling.cascade import static_predictions
 from knet_d2.modeling.static_kernels import build_auxiliary_head
-from knet_d2.modeling.static_kernels.decode_heads import FCNKernelHead, adaptive_average_pool
+from knet_d2.modeling.static_kernels.decode_heads import FCNKernelHead, PyramidPooling, adaptive_average_pool
 from knet_d2.modeling.static_kernels.semantic_fpn import (
     SemanticFPN,
     SemanticFPNKernelHead,
@@ -315,3 +315,12 @@ def test_bad_config_is_an_error_that_names_the_key(task, build, options, message
 def test_adaptive_pooling_equals_pytorch(size, bins):
     x = torch.rand(2, 3, *size, dtype=torch.float64)
     torch.testing.assert_close(adaptive_average_pool(x, bins), F.adaptive_avg_pool2d(x, bins))
+
+
+@pytest.mark.parametrize("norm", ["BN", "SyncBN"])
+def test_pooling_one_image_with_batch_norm_is_an_error_that_names_the_key(norm):
+    pooling, x = PyramidPooling(4, 64, norm, (1, 2)), torch.randn(1, 4, 5, 7)
+    with pytest.raises(ConfigError, match="SOLVER.IMS_PER_BATCH leaves one image.*NORM .GN."):
+        pooling(x)
+    for number, works in ((2, pooling), (1, PyramidPooling(4, 64, "GN", (1, 2))), (1, pooling.eval())):
+        assert [y.shape for y in works(x.expand(number, -1, -1, -1))] == [(number, 64, 5, 7)] * 2

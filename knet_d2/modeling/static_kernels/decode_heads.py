@@ -76,7 +76,16 @@ class PyramidPooling(nn.Module):
         self.convs = nn.ModuleList(_conv(in_channels, out_channels, 1, norm) for _ in scales)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """[B, C, H, W] -> a [B, C', H, W] for every scale."""
+        """[B, C, H, W] -> a [B, C', H, W] for every scale.
+
+        Raises:
+            ConfigError: batch norm has one value of a channel to learn from.
+        """
+        if any(type(conv.norm) is nn.BatchNorm2d and conv.norm.training for conv in self.convs) and len(x) == 1:
+            raise ConfigError(
+                "SOLVER.IMS_PER_BATCH leaves one image for a process, which batch norm after pooling can't learn from: "
+                'use two images or more for each, or MODEL.SEM_SEG_HEAD.NORM "GN".'
+            )
         return [resize_like(conv(adaptive_average_pool(x, scale)), x) for conv, scale in zip(self.convs, self.scales)]
 
 
