@@ -305,7 +305,7 @@ def test_text_lists_each_kind_once_and_json_has_everything(root):
     assert text.count("error: wrong area") == 1 and f"wrong area ({number})" in text
     assert text.count(": annotation ") == 3 and f"... and {number - 3} more" in text
     assert text.index("error:") < text.index("warning: unused class (1)") and KINDS["wrong area"].advice in text
-    assert text.endswith(f"{number} errors, 1 warnings.")
+    assert text.endswith(f"{number} errors, 1 warning.")
     listed = json.loads(json.dumps(report.as_json()))
     assert len(listed["faults"]) == number + 1 and listed["faults"][0]["level"] == "error"
     assert listed["datasets"][0]["classes"] == report.datasets[0].table

@@ -403,11 +403,11 @@ def test_a_damaged_image_has_one_fault_and_a_missing_one_is_mended(tmp_path, cap
     whole = Path(path).read_bytes()
     Path(path).write_bytes(whole[:100])
     assert _program(tmp_path, entry, "--output", output, "--draw", "--fix", fixed) == 1
-    assert "1 errors" in capsys.readouterr().out and os.path.isfile(os.path.join(output, f"{entry['name']}.jpg"))
+    assert "1 error," in capsys.readouterr().out and os.path.isfile(os.path.join(output, f"{entry['name']}.jpg"))
     os.remove(path)
     os.remove(fixed)
     assert _program(tmp_path, entry, "--output", output, "--draw", "--fix", fixed) == 0
-    assert "1 errors" in capsys.readouterr().out
+    assert "1 error," in capsys.readouterr().out
     assert first not in [x["file_name"] for x in json.loads(Path(fixed).read_text())["images"]]
 
 

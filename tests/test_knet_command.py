@@ -19,7 +19,7 @@ import torch
 import yaml
 from data_helpers import custom_entry, data_cfg, unique_name
 from dataset_trees import CLASSES, NUM_IMAGES, instances_json, write_images, write_labels, write_panoptic
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from program_helpers import NUM_IMAGES as NUM_SHAPES
 from program_helpers import ROOT, TINY_MODEL, shapes  # noqa: F401
@@ -298,14 +298,16 @@ def test_an_image_that_is_annotated_and_missing(tmp_path, capsys, monkeypatch):
     arguments = ["check", "--data", str(root), "--output", str(tmp_path / "out")]
     assert knet_command.main(arguments) == 1
     printed = capsys.readouterr().out
-    assert "lost.jpg: is annotated, but does not exist. Add the file" in printed and "1 errors" in printed
-    assert printed.endswith("--fix FILE.json writes annotations without these errors.\n--draw draws the good images.\n")
+    assert "lost.jpg: is annotated, but does not exist. Add the file" in printed and "1 error," in printed
+    assert printed.endswith(
+        "knet check --fix FILE.json writes annotations without these errors.\n--draw draws the good images.\n"
+    )
     fixed, drawn = root / "fixed.json", []
     draw = check_dataset.ground_truth
     monkeypatch.setattr(check_dataset, "ground_truth", lambda cfg, x: (drawn.append(x["file_name"]), draw(cfg, x))[1])
     assert knet_command.main([*arguments, "--draw", "--fix", str(fixed)]) == 0  # the written file has no error
     printed = capsys.readouterr().out
-    assert "1 errors" in printed and f"The errors above are not in {fixed}: name it" in printed
+    assert "1 error," in printed and f"The errors above are not in {fixed}: name it" in printed
     assert "--data takes it if it lies in the folder of the images." in printed
     assert {x.name for x in (tmp_path / "out").glob("*.jpg")} == {
         f"{root.name}_{part}.jpg" for part in ("train", "val")
@@ -473,6 +475,8 @@ def test_from_a_folder_to_an_exported_model(shapes, tmp_path, capsys, monkeypatc
     assert config["_BASE_"] == get_config_file("finetune/instance.yaml")
     assert config["DATASETS"]["CUSTOM"][0]["json"] == str(root / "instances.json")
     assert f"knet predict {output} PHOTOS" in printed
+    (photo,) = re.findall(rf"knet predict {output} (\S+) --output {output}/picture.png", printed)
+    assert photo in {x["file_name"] for x in DatasetCatalog.get(f"{root.name}_val")}
     assert recommended_threshold(output) is None  # after 2 iterations, nothing is found
     final = os.path.join(output, "model_final.pth")
     assert torch.load(final, weights_only=True)["iteration"] == 1

@@ -63,6 +63,7 @@ def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):
     assert not re.search(r"iter: \d+/23", out)  # the bar shows it
     assert "Best panoptic_seg/PQ so far: 12.500" in out
     assert re.search(r"DEBUG: eta: .*iter: 20/23", log) and "\x1b" not in log
+    assert "copypaste" in log and "copypaste" not in out + err
 
 
 def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
@@ -76,6 +77,7 @@ def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
     for title in ("Environment:", "Model:"):
         assert f"DEBUG: {title}" in log and title not in out
     assert training_line < 100
+    assert "copypaste" in log and "copypaste" not in out
     assert "SOLVER:" not in log and "MAX_ITER" in (tmp_path / "config.yaml").read_text()
 
 

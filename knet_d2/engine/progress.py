@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # Name of each logger that is shown -> its short name on the console
 _LOGGERS = {"fvcore": "fvcore", "detectron2": "d2", "knet_d2": "knet"}
+# First words of Detectron2's messages that only programs read, or only those who develop it
+_LOG_ONLY = ("copypaste: ", "Evaluation results for ", "Serializing ", "Serialized ")
 _COLOR_CODE = re.compile(r"\x1b\[[0-9;]*m")
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
 
@@ -40,11 +42,17 @@ def start_log(folder: str) -> None:
             if not isinstance(handler, logging.StreamHandler):
                 continue
             if handler.stream is sys.stdout:
-                handler.setLevel(logging.INFO)
+                _show_what_users_need(handler)
             else:
                 handler.setFormatter(plain)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no GPU is nothing to warn of
     logging.getLogger(__name__).debug("Environment:\n%s", collect_env_info())
+
+
+def _show_what_users_need(console: logging.Handler) -> None:
+    """Leave to log.txt what only helps to find errors or to count results."""
+    console.setLevel(logging.INFO)
+    console.addFilter(lambda record: not str(record.msg).startswith(_LOG_ONLY))
 
 
 class ProgressBar(HookBase):
@@ -66,7 +74,7 @@ class ProgressBar(HookBase):
         self._open.enter_context(logging_redirect_tqdm(loggers))
         for handler in (x for logger in loggers for x in logger.handlers):
             if getattr(handler, "stream", None) is sys.stdout:
-                handler.setLevel(logging.INFO)
+                _show_what_users_need(handler)
         bar = tqdm(total=total, initial=first, bar_format=_BAR, dynamic_ncols=True, file=sys.stderr)
         self._bar = self._open.enter_context(bar)
 

@@ -1,5 +1,7 @@
 """Evaluates instances by average precision (AP), computed by COCO's own program."""
 
+import contextlib
+import io
 import logging
 import os
 from collections import Counter
@@ -133,7 +135,8 @@ class InstanceEvaluator(DatasetEvaluator):
         # as "no match".
         annotations = [{**x, "id": i} for i, x in enumerate(self._truth["annotations"], 1)]
         truth.dataset = {**self._truth, "annotations": annotations}
-        truth.createIndex()
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth.createIndex()
         return {kind: self._average_precision(truth, instances, kind) for kind in ("bbox", "segm")}
 
     def _evaluated_instances(self) -> list[dict[str, Any]]:
@@ -145,7 +148,8 @@ class InstanceEvaluator(DatasetEvaluator):
     def _average_precision(self, truth: COCO, instances: list[dict[str, Any]], kind: str) -> dict[str, float]:
         """Return the AP metrics of ``kind``, "bbox" or "segm", in percent."""
         left_out = "bbox" if kind == "segm" else None  # COCO would take the area of a mask from its box
-        detections = truth.loadRes([{k: v for k, v in x.items() if k != left_out} for x in instances])
+        with contextlib.redirect_stdout(io.StringIO()):
+            detections = truth.loadRes([{k: v for k, v in x.items() if k != left_out} for x in instances])
         evaluation = COCOeval_opt(truth, detections, kind)
         if self._image_ids is not None:
             evaluation.params.imgIds = self._image_ids
@@ -153,9 +157,11 @@ class InstanceEvaluator(DatasetEvaluator):
         beyond = min(most, self._max_detections) > _MAX_DETECTIONS
         if beyond:
             evaluation.params.maxDets = [*evaluation.params.maxDets, self._max_detections]
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        logger.debug("COCO's evaluation of %s:\n%s", kind, printed.getvalue().rstrip())
         percent = [100 * float(x) if x >= 0 else float("nan") for x in evaluation.stats]
         metrics = dict(zip(_METRICS, percent, strict=False))
         logger.info("Evaluation results of %s:\n%s", kind, create_small_table(metrics))

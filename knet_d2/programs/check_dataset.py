@@ -168,7 +168,7 @@ def _way_out(report: Report, args: argparse.Namespace, fixed: list[str]) -> str:
         if args.data:
             advice.append("--data takes it if it lies in the folder of the images.")
     elif not report.failed_when_fixed:
-        advice.append("--fix FILE.json writes annotations without these errors.")
+        advice.append("knet check --fix FILE.json writes annotations without these errors.")
     if args.output and not args.draw:
         advice.append("--draw draws the good images.")
     return "".join(f"{line}\n" for line in advice)

@@ -153,7 +153,7 @@ def cut_instances(content: dict[str, Any], args: argparse.Namespace) -> tuple[di
         of_image[annotation["image_id"]].append(annotation)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number, image in enumerate(tqdm(content["images"], unit="image"), start=1):
+    for number, image in enumerate(tqdm(content["images"], unit="image", disable=None), start=1):
         size, tiles = cut_image(image["file_name"], number, args)
         try:
             objects = [Object(x, size) for x in of_image[image["id"]]]
@@ -182,7 +182,9 @@ def cut_panoptic(content: dict[str, Any], args: argparse.Namespace) -> tuple[dic
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []
-    for number, (annotation, record) in enumerate(zip(tqdm(content["annotations"], unit="image"), records), start=1):
+    for number, (annotation, record) in enumerate(
+        zip(tqdm(content["annotations"], unit="image", disable=None), records), start=1
+    ):
         segments = annotation["segments_info"]
         size, tiles = cut_image(os.path.relpath(record["file_name"], args.images), number, args)
         ids, positions = read_panoptic_segments(record, size)
@@ -221,7 +223,7 @@ def cut_label_maps(args: argparse.Namespace) -> int:
     """Cut images and label maps, whose values, colours or palette stay; returns the number of tiles."""
     count = 0
     records = load_label_folder(args.images, args.annotations, np.zeros(0, np.int16))
-    for number, record in enumerate(tqdm(records, unit="image"), start=1):
+    for number, record in enumerate(tqdm(records, unit="image", disable=None), start=1):
         image = record["file_name"]
         size, tiles = cut_image(os.path.relpath(image, args.images), number, args)
         labels = open_labels(record["sem_seg_file_name"], "Label map", image, size)

@@ -173,7 +173,7 @@ def predict(args: argparse.Namespace, lines: TextIO | None = None) -> int:
         sinks = build_sinks(args, source, predictor, lines)
         for sink in sinks:
             stack.callback(sink.close)
-        frames = tqdm.tqdm(source, total=source.count, unit=source.unit, disable=source.count == 1)
+        frames = tqdm.tqdm(source, total=source.count, unit=source.unit, disable=True if source.count == 1 else None)
         if isinstance(source, Video):
             follow = predictor.follower()
             found = ((frame, follow(frame.image)) for frame in read_ahead(frames))

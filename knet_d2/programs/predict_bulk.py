@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         steps = run_on_ray(functools.partial(open_job, args), job.num_shards, args.ray)
     progress = Progress()
-    for progress in tqdm.tqdm(steps, total=len(shards), unit="shard"):  # noqa: B007  the last one is printed
+    for progress in tqdm.tqdm(steps, total=len(shards), unit="shard", disable=None):  # noqa: B007  the last one is printed
         pass
     print(f"{progress.predicted} images predicted ({progress.broken} of them broken), {progress.found} were there")
     if 0 < progress.predicted == progress.broken and not progress.found:

@@ -9,6 +9,7 @@ import shlex
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -73,7 +74,8 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
     save_config(cfg, cfg.OUTPUT_DIR)
     results = trainer.train()
     if comm.is_main_process():
-        print(f"\n{progress_of(cfg)}{next_steps(cfg.OUTPUT_DIR)}", flush=True)
+        held_out = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]["file_name"] if args.data and cfg.DATASETS.TEST else ""
+        print(f"\n{progress_of(cfg)}{next_steps(cfg.OUTPUT_DIR, held_out)}", flush=True)
     return results
 
 
@@ -85,8 +87,13 @@ def progress_of(cfg: CfgNode) -> str:
     return f"{name}: {listed} iterations\n\n" if listed else ""
 
 
-def next_steps(folder: str) -> str:
-    """What a user can do with the model of a training run, as commands."""
+def next_steps(folder: str, held_out: str = "") -> str:
+    """What a user can do with the model of a training run, as commands.
+
+    Args:
+        folder: of the run.
+        held_out: path of an image that the model was not trained on, to begin with; "" if none is known.
+    """
     name = shlex.quote(folder)
     steps = [
         f"knet predict {name} PHOTOS --output {name}/pictures --csv {name}/objects.csv",
@@ -94,6 +101,9 @@ def next_steps(folder: str) -> str:
     ]
     if os.path.isfile(os.path.join(folder, REPORT)):
         steps.insert(0, f"open {folder}/{REPORT} in a browser")
+    if held_out:
+        photo = shlex.quote(held_out)
+        steps.insert(-2, f"knet predict {name} {photo} --output {name}/picture.png    (not trained on)")
     return "\n  ".join([f"The model is in {folder}. What is next:", *steps]) + "\n"
 
 

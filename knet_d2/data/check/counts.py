@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
-from .faults import ERROR, Fault
+from .faults import ERROR, Fault, counted
 from .report import Use
 
 # COCO's limits between small, medium and large objects: areas in pixels of the original image.
@@ -116,4 +116,4 @@ class ObjectCounts:
         return rows
 
     def summary(self) -> str:
-        return f"at most {max(self.per_image.values(), default=0)} instances in an image"
+        return f"at most {counted(max(self.per_image.values(), default=0), 'instance')} in an image"

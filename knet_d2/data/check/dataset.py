@@ -105,7 +105,7 @@ def _check_by_mapper(cfg: CfgNode, name: str, records: list[dict]) -> DatasetRep
     except KNetError as error:
         return DatasetReport(name, [Fault("unusable", name, "", str(error))], len(records))
     occurring: set[int] = set()
-    for record in tqdm(records, f"Reading {name}", unit="image", mininterval=1):
+    for record in tqdm(records, f"Reading {name}", unit="image", mininterval=1, disable=None):
         try:
             example = mapper(record)
         except KNetError as error:

@@ -7,6 +7,11 @@ from ..coco_mending import MISSING_IMAGE
 ERROR, WARNING = "error", "warning"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with a noun, for example "1 error" and "2 errors"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 class Kind(NamedTuple):
     """A kind of fault.
 

@@ -38,9 +38,9 @@ class ImageFacts(NamedTuple):
 
 
 def map_files(read: Callable[[Any], Any], items: Sequence[Any], title: str) -> Iterator[Any]:
-    """What ``read`` gives for each of the items, in their order; it runs in threads, with a progress bar."""
+    """What ``read`` gives for each of the items, in their order; in threads, with a progress bar on a terminal."""
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
-        yield from tqdm(pool.map(read, items), title, len(items), unit="image", mininterval=1)
+        yield from tqdm(pool.map(read, items), title, len(items), unit="image", mininterval=1, disable=None)
 
 
 def check_images(entries: list[ImageEntry], pixel_format: PixelFormat) -> tuple[dict[str, ImageFacts], list[Fault]]:

@@ -11,7 +11,7 @@ from ..formats import Annotations
 from ..segmentation import SegmentationError, box_of, find_outside, is_same_box, read_segmentation
 from .coco import check_image_ids, check_twice, image_entries, lacking, read_json, restrict
 from .counts import ObjectCounts
-from .faults import Fault
+from .faults import Fault, counted
 from .images import check_images
 from .report import DatasetReport, Use
 
@@ -86,7 +86,7 @@ def _check_content(
     faults += counts.find_crowds()
     if "annotations" in content:
         faults += counts.find_absent_classes(use, image_faults + faults)
-    summary = f"{counts.summary()}, {len(by_id) - len(counts.per_image)} images without"
+    summary = f"{counts.summary()}, {counted(len(by_id) - len(counts.per_image), 'image')} without"
     return DatasetReport(name, image_faults + faults, len(images), counts.table(), summary, facts)
 
 

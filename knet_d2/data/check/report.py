@@ -10,7 +10,7 @@ from ...tasks import Task
 from ..coco_mending import MISSING_IMAGE
 from ..pixels import PixelFormat
 from ..split import Part
-from .faults import ERROR, KINDS, Fault
+from .faults import ERROR, KINDS, Fault, counted
 from .images import ImageFacts
 
 
@@ -53,7 +53,7 @@ class DatasetReport:
     images: dict[str, ImageFacts] = field(default_factory=dict)
 
     def text(self) -> str:
-        title = f"{self.name}: {self.num_images} images" + (f", {self.summary}" if self.summary else "")
+        title = f"{self.name}: {counted(self.num_images, 'image')}" + (f", {self.summary}" if self.summary else "")
         return f"{title}\n{tabulate(self.table, headers='keys', tablefmt='simple', floatfmt='.2f')}"
 
 
@@ -97,7 +97,7 @@ class Report:
                 lines.append(f"  ... and {len(faults) - most} more")
             parts.append("\n".join(lines))
         errors = sum(fault.level == ERROR for fault in self.faults)
-        parts.append(f"{errors} errors, {len(self.faults) - errors} warnings.")
+        parts.append(f"{counted(errors, 'error')}, {counted(len(self.faults) - errors, 'warning')}.")
         return "\n\n".join(parts)
 
     def as_json(self) -> dict[str, Any]:
