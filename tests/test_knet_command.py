@@ -757,7 +757,7 @@ def test_custom_entry_is_not_needed_for_a_config(shapes, tmp_path, capsys):  # n
 def test_config_files_of_the_package_have_the_names_of_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_config_file("configs/shapes/panoptic.yaml") == get_config_file("shapes/panoptic.yaml")
-    with pytest.raises(ConfigError, match="configs/fly.yaml: there is no such config file. The configs of"):
+    with pytest.raises(ConfigError, match="configs/fly.yaml: there is no such config file. Those of"):
         find_config_file("configs/fly.yaml")
     own = Path("configs/shapes/panoptic.yaml")
     own.parent.mkdir(parents=True)

@@ -23,7 +23,10 @@ def find_config_file(path: str) -> str:
         return path
     folder, _, name = path.partition("/")
     if folder != "configs" or not (config_folder() / name).is_file():
-        raise ConfigError(f"{path}: there is no such config file. The configs of knet_d2 are in {config_folder()}.")
+        raise ConfigError(
+            f"{path}: there is no such config file. Those of knet_d2 are in {config_folder()} and have names as in "
+            "a checkout, such as configs/shapes/instance.yaml."
+        )
     return str(config_folder() / name)
 
 
