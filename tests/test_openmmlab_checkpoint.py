@@ -210,7 +210,7 @@ def test_pretrained_backbones(tmp_path, kind, caplog):
     report = checkpointer.report
     # A complete backbone is told in one line; Swin's norms of the outputs are listed
     assert ("re-initialised: not in the file" in caplog.text) == (kind == "swin")
-    assert ("These are not in the file and start at random: " in caplog.text) == (kind != "swin")
+    assert ("The rest learns from random ones: " in caplog.text) == (kind != "swin")
     in_file = [name for name in state if not name.startswith("out_norms")]
     assert set(report.loaded) == {prefix + name for name in in_file}
     assert_same_state(source.state_dict(), target.state_dict(), report.loaded)

@@ -127,7 +127,7 @@ class LoadReport(NamedTuple):
         """A sentence on the start from a pretrained backbone, in which the rest of the model is new."""
         parts = Counter(name.split(".")[0] for name in self.missing)
         new = ", ".join(f"{part} ({count})" for part, count in parts.items())
-        return f"{len(self.loaded)} parameters are loaded. These are not in the file and start at random: {new}."
+        return f"{len(self.loaded)} parameters of a backbone are loaded. The rest learns from random ones: {new}."
 
     def as_text(self) -> str:
         """Return a table with one row for each list; names that differ only in numbers are merged."""
