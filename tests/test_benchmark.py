@@ -141,7 +141,9 @@ def test_peaks_of_parts_count_what_parts_inside_of_them_hold():
         timer.wrap(model, name, name)
     timer.measure("all", lambda: (model.outer(), model.last())[1])
     peaks = {name: peak - held for name, peak in timer.peaks.items()}
-    assert 92 < peaks["inner"] < 110 and peaks["outer"] == peaks["all"] == peaks["inner"]
+    assert 92 < peaks["inner"] < 110
+    # Without the inner part they would be 32; the system counts some pages late
+    assert all(abs(peaks[name] - peaks["inner"]) < 16 for name in ("outer", "all"))
     assert peaks["last"] < 60
 
 

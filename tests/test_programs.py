@@ -161,7 +161,7 @@ def results_of(path):
 
 
 def test_demo_program(tmp_path, models, shapes):
-    """A folder of images through the command line: pictures, progress bar, JSON and panoptic PNGs."""
+    """A folder of images through the command line: pictures, JSON and panoptic PNGs; a bar is for terminals."""
     config, weights = models["panoptic"]
     (tmp_path / "in").mkdir()
     for path in sorted((shapes / "images").iterdir()):
@@ -173,7 +173,7 @@ def test_demo_program(tmp_path, models, shapes):
     with Program(tmp_path, "demo/demo.py", *arguments, *opts) as program:
         code, output = program.finish()
     assert code == 1, output[-3000:]  # for the broken one; all others are done
-    assert "broken.jpg" in output and "Traceback" not in output and f"{NUM_IMAGES + 1}/{NUM_IMAGES + 1}" in output
+    assert "broken.jpg" in output and "Traceback" not in output and "image/s]" not in output
     pictures = sorted((tmp_path / "out").iterdir())
     assert [p.name for p in pictures] == [f"{i:06d}.jpg" for i in range(NUM_IMAGES)]
     assert min(Image.open(pictures[0]).size) >= 320

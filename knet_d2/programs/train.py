@@ -74,7 +74,8 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
     save_config(cfg, cfg.OUTPUT_DIR)
     results = trainer.train()
     if comm.is_main_process():
-        held_out = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]["file_name"] if args.data and cfg.DATASETS.TEST else ""
+        of_folder = getattr(args, "data", None) and cfg.DATASETS.TEST
+        held_out = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]["file_name"] if of_folder else ""
         print(f"\n{progress_of(cfg)}{next_steps(cfg.OUTPUT_DIR, held_out)}", flush=True)
     return results
 
