@@ -142,7 +142,7 @@ def test_peaks_of_parts_count_what_parts_inside_of_them_hold():
     timer.measure("all", lambda: (model.outer(), model.last())[1])
     peaks = {name: peak - held for name, peak in timer.peaks.items()}
     assert 92 < peaks["inner"] < 110
-    # Without the inner part they would be 32; the system counts some pages late
+    # Without the inner part they would be 32; in some runs, the process itself holds 8 MiB more at the end
     assert all(abs(peaks[name] - peaks["inner"]) < 16 for name in ("outer", "all"))
     assert peaks["last"] < 60
 
