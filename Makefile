@@ -45,7 +45,7 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Hours: checks/README.md says what each check proves; the result goes to checks/LAST_RUN.json.
 check: $(INSTALLED)

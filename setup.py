@@ -77,6 +77,6 @@ setup(
         "supervision": ["supervision"],
         # knet_d2.load("hf://user/name")
         "hub": ["huggingface_hub", "safetensors"],
-        "test": ["pytest"],
+        "test": ["pytest", "pytest-xdist"],
     },
 )

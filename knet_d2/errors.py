@@ -4,6 +4,10 @@
 class KNetError(ValueError):
     """Base of all errors that this project raises for bad input."""
 
+    def __str__(self) -> str:
+        """The message; bytes of a file name that are not UTF-8 are escaped, since no log could be written with them."""
+        return super().__str__().encode(errors="backslashreplace").decode()
+
 
 class ConfigError(KNetError):
     """A config value that can't work; the message names the key."""

@@ -1,8 +1,14 @@
 """What every test needs."""
 
 import logging
+import os
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes side by side, each with as many threads as there are cores, slow each other down ten times. PyTorch
+    # reads this when it is imported, by the tests.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
