@@ -355,9 +355,13 @@ def test_masks_replace_neither_images_nor_pictures(tmp_path):
         MaskFiles(str(tmp_path / "out"), inputs, 3, 255, pictures.paths)
 
 
-def test_a_json_file_is_tried_at_once(tmp_path):
-    with pytest.raises(OSError):
-        JsonFile(str(tmp_path / "absent" / "r.json"), {}, table(["a"]))
+def test_a_file_is_tried_at_once_and_its_folder_made(tmp_path):
+    (tmp_path / "file").touch()
+    for sink in (lambda path: JsonFile(path, {}, table(["a"])), lambda path: CsvFile(path, table(["a"]))):
+        with pytest.raises(OSError):
+            sink(str(tmp_path / "file" / "r.json"))
+        sink(str(tmp_path / "new" / "r.json")).close()
+        assert (tmp_path / "new" / "r.json").read_bytes()
 
 
 def write_video(path, count, fourcc="MJPG"):
@@ -407,11 +411,11 @@ def test_the_json_never_replaces_an_input(tmp_path):
 def test_a_video_file_is_tried_at_once_and_checked_in_the_end(tmp_path, monkeypatch):
     write_video(tmp_path / "in.avi", 4)
     source, classes = Video(str(tmp_path / "in.avi")), table(["a"])
-    with pytest.raises(ConfigError, match="absent"):
-        VideoFile(str(tmp_path / "absent" / "out.mp4"), source, classes)
+    with pytest.raises(ConfigError, match="can't write a video there"):
+        VideoFile(str(tmp_path), source, classes)
     with pytest.raises(ConfigError, match="would replace"):
         VideoFile(str(tmp_path / "in.avi"), source, classes)
-    sink = VideoFile(str(tmp_path / "out.mp4"), source, classes)
+    sink = VideoFile(str(tmp_path / "new" / "out.mp4"), source, classes)
     for frame in source:
         sink.write(frame, {"instances": Prediction(SIZE, [square(0, 0, 9, 0)], classes)})
     sink._count += 1  # as if the disk had taken one frame less

@@ -258,9 +258,9 @@ def test_tracks_are_written(tmp_path):
     assert first["segmentations"] == [expected[0], None, expected[2]]
     assert second["segmentations"] == [None, None, video()[2].segments[1].rle()]
     with pytest.raises(OSError):
-        TrackFile(str(tmp_path / "absent" / "tracks.json"))
-    TrackFile(str(tmp_path / "empty.json")).close()
-    assert json.loads((tmp_path / "empty.json").read_text()) == []
+        TrackFile(str(tmp_path / "tracks.json" / "other.json"))
+    TrackFile(str(tmp_path / "new" / "empty.json")).close()
+    assert json.loads((tmp_path / "new" / "empty.json").read_text()) == []
 
 
 def test_colors_and_paths_stay():

@@ -122,6 +122,17 @@ def _try_folder(folder: str) -> None:
     tempfile.TemporaryFile(dir=folder).close()
 
 
+def _make_folder_of(path: str) -> None:
+    """Make the folder of a file that will be written."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+
+
+def _open_text(path: str) -> TextIO:
+    """Open a file for text, in a folder that is made if needed; names that are not UTF-8 stay what they are."""
+    _make_folder_of(path)
+    return open(path, "w", newline="", encoding="utf-8", errors="surrogateescape")
+
+
 def _paths_in(folder: str, inputs: Sequence[str], endings: tuple[str, ...] = (".png",)) -> dict[str, str]:
     """A file in the folder for each input, with one of the endings; inputs of one name are numbered."""
     paths: dict[str, str] = {}
@@ -154,7 +165,7 @@ class JsonFile(Sink):
         """
         self._png_folder = os.path.splitext(path)[0] + "_panoptic"
         self._count, self._ids = 0, classes.category_ids
-        self._file = open(path, "w")
+        self._file = _open_text(path)
         head = json.dumps({"info": dict(info), "categories": categories(classes), "images": []})
         self._file.write(head)
         self._file.flush()
@@ -192,7 +203,7 @@ class CsvFile(Sink):
         Raises:
             OSError: nothing can be written there.
         """
-        self._file = open(path, "w", newline="", encoding="utf-8", errors="surrogateescape")
+        self._file = _open_text(path)
         self._rows, self._names = csv.writer(self._file), classes.names
         self._rows.writerow(self.COLUMNS)
 
@@ -247,7 +258,7 @@ class TrackFile(Sink):
         Args:
             path: the JSON file. It is opened at once, so that a wrong path is an error before the first frame.
         """
-        self._file = open(path, "w")
+        self._file = _open_text(path)
         self._num_frames = 0
         self._masks = sqlite3.connect("")  # a temporary database on disk, which vanishes when it is closed
         self._masks.execute("CREATE TABLE masks (track INTEGER, frame INTEGER, category INTEGER, score REAL, rle TEXT)")
@@ -339,6 +350,7 @@ class VideoFile(Sink):
         self._path, self._count = path, 0
         self._drawer = VideoDrawer(classes, trail)
         height, width = source.size
+        _make_folder_of(path)
         self._writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), source.rate, (width, height))
         if not self._writer.isOpened():
             raise ConfigError(
