@@ -133,7 +133,7 @@ def held_mib(device: torch.device) -> float | None:
         return torch.cuda.memory_allocated(device) / _MEBI
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # the C library would reuse freed memory that it keeps, which hides allocations
+    _give_back()
     return _process_status("VmRSS") / 1024
 
 
@@ -142,6 +142,7 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        _give_back()
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident memory (VmHWM)
 
 
@@ -150,6 +151,11 @@ def peak_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _MEBI
     return _process_status("VmHWM") / 1024
+
+
+def _give_back() -> None:
+    """Let the C library return freed memory that it keeps: it would count as held, and hide what reuses it."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _size(result: Any) -> float:

@@ -28,15 +28,19 @@ class PartTimer:
 
     Attributes:
         seconds: their sums; the time of a timed call inside another one counts only for the inner one.
-        peaks: the most MiB that were held during a call, with what is held from before; empty if the device does not
-            support it.
+        peaks: the most MiB that were held during a call, with what is held from before; empty without ``has_peaks`` or
+            if the device does not support it.
+
+    Args:
+        has_peaks: whether to measure the peaks. On a CPU this gives freed memory back at every call, which costs time
+            when it is used again.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, has_peaks: bool = False):
         self.device = device
         self.seconds: dict[str, float] = defaultdict(float)
         self.peaks: dict[str, float] = defaultdict(float)
-        self._has_memory = held_mib(device) is not None
+        self._has_peaks = has_peaks and held_mib(device) is not None
         self._inner = [0.0]
         self._peaks = [0.0]
         self._undo: list[Callable[[], None]] = []
@@ -56,13 +60,13 @@ class PartTimer:
         self._begin_peak()
         peak = self._peaks.pop()
         self._peaks[-1] = max(self._peaks[-1], peak)
-        if self._has_memory:
+        if self._has_peaks:
             self.peaks[name] = max(self.peaks[name], peak)
         return result
 
     def _begin_peak(self) -> None:
         """Give the call in progress the peak so far, and begin anew."""
-        if self._has_memory:
+        if self._has_peaks:
             self._peaks[-1] = max(self._peaks[-1], peak_mib(self.device))
             reset_peak(self.device)
 
@@ -98,24 +102,27 @@ def measure_parts(run: Run, device: torch.device, repeats: int) -> tuple[dict[st
     """Measure every part of a run; "rest" is what is outside of all parts.
 
     Returns:
-        The median seconds, and the median peaks in MiB above what is held before the run (empty if the device does not
-        support it).
+        The median seconds, and the peaks in MiB above what is held before the run (empty if the device does not support
+        it), which are measured in one more run.
     """
     samples: dict[str, list[float]] = defaultdict(list)
-    peaks: dict[str, list[float]] = defaultdict(list)
     for _ in range(repeats):
-        held, timer = held_mib(device), PartTimer(device)
-        for owner, method, name in timed_methods(run.subject):
-            timer.wrap(owner, method, name)
-        try:
-            timer.measure(REST, run, timer.measure)
-        finally:
-            timer.unwrap()
-        for name, seconds in timer.seconds.items():
+        for name, seconds in _measure_once(run, PartTimer(device)).seconds.items():
             samples[name].append(seconds)
-        for name, peak in timer.peaks.items():
-            peaks[name].append(peak - (held or 0.0))
-    return {name: median(x) for name, x in samples.items()}, {name: median(x) for name, x in peaks.items()}
+    held = held_mib(device) or 0.0
+    peaks = _measure_once(run, PartTimer(device, has_peaks=True)).peaks
+    return {name: median(x) for name, x in samples.items()}, {name: peak - held for name, peak in peaks.items()}
+
+
+def _measure_once(run: Run, timer: PartTimer) -> PartTimer:
+    """Measure every part of one run with this timer."""
+    for owner, method, name in timed_methods(run.subject):
+        timer.wrap(owner, method, name)
+    try:
+        timer.measure(REST, run, timer.measure)
+    finally:
+        timer.unwrap()
+    return timer
 
 
 def mapper_seconds(cfg: CfgNode, rounds: int) -> float:
