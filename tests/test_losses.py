@@ -7,11 +7,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import IGNORE, matcher_options, sigmoid, slow_bilinear, tiny_config
+from helpers import (
+    IGNORE,
+    expected_losses,
+    make_batch,
+    matcher_options,
+    sigmoid,
+    slow_bilinear,
+    tiny_config,
+    tiny_model,
+)
 
 from knet_d2.errors import ConfigError
 from knet_d2.modeling.criterion import KNetCriterion
-from knet_d2.modeling.losses import dense_focal_loss, dice_loss, focal_loss, kernel_cross_entropy, mask_loss
+from knet_d2.modeling.losses import (
+    dense_focal_loss,
+    dice_loss,
+    focal_loss,
+    kernel_cross_entropy,
+    lovasz_softmax_loss,
+    mask_loss,
+)
 from knet_d2.modeling.matcher import HungarianMatcher
 from knet_d2.modeling.structures import KernelState, StageOutput, Targets
 from knet_d2.tasks import TASKS
@@ -276,15 +292,72 @@ def test_cross_entropy_resizes_logits_to_the_labels():
     assert kernel_cross_entropy(logits, labels, IGNORE).item() == pytest.approx(expected, rel=1e-9)
 
 
+def test_lovasz_loss_of_sure_predictions_is_1_minus_iou():
+    """The mean over the classes that the labels have: 1 of 4 is only predicted, and one is nowhere."""
+    targets = torch.tensor([[[0, 0, 0, 1, 1, IGNORE]], [[0, 1, 1, 1, IGNORE, IGNORE]]])
+    predicted = torch.tensor([[[0, 0, 1, 1, 2, 0]], [[0, 1, 1, 0, 1, 2]]])
+    logits = 200 * torch.nn.functional.one_hot(predicted, 4).movedim(3, 1).double()
+    ious = [3 / 5, 3 / 6]  # of the classes 0 and 1, without the ignored pixels
+    assert lovasz_softmax_loss(logits, targets, IGNORE).item() == pytest.approx(1 - sum(ious) / 2, abs=1e-12)
+
+
+def test_lovasz_loss_is_the_sum_over_falling_errors():
+    """Eq. 9: each pixel's error times what it adds to 1 - IoU, if the pixels with larger errors are wrong as well."""
+    logits, targets = random(2, 3, 4, 5), torch.randint(3, (2, 4, 5), generator=torch.Generator().manual_seed(0))
+    targets[0, :2] = IGNORE
+    probs, kept = logits.softmax(1).movedim(1, 3), targets != IGNORE
+    found = []
+    for c in range(3):
+        mine = targets[kept] == c
+        errors = (mine.double() - probs[..., c][kept]).abs().tolist()
+        wrong, last, total = set(), 0.0, 0.0
+        for i in sorted(range(len(errors)), key=lambda i: -errors[i]):
+            wrong.add(i)
+            right = sum(mine[j].item() for j in range(len(errors)) if j not in wrong)
+            union = mine.sum().item() + sum(not mine[j] for j in wrong)
+            total += errors[i] * (1 - right / union - last)
+            last = 1 - right / union
+        found.append(total)
+    assert lovasz_softmax_loss(logits, targets, IGNORE).item() == pytest.approx(sum(found) / 3, rel=1e-9)
+    torch.autograd.gradcheck(lambda x: lovasz_softmax_loss(x, targets, IGNORE), logits.requires_grad_())
+
+
+def test_the_lovasz_loss_is_part_of_each_cross_entropy_of_label_maps():
+    batch = make_batch([3, 1])
+    plain, model = (
+        tiny_model("semantic", {"MODEL.KNET.LOSS.LOVASZ_WEIGHT": weight, "MODEL.KNET.DROPOUT": 0.0}).train()
+        for weight in (0.0, 0.5)
+    )
+    losses, expected = model(batch), plain(batch)
+    assert losses.keys() == expected.keys() == expected_losses("semantic")
+    for name, loss in losses.items():
+        factor = 0.4 if name == "loss_auxiliary" else 1.0
+        assert 0.1 < (loss - expected[name]).item() / (0.5 * factor) < 1, name  # an untrained model's IoU is low
+
+
+@pytest.mark.parametrize(
+    "task, options, message",
+    [
+        ("semantic", {"LOVASZ_WEIGHT": -1.0}, "= -1.0: use 0, or more for semantic segmentation"),
+        ("panoptic", {"LOVASZ_WEIGHT": 1.0}, "= 1.0: use 0, or more for semantic segmentation"),
+        ("semantic", {"LOVASZ_WEIGHT": 1.0, "GLOBAL_NORMALIZERS": True}, "GLOBAL_NORMALIZERS = True can't make it"),
+    ],
+)
+def test_bad_lovasz_weights(task, options, message):
+    with pytest.raises(ConfigError, match=rf"MODEL\.KNET\.LOSS\.LOVASZ_WEIGHT .*{message}"):
+        tiny_model(task, {f"MODEL.KNET.LOSS.{key}": value for key, value in options.items()})
+
+
 @pytest.mark.parametrize(
     "loss",
     [
         lambda x: mask_loss(x[:0], x.detach()[:0]),
         lambda x: dice_loss(x[:0], x.detach()[:0]),
         lambda x: kernel_cross_entropy(x[None], torch.full((1, 4, 5), IGNORE), IGNORE),
+        lambda x: lovasz_softmax_loss(x[None], torch.full((1, 4, 5), IGNORE), IGNORE),
         lambda x: focal_loss(x[:0], x.detach()[:0], x.detach()[:0], alpha=ALPHA, gamma=GAMMA),
     ],
-    ids=["mask", "dice", "rank", "focal"],
+    ids=["mask", "dice", "rank", "lovasz", "focal"],
 )
 def test_nothing_to_compare_costs_0_and_is_part_of_the_graph(loss):
     logits = random(3, 4, 5).requires_grad_()

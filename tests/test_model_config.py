@@ -37,6 +37,7 @@ NODES = {
     "LOSS.AUXILIARY_WEIGHT": ("semantic", 0.8),
     "LOSS.NUM_POINTS": ("panoptic", 40),
     "LOSS.QUALITY_EXPONENT": ("panoptic", 1.0),
+    "LOSS.LOVASZ_WEIGHT": ("semantic", 1.0),
     "LOSS.FOCAL_ALPHA": ("panoptic", 0.5),
     "LOSS.FOCAL_GAMMA": ("panoptic", 1.0),
     "DENOISING.NUM_KERNELS": ("panoptic", 9),

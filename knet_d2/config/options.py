@@ -96,6 +96,9 @@ def _add_model_config(cfg: CN) -> None:
     knet.LOSS.QUALITY_EXPONENT = 0.0
     # Weight of the auxiliary FCN head's cross entropy; 0 = no auxiliary head.
     knet.LOSS.AUXILIARY_WEIGHT = 0.0
+    # Weight of the Lovász-Softmax loss, a surrogate of 1 - IoU, beside every cross entropy of label maps (semantic
+    # models); 0 = none.
+    knet.LOSS.LOVASZ_WEIGHT = 0.0
     # Focal alpha: weight of positive samples, in the loss and in the matching cost.
     knet.LOSS.FOCAL_ALPHA = 0.25
     # Focal gamma: down-weights well-classified examples, in the loss and in the matching cost.

@@ -21,8 +21,10 @@ from .losses import (
     dice_loss,
     focal_loss,
     kernel_cross_entropy,
+    lovasz_softmax_loss,
     mask_loss,
     quality_focal_loss,
+    resized_to,
 )
 from .matcher import HungarianMatcher
 from .sampled_points import SampledPoints
@@ -77,6 +79,7 @@ class KNetCriterion(nn.Module):
         global_normalizers: bool = False,
         num_points: int = 0,
         quality_exponent: float = 0.0,
+        lovasz_weight: float = 0.0,
     ):
         """
         Args:
@@ -84,6 +87,7 @@ class KNetCriterion(nn.Module):
             auxiliary_weight: of the auxiliary head's cross entropy.
             num_points: see :class:`.sampled_points.SampledPoints`; 0: masks are compared at every pixel.
             quality_exponent: the class target of a positive kernel is the IoU of its mask to this power; 0: it is 1.
+            lovasz_weight: of the Lovász-Softmax loss beside each cross entropy of label maps, the auxiliary head's too.
             global_normalizers: True divides every term by a count over all processes, so that the mean of their losses
                 is what one process computes for all their images. False, as in the official release, divides class
                 losses by the mean count over the processes, and all other terms by the process's own count.
@@ -98,6 +102,7 @@ class KNetCriterion(nn.Module):
         self.global_normalizers = global_normalizers
         self.num_points = num_points
         self.quality_exponent = quality_exponent
+        self.lovasz_weight = lovasz_weight
         self.failure: NonFiniteError | None = None
         self.register_buffer("class_mask", bank.class_mask(), persistent=False)
         kernel_of_class = torch.full((bank.num_classes,), -1)
@@ -119,6 +124,16 @@ class KNetCriterion(nn.Module):
             )
         if loss.QUALITY_EXPONENT < 0:
             raise ConfigError(f"MODEL.KNET.LOSS.QUALITY_EXPONENT = {loss.QUALITY_EXPONENT}: use 0 for none, or more.")
+        if loss.LOVASZ_WEIGHT < 0 or (loss.LOVASZ_WEIGHT and "label_map" not in task.losses):
+            raise ConfigError(
+                f"MODEL.KNET.LOSS.LOVASZ_WEIGHT = {loss.LOVASZ_WEIGHT}: use 0, or more for semantic segmentation."
+            )
+        if loss.LOVASZ_WEIGHT and loss.GLOBAL_NORMALIZERS:
+            raise ConfigError(
+                f"MODEL.KNET.LOSS.LOVASZ_WEIGHT = {loss.LOVASZ_WEIGHT} compares the images of a process together, so "
+                "that MODEL.KNET.LOSS.GLOBAL_NORMALIZERS = True can't make it independent of the number of processes: "
+                "use one of them."
+            )
         return {
             "bank": bank,
             "matcher": HungarianMatcher(
@@ -136,6 +151,7 @@ class KNetCriterion(nn.Module):
             "global_normalizers": loss.GLOBAL_NORMALIZERS,
             "num_points": loss.NUM_POINTS,
             "quality_exponent": loss.QUALITY_EXPONENT,
+            "lovasz_weight": loss.LOVASZ_WEIGHT,
         }
 
     def forward(
@@ -317,9 +333,13 @@ def _label_map_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, w
 
 
 def _label_map_loss(criterion: KNetCriterion, comparison: Comparison, logits: torch.Tensor) -> Value:
-    """Mean cross entropy of logits [B, K, H, W] where label maps are compared, without a weight."""
+    """Loss of logits [B, K, H, W] where label maps are compared, without a weight: mean cross entropy, and Lovász."""
     logits, labels = comparison.label_pairs(logits)
-    return kernel_cross_entropy(logits, labels, criterion.ignore_value), labels.numel()
+    logits = resized_to(logits, labels)
+    loss = kernel_cross_entropy(logits, labels, criterion.ignore_value)
+    if criterion.lovasz_weight:
+        loss = loss + criterion.lovasz_weight * lovasz_softmax_loss(logits, labels, criterion.ignore_value)
+    return loss, labels.numel()
 
 
 class Term(NamedTuple):

@@ -92,6 +92,13 @@ def dice_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (1 - dice).sum() / max(len(dice), 1)
 
 
+def resized_to(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Logits at the targets' size, bilinear where that differs: [B, N, H, W] and [B, h, w] -> [B, N, h, w]."""
+    if logits.shape[-2:] == targets.shape[-2:]:
+        return logits
+    return F.interpolate(logits, targets.shape[-2:], mode="bilinear", align_corners=False)
+
+
 def kernel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, ignore_value: int) -> torch.Tensor:
     """Cross entropy over the kernels at every pixel: the rank loss, and the loss of semantic segmentation.
 
@@ -100,10 +107,34 @@ def kernel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, ignore_val
         targets: int64 [B, h, w], index of the kernel that owns the pixel, or ignore_value.
         ignore_value: such pixels cost 0, but count in the mean.
     """
-    if logits.shape[-2:] != targets.shape[-2:]:
-        logits = F.interpolate(logits, targets.shape[-2:], mode="bilinear", align_corners=False)
+    logits = resized_to(logits, targets)
     total = F.cross_entropy(logits, targets, ignore_index=ignore_value, reduction="sum")
     return total / max(targets.numel(), 1)
+
+
+def lovasz_softmax_loss(logits: torch.Tensor, targets: torch.Tensor, ignore_value: int) -> torch.Tensor:
+    """Lovász-Softmax loss (arXiv:1705.08790, Eq. 11): a surrogate of 1 - IoU, mean over the classes that are there.
+
+    The pixels of all images are taken together. For probabilities of 0 and 1 it is 1 - IoU.
+
+    Args:
+        logits: [B, K, h, w].
+        targets: int64 [B, h, w], class of every pixel, or ignore_value.
+        ignore_value: such pixels cost nothing.
+    """
+    probs = logits.softmax(dim=1).movedim(1, 0).flatten(1)
+    targets = targets.flatten()
+    classes = torch.arange(len(probs), device=targets.device)
+    labels = (targets == classes[:, None]).to(probs.dtype)
+    # Without an error, ignored pixels come last, where they cost nothing and change nothing
+    errors, order = ((labels - probs).abs() * (targets != ignore_value)).sort(dim=1, descending=True)
+    labels = labels.gather(1, order)
+    areas = labels.sum(dim=1, keepdim=True)
+    unions = areas + (1 - labels).cumsum(dim=1)
+    jaccard = 1 - (areas - labels.cumsum(dim=1)) / unions
+    steps = torch.cat([jaccard[:, :1], jaccard.diff(dim=1)], dim=1)
+    is_there = (areas > 0).to(probs.dtype)[:, 0]
+    return ((errors * steps).sum(dim=1) * is_there).sum() / is_there.sum().clamp(min=1)
 
 
 def contrastive_loss(
