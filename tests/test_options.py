@@ -235,6 +235,19 @@ def test_a_key_that_stands_twice_is_an_error(tmp_path, text):
         merge_config(get_knet_cfg(), str(tmp_path / "c.yaml"))
 
 
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["SEED", "1", "--resume"], "--resume is among the KEY VALUE pairs, which end the line: put it before them"),
+        (["--num-gpus", "2", "SEED", "1"], "--num-gpus is among the KEY VALUE pairs"),
+        (["SEED"], "Options come as KEY VALUE pairs; 'SEED' has no value"),
+    ],
+)
+def test_options_that_are_no_pairs(opts, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config("", opts)
+
+
 def test_keys_of_several_mappings_may_be_equal(tmp_path):
     (tmp_path / "c.yaml").write_text("SOLVER: &a {MAX_ITER: 5}\nDATASETS: {CUSTOM: [{a: 1}, {a: 1}, {a: [1, 2]}]}\n")
     merge_config(get_knet_cfg(), str(tmp_path / "c.yaml"))

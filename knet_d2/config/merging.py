@@ -40,6 +40,9 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
 def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> None:
     """Merge a YAML file ("" = none) and KEY VALUE pairs into ``cfg``; the file can't run code."""
+    flags = [x for x in opts if str(x).startswith("--")]
+    if flags:
+        raise ConfigError(f"{flags[0]} is among the KEY VALUE pairs, which end the line: put it before them.")
     if len(opts) % 2:
         raise ConfigError(f"Options come as KEY VALUE pairs; {opts[-1]!r} has no value.")
     defaults = _flat_items(cfg)
