@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUTPUT ?= output/fruits
-SHAPES_CONFIG ?= configs/shapes/panoptic.yaml
+SHAPES_CONFIG ?= configs/shapes/panoptic_modern.yaml
 SHAPES_OUTPUT ?= output/shapes_panoptic
 REFERENCES ?= tests/data/references
 

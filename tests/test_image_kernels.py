@@ -15,7 +15,7 @@ from knet_d2.modeling.static_kernels.image_kernels import (
     quadratic_coordinates,
     squared_distances,
 )
-from knet_d2.modeling.targets import center_map
+from knet_d2.modeling.targets import center_map, covered_cells
 
 DIM, KERNELS, STRIDE = 32, 5, 8
 
@@ -93,7 +93,7 @@ def test_center_map_is_the_maximum_of_gaussians_at_cells_of_the_masks():
     masks[0, 2:16, 2:32] = 1  # cells 1..7 x 1..15, whose middle is (4, 8)
     masks[1, 22, 38] = 1  # one pixel of cell (11, 19)
     masks[2, 0:24, 34:36] = masks[2, 20:24, 4:36] = 1  # an L, whose centroid is not on it
-    target = center_map(masks, torch.zeros(12, 20, dtype=torch.float64))  # the last one has no pixel
+    target = center_map(covered_cells(masks, (12, 20), torch.float64))  # the last one has no pixel
     peaks = [tuple(x) for x in (target == 1).nonzero().tolist()]
     assert peaks[0] == (4, 8) and peaks[-1] == (11, 19) and len(peaks) == 3
     rows, columns = masks[2].nonzero(as_tuple=True)
@@ -107,7 +107,7 @@ def test_center_map_is_the_maximum_of_gaussians_at_cells_of_the_masks():
 
 
 def test_center_map_without_instances_is_empty():
-    target = center_map(torch.zeros(0, 8, 8), torch.zeros(4, 4))
+    target = center_map(torch.zeros(0, 4, 4))
     assert target.shape == (4, 4) and not target.any()
 
 
@@ -127,7 +127,7 @@ def test_center_loss_is_divided_by_the_instances_of_the_batch():
     images = model.preprocess_image(batch)
     output = model.network(images.tensor, torch.tensor(images.image_sizes))
     targets = model.prepare_targets(model.send_ground_truth(batch), images, output.state)
-    maps = torch.stack([center_map(target.masks, output.state.center_logits) for target in targets])
+    maps = torch.stack([center_map(target.covered) for target in targets])
     expected = center_focal_loss(output.state.center_logits, maps) / 4
     found = model.criterion(output.state, output.stages, targets)["loss_center_s0"]
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)

@@ -7,7 +7,9 @@ import torch
 from helpers import make_batch, make_example, tiny_model
 
 from knet_d2.errors import ConfigError
+from knet_d2.modeling.layers import upsample_masks, upsampled_size
 from knet_d2.modeling.losses import focal_loss, mask_ious, quality_focal_loss
+from knet_d2.modeling.targets import build_targets
 
 QUALITY = "MODEL.KNET.LOSS.QUALITY_EXPONENT"
 
@@ -34,8 +36,10 @@ def test_a_soft_target_costs_least_at_its_own_probability():
 def test_ious_of_masks():
     logits = torch.tensor([[[1.0, 1, -1, -1]], [[-1, -1, -1, -1]], [[2, 2, 2, 2]]])
     targets = torch.tensor([[[0.0, 1, 0.6, 0.4]], [[0, 0, 0, 0]], [[1, 1, 1, 1]]])
-    assert mask_ious(logits, targets).tolist() == pytest.approx([1 / 3, 0, 1])
-    assert mask_ious(logits[:0], targets[:0]).shape == (0,)
+    masks, truths = logits > 0, targets > 0.5
+    assert mask_ious(masks, truths).tolist() == pytest.approx([1 / 3, 1, 1])
+    assert mask_ious(~masks, truths).tolist() == pytest.approx([1 / 3, 1, 0])
+    assert mask_ious(masks[:0], truths[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
@@ -55,10 +59,14 @@ def test_positive_kernels_learn_the_quality_of_their_masks(task, num_points):
     criterion._match([compared])
     positives, logits = compared.positives(1), output.stages[0].class_logits
     labels = torch.zeros_like(logits)
+    # At every pixel of the up-sampled masks, also where the losses compare masks at points
+    size = upsampled_size(output.stages[0].mask_logits)
+    whole = [build_targets(x, images.tensor, size, 255) for x in model.send_ground_truth(batch)]
+    whole = [torch.cat([x.masks, x.stuff_masks]) for x in whole]
     for p, place in enumerate(zip(positives.image_index, positives.kernel_index, positives.classes)):
-        mask = compared.compared_logits(1)[place[0], place[1]] > 0
-        truth = positives.target_masks[p] > 0.5
-        labels[place] = ((mask & truth).sum() / (mask | truth).sum().clamp(min=1)).sqrt()
+        mask = upsample_masks(output.stages[0].mask_logits)[place[0], place[1]] > 0
+        truth = whole[place[0]][positives.target_index[p]] > 0.5
+        labels[place] = ((mask & truth).sum() / (mask | truth).sum()).sqrt() if truth.any() else 1.0
     assert labels.max() > 0
     total = quality_focal_loss(logits, labels, criterion.class_mask.double(), **criterion.focal)
     expected = criterion.weights["class"] * total / len(positives.kernel_index)

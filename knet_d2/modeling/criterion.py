@@ -321,9 +321,9 @@ def _dense_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weigh
 
 def _center_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:
     """Focal loss on the map of the instances' centres, per instance."""
-    logits = full_precision(batch.state.center_logits)
-    maps = torch.stack([center_map(target.masks, logits) for target in batch.comparison.full_targets])
-    return weight * center_focal_loss(logits, maps), sum(len(target.masks) for target in batch.comparison.full_targets)
+    maps = torch.stack([center_map(target.covered) for target in batch.targets])
+    total = center_focal_loss(full_precision(batch.state.center_logits), maps)
+    return weight * total, sum(len(target.classes) for target in batch.targets)
 
 
 def _label_map_term(criterion: KNetCriterion, batch: MatchedBatch, stage: int, weight: float) -> Value:

@@ -13,7 +13,7 @@ from .layers import full_precision, send, upsample_masks
 from .losses import mask_ious
 from .matcher import Candidates, place_cost
 from .structures import Match, Positives, Targets, TrainingGroup
-from .targets import covered_cells, own_cells
+from .targets import own_cells
 
 
 class Comparison:
@@ -50,6 +50,11 @@ class Comparison:
         """Logits and targets that the mask and dice loss of the positive kernels compare, [P, h, w] each."""
         positives = batch.positives(stage)
         return batch.compared_logits(stage)[positives.image_index, positives.kernel_index], positives.target_masks
+
+    def positive_masks(self, batch: LossBatch, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The up-sampled masks of the positive kernels and their targets, bool [P, h, w] each; no gradient passes."""
+        logits, targets = self.positive_pairs(batch, stage)
+        return logits > 0, targets > 0.5
 
     def foreground_count(self, batch: LossBatch, labels: torch.Tensor, background: int) -> torch.Tensor:
         """Number of the labels [B, h, w] of the dense loss that are not the background."""
@@ -99,10 +104,11 @@ class LossBatch(ABC):
         return self._positive_pairs[stage]
 
     def mask_qualities(self, stage: int) -> torch.Tensor:
-        """IoU of each positive kernel's mask with its target, where all kernels are compared: [P]."""
-        positives = self.positives(stage)
-        logits = self.compared_logits(stage)[positives.image_index, positives.kernel_index]
-        return mask_ious(logits, positives.target_masks)
+        """IoU of each positive kernel's up-sampled mask with its target: [P].
+
+        At sampled points, many small objects would have no point, and the others too few to tell.
+        """
+        return mask_ious(*self.comparison.positive_masks(self, stage)).to(self.mask_logits(stage).dtype)
 
 
 class MatchedBatch(LossBatch):
@@ -176,10 +182,7 @@ class MatchedBatch(LossBatch):
         places = self.state.places
         if places is None:
             return None
-        size = self.state.mask_logits.shape[-2:]
-        own = [
-            own_cells(covered_cells(x.masks, size, places.probs.dtype)).flatten(1) for x in self.comparison.full_targets
-        ]
+        own = [own_cells(x.covered).flatten(1) for x in self.targets]
         inside = [cells_of_image[:, cells].T for cells_of_image, cells in zip(own, places.cells)]
         return [place_cost(*item) for item in zip(places.probs, inside)]
 

@@ -34,10 +34,14 @@ def quality_focal_loss(
     return (focus * entropy * weights).sum()
 
 
-def mask_ious(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """IoU of masks with their targets, both where they are above a half; no gradient passes: [P, h, w] each -> [P]."""
-    masks, truth = (logits > 0).flatten(1), (targets > 0.5).flatten(1)
-    return ((masks & truth).sum(1) / (masks | truth).sum(1).clamp(min=1)).to(logits.dtype)
+def mask_ious(masks: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """IoU of masks with their targets, bool [P, h, w] each -> float [P]; 1 where the target has no pixel.
+
+    An object that is too small for a pixel of its own is there all the same: its kernel must not learn that it is not.
+    """
+    masks, targets = masks.flatten(1), targets.flatten(1)
+    ious = (masks & targets).sum(1) / (masks | targets).sum(1).clamp(min=1)
+    return torch.where(targets.any(dim=1), ious, 1)
 
 
 def dense_focal_loss(logits: torch.Tensor, labels: torch.Tensor, *, alpha: float, gamma: float) -> torch.Tensor:

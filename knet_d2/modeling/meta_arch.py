@@ -254,7 +254,10 @@ class KNet(nn.Module):
     def prepare_targets(self, truths: list[GroundTruth], images: ImageList, state: KernelState) -> list[Targets]:
         """Targets of every image at the sizes that the losses need."""
         mask_size = None if self.criterion.num_points else upsampled_size(state.mask_logits)
-        return [build_targets(truth, images.tensor, mask_size, self.criterion.ignore_value) for truth in truths]
+        needs_cells = state.center_logits is not None or self.training_kernels is not None
+        cell_size = tuple(state.feature.shape[-2:]) if needs_cells else None
+        ignore_value = self.criterion.ignore_value
+        return [build_targets(truth, images.tensor, mask_size, ignore_value, cell_size) for truth in truths]
 
     def image_logits(
         self, output: NetworkOutput, batched_inputs: list[dict[str, Any]], images: ImageList, stage: int | None = None

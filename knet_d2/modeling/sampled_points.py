@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .layers import sample
+from .layers import sample, upsample_masks
 from .loss_batches import Comparison, LossBatch
 from .structures import Targets
 from .targets import MASKS_AT_ONCE
@@ -78,14 +78,33 @@ class SampledPoints(Comparison):
         found = [self._image_pairs(b, (stage, batch.stream), *pair) for b, pair in enumerate(pairs)]
         return torch.cat([x for x, _ in found]), torch.cat([x for _, x in found])
 
+    def positive_masks(self, batch: LossBatch, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`Comparison`: at every pixel, since small objects have too few points."""
+        positives = batch.positives(stage)
+        logits = batch.mask_logits(stage).detach()[positives.image_index, positives.kernel_index]
+        masks = [upsample_masks(some[None])[0] > 0 for some in logits.split(MASKS_AT_ONCE)]
+        index = positives.target_index.split(positives.counts)
+        return torch.cat(masks), torch.cat([own[some] for own, some in zip(self._upsampled_targets, index)])
+
+    @functools.cached_property
+    def _upsampled_targets(self) -> list[torch.Tensor]:
+        """Per image: instances and stuff at the pixels of the up-sampled masks, bool [., h, w]."""
+        found = []
+        for target in self.full_targets:
+            parts = torch.cat([target.masks, target.stuff_masks])[:, None].split(MASKS_AT_ONCE)
+            # Resized as where masks are compared at every pixel
+            resized = [F.interpolate(x.float(), self._mask_size, mode="bilinear")[:, 0] > 0.5 for x in parts if len(x)]
+            found.append(torch.cat(resized) if resized else target.masks.new_zeros(0, *self._mask_size).bool())
+        return found
+
     def foreground_count(self, batch: LossBatch, labels: torch.Tensor, background: int) -> torch.Tensor:
         """Pixels of the up-sampled maps that are not the background, times points per pixel; labels are not read."""
-        count = batch.state.feature.new_zeros((), dtype=torch.float64)
+        count = self._points.new_zeros(())  # not in a half type, which ends at 65,504
         for target, extent, (_, instances) in zip(self.full_targets, self._extents, batch.matches[0]):
             covered = torch.cat([target.stuff_masks, target.masks[instances]]).any(dim=0)
             covered = F.interpolate(covered[None, None].float(), self._mask_size, mode="bilinear") > 0
             num_pixels = extent[0] * self._mask_size[1] * extent[1] * self._mask_size[0]
-            count += covered.sum() * (self.num_points / num_pixels)
+            count += covered.sum().to(count) * (self.num_points / num_pixels)
         return count
 
     def _image_pairs(
@@ -141,7 +160,7 @@ def seed_of(target: Targets) -> int:
 
 def generator_of(seed: int, device: torch.device, *key: int) -> torch.Generator:
     """A generator for one purpose, which the key names, of the image with a seed."""
-    state = np.random.SeedSequence((seed, *key)).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) >> 1)
 
 

@@ -147,6 +147,7 @@ class Targets(NamedTuple):
         image_size: height and width of the image in the padded input.
         seed: of the points that are drawn for the image.
         track_ids: int64 [G], numbers of the instances that are the same in all frames of a video; None for images.
+        covered: [G, H, W], share of each cell of F that an instance covers, where a loss or a group of kernels asks.
 
     Where masks are compared at sampled points, they are uint8 [., Hp, Wp] instead of soft [., h, w].
     """
@@ -159,6 +160,7 @@ class Targets(NamedTuple):
     image_size: tuple[int, int] = (0, 0)
     seed: int | None = None
     track_ids: torch.Tensor | None = None
+    covered: torch.Tensor | None = None
 
 
 # (indices of kernels, indices of instances), both int64 [min(N, G)], the first one ascending

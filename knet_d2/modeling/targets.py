@@ -18,7 +18,11 @@ CENTER_EPS = 1e-6
 
 
 def build_targets(
-    truth: GroundTruth, images: torch.Tensor, mask_size: tuple[int, int] | None, ignore_value: int
+    truth: GroundTruth,
+    images: torch.Tensor,
+    mask_size: tuple[int, int] | None,
+    ignore_value: int,
+    cell_size: tuple[int, int] | None = None,
 ) -> Targets:
     """Targets of one image.
 
@@ -27,6 +31,7 @@ def build_targets(
         images: the padded batch, [B, C, Hp, Wp], whose type the masks get.
         mask_size: height and width of the masks in the losses; None: they stay uint8 masks of full resolution.
         ignore_value: label of the pixels of the padding.
+        cell_size: height and width of a map whose cells the instances cover; None: nobody asks for them.
     """
     height, width = images.shape[-2:]
     padding = (0, width - truth.size[1], 0, height - truth.size[0])
@@ -46,8 +51,9 @@ def build_targets(
         stuff_masks = resized(labels == truth.stuff_classes[:, None, None])
         sem_seg = F.pad(labels, padding, value=ignore_value)
     masks = resized(truth.masks())
+    covered = None if cell_size is None else covered_cells(F.pad(truth.masks(), padding), cell_size, images.dtype)
     found = truth.classes, masks, truth.stuff_classes, stuff_masks, sem_seg
-    return Targets(*found, image_size=truth.size, seed=truth.seed, track_ids=truth.track_ids)
+    return Targets(*found, image_size=truth.size, seed=truth.seed, track_ids=truth.track_ids, covered=covered)
 
 
 def last_nonzero(masks: torch.Tensor, values: torch.Tensor, background: int) -> torch.Tensor:
@@ -96,24 +102,22 @@ def own_cells(covered: torch.Tensor) -> torch.Tensor:
     return (covered > 0) & (covered >= 0.5 * covered.amax(dim=(1, 2), keepdim=True))
 
 
-def center_map(masks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def center_map(covered: torch.Tensor) -> torch.Tensor:
     """What a map of centres has to show for the instances of an image.
 
     Each instance gives a Gaussian, 1 at that of its cells which is closest to its centroid; the map is their maximum.
 
     Args:
-        masks: [G, h, w], instances; those without a pixel give nothing.
-        like: [..., H, W], a map of the size and type that the result has.
+        covered: [G, H, W], share of each cell that an instance covers; an instance without a pixel gives nothing.
 
     Returns:
         [H, W].
     """
-    height, width = like.shape[-2:]
-    if len(masks) == 0:
-        return like.new_zeros(height, width)
-    covered = covered_cells(masks, (height, width), like.dtype)
+    height, width = covered.shape[-2:]
+    if len(covered) == 0:
+        return covered.new_zeros(height, width)
     areas = covered.sum(dim=(1, 2))
-    rows, columns = (torch.arange(length, dtype=like.dtype, device=like.device) for length in (height, width))
+    rows, columns = (torch.arange(length, dtype=covered.dtype, device=covered.device) for length in (height, width))
     weights = covered / areas.clamp(min=CENTER_EPS)[:, None, None]
     centroids = (weights.sum(2) @ rows)[:, None], (weights.sum(1) @ columns)[:, None]
     squares = _squared_distances(rows, columns, *centroids)

@@ -26,7 +26,7 @@ from .layers import full_precision, no_autocast
 from .sampled_points import generator_of, seed_of
 from .static_kernels.semantic_fpn import LearnedKernels
 from .structures import KernelState, Targets, TrainingGroup
-from .targets import covered_cells, own_cells
+from .targets import own_cells
 
 # Names the draws of noise among those of an image's seed; points have two numbers, of which the first is a stage
 NOISE_KEY = (0, 0, 1)
@@ -76,8 +76,7 @@ class DenoisingKernels(nn.Module):
             instances = torch.arange(count, device=feature.device).repeat(self.num_kernels // max(count, 1))
         # float32, so that models of other types draw the same numbers
         draws = 2 * torch.rand(len(instances), 4, generator=generator, device=feature.device) - 1
-        covered = covered_cells(target.masks, tuple(feature.shape[-2:]), feature.dtype)[instances]
-        masks = noised_masks(covered, self.noise * draws.to(feature.dtype))
+        masks = noised_masks(target.covered[instances], self.noise * draws.to(feature.dtype))
         repetitions = torch.arange(len(instances), device=feature.device) // max(count, 1)
         return masks.to(feature.dtype), repetitions, instances
 

@@ -62,9 +62,10 @@ def coordinate_channels(x: torch.Tensor) -> torch.Tensor:
 
 def _coordinates(length: int, x: torch.Tensor) -> torch.Tensor:
     """Evenly from -1 to 1: [length]. Not by torch.linspace, which an exported graph would fix to one length."""
-    index = torch.arange(length, device=x.device, dtype=x.dtype)
+    # In a half type, neighbouring columns of a wide map would have the same index
+    index = torch.arange(length, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     # "dim" is there for the export to ONNX
-    return 2 * index / index.amax(dim=0).clamp(min=1) - 1
+    return (2 * index / index.amax(dim=0).clamp(min=1) - 1).to(x.dtype)
 
 
 class SemanticFPN(nn.Module):
