@@ -63,6 +63,23 @@ def test_runs_are_trained_compared_and_continued(tmp_path, shapes, capsys):  # n
     files = {path: path.read_bytes() for path in output.rglob(compare_training.RECORDS)}
     compare_training.main(parser.parse_args([*arguments, *opts]))
     assert {path: path.read_bytes() for path in files} == files  # only read
+    # Another test of the finished runs is evaluated; other options are another run
+    more = [*arguments, "--test", "two", "TEST.DETECTIONS_PER_IMAGE", "2"]
+    compare_training.main(parser.parse_args([*more, *opts]))
+    for name, run in zip(("plain", "again"), points):
+        last = read_points(str(output / f"{name}_seed3"))[3]
+        assert {**last.metrics, "two": {}} == {**run[3].metrics, "two": {}} and last.metrics["two"].keys() == {
+            *last.metrics["one"]
+        }
+        assert last.cpu_seconds == run[3].cpu_seconds
+    other_test = [*arguments[:-1], "3"]
+    for changed in ([*more, *opts, "SOLVER.BASE_LR", "0.5"], [*more, *opts[:1], "SOLVER.MAX_ITER", "2", *opts[3:]]):
+        with pytest.raises(ConfigError, match="plain_seed3 has a run with other options .*Give another --output"):
+            compare_training.main(parser.parse_args(changed))
+    with pytest.raises(ConfigError, match="plain_seed3 has a run with other options .--test one"):
+        compare_training.main(parser.parse_args([*other_test, *opts]))
+    with pytest.raises(ConfigError, match="--metric segm/APX: the evaluation 'plain' has .*segm/AP, .*no run is lost"):
+        compare_training.main(parser.parse_args([*more, "--metric", "segm/APX", *opts]))
 
 
 def test_bad_command_lines(tmp_path, shapes, capsys):  # noqa: F811
@@ -70,6 +87,9 @@ def test_bad_command_lines(tmp_path, shapes, capsys):  # noqa: F811
     parser = compare_training.get_parser()
     with pytest.raises(ConfigError, match="--configs: two of them have the same name"):
         compare_training.main(parser.parse_args(["--configs", f"a={config}", f"a={config}"]))
+    trained = ["--test", "a", "MODEL.KNET.NUM_KERNELS", "4"]
+    with pytest.raises(ConfigError, match=r"--test a: MODEL\.KNET\.NUM_KERNELS is none of .*one of --configs"):
+        compare_training.main(parser.parse_args(["--configs", f"a={config}", *trained]))
     with pytest.raises(SystemExit):
         parser.parse_args(["--configs", config])
     assert "write NAME=VALUE" in capsys.readouterr().err

@@ -124,14 +124,14 @@ def entries(tmp_path_factory):
 
 
 def test_half_of_the_images_and_never_their_own_objects():
-    records = [{"file_name": f"{i}.png"} for i in range(4)]
+    records = [{"file_name": f"{i}.png"} for i in range(6)]
     read = []
 
     def mapper(record):
         read.append(record["file_name"])
         return example((8, 8), [(5, 1, 1, 4, 4)], int(record["file_name"][0]))
 
-    mixing = CopyPasteMapper(mapper, records, 0.5)
+    mixing = CopyPasteMapper(mapper, records, range(4), 0.5)
     np.random.seed(0)
     sources = []
     for i in range(1000):
@@ -143,7 +143,7 @@ def test_half_of_the_images_and_never_their_own_objects():
     found = [source[0] for i, source in enumerate(sources) if source and i % 4 == 0]
     assert {*found} == {"1.png", "2.png", "3.png"}
     assert len(mixing(records[0])["instances"]) == 1  # at the same place, one object covers the other
-    alone = CopyPasteMapper(mapper, records[:1], 1.0)
+    alone = CopyPasteMapper(mapper, records[:1], [0], 1.0)
     read.clear()
     alone(records[0])
     assert read == ["0.png"]
@@ -194,6 +194,22 @@ def test_a_pasted_panoptic_example_is_checked_ground_truth(entries):
         for label, mask in zip(*parts(found)):
             assert (found["sem_seg"][mask] == label).all()
     assert pasted >= 4
+
+
+def test_objects_come_from_images_that_have_some(tmp_path):
+    """Of 6 images, 4 are without objects: all others get some nevertheless."""
+    write_shapes(str(tmp_path), num_images=6, seed=21, size=64)
+    entry = custom_entry("coco_instance", str(tmp_path))
+    cfg = data_cfg("instance", custom=(entry,))
+    records = load_dataset(cfg.DATASETS.TRAIN[0])
+    for record in records[2:]:
+        record["annotations"] = []
+    mapper = build_mapper(cfg, True)
+    assert with_copy_paste(cfg, mapper, records) is mapper
+    cfg.INPUT.COPY_PASTE = 1.0
+    mixing = with_copy_paste(cfg, mapper, records)
+    assert all(len(mixing(record)["instances"]) for record in records)
+    assert with_copy_paste(cfg, mapper, records[2:]) is mapper
 
 
 def test_options_that_make_no_sense(entries):

@@ -341,6 +341,7 @@ def test_the_lovasz_loss_is_part_of_each_cross_entropy_of_label_maps():
         ("semantic", {"LOVASZ_WEIGHT": -1.0}, "= -1.0: use 0, or more for semantic segmentation"),
         ("panoptic", {"LOVASZ_WEIGHT": 1.0}, "= 1.0: use 0, or more for semantic segmentation"),
         ("semantic", {"LOVASZ_WEIGHT": 1.0, "GLOBAL_NORMALIZERS": True}, "GLOBAL_NORMALIZERS = True can't make it"),
+        ("semantic", {"LOVASZ_WEIGHT": 1.0, "RANK_WEIGHT": 0.0}, "use a RANK_WEIGHT above 0"),
     ],
 )
 def test_bad_lovasz_weights(task, options, message):

@@ -10,6 +10,7 @@ from detectron2.structures import BitMasks, Instances
 
 from ..errors import ConfigError
 from ..tasks import VIDEO_SWITCHES, get_task
+from .mapper import KNetDatasetMapper
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -21,30 +22,32 @@ class CopyPasteMapper:
     position of the sample in the run.
     """
 
-    def __init__(self, mapper: Mapper, records: Sequence[dict[str, Any]], probability: float):
+    def __init__(self, mapper: Mapper, records: Sequence[dict[str, Any]], sources: Sequence[int], probability: float):
         """
         Args:
             mapper: gives "image" and "instances", perhaps "sem_seg".
-            records: of which the pasted objects are.
+            records: of the data set.
+            sources: indices of those that have objects to paste.
             probability: with which an image gets objects.
         """
         self._mapper = mapper
-        self._records = records
+        self._records, self._sources = records, sources
         self._probability = probability
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         example = self._mapper(record)
         if np.random.uniform() >= self._probability:
             return example
-        start, count = np.random.randint(len(self._records)), len(self._records)
-        candidates = (self._records[(start + i) % count] for i in range(count))
+        start, count = np.random.randint(len(self._sources)), len(self._sources)
+        candidates = (self._records[self._sources[(start + i) % count]] for i in range(count))
         other = next((x for x in candidates if x["file_name"] != record["file_name"]), None)
         return example if other is None else paste(example, self._mapper(other))
 
 
-def with_copy_paste(cfg: CfgNode, mapper: Mapper, records: Sequence[dict[str, Any]]) -> Mapper:
-    """The mapper with INPUT.COPY_PASTE.
+def with_copy_paste(cfg: CfgNode, mapper: KNetDatasetMapper, records: Sequence[dict[str, Any]]) -> Mapper:
+    """The mapper with INPUT.COPY_PASTE, which takes objects of those records that have some.
 
+    Args:
     Raises:
         ConfigError: it is no probability, the task has no instances, or the model learns to follow objects.
     """
@@ -59,7 +62,12 @@ def with_copy_paste(cfg: CfgNode, mapper: Mapper, records: Sequence[dict[str, An
         raise ConfigError(
             f"INPUT.COPY_PASTE = {probability}: set it to 0. In pairs of frames, pasted objects would be on no track."
         )
-    return CopyPasteMapper(mapper, records, probability) if probability else mapper
+    if not probability:
+        return mapper
+    # An image without objects would leave its partner as it is, so that fewer images than stated were changed
+    num_things = cfg.MODEL.KNET.NUM_THING_CLASSES
+    sources = [i for i, x in enumerate(records) if any(c < num_things for c in mapper.annotated_classes(x))]
+    return CopyPasteMapper(mapper, records, sources, probability) if sources else mapper
 
 
 def paste(example: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -128,6 +128,11 @@ class KNetCriterion(nn.Module):
             raise ConfigError(
                 f"MODEL.KNET.LOSS.LOVASZ_WEIGHT = {loss.LOVASZ_WEIGHT}: use 0, or more for semantic segmentation."
             )
+        if loss.LOVASZ_WEIGHT and not weights["RANK_WEIGHT"]:
+            raise ConfigError(
+                f"MODEL.KNET.LOSS.LOVASZ_WEIGHT = {loss.LOVASZ_WEIGHT} has no effect, since it is multiplied by "
+                "MODEL.KNET.LOSS.RANK_WEIGHT = 0, as the cross entropy is: use a RANK_WEIGHT above 0."
+            )
         if loss.LOVASZ_WEIGHT and loss.GLOBAL_NORMALIZERS:
             raise ConfigError(
                 f"MODEL.KNET.LOSS.LOVASZ_WEIGHT = {loss.LOVASZ_WEIGHT} compares the images of a process together, so "

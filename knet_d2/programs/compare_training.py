@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from tabulate import tabulate
@@ -27,6 +28,10 @@ from ..evaluation import best_metric
 from ..modeling.postprocessing import PostProcessor
 
 RECORDS = "comparison.jsonl"
+# What was asked for in a run's folder: the config, and the options of each test
+REQUEST = "comparison_request.json"
+# What the options of a test can be: others would need a training run of their own
+TEST_KEYS = ("MODEL.KNET.TEST.", "TEST.", "INPUT.", "DATASETS.TEST")
 # Evaluation with the config's own options
 PLAIN = "plain"
 
@@ -61,8 +66,8 @@ class Clock(HookBase):
         self.seconds += time.perf_counter() - self._start[1]
         if self.seconds > 3600 * self._most_hours:
             raise KNetError(
-                f"--most-hours = {self._most_hours:g}: the run is at iteration {self.trainer.iter}. Lower "
-                "SOLVER.MAX_ITER, or raise the limit to continue."
+                f"--most-hours = {self._most_hours:g}: the run is at iteration {self.trainer.iter}. Raise the limit to "
+                "continue, or give another --output and a lower SOLVER.MAX_ITER."
             )
 
     def state_dict(self) -> dict[str, float]:
@@ -113,18 +118,48 @@ def read_points(folder: str) -> dict[int, Point]:
     return {point.iteration: point for point in points}
 
 
+def note_request(folder: str, cfg: CfgNode, tests: dict[str, list[str]]) -> None:
+    """Note what a run's folder is for.
+
+    Raises:
+        ConfigError: it has a run of another config, or a test of this name with other options. Its figures would be
+            taken for those of this run.
+    """
+    path = os.path.join(folder, REQUEST)
+    lines = cfg.dump().splitlines()
+    request: dict[str, Any] = {"config": lines, "tests": tests}
+    if os.path.isfile(path):
+        with open(path) as f:
+            before = json.load(f)
+        others = [line.strip() for line in before["config"] if line not in set(lines)]
+        others += [f"--test {x}" for x, opts in before["tests"].items() if tests.get(x, opts) != opts]
+        if others or len(before["config"]) != len(lines):
+            raise ConfigError(
+                f"{folder} has a run with other options ({', '.join(others[:3])}). Give another --output, or delete it."
+            )
+        request["tests"] = {**before["tests"], **tests}
+    os.makedirs(folder, exist_ok=True)
+    write_json(path, request)
+
+
 def train(config: str, seed: int, folder: str, tests: dict[str, list[str]], most_hours: float, opts: list[str]) -> None:
     """Train one config from one seed in a folder, unless that is done."""
     # Without worker processes, whose time the clock would not see
     opts = [*opts, "SEED", str(seed), "OUTPUT_DIR", folder, "DATALOADER.NUM_WORKERS", "0"]
-    last = read_points(folder).get(load_config(config, opts).SOLVER.MAX_ITER)
+    asked = load_config(config, opts)
+    note_request(folder, asked, tests)
+    last = read_points(folder).get(asked.SOLVER.MAX_ITER)
     if last is not None and set(last.metrics) >= {PLAIN, *tests}:
         return
     cfg = setup(argparse.Namespace(config_file=config, opts=opts, resume=True, eval_only=False))
     trainer = ComparedTrainer(cfg, tests, most_hours)
     trainer.resume_or_load(resume=True)
     save_config(cfg, cfg.OUTPUT_DIR)
-    trainer.train()
+    if trainer.start_iter < cfg.SOLVER.MAX_ITER:
+        trainer.train()
+    else:  # a test was added to a run that is done
+        trainer.iter = cfg.SOLVER.MAX_ITER - 1
+        trainer.evaluate()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -161,6 +196,8 @@ def summarize(runs: dict[str, dict[int, dict[int, Point]]], metric: str) -> list
                     for seed, points in seeds.items()
                     if iteration in points and test in points[iteration].metrics
                 }
+                if not found:  # a test that was added later
+                    continue
                 pairs = [
                     point.metrics[test][metric] - baseline[seed][iteration].metrics[PLAIN][metric]
                     for seed, point in found.items()
@@ -178,6 +215,18 @@ def summarize(runs: dict[str, dict[int, dict[int, Point]]], metric: str) -> list
                     }
                 )
     return rows
+
+
+def check_metric(points: dict[int, Point], metric: str) -> None:
+    """
+    Raises:
+        ConfigError: an evaluation of a run does not have the metric.
+    """
+    for point in points.values():
+        for test, metrics in point.metrics.items():
+            if metric not in metrics:
+                known = ", ".join(sorted(metrics))
+                raise ConfigError(f"--metric {metric}: the evaluation {test!r} has {known}. Give one; no run is lost.")
 
 
 def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
@@ -274,6 +323,10 @@ def main(args: argparse.Namespace) -> None:
     if len(configs) < len(args.configs):
         raise ConfigError("--configs: two of them have the same name. Give each its own.")
     tests = {name: opts for name, *opts in args.test}
+    for name, opts in tests.items():
+        for key in opts[::2]:
+            if not key.startswith(TEST_KEYS):
+                raise ConfigError(f"--test {name}: {key} is none of {', '.join(TEST_KEYS)}; make it one of --configs.")
     runs: dict[str, dict[int, dict[int, Point]]] = {name: {} for name in configs}
     metric = args.metric or best_metric(load_config(next(iter(configs.values())), args.opts))
     for seed in args.seeds:
@@ -281,6 +334,7 @@ def main(args: argparse.Namespace) -> None:
             folder = os.path.join(args.output, f"{name}_seed{seed}")
             train(config, seed, folder, tests, args.most_hours, args.opts)
             runs[name][seed] = read_points(folder)
+            check_metric(runs[name][seed], metric)
             rows = summarize(runs, metric)
             content = {"configs": configs, "tests": tests, "opts": args.opts, "metric": metric, "summary": rows}
             write_json(os.path.join(args.output, "comparison.json"), {**content, "runs": as_plain(runs)})
