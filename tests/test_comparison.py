@@ -10,7 +10,7 @@ from knet_d2.data.ground_truth import CompactMapper, ground_truth_of
 from knet_d2.errors import ConfigError
 from knet_d2.modeling import sampled_points
 from knet_d2.modeling.layers import sample
-from knet_d2.modeling.sampled_points import SampledPoints, sample_masks
+from knet_d2.modeling.sampled_points import SampledPoints, generator_of, sample_masks
 from knet_d2.modeling.structures import Targets
 
 POINTS = {"MODEL.KNET.LOSS.NUM_POINTS": 60}
@@ -72,6 +72,12 @@ def test_points_are_in_the_image_and_follow_its_seed_alone():
     assert 0.3 < x.max() / (30 / 64) < 1 and 0.3 < y.max() / (17 / 40) < 1
     assert not torch.equal(found._points[0], SampledPoints([make_targets(seed=3)], LIKE, (20, 32), 50)._points[0])
     assert torch.equal(found._points, SampledPoints(targets, LIKE.float(), (20, 32), 50)._points.float().double())
+
+
+def test_every_purpose_has_a_stream_of_its_own():
+    """Also the image's own points, whose key is empty, and the candidates of its first stage, whose key is zeros."""
+    first = [generator_of(7, torch.device("cpu"), *key).initial_seed() for key in ((), (0,), (0, 0), (0, 1), (1, 0))]
+    assert len(set(first)) == 5
 
 
 @pytest.mark.parametrize("wanted, size, number", [(50, (20, 32), 50), (12544, (20, 32), 160), (9, (1, 1), 1)])

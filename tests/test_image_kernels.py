@@ -15,6 +15,7 @@ from knet_d2.modeling.static_kernels.image_kernels import (
     quadratic_coordinates,
     squared_distances,
 )
+from knet_d2.modeling.static_kernels.semantic_fpn import coordinate_channels
 from knet_d2.modeling.targets import center_map, covered_cells
 
 DIM, KERNELS, STRIDE = 32, 5, 8
@@ -109,6 +110,33 @@ def test_center_map_is_the_maximum_of_gaussians_at_cells_of_the_masks():
 def test_center_map_without_instances_is_empty():
     target = center_map(torch.zeros(0, 4, 4))
     assert target.shape == (4, 4) and not target.any()
+
+
+@pytest.mark.parametrize("num_points", [0, 300])
+def test_thin_objects_have_a_centre_and_a_place(num_points):
+    """Masks at half the stride of 8, read without their neighbours, see nothing of two rows between their own."""
+    model = tiny_model("instance", {**IMAGE_KERNELS, "MODEL.KNET.LOSS.NUM_POINTS": num_points}).double().train()
+    example = make_example((64, 64), 1)
+    mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask[0, 27:29, 8:40] = True
+    example["instances"].gt_masks.tensor = mask
+    images = model.preprocess_image([example])
+    output = model.network(images.tensor, torch.tensor(images.image_sizes))
+    targets = model.prepare_targets(model.send_ground_truth([example]), images, output.state)
+    assert num_points or not targets[0].masks.any()
+    peak = (center_map(targets[0].covered) == 1).nonzero().tolist()
+    assert len(peak) == 1 and peak[0][0] == 3 and 1 <= peak[0][1] < 5
+    cells = torch.tensor([[0, 8 * peak[0][0] + peak[0][1], 5, 6, 7, 63]])
+    places = output.state.places._replace(cells=cells, probs=torch.full((1, 6), 0.5, dtype=torch.float64))
+    state = output.state._replace(places=places)
+    batch = model.criterion._own_batch(state, output.stages, model.criterion._compare(state, targets))
+    model.criterion._match([batch])
+    assert all(images[0][0].tolist() == [1] for images in batch.matches)
+
+
+def test_neighbouring_columns_of_a_wide_map_differ_in_half_precision():
+    x = torch.zeros(1, 1, 2, 334, dtype=torch.bfloat16)
+    assert len(coordinate_channels(x)[0, 0, 0].unique()) == 334
 
 
 def test_center_loss_closed_form():
