@@ -3,10 +3,10 @@
     python -m checks.mask_rcnn --config-file configs/shapes/instance.yaml output/mask_rcnn --opts SOLVER.MAX_ITER 320
 
 With --cascade it is Cascade Mask R-CNN, and with a panoptic config Panoptic FPN. It is a yardstick: the program prints
-the processor seconds of the training steps and the AP or PQ, to be compared with those of train_net.py. Weights,
-augmentations, frozen layers and the average of the weights are the config's, too. What it says of K-Net's head has no
-effect; the heads have the pyramid's number of channels, and anchors for the sizes of the config's images. Give the best
-of several SOLVER.BASE_LR.
+the processor seconds of the training, without evaluations, and the AP or PQ, to be compared with those of
+tools/compare_training.py. Weights, augmentations, frozen layers and the average of the weights are the config's, too.
+What it says of K-Net's head has no effect; the heads have the pyramid's number of channels, and anchors for the sizes of
+the config's images. Give the best of several SOLVER.BASE_LR.
 """
 
 import argparse
@@ -115,10 +115,9 @@ def main(args: argparse.Namespace) -> None:
     clip_gradients = build_gradient_clipper(cfg)
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
-    seconds = 0.0
+    seconds, start = 0.0, time.process_time()
     with EventStorage() as storage:
         for iteration, batch in zip(range(1, cfg.SOLVER.MAX_ITER + 1), train_loader(cfg)):
-            start = time.process_time()
             optimizer.zero_grad()
             sum(model(batch).values()).backward()
             clip_gradients([p for p in model.parameters() if p.grad is not None])
@@ -126,10 +125,11 @@ def main(args: argparse.Namespace) -> None:
             scheduler.step()
             average.update_parameters(model)
             storage.step()
-            seconds += time.process_time() - start
             if iteration % (cfg.TEST.EVAL_PERIOD or cfg.SOLVER.MAX_ITER) == 0 or iteration == cfg.SOLVER.MAX_ITER:
+                seconds += time.process_time() - start
                 results = evaluate(cfg, average.module)
                 print(json.dumps({"iteration": iteration, "cpu_seconds": round(seconds), **results}), flush=True)
+                start = time.process_time()
 
 
 if __name__ == "__main__":

@@ -57,9 +57,10 @@ def mask_costs(probs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Te
 
 
 def place_cost(probs: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Costs by which an instance takes the kernel with the surest centre inside of it, whatever the kernels predict.
+    """Costs by which an instance takes a kernel inside of it, and of several rather the one with the surest centre.
 
-    They are multiples of the range of the other costs, :attr:`HungarianMatcher.cost_range`.
+    They are multiples of the range of the other costs, :attr:`HungarianMatcher.cost_range`: a place inside outweighs
+    whatever the kernels predict, and so does a centre that is more probable by 1 / CENTER_COST.
 
     Args:
         probs: [N], probabilities that the kernels' places are centres.
