@@ -5,8 +5,8 @@
 With --cascade it is Cascade Mask R-CNN, and with a panoptic config Panoptic FPN. It is a yardstick: the program prints
 the processor seconds of the training, without evaluations, and the AP or PQ, to be compared with those of
 tools/compare_training.py. Weights, augmentations, frozen layers and the average of the weights are the config's, too.
-What it says of K-Net's head has no effect; the heads have the pyramid's number of channels, and anchors for the sizes of
-the config's images. Give the best of several SOLVER.BASE_LR.
+What it says of K-Net's head has no effect; the heads have the pyramid's number of channels, and anchors for the sizes
+of the config's images. Give the best of several SOLVER.BASE_LR.
 """
 
 import argparse
