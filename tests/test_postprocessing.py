@@ -22,7 +22,7 @@ from knet_d2.modeling.postprocessing import (
 )
 from knet_d2.modeling.postprocessing.cells import Cells
 from knet_d2.modeling.postprocessing.rules import masks_to_boxes, semantic_scores
-from knet_d2.modeling.postprocessing.scores import SUPPRESSED, not_suppressed, thing_scores
+from knet_d2.modeling.postprocessing.scores import SUPPRESSED, expected_ious, not_suppressed, thing_scores
 from knet_d2.tasks import TASKS
 
 # Head 4 x 6, masks 8 x 12, network input 16 x 24, of which the image is 14 x 19, shown at 9 x 31
@@ -573,10 +573,16 @@ def slow_thing_scores(class_logits, mask_logits, geometry, exponent, max_iou):
         if (i + 0.5) * padded[0] / height < image[0] and (j + 0.5) * padded[1] / width < image[1]
     ]
     masks = [{x for x in pixels if mask[x] > 0} for mask in mask_logits.numpy()]
+    fine = [slow_bilinear(mask, (2 * height, 2 * width)) for mask in mask_logits]
     scores = {}
     for k, logits in enumerate(class_logits.tolist()):
-        probs = [sigmoid(float(mask_logits[(k, *x)])) for x in masks[k]]
-        factor = (sum(probs) / max(len(probs), 1)) ** exponent
+        intersection = union = 0.0
+        for i, j in np.ndindex(2 * height, 2 * width):
+            if (i + 0.5) * padded[0] / (2 * height) < image[0] and (j + 0.5) * padded[1] / (2 * width) < image[1]:
+                probability = sigmoid(float(fine[k][i, j]))
+                intersection += probability * (probability > 0.5)
+                union += max(probability, probability > 0.5)
+        factor = (intersection / union) ** exponent
         scores.update({(k, c): sigmoid(v) * factor for c, v in enumerate(logits)})
     if max_iou == 1:
         return scores
@@ -645,5 +651,16 @@ def test_twins_of_a_thing_void_its_pixels_unless_one_is_suppressed():
     segment_map, segments = run_panoptic(class_logits, masks, PLAIN, mask_nms=0.7)
     assert segments[0]["category_id"] == CATEGORIES[0] and (segment_map[:, :10] == 1).all()
     _, segments = run_panoptic(class_logits, masks, PLAIN, mask_nms=0.7, score_exponent=2.0)
-    sureness = (9 * sigmoid(3.0) + 6 * sigmoid(4.0)) / 15
-    assert segments[0]["score"] == pytest.approx(sigmoid(1.0) * sureness**2, rel=1e-5)
+    expected = slow_thing_scores(class_logits, masks, PLAIN, 2.0, 1.0)[0, 0]
+    assert 0.5 * sigmoid(1.0) < expected < 0.9 * sigmoid(1.0)
+    assert segments[0]["score"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("logit", [1.0, 8.0])
+def test_expected_ious_of_soft_and_sharp_masks(logit):
+    """Half of the cells at p, the others at 1 - p: p / (1 + 1 - p), but for the two cells of the border."""
+    masks = torch.full((2, 1, 200), logit, dtype=torch.float64)
+    masks[..., 100:] = -logit
+    found = expected_ious(masks, ImageGeometry((4, 800), (4, 800), (4, 800)))
+    p = sigmoid(logit)
+    assert found.tolist() == pytest.approx(2 * [p / (2 - p)], abs=0.01)
