@@ -15,7 +15,7 @@ by the IoU of their masks alone, so that no number depends on another one's faul
     moved          objects that have another kernel than in the stage before, in percent
     moved since    the same, against the weights file before
     AP             AP of masks; then with one change each: "nms" by mask NMS at 0.7, "sure" by scores times the squared
-                   probability of the masks, "both"; "class" with the objects' classes for all kernels above IoU 0.5,
+                   expected IoU of the masks, "both"; "class" with the objects' classes for all kernels above IoU 0.5,
                    "mask" with the objects' masks for them, "one" with the score 0 for all kernels but the matched,
                    "score" with the IoU as the score of the matched and 0 for all others
 

@@ -57,9 +57,9 @@ def thing_scores(
 def expected_ious(mask_logits: torch.Tensor, geometry: ImageGeometry) -> torch.Tensor:
     """The IoU that each mask would have with its object, were its probabilities true; 0 for an empty mask.
 
-    That is the expected intersection by the expected union: the sum of the probabilities inside of the mask, by its area
-    and the sum outside. They are read where results are made from, at twice the head's resolution: a small mask has few
-    pixels of the head.
+    That is the expected intersection by the expected union: the sum of the probabilities inside of the mask, by its
+    area and the sum outside. They are read where results are made from, at twice the head's resolution: a small mask
+    has few pixels of the head.
 
     Args:
         mask_logits: [..., M, h, w].
