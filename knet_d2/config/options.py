@@ -151,7 +151,7 @@ def _add_model_config(cfg: CN) -> None:
     knet.TEST.THING_SCORE_THRESHOLD = 0.3
     # Panoptic: a segment is dropped if it wins less than this share of its own mask's area.
     knet.TEST.OVERLAP_THRESHOLD = 0.6
-    # Scores of things are their class probability times (mean probability of the mask's pixels) to this power; 0 = off.
+    # Scores of things are their class probability times (expected IoU of the mask) to this power; 0 = off.
     knet.TEST.SCORE_EXPONENT = 0.0
     # Of two things whose masks have a larger IoU, whatever their classes, the one with the lower score is dropped; 1 =
     # off.

@@ -6,6 +6,7 @@ Shapes: "..." stands for nothing (one image) or B; M matched kernels, T thing cl
 """
 
 import torch
+import torch.nn.functional as F
 
 from ..layers import upsample_masks
 from .resize import ImageGeometry
@@ -13,9 +14,10 @@ from .resize import ImageGeometry
 # Each round decides on all kernels whose rivals were decided on in the round before. So this bounds the length of a
 # chain of masks that each overlap the next better one; a chain of more than three is hardly possible above IoU 0.5
 SUPPRESSION_ROUNDS = 8
-MASKS_AT_ONCE = 16
 # Score of a pair that was suppressed; below that of every other
 SUPPRESSED = -1.0
+# On a CPU, masks whose expected IoU is computed at once, so that they stay in the cache
+MASKS_AT_ONCE = 16
 
 
 def thing_scores(
@@ -35,7 +37,6 @@ def thing_scores(
         [..., M, T]; SUPPRESSED for suppressed pairs.
     """
     if exponent != 0:
-        # On a CPU, a few masks at a time, which stay in the cache
         count = mask_logits.shape[-3]
         if mask_logits.device.type == "cpu" and not torch.compiler.is_compiling():
             count = MASKS_AT_ONCE
@@ -67,12 +68,14 @@ def expected_ious(mask_logits: torch.Tensor, geometry: ImageGeometry) -> torch.T
     Returns:
         [..., M].
     """
-    maps = upsample_masks(mask_logits.reshape(-1, 1, *mask_logits.shape[-2:])).sigmoid_()
-    probs = (maps * _inside(maps, geometry)).view(*mask_logits.shape[:-2], -1)
-    masks = probs > 0.5
-    intersections = (probs * masks).sum(dim=-1)
-    unions = masks.sum(dim=-1) + probs.sum(dim=-1) - intersections
-    return intersections / unions.clamp(min=torch.finfo(probs.dtype).tiny)
+    # With the masks innermost, and one type throughout, a CPU is five times as fast
+    logits = mask_logits.reshape(-1, *mask_logits.shape[-3:]).contiguous(memory_format=torch.channels_last)
+    probs = upsample_masks(logits).sigmoid_()
+    probs = probs.mul_(_inside(probs, geometry).to(probs.dtype))
+    masked = F.threshold(probs, 0.5, 0.0)
+    intersections, areas = masked.sum(dim=(2, 3)), masked.sign().sum(dim=(2, 3))
+    unions = areas + probs.sum(dim=(2, 3)) - intersections
+    return (intersections / unions.clamp(min=torch.finfo(probs.dtype).tiny)).view(mask_logits.shape[:-2])
 
 
 def not_suppressed(scores: torch.Tensor, overlaps: torch.Tensor) -> torch.Tensor:
