@@ -49,7 +49,7 @@ OPTIONS = {
     "INPUT.FORMAT": "RGB",
 }
 # What makes a graph harder than the tiny model's: coordinates, peaks of a map, scores by masks, pyramid pooling, necks
-SCORES_BY_MASKS = {"MODEL.KNET.TEST.SCORE_EXPONENT": 1.0, "MODEL.KNET.TEST.MASK_NMS": 0.9}
+SCORES_BY_MASKS = {"MODEL.KNET.TEST.SCORE_EXPONENT": 0.5, "MODEL.KNET.TEST.MASK_NMS": 0.9}
 KINDS = {
     "instance": {"MODEL.KNET.POSITION_ENCODING": "coordinates", **SCORES_BY_MASKS, **neck("BiFPN")},
     "panoptic": {
