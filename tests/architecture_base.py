@@ -204,7 +204,8 @@ def compute_losses_on_fake_cuda(model, task):
     labels = torch.zeros(64, 96, dtype=torch.int64, device="cuda")
     classes = torch.zeros(2, dtype=torch.int64, device="cuda")
     stuff = 2 if task == "panoptic" else 0
-    target = Targets(classes, masks, 3 + classes[:stuff], masks[:stuff], labels)
+    covered = torch.zeros(2, height, width, device="cuda")
+    target = Targets(classes, masks, 3 + classes[:stuff], masks[:stuff], labels, covered=covered)
     losses = model.criterion(output.state, output.stages, [target, target], auxiliary)
     assert {x.device for x in losses.values()} == {CUDA}
     return output, set(losses)

@@ -656,6 +656,11 @@ def test_twins_of_a_thing_void_its_pixels_unless_one_is_suppressed():
     assert segments[0]["score"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_no_kernels_have_no_scores():
+    found = thing_scores(torch.ones(0, 3), torch.ones(0, 5, 5), PLAIN, exponent=1.0, max_iou=0.7)
+    assert found.shape == (0, 3)
+
+
 @pytest.mark.parametrize("logit", [1.0, 8.0])
 def test_expected_ious_of_soft_and_sharp_masks(logit):
     """Half of the cells at p, the others at 1 - p: p / (1 + 1 - p), but for the two cells of the border."""

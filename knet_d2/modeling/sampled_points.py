@@ -82,7 +82,8 @@ class SampledPoints(Comparison):
         """See :class:`Comparison`: at every pixel, since small objects have too few points."""
         positives = batch.positives(stage)
         logits = batch.mask_logits(stage).detach()[positives.image_index, positives.kernel_index]
-        masks = [upsample_masks(some[None])[0] > 0 for some in logits.split(MASKS_AT_ONCE)]
+        # The masks are the batch, which may be empty, as channels may not
+        masks = [upsample_masks(some[:, None])[:, 0] > 0 for some in logits.split(MASKS_AT_ONCE)]
         index = positives.target_index.split(positives.counts)
         return torch.cat(masks), torch.cat([own[some] for own, some in zip(self._upsampled_targets, index)])
 

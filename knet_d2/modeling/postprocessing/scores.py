@@ -36,8 +36,8 @@ def thing_scores(
     Returns:
         [..., M, T]; SUPPRESSED for suppressed pairs.
     """
-    if exponent != 0:
-        count = mask_logits.shape[-3]
+    count = mask_logits.shape[-3]
+    if exponent != 0 and count:
         if mask_logits.device.type == "cpu" and not torch.compiler.is_compiling():
             count = MASKS_AT_ONCE
         parts = [expected_ious(some, geometry) for some in mask_logits.split(count, dim=-3)]
