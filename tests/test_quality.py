@@ -61,7 +61,7 @@ def test_positive_kernels_learn_the_quality_of_their_masks(task, num_points):
     labels = torch.zeros_like(logits)
     # At every pixel of the up-sampled masks, also where the losses compare masks at points
     size = upsampled_size(output.stages[0].mask_logits)
-    whole = [build_targets(x, images.tensor, size, 255) for x in model.send_ground_truth(batch)]
+    whole = [build_targets(x, images.tensor, size, criterion.ignore_value) for x in model.send_ground_truth(batch)]
     whole = [torch.cat([x.masks, x.stuff_masks]) for x in whole]
     for p, place in enumerate(zip(positives.image_index, positives.kernel_index, positives.classes)):
         mask = upsample_masks(output.stages[0].mask_logits)[place[0], place[1]] > 0
