@@ -103,8 +103,9 @@ class ArchitectureTests:
 
     @property
     def expected_losses(self):
-        has_centers = read_config(self.config).MODEL.KNET.LOSS.CENTER_WEIGHT > 0
-        return expected_losses(self.task) | ({"loss_center_s0"} if has_centers else set())
+        knet = read_config(self.config).MODEL.KNET
+        centers = {"loss_center_s0"} if knet.LOSS.CENTER_WEIGHT > 0 else set()
+        return expected_losses(self.task, knet.NUM_STAGES) | centers
 
     def assert_trains(self, model, batch):
         losses = model.train()(batch)

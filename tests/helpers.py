@@ -145,13 +145,14 @@ def make_batch(counts, seed=0):
     return [make_example(size, count, seed=seed + i) for i, (size, count) in enumerate(zip(sizes, counts))]
 
 
-def expected_losses(task):
+def expected_losses(task, num_stages=3):
     """Names of all losses of a tiny model."""
+    stages = range(num_stages + 1)
     if task == "semantic":
-        return {f"loss_rank_s{i}" for i in range(4)} | {"loss_auxiliary"}
+        return {f"loss_rank_s{i}" for i in stages} | {"loss_auxiliary"}
     terms = ("mask", "dice") if task == "instance" else ("mask", "dice", "rank")
-    keys = {f"loss_{term}_s{i}" for term in terms for i in range(4)}
-    return keys | {f"loss_class_s{i}" for i in range(1, 4)} | {"loss_dense_s0"}
+    keys = {f"loss_{term}_s{i}" for term in terms for i in stages}
+    return keys | {f"loss_class_s{i}" for i in stages[1:]} | {"loss_dense_s0"}
 
 
 def slow_bilinear(x, size):
