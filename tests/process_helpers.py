@@ -66,10 +66,12 @@ def numbers(losses):
 def train(task):
     """Five steps of SGD with global normalisers on this process's share of every batch.
 
+    Where there are other processes, activations are computed again in the backward pass, which must change nothing.
+
     Returns:
         per step {"losses": name -> mean over the processes, "gradients": parameter -> tensor}.
     """
-    model, ddp = make_model(task, is_global=True)
+    model, ddp = make_model(task, is_global=True, more={"MODEL.KNET.CHECKPOINT": comm.get_world_size() > 1})
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     steps = []
     for step in range(len(COUNTS)):

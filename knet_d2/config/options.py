@@ -52,6 +52,8 @@ def _add_model_config(cfg: CN) -> None:
     knet.MASK_NETWORK_WIDTH = 0
     # Dropout probability before the classifier of a semantic decode head and of its auxiliary head.
     knet.DROPOUT = 0.1
+    # Whether training keeps no activations within static kernels and cascade, but computes them again.
+    knet.CHECKPOINT = False
 
     knet.UPDATE_HEAD = CN()
     # Number of channels of the adaptive kernel update; wider kernels are split into groups of this size.

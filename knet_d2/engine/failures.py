@@ -43,7 +43,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
         return (
             "Out of memory. Use a smaller SOLVER.IMS_PER_BATCH, smaller images (INPUT.MIN_SIZE_TRAIN, "
-            f"INPUT.MAX_SIZE_TRAIN) or more parts per batch (SOLVER.ACCUMULATE_GRADIENTS). ({reason})"
+            "INPUT.MAX_SIZE_TRAIN), more parts per batch (SOLVER.ACCUMULATE_GRADIENTS) or MODEL.KNET.CHECKPOINT True. "
+            f"({reason})"
         )
     return None
 

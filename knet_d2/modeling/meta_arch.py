@@ -23,6 +23,7 @@ from .compilation import CompiledNetwork
 from .criterion import KNetCriterion
 from .layers import channels_last, upsampled_size, use_folded_convolutions
 from .postprocessing import ImageGeometry, ImageLogits, PostProcessor
+from .recomputation import checkpoint_activations
 from .static_kernels import build_auxiliary_head, build_static_kernels
 from .structures import KernelMemory, KernelState, NetworkOutput, Targets
 from .targets import build_targets
@@ -96,6 +97,7 @@ class KNet(nn.Module):
         training_kernels: TrainingKernels | None,
         postprocessor: PostProcessor,
         compile_network: bool,
+        checkpoint: bool = False,
         video: VideoKernels | None = None,
     ):
         """
@@ -105,6 +107,7 @@ class KNet(nn.Module):
             training_kernels: more groups of kernels, for training only, or None.
             postprocessor: makes the results of an image from its logits.
             compile_network: whether torch.compile compiles backbone, static kernels and cascade.
+            checkpoint: whether static kernels and cascade compute their activations again in the backward pass.
             video: what the model learns to follow objects by; None: an image model.
         """
         super().__init__()
@@ -120,6 +123,8 @@ class KNet(nn.Module):
         self.bank = criterion.bank
         self.compiled = CompiledNetwork() if compile_network else None
         use_folded_convolutions(self)
+        if checkpoint:  # afterwards, so that it finds the folded convolutions
+            checkpoint_activations(self.sem_seg_head, self.cascade.stages)
 
     @classmethod
     def from_config(cls, cfg) -> dict[str, Any]:
@@ -144,6 +149,7 @@ class KNet(nn.Module):
             "training_kernels": build_training_kernels(cfg, bank),
             "postprocessor": postprocessor,
             "compile_network": cfg.MODEL.COMPILE,
+            "checkpoint": knet.CHECKPOINT,
             "video": build_video_kernels(cfg, bank),
         }
 

@@ -1,11 +1,11 @@
-"""Measure the memory of a training step beyond backbone, neck and optimiser, with and without sampled points.
+"""Measure the memory of a training step beyond backbone and neck, with and without what saves memory.
 
-python -m checks.loss_memory
+python -m checks.step_memory
 
-Static kernels, cascade, matching and losses of a panoptic COCO model run forward and backward on random features. This
-prints the highest resident memory above that before the step, and its processor time: with losses at every pixel, at
-sampled points, and without matching and losses (the outputs' sum goes backward). Each is measured in a process of its
-own, on the CPU.
+A panoptic COCO model takes a step forward and backward, without the optimiser: with losses at every pixel, at sampled
+points, with MODEL.KNET.CHECKPOINT, and with both; and its backbone and neck alone, where the sum of their features goes
+backward. This prints the highest resident memory above that before the step, what of it is beyond backbone and neck,
+and the processor time. Each is measured in a process of its own, on the CPU.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
 
 from knet_d2.config.merging import load_config
+from knet_d2.modeling.layers import channels_last
 from knet_d2.programs import run
 
 from .references.cases import ROOT
@@ -49,34 +50,27 @@ def random_truth(size: tuple[int, int], num_objects: int, seed: int) -> dict:
     classes = torch.randint(NUM_THINGS, (num_objects,), generator=generator)
     instances = Instances(size, gt_classes=classes, gt_masks=BitMasks(masks))
     return {
-        "image": torch.zeros(3, height, width, dtype=torch.uint8),
+        "image": torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator),
         "instances": instances,
         "sem_seg": labels.clone(),
     }
 
 
-def measure(args: argparse.Namespace, num_points: int | None, results) -> None:
-    """Put (MiB of memory above that before the step, CPU seconds) into the queue ``results``; None: no losses."""
+def measure(args: argparse.Namespace, options: list[str] | None, results) -> None:
+    """Put (MiB of memory above that before the step, CPU seconds) into the queue ``results``; None: the backbone."""
     torch.set_num_threads(args.threads)
     things, stuff = "MODEL.KNET.NUM_THING_CLASSES", "MODEL.KNET.NUM_STUFF_CLASSES"
-    options = [things, str(NUM_THINGS), stuff, str(NUM_STUFF), "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
-    options += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.KNET.LOSS.NUM_POINTS", str(num_points or 0)]
+    fixed = [things, str(NUM_THINGS), stuff, str(NUM_STUFF), "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
+    fixed += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
     torch.manual_seed(0)
-    model = build_model(load_config(str(CONFIG), options)).train()
+    model = build_model(load_config(str(CONFIG), fixed + (options or []))).train()
     batch = [random_truth(tuple(args.size), args.objects, seed) for seed in range(args.batch)]
-    images = model.preprocess_image(batch)
-    features = {
-        name: torch.randn(args.batch, shape.channels, *(-(-x // shape.stride) for x in images.tensor.shape[-2:]))
-        for name, shape in model.backbone.output_shape().items()
-    }
-    truths = model.send_ground_truth(batch)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    state = model.sem_seg_head({name: x.requires_grad_() for name, x in features.items()})
-    stages = model.cascade(state)
-    if num_points is None:
-        total = sum(x.sum() for stage in stages for x in stage if x is not None) + state.semantic_logits.sum()
+    if options is None:
+        features = model.backbone(channels_last(model.preprocess_image(batch).tensor))
+        total = sum(features.pop(name).sum() for name in model.sem_seg_head.semantic_fpn.in_features)
     else:
-        total = sum(model.criterion(state, stages, model.prepare_targets(truths, images, state)).values())
+        total = sum(model(batch).values())
     total.backward()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     results.put(((peak - before) / 1024, time.process_time() - start))
@@ -86,13 +80,23 @@ def main(args: argparse.Namespace) -> None:
     # glibc gives large tensors back at once then; else it keeps some, and a run differs from the next by 100 MiB
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "500000"
     context = multiprocessing.get_context("spawn")
-    for number, name in ((0, "every pixel"), (args.points, f"{args.points} points"), (None, "without losses")):
+    points, checkpoint = ["MODEL.KNET.LOSS.NUM_POINTS", str(args.points)], ["MODEL.KNET.CHECKPOINT", "True"]
+    variants: dict[str, list[str] | None] = {
+        "backbone and neck alone": None,
+        "every pixel": [],
+        f"{args.points} points": points,
+        "every pixel, MODEL.KNET.CHECKPOINT": checkpoint,
+        f"{args.points} points, MODEL.KNET.CHECKPOINT": points + checkpoint,
+    }
+    least = 0.0
+    for name, options in variants.items():
         results = context.Queue()
-        process = context.Process(target=measure, args=(args, number, results))
+        process = context.Process(target=measure, args=(args, options, results))
         process.start()
         memory, seconds = results.get()
         process.join()
-        print(f"{name}: {memory:.0f} MiB, {seconds:.1f} CPU s", flush=True)
+        least = memory if options is None else least
+        print(f"{name}: {memory:.0f} MiB, {memory - least:.0f} beyond, {seconds:.1f} CPU s", flush=True)
 
 
 if __name__ == "__main__":
