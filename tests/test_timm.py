@@ -240,7 +240,7 @@ def test_frozen_random_layers_are_told(caplog):
     "name", ["test_resnet", "test_convnext", "tf_efficientnet_lite0", "knet_test_swin", "test_vit"]
 )
 def test_activation_checkpointing_computes_again_and_changes_nothing(name):
-    counts, gradients = [], []
+    counts, gradients, statistics = [], [], []
     features = ["res4"] if name == "test_vit" else RES
     for checkpoint in (False, True):
         backbone = build(name, MODEL__TIMM__CHECKPOINT=checkpoint, MODEL__TIMM__OUT_FEATURES=features)
@@ -249,13 +249,15 @@ def test_activation_checkpointing_computes_again_and_changes_nothing(name):
         for module in backbone.modules():
             if isinstance(module, kinds):
                 module.register_forward_hook(lambda *args, calls=calls: calls.append(1))
-        for module in backbone.modules():  # statistics of a batch would be taken twice
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.0
+        backbone = copy.deepcopy(backbone)  # as the average of the weights is
         sum(value.square().sum() for value in backbone.train()(image(2, 3, 64, 64)).values()).backward()
         counts.append(len(calls))
         gradients.append([p.grad for p in backbone.parameters()])
+        statistics.append({name: x for name, x in backbone.named_buffers() if "running" in name or "tracked" in name})
     assert counts[1] > 1.5 * counts[0]
+    assert statistics[0].keys() == statistics[1].keys()
+    for key, value in statistics[0].items():  # they count a batch once
+        torch.testing.assert_close(statistics[1][key], value, msg=key)
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 

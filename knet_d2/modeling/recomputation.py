@@ -1,6 +1,7 @@
-"""Activation checkpointing of static kernels and cascade (MODEL.KNET.CHECKPOINT; Chen et al., arXiv:1604.06174).
+"""Activation checkpointing (Chen et al., arXiv:1604.06174): MODEL.KNET.CHECKPOINT and MODEL.TIMM.CHECKPOINT.
 
 A checkpointed module keeps its inputs and its output for the backward pass, which computes what lies between them again.
+Only batch norms can tell: their running statistics must count each batch once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .layers import BATCH_NORMS
-
 
 # Branches of a head, and convolutions with their norm and activation outside of branches
 HEAD_PARTS = (nn.Sequential, Conv2d)
@@ -58,7 +58,7 @@ def _contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContex
 
 @contextlib.contextmanager
 def _kept_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms leave their running statistics as they are, since these count each batch once."""
+    """Batch norms leave their running statistics as they are."""
     norms = [x for x in module.modules() if isinstance(x, BATCH_NORMS)]
     kept = [(x.momentum, x.num_batches_tracked) for x in norms]
     for norm in norms:
@@ -68,3 +68,26 @@ def _kept_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, (momentum, count) in zip(norms, kept):
             norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+class FirstComputation:
+    """The context of a network's forward pass, where others decide what the backward pass computes again.
+
+    Outside of it, the network's batch norms leave their running statistics as they are.
+    """
+
+    def __init__(self, network: nn.Module):
+        self._is_running = False
+        for norm in network.modules():
+            if isinstance(norm, BATCH_NORMS):
+                vars(norm)["forward"] = functools.partial(self._normalise, norm)
+
+    def __enter__(self) -> None:
+        self._is_running = True
+
+    def __exit__(self, *error: object) -> None:
+        self._is_running = False
+
+    def _normalise(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with contextlib.nullcontext() if self._is_running else _kept_statistics(norm):
+            return type(norm).forward(norm, x)

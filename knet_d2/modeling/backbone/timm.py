@@ -6,11 +6,13 @@ Shapes: B images, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from ...data.timm_names import import_timm, pretrained_statement
 from ...errors import ConfigError
 from ..layers import AppliedNorm, FoldedConv2d
+from ..recomputation import FirstComputation
 from .fpn import SimpleFeaturePyramid, add_fpn
 from .swin import next_multiple
 
@@ -92,6 +95,7 @@ class TimmBackbone(Backbone):
         self._out_features = list(indices)
         self._out_feature_strides = {name: feature_stride(name, "MODEL.TIMM.OUT_FEATURES") for name in indices}
         self._out_feature_channels = {name: info["num_chs"] for name, info in zip(indices, stated)}
+        self._first_computation: AbstractContextManager = contextlib.nullcontext()
         self._check_maps()
 
     @property
@@ -108,9 +112,10 @@ class TimmBackbone(Backbone):
         if self.patch != self.window:
             size = [length // self.window * self.patch for length in image.shape[-2:]]
             image = F.interpolate(image, size, mode="bilinear", antialias=True)
-        maps = self.network.forward_intermediates(
-            image, indices=self._indices, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
-        )
+        with self._first_computation:
+            maps = self.network.forward_intermediates(
+                image, indices=self._indices, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
+            )
         features = dict(zip(self._out_features, maps, strict=True))
         if self.window == 1:
             return features
@@ -118,6 +123,11 @@ class TimmBackbone(Backbone):
         return {
             name: x[..., : -(-height // strides[name]), : -(-width // strides[name])] for name, x in features.items()
         }
+
+    def checkpoint_activations(self) -> None:
+        """Let the network keep no activations within its blocks in training, which the backward pass computes again."""
+        self.network.set_grad_checkpointing(True)
+        self._first_computation = FirstComputation(self.network)
 
     def _check_maps(self) -> None:
         """Compare channels and strides of all maps with those that timm states, by a forward pass of a small image.
@@ -306,7 +316,7 @@ def create_network(cfg: CfgNode, channels: int, names: Sequence[str]) -> TimmBac
         backbone.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
         backbone.fold_frozen_norms()
         if options.CHECKPOINT:
-            backbone.network.set_grad_checkpointing(True)
+            backbone.checkpoint_activations()
     except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as e:
         if isinstance(e, ConfigError):
             raise
