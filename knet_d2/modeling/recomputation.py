@@ -1,15 +1,13 @@
 """Activation checkpointing (Chen et al., arXiv:1604.06174): MODEL.KNET.CHECKPOINT and MODEL.TIMM.CHECKPOINT.
 
-A checkpointed module keeps its inputs and its output for the backward pass, which computes what lies between them again.
-Only batch norms can tell: their running statistics must count each batch once.
+A checkpointed module keeps its inputs and its output, and the backward pass computes what lies between them again. Only
+batch norms could tell: their running statistics must count each batch once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,6 +21,36 @@ from .layers import BATCH_NORMS
 HEAD_PARTS = (nn.Sequential, Conv2d)
 
 
+class FirstComputation:
+    """The context of a module's forward pass, of which the backward pass computes parts again.
+
+    Outside of it, the module's batch norms leave their running statistics as they are.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._is_running = False
+        for norm in module.modules():
+            if isinstance(norm, BATCH_NORMS):
+                vars(norm)["forward"] = functools.partial(self._normalise, norm)
+
+    def __enter__(self) -> None:
+        self._is_running = True
+
+    def __exit__(self, *error: object) -> None:
+        self._is_running = False
+
+    def _normalise(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
+        forward = type(norm).forward
+        if self._is_running:
+            return forward(norm, x)
+        momentum, count = norm.momentum, norm.num_batches_tracked
+        try:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+            return forward(norm, x)
+        finally:
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
 def checkpoint_activations(head: nn.Module, stages: Iterable[nn.Module]) -> None:
     """Let the parts of a head, and stages, keep no activations in training.
 
@@ -30,7 +58,7 @@ def checkpoint_activations(head: nn.Module, stages: Iterable[nn.Module]) -> None
     to the peak, which is that of the losses: a level of the semantic FPN, a branch, a stage.
     """
     for module in (*_outermost(head, HEAD_PARTS), *stages):
-        vars(module)["forward"] = functools.partial(_forward, module)
+        vars(module)["forward"] = functools.partial(_forward, module, FirstComputation(module))
 
 
 def _outermost(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
@@ -42,52 +70,9 @@ def _outermost(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterato
             yield from _outermost(child, kinds)
 
 
-def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _forward(module: nn.Module, first_computation: FirstComputation, *args: Any, **kwargs: Any) -> Any:
     forward = functools.partial(type(module).forward, module)
-    if not (module.training and torch.is_grad_enabled()):
+    with first_computation:
+        if module.training and torch.is_grad_enabled():
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         return forward(*args, **kwargs)
-    if torch.compiler.is_compiling():  # what a compiled graph computes again changes no statistics
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=functools.partial(_contexts, module), **kwargs)
-
-
-def _contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Those in which torch.utils.checkpoint computes the first and the second time."""
-    return contextlib.nullcontext(), _kept_statistics(module)
-
-
-@contextlib.contextmanager
-def _kept_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms leave their running statistics as they are."""
-    norms = [x for x in module.modules() if isinstance(x, BATCH_NORMS)]
-    kept = [(x.momentum, x.num_batches_tracked) for x in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, kept):
-            norm.momentum, norm.num_batches_tracked = momentum, count
-
-
-class FirstComputation:
-    """The context of a network's forward pass, where others decide what the backward pass computes again.
-
-    Outside of it, the network's batch norms leave their running statistics as they are.
-    """
-
-    def __init__(self, network: nn.Module):
-        self._is_running = False
-        for norm in network.modules():
-            if isinstance(norm, BATCH_NORMS):
-                vars(norm)["forward"] = functools.partial(self._normalise, norm)
-
-    def __enter__(self) -> None:
-        self._is_running = True
-
-    def __exit__(self, *error: object) -> None:
-        self._is_running = False
-
-    def _normalise(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        with contextlib.nullcontext() if self._is_running else _kept_statistics(norm):
-            return type(norm).forward(norm, x)
