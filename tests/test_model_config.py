@@ -99,7 +99,7 @@ def default_behaviour():
 
 
 def test_all_nodes_are_tested():
-    # See test_processes.py, test_image_kernels.py, test_mask_network.py, test_training_kernels.py, test_recomputation.py
+    # Tested with processes, image kernels, mask networks, training kernels and recomputation
     elsewhere = {"LOSS.GLOBAL_NORMALIZERS", "LOSS.CENTER_WEIGHT", "DENOISING.NOISE", "DENOISING.WEIGHT"}
     elsewhere |= {"ONE_TO_MANY.REPEATS", "ONE_TO_MANY.WEIGHT", "MASK_NETWORK_WIDTH", "CHECKPOINT"}
     names = {name for name in node_names(tiny_config("panoptic").MODEL.KNET) if not name.startswith("VIDEO.")}
