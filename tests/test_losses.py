@@ -335,6 +335,39 @@ def test_the_lovasz_loss_is_part_of_each_cross_entropy_of_label_maps():
         assert 0.1 < (loss - expected[name]).item() / (0.5 * factor) < 1, name  # an untrained model's IoU is low
 
 
+def test_label_weights_are_factors_on_the_cross_entropy_of_each_class():
+    """Weights of one class alone give the share of its pixels in each loss of label maps; that of points as well."""
+    batch = make_batch([3, 1])
+    for points in (0, 60):
+        options = {"MODEL.KNET.DROPOUT": 0.0, "MODEL.KNET.LOSS.NUM_POINTS": points}
+        unit = [[float(i == k) for i in range(5)] for k in range(5)]
+        expected, *shares, mixed = (
+            tiny_model("semantic", {**options, "MODEL.KNET.LOSS.LABEL_WEIGHTS": weights}).train()(batch)
+            for weights in ([], *unit, [0, 0.5, 0, 3, 1])
+        )
+        assert mixed.keys() == expected.keys() == expected_losses("semantic")
+        for name, loss in expected.items():
+            parts = [share[name].item() for share in shares]
+            assert sum(parts) == pytest.approx(loss.item(), rel=1e-5) and max(parts) < 0.8 * loss, name
+            assert mixed[name].item() == pytest.approx(0.5 * parts[1] + 3 * parts[3] + parts[4], rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "task, weights, message",
+    [
+        ("panoptic", [1.0] * 5, r"use \[\] for this task"),
+        ("semantic", [1.0] * 4, "has 4 numbers: use one for each of 5 classes"),
+        ("semantic", [1.0, 1.0, -1.0, 1.0, 1.0], "numbers of at least 0"),
+        ("semantic", [math.nan] * 5, "numbers of at least 0"),
+        ("semantic", ["1", "1", "1", "1", "1"], "numbers of at least 0"),
+        ("semantic", [0.0] * 5, "some are above 0"),
+    ],
+)
+def test_bad_label_weights(task, weights, message):
+    with pytest.raises(ConfigError, match=rf"MODEL\.KNET\.LOSS\.LABEL_WEIGHTS = .*{message}"):
+        tiny_model(task, {"MODEL.KNET.LOSS.LABEL_WEIGHTS": weights})
+
+
 @pytest.mark.parametrize(
     "task, options, message",
     [

@@ -38,6 +38,7 @@ NODES = {
     "LOSS.NUM_POINTS": ("panoptic", 40),
     "LOSS.QUALITY_EXPONENT": ("panoptic", 1.0),
     "LOSS.LOVASZ_WEIGHT": ("semantic", 1.0),
+    "LOSS.LABEL_WEIGHTS": ("semantic", [1.0, 2.0, 0.0, 1.0, 0.5]),
     "LOSS.FOCAL_ALPHA": ("panoptic", 0.5),
     "LOSS.FOCAL_GAMMA": ("panoptic", 1.0),
     "DENOISING.NUM_KERNELS": ("panoptic", 9),

@@ -101,6 +101,9 @@ def _add_model_config(cfg: CN) -> None:
     # Weight of the Lovász-Softmax loss, a surrogate of 1 - IoU, beside every cross entropy of label maps (semantic
     # models); 0 = none.
     knet.LOSS.LOVASZ_WEIGHT = 0.0
+    # Factors on the cross entropy of each class's pixels in label maps, in the order of the classes (semantic models);
+    # [] = 1 for all.
+    knet.LOSS.LABEL_WEIGHTS = []
     # Focal alpha: weight of positive samples, in the loss and in the matching cost.
     knet.LOSS.FOCAL_ALPHA = 0.25
     # Focal gamma: down-weights well-classified examples, in the loss and in the matching cost.

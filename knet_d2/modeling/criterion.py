@@ -80,6 +80,7 @@ class KNetCriterion(nn.Module):
         num_points: int = 0,
         quality_exponent: float = 0.0,
         lovasz_weight: float = 0.0,
+        label_weights: Sequence[float] = (),
     ):
         """
         Args:
@@ -88,6 +89,7 @@ class KNetCriterion(nn.Module):
             num_points: see :class:`.sampled_points.SampledPoints`; 0: masks are compared at every pixel.
             quality_exponent: the class target of a positive kernel is the IoU of its mask to this power; 0: it is 1.
             lovasz_weight: of the Lovász-Softmax loss beside each cross entropy of label maps, the auxiliary head's too.
+            label_weights: K factors on the cross entropy of each class's pixels in label maps; none: 1 for all.
             global_normalizers: True divides every term by a count over all processes, so that the mean of their losses
                 is what one process computes for all their images. False, as in the official release, divides class
                 losses by the mean count over the processes, and all other terms by the process's own count.
@@ -104,6 +106,7 @@ class KNetCriterion(nn.Module):
         self.quality_exponent = quality_exponent
         self.lovasz_weight = lovasz_weight
         self.failure: NonFiniteError | None = None
+        self.register_buffer("label_weights", torch.tensor(label_weights) if label_weights else None, persistent=False)
         self.register_buffer("class_mask", bank.class_mask(), persistent=False)
         kernel_of_class = torch.full((bank.num_classes,), -1)
         kernel_of_class[bank.fixed_class_ids] = torch.arange(bank.num_matched, bank.num_kernels)
@@ -139,6 +142,7 @@ class KNetCriterion(nn.Module):
                 "that MODEL.KNET.LOSS.GLOBAL_NORMALIZERS = True can't make it independent of the number of processes: "
                 "use one of them."
             )
+        cls._check_label_weights(loss.LABEL_WEIGHTS, bank.num_classes, "label_map" in task.losses)
         return {
             "bank": bank,
             "matcher": HungarianMatcher(
@@ -157,7 +161,20 @@ class KNetCriterion(nn.Module):
             "num_points": loss.NUM_POINTS,
             "quality_exponent": loss.QUALITY_EXPONENT,
             "lovasz_weight": loss.LOVASZ_WEIGHT,
+            "label_weights": [float(x) for x in loss.LABEL_WEIGHTS],
         }
+
+    @staticmethod
+    def _check_label_weights(weights: Sequence[float], num_classes: int, has_label_maps: bool) -> None:
+        """Raise a ConfigError for weights that make no sense."""
+        key = f"MODEL.KNET.LOSS.LABEL_WEIGHTS = {list(weights)}"
+        if weights and not has_label_maps:
+            raise ConfigError(f"{key}: use [] for this task, or weights for semantic segmentation.")
+        if weights and len(weights) != num_classes:
+            raise ConfigError(f"{key} has {len(weights)} numbers: use one for each of {num_classes} classes, or [].")
+        are_numbers = all(isinstance(x, (int, float)) and 0 <= x < math.inf for x in weights)
+        if not are_numbers or weights and not any(weights):
+            raise ConfigError(f"{key}: use numbers of at least 0, of which some are above 0.")
 
     def forward(
         self,
@@ -341,7 +358,8 @@ def _label_map_loss(criterion: KNetCriterion, comparison: Comparison, logits: to
     """Loss of logits [B, K, H, W] where label maps are compared, without a weight: mean cross entropy, and Lovász."""
     logits, labels = comparison.label_pairs(logits)
     logits = resized_to(logits, labels)
-    loss = kernel_cross_entropy(logits, labels, criterion.ignore_value)
+    weights = None if criterion.label_weights is None else criterion.label_weights.to(logits.dtype)
+    loss = kernel_cross_entropy(logits, labels, criterion.ignore_value, weights)
     if criterion.lovasz_weight:
         loss = loss + criterion.lovasz_weight * lovasz_softmax_loss(logits, labels, criterion.ignore_value)
     return loss, labels.numel()

@@ -103,16 +103,19 @@ def resized_to(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.interpolate(logits, targets.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def kernel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, ignore_value: int) -> torch.Tensor:
+def kernel_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, ignore_value: int, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Cross entropy over the kernels at every pixel: the rank loss, and the loss of semantic segmentation.
 
     Args:
         logits: [B, N, H, W]; resized bilinearly to the targets' size where that differs.
         targets: int64 [B, h, w], index of the kernel that owns the pixel, or ignore_value.
         ignore_value: such pixels cost 0, but count in the mean.
+        weights: [N], factor on the cost of each kernel's pixels; None: 1.
     """
     logits = resized_to(logits, targets)
-    total = F.cross_entropy(logits, targets, ignore_index=ignore_value, reduction="sum")
+    total = F.cross_entropy(logits, targets, weights, ignore_index=ignore_value, reduction="sum")
     return total / max(targets.numel(), 1)
 
 
