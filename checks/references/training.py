@@ -133,7 +133,7 @@ def _accuracies(calls, task: str) -> dict[str, float]:
     """Return the accuracies that the official code reports: percentages of right pixels or positive kernels."""
     if task == "semantic":
         accuracies = []
-        for (logits, labels, _), _ in calls["cross_entropy"]:
+        for (logits, labels, *_), _ in calls["cross_entropy"]:
             logits = F.interpolate(logits.detach(), labels.shape[-2:], mode="bilinear", align_corners=False)
             accuracies.append(_percentage(logits.argmax(dim=1) == labels))
         *stages, auxiliary = accuracies
