@@ -54,8 +54,8 @@ class FirstComputation:
 def checkpoint_activations(head: nn.Module, stages: Iterable[nn.Module]) -> None:
     """Let the parts of a head, and stages, keep no activations in training.
 
-    Parameters and their names, losses and gradients stay the same. The parts are as large as they can be without adding
-    to the peak, which is that of the losses: a level of the semantic FPN, a branch, a stage.
+    Parameters and their names, losses and gradients stay the same. A part is a level of the semantic FPN, a branch or a
+    stage: the backward pass holds the activations of one of them at a time.
     """
     for module in (*_outermost(head, HEAD_PARTS), *stages):
         vars(module)["forward"] = functools.partial(_forward, module, FirstComputation(module))
