@@ -352,6 +352,12 @@ def test_label_weights_are_factors_on_the_cross_entropy_of_each_class():
             assert mixed[name].item() == pytest.approx(0.5 * parts[1] + 3 * parts[3] + parts[4], rel=1e-5), name
 
 
+def test_label_weights_need_a_cross_entropy():
+    options = {"MODEL.KNET.LOSS.LABEL_WEIGHTS": [1.0] * 5, "MODEL.KNET.LOSS.RANK_WEIGHT": 0.0}
+    with pytest.raises(ConfigError, match=r"LABEL_WEIGHTS = .* use a RANK_WEIGHT above 0"):
+        tiny_model("semantic", options)
+
+
 @pytest.mark.parametrize(
     "task, weights, message",
     [

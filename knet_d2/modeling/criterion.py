@@ -143,6 +143,11 @@ class KNetCriterion(nn.Module):
                 "use one of them."
             )
         cls._check_label_weights(loss.LABEL_WEIGHTS, bank.num_classes, "label_map" in task.losses)
+        if loss.LABEL_WEIGHTS and not weights["RANK_WEIGHT"]:
+            raise ConfigError(
+                f"MODEL.KNET.LOSS.LABEL_WEIGHTS = {loss.LABEL_WEIGHTS} has no effect on the stages, whose cross "
+                "entropy is multiplied by MODEL.KNET.LOSS.RANK_WEIGHT = 0: use a RANK_WEIGHT above 0."
+            )
         return {
             "bank": bank,
             "matcher": HungarianMatcher(
